@@ -1,0 +1,38 @@
+PYTHON ?= python3
+JOBS ?= 2
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: demo test test-thorough docs clean
+
+demo: .venv/installed-demo
+	$(BIN)/python examples/demo.py
+
+test: .venv/installed-test
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+	$(BIN)/python -m mypy --strict
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+
+# the laws of the algebra, on at least 2,000 random examples each
+test-thorough: .venv/installed-test
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal --hypothesis-profile=thorough tests/test_laws.py
+
+docs: .venv/installed-docs
+	$(BIN)/python -m mkdocs build --strict
+
+clean:
+	rm -rf .venv build dist site .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.PRECIOUS: .venv/installed-%
+.venv/installed-%: .venv/made
+	$(PIP) install --quiet -c constraints.txt -e '.[$*]'
+	touch $@
+
+# A change of pins starts afresh: pip would leave what is no longer asked for.
+.venv/made: pyproject.toml constraints.txt
+	rm -rf .venv
+	$(PYTHON) -m venv .venv
+	touch $@

@@ -1,0 +1,27 @@
+"""Structural re-parameterization for any model: train many linear branches, deploy the equal plain network.
+
+    deploy = structrep.reparameterize(model)
+"""
+
+from structrep import rules as _rules  # noqa: F401  registers the catalogue
+from structrep.algebra import ConvMap
+from structrep.driver import Plan, plan, reparameterize
+from structrep.errors import Refusal, StructrepError, VerificationError
+from structrep.proof import verify
+from structrep.registry import Registry, Rule, rule
+from structrep.report import Verification
+
+__all__ = [
+    "ConvMap",
+    "Plan",
+    "Refusal",
+    "Registry",
+    "Rule",
+    "StructrepError",
+    "Verification",
+    "VerificationError",
+    "plan",
+    "reparameterize",
+    "rule",
+    "verify",
+]

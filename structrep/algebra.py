@@ -1,0 +1,549 @@
+"""The idea of the project: affine maps that commute with translation, closed under sum and composition.
+
+A convolution, a batch norm, a skip, an average pool, a channel scale, a Linear are all one kind of thing, a `ConvMap`:
+
+    y[o, p] = bias[o] + sum_{i, t} kernel[o, i, t] * x[i, stride * p + dilation * t - lo]
+
+where x reads its `border` outside: a constant `fill` (0 unless said), or reflect, replicate, circular. A training-time
+block is an expression over such maps and its deploy-time convolution is the value:
+
+    f + g            both on the same input, outputs added
+    f >> g           g after f
+    f * s            outputs scaled, by a number or per channel
+    concat([f, g])   both on the same input, outputs stacked on the channels
+    f.distance(g)    largest difference of coefficients
+
+Everything is float64 and exact up to rounding, or raises a `Refusal` that says why. Two facts carry the geometry:
+
+*Overhang.* lo + hi - dilation * (k - 1) decides the output size, so maps of equal stride and overhang give equal sizes
+on every input, and only those can be added.
+
+*Border law.* f >> g is one map iff g reads nothing outside f's output, or f evaluated outside its input gives exactly
+what g reads there. So a 1x1 with a bias before a zero-padded 3x3 is not one convolution.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import reduce
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from structrep.errors import Incompatible, Inexact
+
+Border = Literal["constant", "reflect", "replicate", "circular"]
+Ints = tuple[int, ...]
+Pads = tuple[tuple[int, int], ...]
+
+CONV = (None, F.conv1d, F.conv2d, F.conv3d)
+CONV_TRANSPOSE = (None, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """All of a map but its coefficients. `+` and `>>` here decide what `+` and `>>` of maps look like, and what they cost,
+    before a weight is touched."""
+
+    in_channels: int
+    out_channels: int
+    kernel: Ints = ()  # taps per spatial dim; () is a Linear
+    stride: Ints = ()
+    dilation: Ints = ()
+    pad: Pads = ()  # (lo, hi) per spatial dim; negative ones crop
+    groups: int = 1
+
+    def __post_init__(self) -> None:
+        dims = len(self.kernel)
+        set_ = object.__setattr__
+        set_(self, "stride", self.stride or (1,) * dims)
+        set_(
+            self,
+            "dilation",
+            tuple(1 if k == 1 else d for k, d in zip(self.kernel, self.dilation or (1,) * dims, strict=True)),
+        )
+        set_(self, "pad", self.pad or ((0, 0),) * dims)
+        if not len(self.stride) == len(self.pad) == dims:
+            raise ValueError(f"kernel {self.kernel}, stride {self.stride} and pad {self.pad} differ in spatial dims")
+        if self.in_channels % self.groups or self.out_channels % self.groups:
+            raise ValueError(
+                f"{self.in_channels} -> {self.out_channels} channels do not divide into {self.groups} groups"
+            )
+
+    @property
+    def dims(self) -> int:
+        return len(self.kernel)
+
+    @property
+    def reach(self) -> Ints:
+        """Distance from the first to the last tap, per dim: dilation * (k - 1)."""
+        return tuple(d * (k - 1) for d, k in zip(self.dilation, self.kernel, strict=True))
+
+    @property
+    def overhang(self) -> Ints:
+        """lo + hi - reach, per dim: with the stride, it decides the output size for every input size."""
+        return tuple(lo + hi - r for (lo, hi), r in zip(self.pad, self.reach, strict=True))
+
+    @property
+    def pads(self) -> bool:
+        """Whether the map reads anything outside its input."""
+        return any(side > 0 for sides in self.pad for side in sides)
+
+    @property
+    def pointwise(self) -> bool:
+        """One tap, on the input pixel itself."""
+        return all(
+            k == 1 and s == 1 and p == (0, 0) for k, s, p in zip(self.kernel, self.stride, self.pad, strict=True)
+        )
+
+    @property
+    def diagonal(self) -> bool:
+        """A scale and shift per channel: what batch norms, identities and layer scales are."""
+        return self.pointwise and self.groups == self.in_channels == self.out_channels
+
+    def output_size(self, size: Sequence[int]) -> Ints:
+        """Spatial output size, 0 where the input is too small."""
+        return tuple(max(0, (n + o - 1) // s + 1) for n, o, s in zip(size, self.overhang, self.stride, strict=True))
+
+    def __add__(self, other: Geometry) -> Geometry:
+        """The smallest frame that holds both maps' taps, on the coarsest lattice common to both.
+
+        Raises:
+            Incompatible: channels, spatial dims, stride or overhang differ.
+        """
+        for what, mine, theirs in (
+            ("spatial dims", self.dims, other.dims),
+            ("input channels", self.in_channels, other.in_channels),
+            ("output channels", self.out_channels, other.out_channels),
+            ("strides", self.stride, other.stride),
+            ("overhangs, and so the output sizes of some inputs,", self.overhang, other.overhang),
+        ):
+            if mine != theirs:
+                raise Incompatible(f"the {what} of two summed maps differ: {mine} and {theirs}")
+        kernel, dilation, pad = [], [], []
+        for (lo1, _), (lo2, _), d1, d2, r1, r2, over in zip(
+            self.pad, other.pad, self.dilation, other.dilation, self.reach, other.reach, self.overhang, strict=True
+        ):
+            lo = max(lo1, lo2)
+            reach = lo + max(r1 - lo1, r2 - lo2)
+            step = math.gcd(d1 if r1 else 0, d2 if r2 else 0, lo1 - lo2) or 1
+            kernel.append(reach // step + 1)
+            dilation.append(step)
+            pad.append((lo, over + reach - lo))
+        return replace(
+            self,
+            kernel=tuple(kernel),
+            dilation=tuple(dilation),
+            pad=tuple(pad),
+            groups=math.gcd(self.groups, other.groups),
+        )
+
+    def __rshift__(self, other: Geometry) -> Geometry:
+        """Strides multiply, reaches add, groups meet at their gcd.
+
+        Raises:
+            Incompatible: channels or spatial dims do not fit.
+        """
+        if self.dims != other.dims:
+            raise Incompatible(f"a map of {self.dims} spatial dims feeds one of {other.dims}")
+        if self.out_channels != other.in_channels:
+            raise Incompatible(
+                f"a map with {self.out_channels} output channels feeds one with {other.in_channels} input channels"
+            )
+        kernel, dilation, pad = [], [], []
+        for (lo1, _), (lo2, _), s1, d1, d2, r1, r2, o1, o2 in zip(
+            self.pad, other.pad, self.stride, self.dilation, other.dilation, self.reach, other.reach, self.overhang,
+            other.overhang, strict=True,
+        ):  # fmt: skip
+            lo, reach = lo1 + s1 * lo2, r1 + s1 * r2
+            step = math.gcd(d1 if r1 else 0, s1 * d2 if r2 else 0) or 1
+            kernel.append(reach // step + 1)
+            dilation.append(step)
+            pad.append((lo, o1 + s1 * o2 + reach - lo))
+        return Geometry(
+            self.in_channels,
+            other.out_channels,
+            tuple(kernel),
+            tuple(s1 * s2 for s1, s2 in zip(self.stride, other.stride, strict=True)),
+            tuple(dilation),
+            tuple(pad),
+            math.gcd(self.groups, other.groups),
+        )
+
+    def concat(self, other: Geometry) -> Geometry:
+        """Outputs stacked: the frame of a sum; dense, for stacked groups are no groups."""
+        frame = replace(self, out_channels=1, groups=1) + replace(other, out_channels=1, groups=1)
+        return replace(frame, out_channels=self.out_channels + other.out_channels)
+
+
+class ConvMap:
+    """An affine, translation-invariant map with float64 coefficients; immutable.
+
+    Args:
+        kernel: (O, I / groups, *K); (O, I) for a Linear.
+        bias: (O,), or None for zeros.
+        stride, dilation: per spatial dim, or one int for all.
+        pad: (lo, hi) per spatial dim, or one int for all sides; negative pads crop.
+        groups: as in `torch.nn.Conv2d`.
+        fill: (I,) or a number: what x reads outside, for a constant border.
+        border: what x reads outside: "constant" (fill), "reflect", "replicate" or "circular".
+
+    Raises:
+        ValueError: shapes that do not fit each other.
+    """
+
+    def __init__(
+        self,
+        kernel: Tensor,
+        bias: Tensor | None = None,
+        *,
+        stride: int | Sequence[int] = 1,
+        pad: int | Sequence[tuple[int, int]] = 0,
+        dilation: int | Sequence[int] = 1,
+        groups: int = 1,
+        fill: Tensor | float = 0.0,
+        border: Border = "constant",
+    ) -> None:
+        taps = tuple(kernel.shape[2:])
+
+        def each(value: int | Sequence[int]) -> Ints:
+            return (value,) * len(taps) if isinstance(value, int) else tuple(value)
+
+        self.kernel = kernel.detach().to(torch.float64)
+        self.geometry = Geometry(
+            kernel.shape[1] * groups,
+            kernel.shape[0],
+            taps,
+            each(stride),
+            each(dilation),
+            ((pad, pad),) * len(taps) if isinstance(pad, int) else tuple((int(lo), int(hi)) for lo, hi in pad),
+            groups,
+        )
+        out_channels, in_channels = self.geometry.out_channels, self.geometry.in_channels
+        self.bias = self.kernel.new_zeros(out_channels) if bias is None else bias.detach().to(self.kernel)
+        if self.bias.shape != (out_channels,):
+            raise ValueError(f"a bias of shape {tuple(self.bias.shape)} for {out_channels} output channels")
+        # A map that reads nothing outside has no border to speak of.
+        self.border: Border = border if self.geometry.pads else "constant"
+        constant = self.geometry.pads and border == "constant"
+        self.fill = torch.as_tensor(fill if constant else 0.0, dtype=torch.float64, device=self.kernel.device).expand(
+            in_channels
+        )
+
+    @classmethod
+    def of(
+        cls, geometry: Geometry, kernel: Tensor, bias: Tensor | None = None, *, like: ConvMap | None = None
+    ) -> ConvMap:
+        """The map of that geometry; its border is that of `like`."""
+        return cls(
+            kernel,
+            bias,
+            stride=geometry.stride,
+            pad=geometry.pad,
+            dilation=geometry.dilation,
+            groups=geometry.groups,
+            fill=0.0 if like is None else like.fill,
+            border="constant" if like is None else like.border,
+        )
+
+    @classmethod
+    def identity(cls, channels: int, dims: int = 2) -> ConvMap:
+        """x itself: the 1 of `>>`."""
+        return cls.scale(torch.ones(channels, dtype=torch.float64), dims=dims)
+
+    @classmethod
+    def scale(cls, scale: Tensor, shift: Tensor | None = None, *, dims: int = 2) -> ConvMap:
+        """scale * x + shift per channel, both (C,): what a batch norm in eval mode is."""
+        return cls(scale.reshape(-1, 1, *[1] * dims), shift, groups=scale.numel())
+
+    # --- the algebra -------------------------------------------------------------------------------------------------
+
+    def __add__(self, other: ConvMap | int) -> ConvMap:
+        """Additivity: W1 x + b1 + W2 x + b2 = (W1 + W2) x + (b1 + b2), taps aligned by their offset from the output pixel.
+
+        Raises:
+            Incompatible: channels, stride or output sizes differ.
+            Inexact: both read outside the input, and differently.
+        """
+        if isinstance(other, int) and other == 0:
+            return self
+        if not isinstance(other, ConvMap):
+            return NotImplemented
+        frame = self.geometry + other.geometry
+        outside = self._common_border(other)
+        return ConvMap.of(frame, self._framed(frame) + other._framed(frame), self.bias + other.bias, like=outside)
+
+    __radd__ = __add__
+
+    def __rshift__(self, other: ConvMap | int) -> ConvMap:
+        """Associativity: W2 (W1 x + b1) + b2 = (W2 W1) x + (W2 b1 + b2), subject to the border law.
+
+        Raises:
+            Incompatible: channels or spatial dims do not fit.
+            Inexact: `other` reads outside this map's output, where this map would not give what `other` reads.
+        """
+        if isinstance(other, int) and other == 1:
+            return self
+        if not isinstance(other, ConvMap):
+            return NotImplemented
+        geometry = self.geometry >> other.geometry
+        self._check_border(other)
+        return self._then(other, geometry)
+
+    def __rrshift__(self, other: int) -> ConvMap:
+        return self if other == 1 else NotImplemented
+
+    def __mul__(self, factor: float | Tensor) -> ConvMap:
+        """Outputs scaled by a number, or per output channel by a tensor (O,)."""
+        factor = torch.as_tensor(factor, dtype=torch.float64, device=self.kernel.device)
+        rows = factor if factor.ndim == 0 else factor.reshape(-1, *[1] * (self.kernel.ndim - 1))
+        return ConvMap.of(self.geometry, self.kernel * rows, self.bias * factor, like=self)
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> ConvMap:
+        return self * -1.0
+
+    def __sub__(self, other: ConvMap | int) -> ConvMap:
+        return self + (-other)
+
+    def __rsub__(self, other: int) -> ConvMap:
+        return -self + other
+
+    def distance(self, other: ConvMap) -> float:
+        """Largest absolute difference of kernel and bias coefficients; infinite where no frame or border is common."""
+        try:
+            frame = self.geometry + other.geometry
+            self._common_border(other)
+        except (Incompatible, Inexact):
+            return math.inf
+        kernels = self._framed(frame) - other._framed(frame)
+        return max(_peak(kernels), _peak(self.bias - other.bias))
+
+    @property
+    def magnitude(self) -> float:
+        """Largest absolute coefficient."""
+        return max(_peak(self.kernel), _peak(self.bias))
+
+    # --- the same map, written otherwise -----------------------------------------------------------------------------
+
+    def regrouped(self, groups: int) -> ConvMap:
+        """The same map in fewer groups: zeros between what were separate groups.
+
+        Raises:
+            Incompatible: the present number of groups is no multiple of `groups`.
+        """
+        return self.framed(replace(self.geometry, groups=groups))
+
+    def framed(self, frame: Geometry) -> ConvMap:
+        """The same map with its taps placed in a larger kernel, a finer lattice or fewer groups; new taps are zero.
+
+        Raises:
+            Incompatible: the frame does not hold this map.
+        """
+        if self.geometry + frame != frame:
+            raise Incompatible(f"the frame {frame} does not hold {self.geometry}")
+        return ConvMap.of(frame, self._framed(frame), self.bias, like=self)
+
+    # --- evaluation --------------------------------------------------------------------------------------------------
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Apply to x: (N, I, *spatial) -> (N, O, *out); without spatial dims (..., I) -> (..., O). Computed in float64."""
+        x = x.to(self.kernel)
+        g = self.geometry
+        if not g.dims:
+            return F.linear(x, self.regrouped(1).kernel, self.bias)
+        crops = [min(0, side) for sides in reversed(g.pad) for side in sides]
+        pads = [max(0, side) for sides in reversed(g.pad) for side in sides]
+        x = F.pad(x, crops)
+        if self.border == "constant":
+            outside = self.fill.reshape(-1, *[1] * g.dims)
+            x = F.pad(x - outside, pads) + outside
+        else:
+            x = F.pad(x, pads, mode=self.border)
+        conv = CONV[g.dims]
+        return conv(x, self.kernel, self.bias, g.stride, 0, g.dilation, g.groups)  # type: ignore[misc]
+
+    def __repr__(self) -> str:
+        g = self.geometry
+        taps = "x".join(map(str, g.kernel)) or "linear"
+        words = [f"{g.in_channels} -> {g.out_channels}, {taps}"]
+        words += [f"stride {g.stride}"] if set(g.stride) - {1} else []
+        words += [f"pad {g.pad}"] if g.pads or any(side for sides in g.pad for side in sides) else []
+        words += [f"dilation {g.dilation}"] if set(g.dilation) - {1} else []
+        words += [f"groups {g.groups}"] if g.groups > 1 else []
+        words += [self.border] if self.border != "constant" else []
+        return f"ConvMap({', '.join(words)})"
+
+    # --- how -----------------------------------------------------------------------------------------------------------
+
+    def _framed(self, frame: Geometry) -> Tensor:
+        """Kernel with its taps at their places in `frame`: (O, I / frame.groups, *frame.kernel)."""
+        mine = self.geometry
+        kernel = _regroup(self.kernel, mine.groups, frame.groups)
+        if (mine.kernel, mine.pad) == (frame.kernel, frame.pad):
+            return kernel
+        places = [slice(None), slice(None)]
+        for (lo, _), (frame_lo, _), reach, step, dilation in zip(
+            mine.pad, frame.pad, mine.reach, frame.dilation, mine.dilation, strict=True
+        ):
+            first = (frame_lo - lo) // step
+            places.append(slice(first, first + reach // step + 1, max(1, dilation // step)))
+        out = kernel.new_zeros(*kernel.shape[:2], *frame.kernel)
+        out[tuple(places)] = kernel
+        return out
+
+    def _then(self, other: ConvMap, geometry: Geometry) -> ConvMap:
+        """Composition without the border check."""
+        f, g = self.geometry, other.geometry
+        outside = (
+            self if f.pads else other
+        )  # a pad moves to the input; the border law says that it reads the same there
+        bias = other.bias + _channel_mix(other, self.bias)
+        if g.diagonal:
+            kernel = self.kernel * other.kernel.reshape(-1, *[1] * (self.kernel.ndim - 1))
+        elif f.diagonal:
+            scale = self.kernel.reshape(g.groups, 1, -1, *[1] * g.dims)
+            kernel = (other.kernel.reshape(g.groups, -1, *other.kernel.shape[1:]) * scale).reshape(other.kernel.shape)
+        else:
+            kernel = _compose_kernels(
+                _regroup(self.kernel, f.groups, geometry.groups),
+                _regroup(other.kernel, g.groups, geometry.groups),
+                f,
+                g,
+                geometry,
+            )
+        fill: Tensor | float = outside.fill if outside is self else 0.0
+        return ConvMap(
+            kernel,
+            bias,
+            stride=geometry.stride,
+            pad=geometry.pad,
+            dilation=geometry.dilation,
+            groups=geometry.groups,
+            fill=fill,
+            border=outside.border,
+        )
+
+    def _check_border(self, other: ConvMap) -> None:
+        """The border law: raise unless what `other` reads outside is what this map gives there."""
+        f, g = self.geometry, other.geometry
+        if not g.pads:
+            return
+        if other.border != "constant":
+            if f.pointwise:
+                return  # a pixel-wise map commutes with copying pixels, bias and all
+            raise Inexact(f"a {other.border} pad of the output of {self} is not a {other.border} pad of its input")
+        if self.border != "constant":
+            raise Inexact(
+                f"{other} reads {_word(other.fill)} outside, but {self} with {self.border} border continues there"
+            )
+        for dim, ((lo1, hi1), (lo2, hi2), reach, s1) in enumerate(zip(f.pad, g.pad, f.reach, f.stride, strict=True)):
+            if (lo2 > 0 and lo1 + s1 - 1 < reach) or (hi2 > 0 and hi1 < reach):
+                raise Inexact(
+                    f"{other} reads {_word(other.fill)} outside its input along spatial dim {dim}, but there {self} still sees "
+                    f"real pixels: padding belongs on the first of two convolutions, or on a pointwise one"
+                )
+        outside = self.bias + _channel_mix(self, self.fill)
+        gap = _peak(outside - other.fill)
+        if gap > ROUNDING * max(_peak(outside), _peak(other.fill)):
+            raise Inexact(
+                f"{other} reads {_word(other.fill)} outside its input, but {self} gives {_word(outside)} there (its bias): "
+                f"without that bias, or padded with it, the two would be one convolution"
+            )
+
+    def _common_border(self, other: ConvMap) -> ConvMap:
+        """Whichever of the two says what is read outside; raises if both do and differ."""
+        if not other.geometry.pads:
+            return self
+        if self.geometry.pads and (
+            self.border != other.border or _peak(self.fill - other.fill) > ROUNDING * _peak(self.fill)
+        ):
+            raise Inexact(
+                f"two summed maps read different things outside their input: {self.border} {_word(self.fill)} and "
+                f"{other.border} {_word(other.fill)}"
+            )
+        return other
+
+
+ROUNDING = 64 * torch.finfo(torch.float64).eps  # two routes to one number, relative to its size
+
+
+def concat(maps: Iterable[ConvMap]) -> ConvMap:
+    """All on the same input, outputs stacked on the channels in the order given.
+
+    Raises:
+        Incompatible: input channels, stride or output sizes differ.
+        Inexact: two read outside the input, and differently.
+    """
+
+    def pair(first: ConvMap, second: ConvMap) -> ConvMap:
+        frame = first.geometry.concat(second.geometry)
+        kernels = [m._framed(replace(frame, out_channels=m.geometry.out_channels)) for m in (first, second)]
+        return ConvMap.of(
+            frame, torch.cat(kernels), torch.cat([first.bias, second.bias]), like=first._common_border(second)
+        )
+
+    return reduce(pair, maps)
+
+
+def _peak(values: Tensor) -> float:
+    return float(values.abs().max()) if values.numel() else 0.0
+
+
+def _word(values: Tensor) -> str:
+    """A per-channel constant, for an error message."""
+    low, high = float(values.min()), float(values.max())
+    return f"{low:.3g}" if low == high else f"{low:.3g} to {high:.3g}"
+
+
+def _channel_mix(map_: ConvMap, channels: Tensor) -> Tensor:
+    """What the map's kernel makes of an input that is constant per channel: (I,) -> (O,), without the bias."""
+    if not bool(channels.any()):
+        return torch.zeros_like(map_.bias)
+    g = map_.geometry
+    mixed = map_.kernel.reshape(g.groups, g.out_channels // g.groups, g.in_channels // g.groups, -1).sum(-1)
+    return torch.bmm(mixed, channels.reshape(g.groups, -1, 1)).flatten()
+
+
+def _regroup(kernel: Tensor, groups: int, fewer: int) -> Tensor:
+    """(O, I / groups, *K) -> (O, I / fewer, *K), block by block on the diagonal."""
+    if groups == fewer:
+        return kernel
+    if groups % fewer:
+        raise Incompatible(f"{groups} groups cannot be written as {fewer}")
+    ratio = groups // fewer
+    out, inner, *taps = kernel.shape[0] // groups, kernel.shape[1], *kernel.shape[2:]
+    blocks = kernel.new_zeros(fewer, ratio, out, ratio, inner, *taps)
+    blocks.diagonal(dim1=1, dim2=3).copy_(kernel.reshape(fewer, ratio, out, inner, *taps).movedim(1, -1))
+    return blocks.reshape(kernel.shape[0], ratio * inner, *taps)
+
+
+def _compose_kernels(first: Tensor, second: Tensor, f: Geometry, g: Geometry, result: Geometry) -> Tensor:
+    """kernel[o, i, u] = sum over m and s1 d2 t2 + d1 t1 = u of second[o, m, t2] first[m, i, t1]: a transposed convolution.
+
+    Both kernels come in `result.groups` groups.
+    """
+    groups = result.groups
+    one = first.reshape(groups, -1, *first.shape[1:])  # (G, M/G, I/G, *K1)
+    two = second.reshape(groups, -1, *second.shape[1:])  # (G, O/G, M/G, *K2)
+    if math.prod(f.kernel) == 1:
+        return torch.einsum("gom...,gmi->goi...", two, one.flatten(2)).reshape(-1, one.shape[2], *result.kernel)
+    if math.prod(g.kernel) == 1:
+        return torch.einsum("gom,gmi...->goi...", two.flatten(2), one).reshape(-1, one.shape[2], *result.kernel)
+    steps = [
+        s1 * d2 // d if k2 > 1 else 1
+        for s1, d2, d, k2 in zip(f.stride, g.dilation, result.dilation, g.kernel, strict=True)
+    ]
+    spread = [d1 // d if k1 > 1 else 1 for d1, d, k1 in zip(f.dilation, result.dilation, f.kernel, strict=True)]
+    images = two.movedim(0, 1).flatten(1, 2)  # (O/G, G M/G, *K2)
+    composed = CONV_TRANSPOSE[g.dims](images, first, stride=steps, groups=groups, dilation=spread)  # type: ignore[misc]
+    return (
+        composed.reshape(-1, groups, one.shape[2], *result.kernel)
+        .movedim(0, 1)
+        .reshape(-1, one.shape[2], *result.kernel)
+    )

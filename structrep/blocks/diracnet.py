@@ -1,0 +1,66 @@
+"""DiracNets: Training Very Deep Neural Networks Without Skip-Connections, arXiv:1706.00388, section 3."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from structrep.blocks._geometry import ComputedConv, Device, Size
+
+
+class _DiracConv(ComputedConv):
+    """One conv of weight diag(a) I + diag(b) W / ‖W‖: a skip connection inside the kernel.
+
+    I is the Dirac kernel: in each group, filter i has a one at input i on the tap k//2, and filters beyond
+    the inputs have none. ‖W‖ is the 2-norm of each whole filter.
+
+    Parameters: weight (O, I/groups, *K), which is W and starts at N(0, 1); a (O,), at 1; b (O,), at 0.1;
+    bias (O,), or None.
+
+    Raises ValueError for arguments that `nn.Conv{n}d` could not work with.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: Size, stride: Size = 1,
+        padding: Size | str = 0, dilation: Size = 1, groups: int = 1, bias: bool = True,
+        padding_mode: str = "zeros", device: Device = None, dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode,
+            device, dtype,
+        )  # fmt: skip
+        self.weight = nn.Parameter(torch.empty(self.weight_shape, device=device, dtype=dtype))
+        self.a = nn.Parameter(torch.empty(out_channels, device=device, dtype=dtype))
+        self.b = nn.Parameter(torch.empty(out_channels, device=device, dtype=dtype))
+        self.delta: Tensor
+        self.register_buffer("delta", torch.empty_like(self.weight), persistent=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        nn.init.normal_(self.weight)
+        nn.init.constant_(self.a, 1.0)
+        nn.init.constant_(self.b, 0.1)
+        nn.init.dirac_(self.delta, self.groups)
+
+    def kernel(self) -> Tensor:
+        """diag(a) I + diag(b) W / ‖W‖, (O, I/groups, *K)."""
+        per_filter = (-1, 1, *(1,) * self.dims)
+        direction = F.normalize(self.weight.flatten(1), dim=1).view(self.weight_shape)
+        return self.a.view(per_filter) * self.delta + self.b.view(per_filter) * direction
+
+
+class DiracConv1d(_DiracConv):
+    __doc__ = _DiracConv.__doc__
+    dims = 1
+
+
+class DiracConv2d(_DiracConv):
+    __doc__ = _DiracConv.__doc__
+    dims = 2
+
+
+class DiracConv3d(_DiracConv):
+    __doc__ = _DiracConv.__doc__
+    dims = 3

@@ -1,0 +1,67 @@
+"""RepVGG: Making VGG-style ConvNets Great Again, arXiv:2101.03697, section 3.2 and figure 4."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import torch
+from torch import Tensor, nn
+
+from structrep.blocks._geometry import ConvBlock, Device, Pad, Size
+
+
+class _RepVGGBlock(ConvBlock):
+    """norm(conv_k(x)) + norm(conv_1(x)) + norm(x), each with a norm of its own.
+
+    The 1x1 and the identity sit on the kernel's centre tap, k//2, whatever the padding: where it is more
+    than `dilation*(k//2)` they read a padded input, where it is less a cropped one. The identity is there
+    where it fits (`in_channels == out_channels` and stride 1), the 1x1 unless the kernel is itself 1x1.
+
+    The convs have no bias: `bias` is accepted so that the block drops in, and the norms supply one either
+    way. The norms also need a batch dim on the input.
+
+    Raises ValueError for arguments that `nn.Conv{n}d` could not work with, and for a complex dtype.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: Size, stride: Size = 1,
+        padding: Size | str = 0, dilation: Size = 1, groups: int = 1, bias: bool = True,
+        padding_mode: str = "zeros", device: Device = None, dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode
+        )
+        ones = (1,) * self.dims
+        self.dense = self.branch(self.kernel_size, device=device, dtype=dtype)
+        self.point: nn.Module | None = None
+        self.identity: nn.Module | None = None
+        if self.kernel_size != ones:
+            self.point = self.branch(ones, device=device, dtype=dtype)
+        if in_channels == out_channels and self.stride == ones:
+            self.identity = self.norm(device=device, dtype=dtype)
+            if any(map(any, self.centre_pads)):
+                pad = Pad(self.centre_pads, padding_mode)
+                self.identity = nn.Sequential(OrderedDict(pad=pad, norm=self.identity))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.dense(x)
+        if self.point is not None:
+            y = y + self.point(x)
+        if self.identity is not None:
+            y = y + self.identity(x)
+        return y
+
+
+class RepVGGBlock1d(_RepVGGBlock):
+    __doc__ = _RepVGGBlock.__doc__
+    dims = 1
+
+
+class RepVGGBlock2d(_RepVGGBlock):
+    __doc__ = _RepVGGBlock.__doc__
+    dims = 2
+
+
+class RepVGGBlock3d(_RepVGGBlock):
+    __doc__ = _RepVGGBlock.__doc__
+    dims = 3

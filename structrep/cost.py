@@ -1,0 +1,73 @@
+"""What a term and a map cost, from shapes alone.
+
+Costs are counted per output pixel of the whole term, so that no input size is needed: a layer before a stride of 2 in two
+dims works on four pixels for each of the term's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from structrep.algebra import Geometry
+from structrep.pattern import Term, _dims, geometry
+from structrep.readers import Layer
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Multiply-adds per output pixel (of all channels), stored numbers, and operations launched."""
+
+    multiply_adds: float
+    parameters: int
+    operations: int
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(
+            self.multiply_adds + other.multiply_adds, self.parameters + other.parameters, self.operations + other.operations
+        )
+
+
+def of_layer(g: Geometry) -> int:
+    """Multiply-adds of a map per output pixel."""
+    return g.out_channels * (g.in_channels // g.groups) * math.prod(g.kernel)
+
+
+def of_map(g: Geometry, bias: bool = True) -> Cost:
+    """A term's cost after it became one layer."""
+    return Cost(of_layer(g), of_layer(g) + bias * g.out_channels, 1)
+
+
+def of_term(term: Term) -> Cost:
+    """A term's cost as it is written; a layer used on two paths counts once."""
+    dims = _dims(term, None)
+    counted: dict[int, Cost] = {}
+    whole = geometry(term)
+
+
+    def price(part: Term, channels: int, density: float) -> None:
+        if part.op == "leaf":
+            assert part.layer is not None
+            shape = part.layer.shape(channels, dims)
+            counted.setdefault(id(part.layer), Cost(density * _work(part.layer, shape), part.layer.parameters, 1))
+        elif part.op == "seq":
+            shapes, inner = [], channels
+            for item in part.parts:
+                shapes.append(geometry(item, inner, dims))
+                inner = shapes[-1].out_channels
+            for item, shape in zip(reversed(part.parts), reversed(shapes), strict=True):
+                price(item, shape.in_channels, density)
+                density *= math.prod(shape.stride)
+        elif part.op in ("sum", "concat"):
+            for branch in part.parts:
+                price(branch, channels, density)
+            adds = (len(part.parts) - 1) * geometry(part, channels, dims).out_channels if part.op == "sum" else 0
+            counted.setdefault(id(part), Cost(density * adds, 0, len(part.parts) - 1 if part.op == "sum" else 1))
+
+    price(term, whole.in_channels, 1.0)
+    return sum(counted.values(), Cost(0, 0, 0))
+
+
+def _work(layer: Layer, shape: Geometry) -> int:
+    return 0 if layer.kind == "pad" else of_layer(shape)

@@ -1,0 +1,156 @@
+"""The driver: plan, apply, verify."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from structrep import readers, search
+from structrep.errors import BadInput, Refusal, StructrepError, VerificationError
+from structrep.pattern import geometry
+from structrep.proof import dtype_of, prove, run, verify
+from structrep.registry import Registry, Rule, resolve
+from structrep.report import MergeRecord, PlanRecord, RefusalRecord, as_text, plan_tables
+from structrep.rewrite import Draft
+from structrep.search import Findings, Merge, Missed
+from structrep.trace import Example, own_copy
+
+Rules = Registry | Iterable[str | Rule] | None
+
+
+class Plan:
+    """All merges and refusals for one model. Nothing is changed before `apply`."""
+
+    def __init__(self, model: nn.Module, findings: Findings) -> None:
+        self._model = model
+        self._missed = list(findings.missed)
+        self._draft = Draft(findings.traced, findings.merges)
+        for merge, reason in self._draft.refused:
+            self._refuse(merge, reason)
+        self._applied = False
+
+    @property
+    def merges(self) -> tuple[MergeRecord, ...]:
+        return tuple(_record(merge) for merge in self._draft.merges)
+
+    @property
+    def refusals(self) -> tuple[RefusalRecord, ...]:
+        return tuple(
+            RefusalRecord(where=m.where, rule=m.rule, what=m.what, kind=m.reason.kind, reason=str(m.reason)) for m in self._missed
+        )
+
+    @property
+    def record(self) -> PlanRecord:
+        return PlanRecord(model=type(self._model).__name__, merges=self.merges, refusals=self.refusals)
+
+    def prove(self) -> None:
+        """Prove every merge on its own region in float64; one that fails is taken out, and listed as refused."""
+        sound: list[Merge] = []
+        for merge in self._draft.merges:
+            try:
+                prove(merge)
+            except Refusal as reason:
+                self._refuse(merge, reason)
+            else:
+                sound.append(merge)
+        if len(sound) < len(self._draft.merges):
+            self._draft = Draft(self._draft.traced, sound)
+
+    def apply(self, inplace: bool = False) -> nn.Module:
+        """The deploy model: the same class and names, with every merge done.
+
+        Args:
+            inplace: change the model itself instead of a copy.
+
+        Raises:
+            StructrepError: the plan was applied in place before, and the model is no longer the one it was made for.
+        """
+        if self._applied:
+            raise StructrepError("this plan was applied in place already: make a new one with structrep.plan(model)")
+        self._applied = inplace
+        return self._draft.apply(self._model if inplace else own_copy(self._model))
+
+    def __str__(self) -> str:
+        return as_text(*plan_tables(self.record))
+
+    def __repr__(self) -> str:
+        return f"<Plan for {type(self._model).__name__}: {len(self._draft.merges)} merges, {len(self._missed)} refusals>"
+
+    def _refuse(self, merge: Merge, reason: Refusal) -> None:
+        self._missed.append(Missed(merge.where, merge.rules[-1], str(merge.term), reason))
+
+
+def plan(model: nn.Module, example_inputs: Example | None = None, *, rules: Rules = None) -> Plan:
+    """Find every merge in a model, and say of the others why not. The model is not changed.
+
+    Args:
+        model: any module in eval mode.
+        example_inputs: a tensor, a tuple of positional or a mapping of keyword arguments; tells shapes, which some merges
+            need.
+        rules: a registry, or names of registered rules and rules; all registered ones by default.
+
+    Raises:
+        TrainingMode: a norm has no fixed scale yet.
+        Uninitialized: a lazy parameter has no value yet.
+        UnknownRule: a name in `rules` is not registered.
+        BadInput: the model rejects the example inputs.
+    """
+    registry = resolve(rules)
+    search.check_ready(model)
+    if example_inputs is not None:
+        device = next((t.device for t in model.parameters()), torch.device("cpu"))
+        run(model, example_inputs, device, dtype_of(model))
+    return Plan(model, search.find(model, example_inputs, registry))
+
+
+def reparameterize(
+    model: nn.Module,
+    example_inputs: Example | None = None,
+    *,
+    rules: Rules = None,
+    inplace: bool = False,
+    verify: bool = True,
+) -> nn.Module:
+    """The equal model with every branch merged: the same class, methods and names, fewer layers.
+
+    Args:
+        model, example_inputs, rules: as for `plan`.
+        inplace: change the model itself instead of a copy.
+        verify: prove every merge on its region in float64 and, with example inputs, the whole model against its float64 self.
+
+    Raises:
+        VerificationError: the deploy model is farther from the truth than rounding explains; with `inplace`, the model is
+            then as it was.
+        TrainingMode, Uninitialized, UnknownRule, BadInput: as for `plan`.
+    """
+    planned = plan(model, example_inputs, rules=rules)
+    if verify:
+        planned.prove()
+    if not (verify and example_inputs is not None):
+        return planned.apply(inplace)
+    deploy = planned.apply()
+    _demand(model, deploy, example_inputs)
+    return planned.apply(inplace=True) if inplace else deploy
+
+
+def _demand(model: nn.Module, deploy: nn.Module, example_inputs: Example) -> None:
+    found = verify(model, deploy, example_inputs)
+    if not found.ok:
+        raise VerificationError(f"the deploy model differs from the training-time model by more than rounding\n{found}")
+
+
+def _record(merge: Merge) -> MergeRecord:
+    shape = geometry(merge.term)
+    taps = "x".join(map(str, shape.kernel))
+    return MergeRecord(
+        where=merge.where,
+        rules=merge.rules,
+        sources=merge.sources,
+        before=str(merge.term),
+        after=f"conv {taps}" if taps else "linear",
+        multiply_adds=(merge.before.multiply_adds, merge.after.multiply_adds),
+        parameters=(merge.before.parameters, merge.after.parameters),
+    )

@@ -1,0 +1,79 @@
+"""What can go wrong, said as: what was found, both values, the remedy.
+
+Two families. A `Refusal` is a merge that was *not* done; the plan lists it and the model keeps its branches there.
+Every other `StructrepError` stops the call; the user's model is then as it was.
+"""
+
+from __future__ import annotations
+
+
+class StructrepError(Exception):
+    """Base of everything structrep raises on purpose."""
+
+
+class Refusal(StructrepError):
+    """A merge that was not done, with the reason."""
+
+    @property
+    def kind(self) -> str:
+        return type(self).__name__
+
+
+class Inexact(Refusal):
+    """The merged map would differ from the original on some input, usually at the border."""
+
+
+class Incompatible(Refusal):
+    """Two maps cannot be added, composed or stacked: their channels, sizes or layouts differ."""
+
+
+class Costlier(Refusal):
+    """The merged layer would take more multiply-adds than the layers it replaces."""
+
+
+class Unreadable(Refusal):
+    """A layer is not a known linear map, or cannot be written back as a layer."""
+
+
+class WrongMerge(Refusal):
+    """A rule's merge function does not compute the term its pattern matched."""
+
+
+class Shared(Refusal):
+    """A value or a layer inside the merge is used elsewhere too."""
+
+
+class Hooked(Refusal):
+    """A hook watches or changes a value inside the merge."""
+
+
+class Mutated(Refusal):
+    """The input of the merge is overwritten in place before the merged layer would read it."""
+
+
+class Untraceable(Refusal):
+    """A module's forward cannot be followed by torch.fx; it is left as it is and its children are tried apart."""
+
+
+class InvalidRule(StructrepError):
+    """A rule was refused at registration."""
+
+
+class UnknownRule(StructrepError):
+    """A rule was asked for by a name that is not registered."""
+
+
+class TrainingMode(StructrepError):
+    """A norm is in training mode, so it has no fixed scale to fold."""
+
+
+class Uninitialized(StructrepError):
+    """The model still has lazy parameters without values."""
+
+
+class BadInput(StructrepError):
+    """The model does not accept the example inputs, or they are of no supported form."""
+
+
+class VerificationError(StructrepError):
+    """The deploy model is farther from the truth than the training-time model's own rounding explains."""

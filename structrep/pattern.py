@@ -1,0 +1,634 @@
+"""Terms, which are what a model computes, and patterns, which say what a term looks like.
+
+A `Term` is an expression over layers: `seq` (one after another), `sum` (branches added), `concat` (branches stacked),
+`one` (the input itself). `value(term)` evaluates it with the algebra.
+
+A pattern is built from leaves and combinators:
+
+    Conv  Norm  Affine  Pad  Leaf  Identity  Anything   |   Seq  Sum  Concat  Optional  Many
+
+    Sum(conv_norm(spatial).named("dense"), Optional(Norm() | Identity()).named("skip"))
+
+Matching is structural: order matters in `Seq` and `Concat`, not in `Sum`; class and attribute names never do.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import reduce
+from typing import Any, ClassVar, Literal, TypeVar
+
+from torch import fx
+
+from structrep import algebra
+from structrep.algebra import ConvMap, Geometry
+from structrep.errors import Incompatible, Unreadable
+from structrep.readers import Formula, Layer, rank
+
+# --- terms -------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Term:
+    """An expression over layers, of one input."""
+
+    op: Literal["one", "leaf", "seq", "sum", "concat"]
+    parts: tuple[Term, ...] = ()
+    layer: Layer | None = None
+    node: fx.Node | None = None  # where it was written: an addition, a concatenation
+    dim: int = 1  # of a concat
+
+    def leaves(self) -> Iterator[Layer]:
+        if self.layer is not None:
+            yield self.layer
+        for part in self.parts:
+            yield from part.leaves()
+
+    def __str__(self) -> str:
+        if self.op == "leaf":
+            return str(self.layer)
+        if self.op == "one":
+            return "x"
+        glue = {"seq": " -> ", "sum": " + ", "concat": " | "}[self.op]
+        return "(" + glue.join(map(str, self.parts)) + ")"
+
+
+ONE = Term("one")
+
+
+def leaf(layer: Layer) -> Term:
+    return Term("leaf", layer=layer, node=layer.node)
+
+
+def seq(parts: Sequence[Term]) -> Term:
+    """One after another; nested sequences are flattened, identities vanish."""
+    flat = [item for part in parts for item in (part.parts if part.op == "seq" else (part,)) if item.op != "one"]
+    return ONE if not flat else flat[0] if len(flat) == 1 else Term("seq", tuple(flat))
+
+
+def total(parts: Sequence[Term], node: fx.Node | None = None) -> Term:
+    """Branches added; nested sums are flattened."""
+    flat = [item for part in parts for item in (part.parts if part.op == "sum" else (part,))]
+    return Term("sum", tuple(flat), node=node)
+
+
+def stack(parts: Sequence[Term], node: fx.Node | None = None, dim: int = 1) -> Term:
+    """Branches stacked on the channels."""
+    return Term("concat", tuple(parts), node=node, dim=dim)
+
+
+T = TypeVar("T", ConvMap, Geometry)
+
+
+def value(term: Term, channels: int | None = None, dims: int | None = None) -> ConvMap:
+    """The map a term computes.
+
+    Args:
+        channels, dims: input channels and spatial dims, for terms whose layers leave them open.
+
+    Raises:
+        Inexact, Incompatible, Unreadable: it is not one map, or not known which.
+    """
+
+    def load(layer: Layer, c: int, d: int) -> ConvMap:
+        return layer.load(c, d)
+
+    return _evaluate(term, load, ConvMap.identity, algebra.concat, channels, dims)
+
+
+def geometry(term: Term, channels: int | None = None, dims: int | None = None) -> Geometry:
+    """The geometry of `value(term)`, without touching a weight."""
+
+    def one(c: int, d: int) -> Geometry:
+        return Geometry(c, c, (1,) * d, groups=c)
+
+    def join(parts: list[Geometry]) -> Geometry:
+        return reduce(Geometry.concat, parts)
+
+    def shape(layer: Layer, c: int, d: int) -> Geometry:
+        return layer.shape(c, d)
+
+    return _evaluate(term, shape, one, join, channels, dims)
+
+
+def _evaluate(
+    term: Term,
+    read: Callable[[Layer, int, int], T],
+    one: Callable[[int, int], T],
+    join: Callable[[list[T]], T],
+    channels: int | None,
+    dims: int | None,
+) -> T:
+    """The value of a term over maps or over geometries: the same expression either way."""
+    dims = _dims(term, dims)
+    known: dict[tuple[int, int], T] = {}  # a layer on two branches is read once
+
+    def out(part: T) -> int:
+        return part.out_channels if isinstance(part, Geometry) else part.geometry.out_channels
+
+    def walk(part: Term, c: int) -> T:
+        if (id(part), c) not in known:
+            known[id(part), c] = step(part, c)
+        return known[id(part), c]
+
+    def step(part: Term, c: int) -> T:
+        if part.op == "one":
+            return one(c, dims)
+        if part.op == "leaf":
+            assert part.layer is not None
+            if part.layer.in_channels not in (None, c):
+                raise Incompatible(f"a value of {c} channels meets a layer of {part.layer.in_channels}")
+            return read(part.layer, c, dims)
+        if part.op == "seq":
+            result = walk(part.parts[0], c)
+            for item in part.parts[1:]:
+                result = result >> walk(item, out(result))
+            return result
+        branches = [walk(branch, c) for branch in part.parts]
+        if part.op == "sum":
+            return reduce(lambda a, b: a + b, branches)
+        _check_concat_dim(part, dims)
+        return join(branches)
+
+    found = _in_channels(term) if channels is None else channels
+    if found is None:
+        raise Unreadable("no layer of the merge tells how many channels there are")
+    return walk(term, found)
+
+
+def _check_concat_dim(term: Term, dims: int) -> None:
+    """Channels are dim 1 of a batch; of a Linear's output, the last."""
+    if dims == 0 and term.dim != -1:
+        known = rank(term.node) if term.node is not None else None
+        if known is None or term.dim != known - 1:
+            raise Unreadable(f"a concatenation along dim {term.dim}, where features are on the last")
+    elif dims and term.dim not in (1, -(dims + 1)):
+        raise Unreadable(f"a concatenation along dim {term.dim}, where channels are on dim 1")
+
+
+def _dims(term: Term, given: int | None) -> int:
+    """Spatial dims that all layers agree on."""
+    found = {layer.dims for layer in term.leaves() if layer.dims is not None} | ({given} if given is not None else set())
+    if len(found) != 1:
+        raise Incompatible(
+            f"layers of {' and '.join(map(str, sorted(found)))} spatial dims meet"
+            if found
+            else "no layer tells how many spatial dims there are"
+        )
+    dims = found.pop()
+    if dims == 0:
+        for layer in term.leaves():
+            if layer.kind == "norm" and (layer.node is None or rank(layer.node) != 2):
+                raise Unreadable(
+                    "a batch norm after a Linear normalises dim 1, the Linear acts on the last: they agree only on 2-d values, "
+                    "and this value is not known to be one; pass example_inputs"
+                )
+    return dims
+
+
+def _in_channels(term: Term) -> int | None:
+    """Input channels, from the first layer on any path that says so."""
+    if term.op == "leaf":
+        assert term.layer is not None
+        return term.layer.in_channels
+    if term.op == "seq":
+        for part in term.parts:
+            found = _in_channels(part)
+            if found is not None or not _keeps_channels(part):
+                return found
+        return None
+    return next((found for part in term.parts if (found := _in_channels(part)) is not None), None)
+
+
+def _keeps_channels(term: Term) -> bool:
+    if term.op == "leaf":
+        assert term.layer is not None
+        return term.layer.in_channels is None and term.layer.out_channels is None
+    return term.op != "concat" and all(_keeps_channels(part) for part in term.parts)
+
+
+# --- patterns -----------------------------------------------------------------------------------------------------------------
+
+Captures = dict[str, "Term | list[Term]"]
+
+
+class Pattern:
+    """What a term may look like. Subclasses say how much of a sequence of terms they take."""
+
+    name: str | None = None
+    repeats = False  # captures a list
+
+    def named(self, name: str) -> Pattern:
+        """The same pattern, whose match is handed to the merge function under `name`."""
+        twin = replace(self)  # type: ignore[type-var]
+        twin.name = name
+        return twin
+
+    def __or__(self, other: Pattern) -> Pattern:
+        return Either((self, other))
+
+    def match(self, term: Term) -> Captures | None:
+        """What a term's parts are called, or None if it is not of this form."""
+        items = term.parts if term.op == "seq" else () if term.op == "one" else (term,)
+        return next((found for taken, found in self.take(items) if taken == len(items)), None)
+
+    def take(self, items: tuple[Term, ...]) -> Iterator[tuple[int, Captures]]:
+        """All ways to match a first stretch of a sequence: how many items, and the names."""
+        for taken, found in self._take(items):
+            yield taken, found if self.name is None else {**found, self.name: seq(items[:taken])}
+
+    def _take(self, items: tuple[Term, ...]) -> Iterator[tuple[int, Captures]]:
+        raise NotImplementedError
+
+    def names(self) -> list[str]:
+        """All names it hands to a merge function, in order."""
+        return ([self.name] if self.name else []) + [name for part in self.inside() for name in part.names()]
+
+    def inside(self) -> tuple[Pattern, ...]:
+        return ()
+
+    def fits_plain_conv(self) -> bool:
+        """Whether one plain convolution is of this form: a rule with such a pattern would match its own output."""
+        raise NotImplementedError
+
+    def fits_nothing(self) -> bool:
+        """Whether the bare input is of this form."""
+        return False
+
+
+class _One(Pattern):
+    """A pattern that takes exactly one item."""
+
+    def _take(self, items: tuple[Term, ...]) -> Iterator[tuple[int, Captures]]:
+        if items and (found := self.accept(items[0])) is not None:
+            yield 1, found
+
+    def accept(self, term: Term) -> Captures | None:
+        raise NotImplementedError
+
+
+Kernel = Callable[[tuple[int, ...]], bool]
+
+
+def pointwise(kernel: tuple[int, ...]) -> bool:
+    """1x1 (or a Linear)."""
+    return all(k == 1 for k in kernel)
+
+
+def spatial(kernel: tuple[int, ...]) -> bool:
+    """More than one tap."""
+    return not pointwise(kernel)
+
+
+def line(kernel: tuple[int, ...]) -> bool:
+    """kx1 or 1xk, k > 1."""
+    return sum(k > 1 for k in kernel) == 1 and len(kernel) > 1
+
+
+@dataclass(eq=False)
+class Leaf(_One):
+    """Any single layer."""
+
+    def accept(self, term: Term) -> Captures | None:
+        return {} if term.op == "leaf" else None
+
+    def fits_plain_conv(self) -> bool:
+        return True
+
+    def __str__(self) -> str:
+        return _label("layer", self)
+
+
+@dataclass(eq=False)
+class Conv(_One):
+    """A convolution or Linear.
+
+    Args:
+        kernel: a predicate on the kernel size; None takes any.
+        formula: a predicate on how the kernel is computed from parameters, for families that live in weight space; None
+            takes any kernel, computed or not.
+    """
+
+    kernel: Kernel | None = None
+    formula: Callable[[Formula], bool] | None = None
+
+    def accept(self, term: Term) -> Captures | None:
+        if term.op != "leaf" or term.layer is None or term.layer.weight is None:
+            return None
+        if self.kernel and not self.kernel(tuple(term.layer.weight.shape[2:])):
+            return None
+        if self.formula and not (term.layer.formula and self.formula(term.layer.formula)):
+            return None
+        return {}
+
+    def fits_plain_conv(self) -> bool:
+        return self.formula is None
+
+    def __str__(self) -> str:
+        kind = self.formula.__name__.replace("_", " ") if self.formula else ""
+        shape = self.kernel.__name__ if self.kernel else ""
+        return _label(" ".join(word for word in (kind, shape, "conv") if word), self)
+
+
+@dataclass(eq=False)
+class Norm(_One):
+    """A batch norm with fixed statistics."""
+
+    def accept(self, term: Term) -> Captures | None:
+        return {} if term.op == "leaf" and term.layer is not None and term.layer.kind == "norm" else None
+
+    def fits_plain_conv(self) -> bool:
+        return False
+
+    def __str__(self) -> str:
+        return _label("norm", self)
+
+
+@dataclass(eq=False)
+class _Run(Pattern):
+    """One or more layers of certain kinds in a row, the longest run first."""
+
+    kinds: ClassVar[frozenset[str]]
+
+    def _take(self, items: tuple[Term, ...]) -> Iterator[tuple[int, Captures]]:
+        alike = itertools.takewhile(lambda item: item.layer is not None and item.layer.kind in self.kinds, items)
+        for taken in range(sum(1 for _ in alike), 0, -1):
+            yield taken, {}
+
+    def fits_plain_conv(self) -> bool:
+        return False
+
+    def __str__(self) -> str:
+        return _label(type(self).__name__.lower(), self)
+
+
+class Affine(_Run):
+    """One or more scales and shifts per channel: norms in any dress, layer scales, signs."""
+
+    kinds = frozenset({"norm", "affine"})
+
+
+class Pad(_Run):
+    """One or more explicit pads or crops."""
+
+    kinds = frozenset({"pad"})
+
+
+@dataclass(eq=False)
+class Identity(Pattern):
+    """The input itself."""
+
+    def _take(self, items: tuple[Term, ...]) -> Iterator[tuple[int, Captures]]:
+        yield 0, {}
+
+    def fits_plain_conv(self) -> bool:
+        return False
+
+    def fits_nothing(self) -> bool:
+        return True
+
+    def __str__(self) -> str:
+        return _label("x", self)
+
+
+@dataclass(eq=False)
+class Anything(Pattern):
+    """Any term at all, the longest first: what the laws are stated over."""
+
+    def _take(self, items: tuple[Term, ...]) -> Iterator[tuple[int, Captures]]:
+        for taken in range(len(items), -1, -1):
+            yield taken, {}
+
+    def fits_plain_conv(self) -> bool:
+        return True
+
+    def fits_nothing(self) -> bool:
+        return True
+
+    def __str__(self) -> str:
+        return _label("...", self)
+
+
+@dataclass(eq=False)
+class Either(Pattern):
+    """One pattern or another."""
+
+    options: tuple[Pattern, ...] = ()
+
+    def _take(self, items: tuple[Term, ...]) -> Iterator[tuple[int, Captures]]:
+        for option in self.options:
+            yield from option.take(items)
+
+    def inside(self) -> tuple[Pattern, ...]:
+        return self.options
+
+    def fits_plain_conv(self) -> bool:
+        return any(option.fits_plain_conv() for option in self.options)
+
+    def fits_nothing(self) -> bool:
+        return any(option.fits_nothing() for option in self.options)
+
+    def __str__(self) -> str:
+        return _label(" or ".join(map(str, self.options)), self)
+
+
+@dataclass(eq=False)
+class Optional(Pattern):
+    """A branch or stage that may be absent: then it is 0 in a sum, 1 in a sequence."""
+
+    part: Pattern = field(default_factory=Leaf)
+
+    def _take(self, items: tuple[Term, ...]) -> Iterator[tuple[int, Captures]]:
+        yield from self.part.take(items)
+        yield 0, {}
+
+    def take(self, items: tuple[Term, ...]) -> Iterator[tuple[int, Captures]]:
+        for taken, found in self.part.take(items):
+            yield taken, found if self.name is None else {**found, self.name: seq(items[:taken])}
+        yield 0, {}
+
+    def inside(self) -> tuple[Pattern, ...]:
+        return (self.part,)
+
+    def fits_plain_conv(self) -> bool:
+        return self.part.fits_plain_conv()
+
+    def fits_nothing(self) -> bool:
+        return True
+
+    def __str__(self) -> str:
+        return _label(f"[{self.part}]", self)
+
+
+@dataclass(eq=False)
+class Many(Pattern):
+    """One or more alike: stages in a sequence, branches in a sum or concat. Its name captures a list."""
+
+    part: Pattern = field(default_factory=Leaf)
+    least: int = 1
+    repeats = True
+
+    def take(self, items: tuple[Term, ...]) -> Iterator[tuple[int, Captures]]:
+        for taken, pieces in self._pieces(items, 0):
+            if len(pieces) >= self.least:
+                yield taken, {} if self.name is None else {self.name: pieces}
+
+    def _pieces(self, items: tuple[Term, ...], depth: int) -> Iterator[tuple[int, list[Term]]]:
+        for taken, _ in self.part.take(items):
+            if taken:
+                for more, pieces in self._pieces(items[taken:], depth + 1):
+                    yield taken + more, [seq(items[:taken]), *pieces]
+        yield 0, []
+
+    def inside(self) -> tuple[Pattern, ...]:
+        return (self.part,)
+
+    def fits_plain_conv(self) -> bool:
+        return self.least <= 1 and self.part.fits_plain_conv()
+
+    def __str__(self) -> str:
+        return _label(f"{self.part} x{self.least}+", self)
+
+
+class _Combined(Pattern):
+    """A combinator over several patterns."""
+
+    def __init__(self, *parts: Pattern) -> None:
+        if not parts:
+            raise ValueError(f"{type(self).__name__} of nothing: give it at least one pattern")
+        self.parts = parts
+
+    def named(self, name: str) -> Pattern:
+        twin = type(self)(*self.parts)
+        twin.name = name
+        return twin
+
+    def inside(self) -> tuple[Pattern, ...]:
+        return self.parts
+
+    def fits_plain_conv(self) -> bool:
+        """One part may be the convolution if all others may be absent."""
+        return any(
+            part.fits_plain_conv() and all(other.fits_nothing() for other in self.parts if other is not part) for part in self.parts
+        )
+
+
+class Seq(_Combined):
+    """One after another."""
+
+    def _take(self, items: tuple[Term, ...]) -> Iterator[tuple[int, Captures]]:
+        yield from self._rest(self.parts, items)
+
+    def _rest(self, parts: tuple[Pattern, ...], items: tuple[Term, ...]) -> Iterator[tuple[int, Captures]]:
+        if not parts:
+            yield 0, {}
+            return
+        for taken, found in parts[0].take(items):
+            for more, rest in self._rest(parts[1:], items[taken:]):
+                yield taken + more, {**found, **rest}
+
+    def fits_nothing(self) -> bool:
+        return all(part.fits_nothing() for part in self.parts)
+
+    def __str__(self) -> str:
+        return _label(" -> ".join(map(_bracketed, self.parts)), self)
+
+
+class Sum(_Combined):
+    """Branches on one input, added, in any order."""
+
+    def _take(self, items: tuple[Term, ...]) -> Iterator[tuple[int, Captures]]:
+        if items and items[0].op == "sum":
+            for found in _assign(self.parts, items[0].parts):
+                yield 1, found
+
+    def fits_plain_conv(self) -> bool:
+        return False  # a plain convolution is no sum, not even of one
+
+    def __str__(self) -> str:
+        return _label(" + ".join(map(_bracketed, self.parts)), self)
+
+
+def _assign(patterns: tuple[Pattern, ...], branches: tuple[Term, ...]) -> Iterator[Captures]:
+    """All ways to give every branch to one pattern; a Many takes what the others leave."""
+    singles = [p for p in patterns if not isinstance(p, Many)]
+    many = next((p for p in patterns if isinstance(p, Many)), None)
+
+    def place(left: list[Pattern], free: tuple[Term, ...], found: Captures) -> Iterator[Captures]:
+        if left:
+            first = left[0]
+            for index, branch in enumerate(free):
+                if not (isinstance(first, Optional) and branch.op == "one" and not first.part.fits_nothing()):
+                    captured = first.match(branch)
+                    if captured is not None:
+                        yield from place(left[1:], free[:index] + free[index + 1 :], {**found, **captured})
+            if isinstance(first, Optional):
+                yield from place(left[1:], free, found)
+        elif many is not None:
+            if len(free) >= many.least and all(many.part.match(branch) is not None for branch in free):
+                yield found if many.name is None else {**found, many.name: list(free)}
+        elif not free:
+            yield found
+
+    yield from place(singles, branches, {})
+
+
+class Concat(_Combined):
+    """Branches on one input, stacked on the channels, in order."""
+
+    def _take(self, items: tuple[Term, ...]) -> Iterator[tuple[int, Captures]]:
+        if not items or items[0].op != "concat":
+            return
+        branches = items[0].parts
+        if len(self.parts) == 1 and isinstance(self.parts[0], Many):
+            many = self.parts[0]
+            if len(branches) >= many.least and all(many.part.match(b) is not None for b in branches):
+                yield 1, {} if many.name is None else {many.name: list(branches)}
+        elif len(branches) == len(self.parts):
+            found: Captures = {}
+            for pattern, branch in zip(self.parts, branches, strict=True):
+                captured = pattern.match(branch)
+                if captured is None:
+                    return
+                found |= captured
+            yield 1, found
+
+    def fits_plain_conv(self) -> bool:
+        return False
+
+    def __str__(self) -> str:
+        return _label(" | ".join(map(_bracketed, self.parts)), self)
+
+
+def conv_norm(kernel: Kernel | None = None) -> Pattern:
+    """A convolution, and whatever scales and shifts follow it: the branch of nearly every paper. It may read a padded or
+    cropped input, which only moves its taps."""
+    return Seq(Optional(Pad()), Conv(kernel), Optional(Affine()))
+
+
+def _label(text: str, pattern: Pattern) -> str:
+    return f"{pattern.name}: {text}" if pattern.name else text
+
+
+def _bracketed(pattern: Pattern) -> str:
+    return f"({pattern})" if pattern.name or isinstance(pattern, _Combined) else str(pattern)
+
+
+def arguments(pattern: Pattern, found: Captures, read: Callable[[Term], Any]) -> dict[str, Any]:
+    """Captures as a merge function takes them: maps by name; absent branches 0, absent stages 1, repeated parts lists."""
+    result = _absent(pattern, in_sum=False)
+    for name, captured in found.items():
+        result[name] = [read(term) for term in captured] if isinstance(captured, list) else read(captured)
+    return result
+
+
+def _absent(pattern: Pattern, in_sum: bool) -> dict[str, Any]:
+    """The neutral element for every name below a pattern."""
+    neutral: Any = [] if pattern.repeats else 0 if in_sum else 1
+    result = {pattern.name: neutral} if pattern.name else {}
+    inside_sum = isinstance(pattern, (Sum, Concat)) or (in_sum and isinstance(pattern, (Optional, Either, Many)))
+    for part in pattern.inside():
+        result |= _absent(part, inside_sum)
+    return result

@@ -1,0 +1,213 @@
+"""Proof that the value was put back rightly: regions one by one, and the whole model against the float64 truth.
+
+There are no tolerances to choose. With a float64 copy of the training-time model as truth, the deploy model may err about
+as much as the training-time model errs by rounding alone in the same dtype.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, fx, nn
+
+from structrep.algebra import ConvMap
+from structrep.errors import BadInput, WrongMerge
+from structrep.readers import only_asserted
+from structrep.registry import COEFFICIENT_ROUNDING
+from structrep.report import OutputRecord, Verification
+from structrep.search import Merge
+from structrep.trace import Example, as_arguments, shallow_copy
+
+SLACK = 4.0  # rounding errors of two equal models are alike, not equal
+
+
+def verify(
+    reference: nn.Module,
+    deploy: nn.Module,
+    example_inputs: Example,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Verification:
+    """Compare a deploy model with its training-time model; neither is changed.
+
+    Args:
+        example_inputs: a tensor, a tuple of positional or a mapping of keyword arguments.
+        device: where to run both; CUDA when there is one, else CPU.
+        dtype: what to run both in; the reference's own by default. The truth is float64 always.
+
+    Returns:
+        Errors of all outputs, relative to each output's largest value; `.ok` says whether they are rounding.
+
+    Raises:
+        BadInput: a model rejects the inputs, or the two models' outputs differ in structure or shape.
+    """
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = dtype or dtype_of(reference)
+    # Weights that were cast to float32 when they were merged cannot be nearer the truth than that.
+    coarsest = max(dtype, dtype_of(deploy), key=lambda d: torch.finfo(d).eps)
+    with _tf32_off(), torch.random.fork_rng():
+        truth = run(reference, example_inputs, device, torch.float64)
+        ours = run(deploy, example_inputs, device, dtype)
+        probe = torch.float32 if coarsest == torch.float64 else coarsest
+        theirs = run(reference, example_inputs, device, probe)
+    if not len(truth) == len(ours) == len(theirs):
+        raise BadInput(f"the training-time model gives {len(truth)} tensors, the deploy model {len(ours)}")
+    scale = torch.finfo(coarsest).eps / torch.finfo(probe).eps  # rounding noise is proportional to eps
+    floor = torch.finfo(coarsest).eps
+    outputs = []
+    for index, (exact, mine, rounded) in enumerate(zip(truth, ours, theirs, strict=True)):
+        if exact.shape != mine.shape:
+            raise BadInput(f"output {index} has shape {tuple(exact.shape)} before and {tuple(mine.shape)} after")
+        noise = max(floor, scale * relative_error(rounded, exact))
+        outputs.append(
+            OutputRecord(name=f"{index}", shape=tuple(exact.shape), error=relative_error(mine, exact), noise=noise)
+        )
+    return Verification(
+        device=_device_name(device),
+        dtype=str(dtype).removeprefix("torch."),
+        tf32=False,
+        torch=torch.__version__,
+        slack=SLACK,
+        outputs=tuple(outputs),
+    )
+
+
+def run(model: nn.Module, example_inputs: Example, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+    """All tensors that a copy of the model gives, in that dtype on that device; the model itself is left alone.
+
+    Raises:
+        BadInput: the model rejects the inputs.
+    """
+
+    def moved(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        return leaf.to(device, dtype) if leaf.is_floating_point() else leaf.to(device)
+
+    args, kwargs = pytree.tree_map(moved, as_arguments(example_inputs))
+    twin = shallow_copy(model).to(device, dtype)
+    torch.manual_seed(0)
+    try:
+        with torch.no_grad():
+            result = twin(*args, **kwargs)
+    except Exception as error:
+        shapes = [tuple(x.shape) for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        raise BadInput(f"{type(model).__name__} does not accept inputs of shape {shapes}: {error}") from error
+    return list(tensors(result))
+
+
+def tensors(value: Any) -> Iterator[Tensor]:
+    """All tensors in a model's output, in order."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from tensors(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from tensors(item)
+    elif hasattr(value, "__dataclass_fields__"):
+        for name in value.__dataclass_fields__:
+            yield from tensors(getattr(value, name))
+
+
+def relative_error(value: Tensor, truth: Tensor) -> float:
+    """Largest difference, relative to the truth's largest value; infinite where only one of them is finite."""
+    value, truth = value.detach().double(), truth.detach().double()
+    both = torch.isfinite(value) & torch.isfinite(truth)
+    if not torch.equal(torch.where(both, 0.0, value).nan_to_num(0.5), torch.where(both, 0.0, truth).nan_to_num(0.5)):
+        return float("inf")
+    gap = torch.where(both, value - truth, 0.0).abs()
+    peak = torch.where(both, truth, 0.0).abs()
+    if not gap.numel() or not gap.any():
+        return 0.0
+    return float(gap.max() / peak.max()) if peak.any() else float("inf")
+
+
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """The floating-point dtype of a model's parameters; float32 if it has none."""
+    return next((t.dtype for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()), torch.float32)
+
+
+# --- regions --------------------------------------------------------------------------------------------------------------------
+
+
+def prove(merge: Merge) -> None:
+    """Run the stretch of the traced graph and the merged map on random float64 input of odd and tiny sizes.
+
+    Raises:
+        WrongMerge: they differ.
+    """
+    map_ = merge.value()
+    region = _Region(merge)
+    generator = torch.Generator().manual_seed(0)
+    for size in _sizes(map_):
+        x = torch.randn(2, map_.geometry.in_channels, *size, dtype=torch.float64, generator=generator).to(map_.kernel.device)
+        with torch.no_grad():
+            before, after = region(x), map_(x)
+        if before.shape != after.shape:
+            raise WrongMerge(f"on an input of {size} pixels the layers give {tuple(before.shape)}, merged {tuple(after.shape)}")
+        error = relative_error(after, before)
+        if error > COEFFICIENT_ROUNDING:
+            raise WrongMerge(f"on an input of {size} pixels the merged layer is off by {error:.1e}, relative to the largest output")
+
+
+def _sizes(map_: ConvMap) -> list[tuple[int, ...]]:
+    """The smallest input with an output, and an odd larger one, different in every dim."""
+    g = map_.geometry
+    least = [max(1, 1 - over, *(0 if map_.border == "constant" else max(pad) + 1 for _ in (0,))) for over, pad in zip(g.overhang, g.pad, strict=True)]
+    return [tuple(least), tuple(n + 4 + index for index, n in enumerate(least))] if g.dims else [()]
+
+
+class _Region:
+    """The nodes of a merge, as a function in float64."""
+
+    def __init__(self, merge: Merge) -> None:
+        self.merge = merge
+        self.nodes = sorted(merge.nodes, key=lambda node: node.meta["index"])
+        self.modules: dict[nn.Module, nn.Module] = {}
+
+    def __call__(self, x: Tensor) -> Tensor:
+        values: dict[fx.Node, Any] = {self.merge.base: x}
+
+        def load(node: fx.Node) -> Any:
+            if node.op == "get_attr":
+                constant = node.meta["value"]
+                return constant.detach().double() if constant.is_floating_point() else constant
+            return values[node]
+
+        for node in self.nodes:
+            if only_asserted(node):
+                continue
+            args, kwargs = fx.node.map_arg(node.args, load), fx.node.map_arg(node.kwargs, load)
+            if node.op == "call_module":
+                module = node.meta["call"].module
+                if module not in self.modules:
+                    self.modules[module] = shallow_copy(module).double()
+                values[node] = self.modules[module](*args, **kwargs)
+            elif node.op == "call_method":
+                values[node] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
+            else:
+                assert callable(node.target)
+                values[node] = node.target(*args, **kwargs)
+        result: Tensor = values[self.merge.root]
+        return result
+
+
+@contextlib.contextmanager
+def _tf32_off() -> Iterator[None]:
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

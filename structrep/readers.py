@@ -1,0 +1,764 @@
+"""How one operation is read as a map, and how a map is written back as a layer.
+
+A reader turns a module, or a call in a torch.fx graph, into one of
+
+* `Layer`: a map of one input. Its channel count or spatial dims may be open (a scalar factor, an average pool, an
+  identity); they are filled in from the layers around it.
+* `Total`: a signed sum of its inputs.
+* `Stack`: its inputs concatenated.
+* `Same`: its input, unchanged (dropout in eval mode, an identity, a cast-free copy).
+
+A module type is read only if its forward is the very one the reader was written for; what a reader knows, the tracer
+keeps whole. Everything is read in float64.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from structrep.algebra import Border, ConvMap, Geometry, Ints, Pads
+from structrep.errors import Unreadable
+
+# --- what reading gives ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Formula:
+    """How a kernel is computed from parameters: the torch functions called and the parameters they were called on."""
+
+    calls: frozenset[str]
+    parameters: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """A map of one input.
+
+    Args:
+        kind: "conv", "linear", "norm", "affine", "pool" or "pad".
+        load: the map itself, given the channel count of its input and the number of spatial dims.
+        shape: its geometry, given the same; touches no weight.
+        in_channels, out_channels, dims: None where open.
+        parameters: how many numbers the layer stores.
+        shifts: whether it can add a constant.
+        weight: the kernel tensor of a convolution or Linear.
+        formula: how that kernel was computed, if it is no parameter itself.
+        source, node: in a graph, the node that feeds it and the node that it is.
+    """
+
+    kind: str
+    load: Callable[[int, int], ConvMap]
+    shape: Callable[[int, int], Geometry]
+    in_channels: int | None = None
+    out_channels: int | None = None
+    dims: int | None = None
+    parameters: int = 0
+    shifts: bool = False
+    weight: Tensor | None = None
+    formula: Formula | None = None
+    source: fx.Node | None = None
+    node: fx.Node | None = None
+
+    def __str__(self) -> str:
+        if self.weight is None:
+            return self.kind
+        taps = "x".join(map(str, self.weight.shape[2:]))
+        return f"{self.kind} {taps}" if taps else self.kind
+
+
+@dataclass(frozen=True)
+class Total:
+    """A signed sum: ((input, coefficient), ...)."""
+
+    parts: tuple[tuple[fx.Node, float], ...]
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Inputs concatenated along dimension `dim`."""
+
+    parts: tuple[fx.Node, ...]
+    dim: int
+
+
+@dataclass(frozen=True)
+class Same:
+    """The input itself."""
+
+    source: fx.Node
+
+
+Reading = Layer | Total | Stack | Same
+
+# --- modules -------------------------------------------------------------------------------------------------------------
+
+_MODULES: dict[type[nn.Module], Callable[[Any], Layer | None]] = {}
+_IDENTITIES: tuple[type[nn.Module], ...] = (
+    nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout,
+)  # fmt: skip
+
+
+def _reads(*types: type[nn.Module]) -> Callable[[Callable[[Any], Layer | None]], Callable[[Any], Layer | None]]:
+    def register(reader: Callable[[Any], Layer | None]) -> Callable[[Any], Layer | None]:
+        for type_ in types:
+            _MODULES[type_] = reader
+        return reader
+
+    return register
+
+
+def _reader(module: nn.Module) -> Callable[[Any], Layer | None] | None:
+    """The reader written for the forward that this module really runs."""
+    if "forward" in module.__dict__:
+        return None
+    for base in type(module).__mro__:
+        if base in _MODULES or base in _IDENTITIES:
+            runs_it = all(
+                getattr(type(module), name, None) is getattr(base, name, None) for name in ("forward", "_conv_forward", "__call__")
+            )
+            return _MODULES.get(base, lambda _: None) if runs_it else None
+    return None
+
+
+def knows(module: nn.Module) -> bool:
+    """Whether a module is read as a whole."""
+    return _reader(module) is not None
+
+
+def hooks(module: nn.Module) -> bool:
+    """Whether something watches or changes what goes in or out of a module."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def generated(module: nn.Module) -> bool:
+    """Whether a module's forward was written by an earlier `reparameterize`."""
+    return hasattr(type(module), "__structrep_source__")
+
+
+def read_module(module: nn.Module) -> Layer | None:
+    """A module as a map; None if it is none.
+
+    Raises:
+        Unreadable: a norm that has no fixed scale.
+    """
+    reader = _reader(module)
+    return reader(module) if reader else None
+
+
+@_reads(nn.Conv1d, nn.Conv2d, nn.Conv3d)
+def _(conv: nn.Conv2d) -> Layer:
+    border: Border = "constant" if conv.padding_mode == "zeros" else conv.padding_mode  # type: ignore[assignment]
+    return conv_layer(conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups, border)
+
+
+@_reads(nn.Linear)
+def _(linear: nn.Linear) -> Layer:
+    return linear_layer(linear.weight, linear.bias)
+
+
+@_reads(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+def _(norm: nn.BatchNorm2d) -> Layer:
+    dims = {nn.BatchNorm2d: 2, nn.BatchNorm3d: 3}.get(next((t for t in type(norm).__mro__ if t in _MODULES), nn.Module))
+    return norm_layer(norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps, norm.training, dims)
+
+
+@_reads(nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
+def _(pool: nn.AvgPool2d) -> Layer | None:
+    dims = {nn.AvgPool1d: 1, nn.AvgPool2d: 2, nn.AvgPool3d: 3}[next(t for t in type(pool).__mro__ if t in _MODULES)]
+    return pool_layer(
+        dims, pool.kernel_size, pool.stride, pool.padding, pool.ceil_mode, pool.count_include_pad,
+        getattr(pool, "divisor_override", None),
+    )  # fmt: skip
+
+
+@_reads(nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d, nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d)
+def _(pad: nn.ConstantPad2d) -> Layer:
+    return pad_layer(pad.padding, "constant", pad.value)
+
+
+@_reads(nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReflectionPad3d)
+def _(pad: nn.ReflectionPad2d) -> Layer:
+    return pad_layer(pad.padding, "reflect")
+
+
+@_reads(nn.ReplicationPad1d, nn.ReplicationPad2d, nn.ReplicationPad3d)
+def _(pad: nn.ReplicationPad2d) -> Layer:
+    return pad_layer(pad.padding, "replicate")
+
+
+@_reads(nn.CircularPad1d, nn.CircularPad2d, nn.CircularPad3d)
+def _(pad: nn.CircularPad2d) -> Layer:
+    return pad_layer(pad.padding, "circular")
+
+
+# --- layers from their numbers ----------------------------------------------------------------------------------------------
+
+
+def conv_layer(
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: int | Sequence[int],
+    padding: str | int | Sequence[int],
+    dilation: int | Sequence[int],
+    groups: int,
+    border: Border = "constant",
+) -> Layer:
+    """A convolution as torch defines it; "same" puts the odd pixel of padding on the high side."""
+    dims = weight.ndim - 2
+    taps = tuple(weight.shape[2:])
+    steps = _each(dilation, dims)
+    pads: Pads
+    if padding == "same":
+        totals = [d * (k - 1) for d, k in zip(steps, taps, strict=True)]
+        pads = tuple((total // 2, total - total // 2) for total in totals)
+    elif padding == "valid":
+        pads = ((0, 0),) * dims
+    else:
+        pads = tuple((p, p) for p in _each(padding, dims))  # type: ignore[arg-type]
+    geometry = Geometry(weight.shape[1] * groups, weight.shape[0], taps, _each(stride, dims), steps, pads, groups)
+
+    def load(channels: int, dims: int) -> ConvMap:
+        g = geometry
+        return ConvMap(
+            weight.detach(), bias, stride=g.stride, pad=g.pad, dilation=g.dilation, groups=g.groups, border=border,
+        )  # fmt: skip
+
+    return Layer(
+        "conv",
+        load,
+        lambda c, d: geometry,
+        geometry.in_channels,
+        geometry.out_channels,
+        dims,
+        _count(weight, bias),
+        bias is not None,
+        weight,
+    )
+
+
+def linear_layer(weight: Tensor, bias: Tensor | None) -> Layer:
+    """y = W x + b on the last dimension."""
+    geometry = Geometry(weight.shape[1], weight.shape[0])
+    return Layer(
+        "linear",
+        lambda c, d: ConvMap(weight.detach(), bias),
+        lambda c, d: geometry,
+        weight.shape[1],
+        weight.shape[0],
+        0,
+        _count(weight, bias),
+        bias is not None,
+        weight,
+    )
+
+
+def norm_layer(
+    mean: Tensor | None,
+    var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    training: bool,
+    dims: int | None = None,
+) -> Layer:
+    """A batch norm with fixed statistics: scale = weight / sqrt(var + eps), shift = bias - mean * scale.
+
+    Raises:
+        Unreadable: the statistics are those of the batch.
+    """
+    if training or mean is None or var is None:
+        raise Unreadable(
+            "the norm takes its statistics from each batch "
+            + ("(training mode): call model.eval() first" if training else "(track_running_stats=False): it is no fixed map")
+        )
+
+    def load(channels: int, dims: int) -> ConvMap:
+        scale = (var.double() + eps).rsqrt()
+        scale = scale if weight is None else weight.detach().double() * scale
+        shift = -mean.double() * scale
+        return ConvMap.scale(scale, shift if bias is None else bias.detach().double() + shift, dims=dims)
+
+    return diagonal_layer("norm", load, mean.numel(), dims, _count(mean, var, weight, bias))
+
+
+def diagonal_layer(
+    kind: str, load: Callable[[int, int], ConvMap], channels: int | None, dims: int | None, parameters: int
+) -> Layer:
+    """A scale and shift per channel."""
+
+    def shape(c: int, d: int) -> Geometry:
+        return Geometry(c, c, (1,) * d, groups=c)
+
+    return Layer(kind, load, shape, channels, channels, dims, parameters, shifts=True)
+
+
+def pool_layer(
+    dims: int,
+    kernel: int | Sequence[int],
+    stride: int | Sequence[int] | None,
+    padding: int | Sequence[int],
+    ceil_mode: bool,
+    count_include_pad: bool,
+    divisor: int | None,
+) -> Layer | None:
+    """An average pool, where each window divides by the same number."""
+    taps, pads = _each(kernel, dims), _each(padding, dims)
+    if ceil_mode or (any(pads) and not count_include_pad):
+        return None
+    steps = _each(taps if stride in (None, ()) else stride, dims)  # type: ignore[arg-type]
+
+    def shape(c: int, d: int) -> Geometry:
+        return Geometry(c, c, taps, steps, (), tuple((p, p) for p in pads), c)
+
+    def load(c: int, d: int) -> ConvMap:
+        kernel = torch.full((c, 1, *taps), 1.0 / (divisor or math.prod(taps)), dtype=torch.float64)
+        return ConvMap.of(shape(c, d), kernel)
+
+    return Layer("pool", load, shape, None, None, dims)
+
+
+def pad_layer(sides: Sequence[int], border: Border, value: float = 0.0) -> Layer:
+    """An explicit pad or crop; `sides` as in `torch.nn.functional.pad`, last dim first."""
+    pairs = tuple((sides[i], sides[i + 1]) for i in range(len(sides) - 2, -1, -2))
+
+    def shape(c: int, d: int) -> Geometry:
+        if len(pairs) > d:
+            raise Unreadable(f"a pad of {len(pairs)} dims reaches beyond the {d} spatial ones")
+        return Geometry(c, c, (1,) * d, pad=((0, 0),) * (d - len(pairs)) + pairs, groups=c)
+
+    return _tap_layer("pad", shape, border, value)
+
+
+def crop_layer(index: tuple[Any, ...]) -> Layer | None:
+    """x[:, :, a:b, c:d] with constant starts and stops counted from the ends."""
+    if len(index) < 3 or index[:2] != (slice(None), slice(None)):
+        return None
+    pads = []
+    for part in index[2:]:
+        if not isinstance(part, slice) or part.step not in (None, 1):
+            return None
+        start, stop = part.start or 0, part.stop or 0
+        if not isinstance(start, int) or not isinstance(stop, int) or start < 0 or stop > 0 or part.stop == 0:
+            return None
+        pads.append((-start, stop))
+
+    def shape(c: int, d: int) -> Geometry:
+        if len(pads) > d:
+            raise Unreadable(f"an index into {len(pads) + 2} dims, where a batch of maps with {d} spatial ones is expected")
+        return Geometry(c, c, (1,) * d, pad=(*pads, *[(0, 0)] * (d - len(pads))), groups=c)
+
+    return _tap_layer("pad", shape, "constant", 0.0)
+
+
+def _tap_layer(kind: str, shape: Callable[[int, int], Geometry], border: Border, value: float) -> Layer:
+    def load(c: int, d: int) -> ConvMap:
+        g = shape(c, d)
+        return ConvMap(torch.ones(c, 1, *g.kernel, dtype=torch.float64), pad=g.pad, groups=c, fill=value, border=border)
+
+    return Layer(kind, load, shape)
+
+
+def scale_layer(scale: Tensor | float = 1.0, shift: Tensor | float = 0.0) -> Layer | None:
+    """scale * x + shift by numbers or per-channel constants that broadcast against x; None for any other constants."""
+    constants = [torch.as_tensor(value) for value in (scale, shift)]
+    channels, dims, rank = None, None, max(c.ndim for c in constants)
+    for constant in constants:
+        wide = [axis for axis, size in enumerate(constant.shape) if size != 1]
+        if not wide:
+            continue
+        if len(wide) > 1 or not constant.is_floating_point():
+            return None
+        size, after = constant.shape[wide[0]], constant.ndim - 1 - wide[0]
+        if (channels, dims) not in ((None, None), (size, after)):
+            return None
+        channels, dims = size, after
+
+    def load(c: int, d: int) -> ConvMap:
+        if rank > d + 2:
+            raise Unreadable(f"a constant of {rank} dims would add dims to a value with {d} spatial ones")
+        s, t = (constant.detach().double().flatten().expand(c) for constant in constants)
+        return ConvMap.scale(s, t, dims=d)
+
+    return diagonal_layer("affine", load, channels, dims, sum(c.numel() for c in constants if c.numel() > 1))
+
+
+def _each(value: int | Sequence[int], dims: int) -> Ints:
+    if isinstance(value, int):
+        return (value,) * dims
+    return tuple(value) if len(value) == dims else (value[0],) * dims
+
+
+def _count(*tensors: Tensor | None) -> int:
+    return sum(t.numel() for t in tensors if t is not None)
+
+
+# --- nodes of a graph -------------------------------------------------------------------------------------------------------
+
+
+def read_node(node: fx.Node) -> Reading | None:
+    """One node of a traced graph; None where it is no linear operation of its inputs.
+
+    Raises:
+        Unreadable: a known layer, but without fixed coefficients.
+    """
+    if node.op == "call_module":
+        return _read_call(node)
+    if node.op not in ("call_function", "call_method"):
+        return None
+    reader = _CALLS.get(node.target.strip("_") if isinstance(node.target, str) else node.target)
+    if reader is None:
+        return None
+    try:
+        reading = reader(_Arguments(node))
+    except _NotConstant:
+        return None
+    if isinstance(reading, Layer):
+        return _placed(reading, node)
+    return reading
+
+
+def constant(value: Any) -> Tensor | float | None:
+    """The number or tensor that an argument is, if it does not depend on the input."""
+    if isinstance(value, fx.Node):
+        return value.meta.get("value") if value.op == "get_attr" else None
+    return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+
+
+def _placed(layer: Layer, node: fx.Node) -> Layer | None:
+    """The layer at its place in a graph: one input, and constants."""
+    inputs = [n for n in node.all_input_nodes if n.op != "get_attr"]
+    if len(inputs) != 1:
+        return None
+    formulas = [n.meta["formula"] for n in node.all_input_nodes if n.meta.get("formula")]
+    if layer.weight is None or not formulas:
+        return replace(layer, source=inputs[0], node=node)
+    stored = {id(p): p.numel() for formula in formulas for p in formula.parameters}
+    whole = Formula(
+        frozenset().union(*(f.calls for f in formulas)), tuple(p for formula in formulas for p in formula.parameters)
+    )
+    return replace(layer, source=inputs[0], node=node, formula=whole, parameters=sum(stored.values()))
+
+
+def _read_call(node: fx.Node) -> Reading | None:
+    module = node.meta["call"].module
+    if hooks(module) or not knows(module) or len(node.args) != 1 or node.kwargs or not isinstance(node.args[0], fx.Node):
+        return None
+    if isinstance(module, _IDENTITIES):
+        inert = isinstance(module, nn.Identity) or not module.training or getattr(module, "p", 1) == 0
+        return Same(node.args[0]) if inert else None
+    layer = read_module(module)
+    return _placed(layer, node) if layer else None
+
+
+class _NotConstant(Exception):
+    """An argument that should be a constant depends on the input."""
+
+
+class _Arguments:
+    """Arguments of a call by name or place, as the function's own signature has them."""
+
+    def __init__(self, node: fx.Node) -> None:
+        self.node = node
+
+    def __call__(self, place: int, name: str, default: Any = None) -> Any:
+        return self.node.kwargs.get(name, self.node.args[place] if len(self.node.args) > place else default)
+
+    def tensor(self, place: int, name: str) -> Tensor | None:
+        value = self(place, name)
+        if value is None:
+            return None
+        found = constant(value)
+        if not isinstance(found, Tensor):
+            raise _NotConstant
+        return found
+
+    def pair(self) -> tuple[Any, Any]:
+        return self(0, "input"), self(1, "other")
+
+
+# Functions by themselves, tensor methods by name.
+_CALLS: dict[Callable[..., Any] | str, Callable[[_Arguments], Reading | None]] = {}
+
+
+def _called(*targets: Callable[..., Any] | str) -> Callable[[Any], Any]:
+    def register(reader: Callable[[_Arguments], Reading | None]) -> Callable[[_Arguments], Reading | None]:
+        _CALLS.update(dict.fromkeys(targets, reader))
+        return reader
+
+    return register
+
+
+@_called(F.conv1d, F.conv2d, F.conv3d)
+def _(a: _Arguments) -> Layer | None:
+    weight = a.tensor(1, "weight")
+    if weight is None:
+        return None
+    bias = a.tensor(2, "bias")
+    return conv_layer(weight, bias, a(3, "stride", 1), a(4, "padding", 0), a(5, "dilation", 1), a(6, "groups", 1))
+
+
+@_called(F.linear)
+def _(a: _Arguments) -> Layer | None:
+    weight = a.tensor(1, "weight")
+    return None if weight is None or weight.ndim != 2 else linear_layer(weight, a.tensor(2, "bias"))
+
+
+@_called(F.batch_norm)
+def _(a: _Arguments) -> Layer:
+    mean, var = a.tensor(1, "running_mean"), a.tensor(2, "running_var")
+    weight, bias = a.tensor(3, "weight"), a.tensor(4, "bias")
+    return norm_layer(mean, var, weight, bias, a(7, "eps", 1e-5), bool(a(5, "training", False)))
+
+
+@_called(F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)
+def _(a: _Arguments) -> Layer | None:
+    dims = {F.avg_pool1d: 1, F.avg_pool2d: 2, F.avg_pool3d: 3}[a.node.target]  # type: ignore[index]
+    stride, padding = a(2, "stride"), a(3, "padding", 0)
+    ceil, counted, divisor = a(4, "ceil_mode", False), a(5, "count_include_pad", True), a(6, "divisor_override")
+    return pool_layer(dims, a(1, "kernel_size"), stride, padding, ceil, counted, divisor)
+
+
+@_called(F.pad)
+def _(a: _Arguments) -> Layer | None:
+    sides, mode, value = a(1, "pad"), a(2, "mode", "constant"), a(3, "value")
+    if not isinstance(sides, (list, tuple)) or not all(isinstance(side, int) for side in sides) or isinstance(value, fx.Node):
+        return None
+    return pad_layer(sides, mode, value or 0.0)
+
+
+@_called(operator.getitem)
+def _(a: _Arguments) -> Layer | None:
+    index = a.node.args[1]
+    return crop_layer(index) if isinstance(index, tuple) else None
+
+
+@_called(operator.add, operator.iadd, torch.add, "add", "iadd", "radd")
+def _(a: _Arguments) -> Reading | None:
+    return _signed_sum(a, 1.0)
+
+
+@_called(operator.sub, operator.isub, torch.sub, torch.subtract, "sub", "isub", "subtract")
+def _(a: _Arguments) -> Reading | None:
+    return _signed_sum(a, -1.0)
+
+
+@_called(torch.rsub, "rsub")
+def _(a: _Arguments) -> Reading | None:
+    value, other = a.pair()
+    known = constant(other)
+    if "alpha" in a.node.kwargs:
+        return None
+    return Total(((value, -1.0), (other, 1.0))) if known is None else scale_layer(-1.0, known)
+
+
+def _signed_sum(a: _Arguments, sign: float) -> Reading | None:
+    """left + sign * alpha * right."""
+    left, right = a.pair()
+    alpha = a.node.kwargs.get("alpha", 1)
+    if not isinstance(alpha, (int, float)):
+        return None
+    known_left, known_right = constant(left), constant(right)
+    if known_left is None and known_right is None:
+        both = isinstance(left, fx.Node) and isinstance(right, fx.Node)
+        return Total(((left, 1.0), (right, sign * alpha))) if both else None
+    if known_right is not None:
+        return Same(left) if _is_number(known_right, 0) else scale_layer(1.0, sign * alpha * known_right)
+    assert known_left is not None
+    return Same(right) if _is_number(known_left, 0) and sign * alpha == 1 else scale_layer(sign * alpha, known_left)
+
+
+def _is_number(value: Tensor | float, number: float) -> bool:
+    return not isinstance(value, Tensor) and value == number
+
+
+@_called(operator.mul, operator.imul, torch.mul, torch.multiply, "mul", "imul", "rmul", "multiply")
+def _(a: _Arguments) -> Layer | None:
+    left, right = a.pair()
+    factor = constant(right) if constant(left) is None else constant(left)
+    return None if factor is None else scale_layer(factor)
+
+
+@_called(operator.truediv, operator.itruediv, torch.div, torch.divide, torch.true_divide, "div", "truediv", "itruediv", "divide")
+def _(a: _Arguments) -> Layer | None:
+    left, right = a.pair()
+    divisor = constant(right)
+    if divisor is None or constant(left) is not None or a.node.kwargs.get("rounding_mode") is not None:
+        return None
+    return scale_layer(1.0 / torch.as_tensor(divisor, dtype=torch.float64))
+
+
+@_called(operator.neg, torch.neg, torch.negative, "neg", "negative")
+def _(a: _Arguments) -> Layer | None:
+    return scale_layer(-1.0)
+
+
+@_called(torch.cat, torch.concat, torch.concatenate)
+def _(a: _Arguments) -> Stack | None:
+    parts, dim = a(0, "tensors"), a(1, "dim", 0)
+    if not isinstance(parts, (list, tuple)) or not all(isinstance(p, fx.Node) and p.op != "get_attr" for p in parts):
+        return None
+    return Stack(tuple(parts), dim) if isinstance(dim, int) else None
+
+
+@_called(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout)
+def _(a: _Arguments) -> Same | None:
+    return Same(a(0, "input")) if a(2, "training", True) is False else None
+
+
+@_called(torch.clone, torch.detach, "contiguous", "clone", "detach")
+def _(a: _Arguments) -> Same:
+    return Same(a(0, "input"))
+
+
+# --- what reads without computing ---------------------------------------------------------------------------------------------
+
+_PLACES = (operator.iadd, operator.isub, operator.imul, operator.itruediv)
+
+
+def mutates(node: fx.Node) -> fx.Node | None:
+    """The input that a node overwrites in place, if any."""
+    target = None
+    if node.op == "call_module":
+        target = node.args[0] if getattr(node.meta["call"].module, "inplace", False) and node.args else None
+    elif node.op == "call_method":
+        name = str(node.target)
+        target = node.args[0] if (name.endswith("_") and not name.endswith("__")) or name.startswith("__i") else None
+    elif node.op == "call_function":
+        name = getattr(node.target, "__name__", "")
+        in_place = node.target in _PLACES or node.kwargs.get("inplace") is True or (name.endswith("_") and not name.endswith("__"))
+        in_place = in_place or (len(node.args) > 1 and node.args[-1] is True and name in _INPLACE_ARGUMENT)
+        target = node.args[0] if in_place and node.args else None
+    return target if isinstance(target, fx.Node) else None
+
+
+_INPLACE_ARGUMENT = {"relu", "relu6", "hardswish", "hardsigmoid", "silu", "mish", "leaky_relu", "elu", "celu", "selu", "hardtanh"}
+_QUERIES = {"shape", "ndim", "dtype", "device", "is_cuda", "size", "dim", "numel", "is_floating_point"}
+
+
+def only_asserted(node: fx.Node) -> bool:
+    """Whether a node is a question about a shape or type, asked for nothing but an assertion."""
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    if name in ("_assert", "_assert_with_msg"):
+        return not node.users
+    asks = (name == "getattr" and node.args[1] in _QUERIES) or (node.op == "call_method" and name in _QUERIES)
+    follows = name in ("eq", "ne", "ge", "gt", "le", "lt", "getitem", "len", "contains", "mod", "floordiv") and all(
+        _asked(n) for n in node.all_input_nodes
+    )
+    return bool((asks or follows) and node.users and all(only_asserted(user) for user in node.users))
+
+
+def _asked(node: fx.Node) -> bool:
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return name in ("getattr", "size", "dim", "eq", "ne", "ge", "gt", "le", "lt", "getitem", "mod", "floordiv")
+
+
+def rank(node: fx.Node) -> int | None:
+    """Number of dimensions of a node's value, where it is known: from example inputs, else from what made it."""
+    seen = 0
+    while seen < 64:  # a chain of elementwise operations
+        seen += 1
+        if "shape" in node.meta:
+            return len(node.meta["shape"])
+        if node.op == "call_module":
+            module = node.meta["call"].module
+            if isinstance(module, nn.Flatten):
+                return 2 if (module.start_dim, module.end_dim) == (1, -1) else None
+            if isinstance(module, nn.modules.conv._ConvNd):
+                return module.weight.ndim
+            if not isinstance(module, (nn.Linear, nn.modules.batchnorm._NormBase, *_IDENTITIES)) and not _elementwise(module):
+                return None
+        elif node.op in ("call_function", "call_method"):
+            name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+            if name == "flatten":
+                return 2 if tuple(node.args[1:]) == (1,) and not node.kwargs else None
+            if name in ("view", "reshape"):
+                sizes = node.args[1:]
+                return len(sizes[0]) if len(sizes) == 1 and isinstance(sizes[0], (list, tuple)) else len(sizes)
+            if name in ("conv1d", "conv2d", "conv3d"):
+                return int(name[4]) + 2
+            if name not in _ELEMENTWISE:
+                return None
+        else:
+            return None
+        source = node.args[0] if node.args else None
+        if not isinstance(source, fx.Node):
+            return None
+        node = source
+    return None
+
+
+_ELEMENTWISE = {"relu", "gelu", "silu", "sigmoid", "tanh", "linear", "batch_norm", "dropout", "contiguous", "clone", *_INPLACE_ARGUMENT}
+
+
+def _elementwise(module: nn.Module) -> bool:
+    return type(module).__module__ == "torch.nn.modules.activation" and not isinstance(module, nn.MultiheadAttention)
+
+
+# --- writing back -------------------------------------------------------------------------------------------------------------
+
+_CONVS = (None, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_PADS: dict[str, tuple[Any, ...]] = {
+    "reflect": (None, nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReflectionPad3d),
+    "replicate": (None, nn.ReplicationPad1d, nn.ReplicationPad2d, nn.ReplicationPad3d),
+    "circular": (None, nn.CircularPad1d, nn.CircularPad2d, nn.CircularPad3d),
+}
+
+
+def lower(map_: ConvMap, like: Tensor, *, bias: bool = True, requires_grad: bool = True) -> nn.Module:
+    """A map as a plain layer with the device, dtype and memory format of `like`; cast once, here.
+
+    Args:
+        bias: whether to keep a bias that is zero everywhere.
+
+    Raises:
+        Unreadable: no layer pads with a different constant for each channel.
+    """
+    g = map_.geometry
+    has_bias = bias or bool(map_.bias.any())
+    factory: dict[str, Any] = {"device": "meta", "dtype": like.dtype}
+    layer: nn.Module
+    before: nn.Module | None = None
+    if not g.dims:
+        layer = nn.Linear(g.in_channels, g.out_channels, has_bias, **factory)
+    else:
+        padding: Any = tuple(lo for lo, _ in g.pad)
+        same = tuple((r // 2, r - r // 2) for r in g.reach)
+        fill = torch.unique(map_.fill)
+        if len(fill) > 1:
+            raise Unreadable("the merged layer would pad each channel with a different constant, and no layer does")
+        if all(lo == hi >= 0 for lo, hi in g.pad) and not fill.any():
+            pass
+        elif g.pad == same and set(g.stride) == {1} and not fill.any():
+            padding = "same"
+        else:
+            padding = 0
+            sides = [side for sides in reversed(g.pad) for side in sides]
+            constant_pad = (None, nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d)[g.dims]
+            if map_.border == "constant":
+                before = constant_pad(sides, fill.item())  # type: ignore[misc]
+            else:
+                before = _PADS[map_.border][g.dims](sides)
+        mode = "zeros" if map_.border == "constant" or before is not None else map_.border
+        layer = _CONVS[g.dims](  # type: ignore[misc]
+            g.in_channels, g.out_channels, g.kernel, g.stride, padding, g.dilation, g.groups, has_bias, mode, **factory
+        )
+    layer.weight = nn.Parameter(_cast(map_.kernel, like), requires_grad=requires_grad)
+    if has_bias:
+        layer.bias = nn.Parameter(map_.bias.to(like.device, like.dtype), requires_grad=requires_grad)
+    layer.eval()
+    return layer if before is None else nn.Sequential(before, layer)
+
+
+def _cast(kernel: Tensor, like: Tensor) -> Tensor:
+    memory = torch.contiguous_format
+    if kernel.ndim == 4 and like.ndim == 4 and like.is_contiguous(memory_format=torch.channels_last) and not like.is_contiguous():
+        memory = torch.channels_last
+    return kernel.to(like.device, like.dtype).contiguous(memory_format=memory)

@@ -1,0 +1,197 @@
+"""Rules, and where they are kept.
+
+A rule declares a training-time pattern and a linear merge function; the driver checks at every match that the function
+computes what the pattern matched, so a rule can be wrong without doing harm.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from structrep.algebra import ConvMap
+from structrep.errors import InvalidRule, UnknownRule, WrongMerge
+from structrep.pattern import Captures, Pattern, Term, arguments, value
+
+Merge = Callable[..., ConvMap]
+
+# Coefficients of two float64 routes to one map differ by rounding only; a real mistake is many orders above this.
+COEFFICIENT_ROUNDING = 1e-10
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One family of merges.
+
+    Args:
+        name: how plans call it.
+        pattern: the training-time structure.
+        merge: from the captured maps, by name, to the one map of the whole match. An absent optional branch is 0, an
+            absent optional stage is 1, a repeated part is a list.
+        source: paper and section, or the law.
+        example: makes a small module of this structure, in eval mode or not; for tests and the catalogue.
+        law: whether it holds for every term; laws come after all families.
+    """
+
+    name: str
+    pattern: Pattern
+    merge: Merge
+    source: str
+    example: Callable[[], nn.Module] | None = None
+    law: bool = False
+
+    def merged(self, term: Term, found: Captures) -> ConvMap:
+        """The merge function's value, proved against the term's own.
+
+        Raises:
+            WrongMerge: coefficients differ, or the function does not return a map.
+            Inexact, Incompatible, Unreadable: from the algebra.
+        """
+        truth = value(term)
+        if self.law:
+            return truth
+        channels, dims = truth.geometry.in_channels, truth.geometry.dims
+        result = self.merge(**arguments(self.pattern, found, lambda part: value(part, channels_of(part, channels), dims)))
+        if not isinstance(result, ConvMap):
+            raise WrongMerge(f"the merge function of rule {self.name!r} returned {type(result).__name__}, not a ConvMap")
+        gap = truth.distance(result)
+        if not gap <= COEFFICIENT_ROUNDING * max(truth.magnitude, result.magnitude):
+            raise WrongMerge(
+                f"rule {self.name!r} merges to {result}, the matched term is {truth}: coefficients differ by {gap:.1e}; "
+                f"its merge function does not compute its pattern"
+            )
+        return result
+
+
+def channels_of(term: Term, channels: int) -> int | None:
+    """The channel count to evaluate a captured part with: its own where it has one, else that of the whole input."""
+    from structrep.pattern import _in_channels
+
+    return None if _in_channels(term) is not None else channels
+
+
+@dataclass
+class Registry:
+    """An ordered collection of rules; earlier ones are tried first, laws last.
+
+    Iterating gives the rules in the order in which they are tried.
+    """
+
+    _rules: dict[str, Rule] = field(default_factory=dict)
+
+    def add(self, rule: Rule) -> Rule:
+        """Register a rule.
+
+        Raises:
+            InvalidRule: its name is taken, its merge function does not take what its pattern captures, or its pattern
+                matches a plain convolution, so that it would match its own output for ever.
+        """
+        if rule.name in self._rules:
+            other = self._rules[rule.name]
+            raise InvalidRule(
+                f"there are two rules named {rule.name!r}: {other.source!r}, registered first, and {rule.source!r}; rename one"
+            )
+        captured = rule.pattern.names()
+        if twice := {name for name in captured if captured.count(name) > 1}:
+            raise InvalidRule(f"the pattern of rule {rule.name!r} uses the name {sorted(twice)[0]!r} twice: {rule.pattern}")
+        parameters = inspect.signature(rule.merge).parameters.values()
+        takes = [p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+        required = {p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
+        takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
+        missing, unknown = sorted(required - set(captured)), sorted(set(captured) - set(takes))
+        if missing or (unknown and not takes_any):
+            raise InvalidRule(
+                f"the merge function of rule {rule.name!r} takes ({', '.join(takes)}), its pattern captures "
+                f"({', '.join(captured)}): "
+                + "; ".join(
+                    [f"nothing in the pattern is named {name!r}" for name in missing]
+                    + [f"the function does not take {name!r}" for name in unknown]
+                )
+            )
+        if not rule.law and rule.pattern.fits_plain_conv():
+            raise InvalidRule(
+                f"the pattern of rule {rule.name!r} matches a plain convolution, which is what it merges to, so it would match "
+                f"its own output: {rule.pattern}; make a stage that only training has not Optional"
+            )
+        self._rules[rule.name] = rule
+        return rule
+
+    def rule(
+        self, pattern: Pattern, *, source: str, name: str | None = None, example: Callable[[], nn.Module] | None = None
+    ) -> Callable[[Merge], Merge]:
+        """Decorator: register a merge function under its own name.
+
+        >>> registry = Registry()
+        >>> @registry.rule(Sum(conv_norm().named("a"), conv_norm().named("b")), source="my paper, section 3")
+        ... def twins(a, b):
+        ...     return a + b
+        """
+
+        def register(merge: Merge) -> Merge:
+            self.add(Rule(name or merge.__name__, pattern, merge, source, example))
+            return merge
+
+        return register
+
+    def law(self, pattern: Pattern, *, source: str) -> Callable[[Merge], Merge]:
+        """Decorator: register a law, which holds for every term of that form; its merge is the term's own value."""
+
+        def register(merge: Merge) -> Merge:
+            self.add(Rule(merge.__name__, pattern, merge, source, law=True))
+            return merge
+
+        return register
+
+    def __iter__(self) -> Iterator[Rule]:
+        return iter(sorted(self._rules.values(), key=lambda rule: rule.law))
+
+    def __len__(self) -> int:
+        return len(self._rules)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._rules
+
+    def __getitem__(self, name: str) -> Rule:
+        """The rule of that name.
+
+        Raises:
+            UnknownRule: there is none; says which there are.
+        """
+        if name not in self._rules:
+            near = difflib.get_close_matches(name, self._rules, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(sorted(self._rules))}"
+            raise UnknownRule(f"no rule is named {name!r}: {hint}")
+        return self._rules[name]
+
+    def select(self, rules: Iterable[str | Rule]) -> Registry:
+        """A registry of some rules, by name or as they are."""
+        chosen = Registry()
+        for rule in rules:
+            chosen.add(rule if isinstance(rule, Rule) else self[rule])
+        return chosen
+
+
+default = Registry()
+
+
+def resolve(rules: Registry | Iterable[str | Rule] | None) -> Registry:
+    """What a caller's `rules=` means.
+
+    Raises:
+        UnknownRule: a name that is not in the default registry.
+    """
+    if rules is None:
+        return default
+    if isinstance(rules, Registry):
+        return rules
+    return default.select([rules] if isinstance(rules, (str, Rule)) else rules)
+
+
+def rule(pattern: Pattern, *, source: str, name: str | None = None, example: Any = None) -> Callable[[Merge], Merge]:
+    """Decorator: register a merge function in the default registry; see `Registry.rule`."""
+    return default.rule(pattern, source=source, name=name, example=example)

@@ -1,0 +1,144 @@
+"""What happened, as records and as tables."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable
+
+from pydantic import BaseModel, ConfigDict
+from rich.console import Console
+from rich.table import Table
+
+
+class Record(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+
+class MergeRecord(Record):
+    """One merge: where, by which rules, from which papers or laws, what became what, at which cost."""
+
+    where: str
+    rules: tuple[str, ...]
+    sources: tuple[str, ...]
+    before: str
+    after: str
+    multiply_adds: tuple[float, float]  # per output pixel, before and after
+    parameters: tuple[int, int]  # stored numbers, before and after
+
+
+class RefusalRecord(Record):
+    """One merge that was not done, and why."""
+
+    where: str
+    rule: str
+    what: str
+    kind: str
+    reason: str
+
+
+class PlanRecord(Record):
+    """A whole plan."""
+
+    model: str
+    merges: tuple[MergeRecord, ...]
+    refusals: tuple[RefusalRecord, ...]
+
+
+class OutputRecord(Record):
+    """One output of a model against the float64 truth, relative to the output's largest value."""
+
+    name: str
+    shape: tuple[int, ...]
+    error: float  # of the deploy model
+    noise: float  # of the training-time model: its own rounding
+
+    @property
+    def ratio(self) -> float:
+        return self.error / self.noise if self.noise else float("inf") if self.error else 0.0
+
+
+class Verification(Record):
+    """A deploy model against its training-time model, both against the float64 truth.
+
+    It holds where the deploy model errs no more than `slack` times as much as the training-time model's own rounding does.
+    """
+
+    device: str
+    dtype: str
+    tf32: bool
+    torch: str
+    slack: float
+    outputs: tuple[OutputRecord, ...]
+
+    @property
+    def error(self) -> float:
+        """Largest relative error of the deploy model."""
+        return max((output.error for output in self.outputs), default=0.0)
+
+    @property
+    def noise(self) -> float:
+        """Largest relative rounding error of the training-time model."""
+        return max((output.noise for output in self.outputs), default=0.0)
+
+    @property
+    def ok(self) -> bool:
+        return all(output.error <= self.slack * output.noise for output in self.outputs)
+
+    def table(self) -> Table:
+        table = Table(title=f"verification on {self.device}, {self.dtype}, TF32 {'on' if self.tf32 else 'off'}, torch {self.torch}")
+        for heading in ("output", "shape", "error", "rounding noise", "ratio", ""):
+            table.add_column(heading, justify="left" if heading in ("output", "shape") else "right")
+        for output in self.outputs:
+            holds = output.error <= self.slack * output.noise
+            table.add_row(
+                output.name,
+                "x".join(map(str, output.shape)),
+                f"{output.error:.1e}",
+                f"{output.noise:.1e}",
+                f"{output.ratio:.2f}",
+                "ok" if holds else "OFF",
+            )
+        return table
+
+    def __str__(self) -> str:
+        return as_text(self.table())
+
+
+def plan_tables(plan: PlanRecord) -> Iterable[Table]:
+    """A plan's merges, then its refusals."""
+    merges = Table(title=f"{plan.model}: {len(plan.merges)} merges")
+    for heading in ("where", "rule", "training time", "deploy", "multiply-adds per output pixel", "parameters"):
+        merges.add_column(heading, justify="right" if heading in ("multiply-adds per output pixel", "parameters") else "left")
+    for merge in plan.merges:
+        merges.add_row(
+            merge.where,
+            " + ".join(merge.rules),
+            merge.before,
+            merge.after,
+            f"{merge.multiply_adds[0]:,.0f} -> {merge.multiply_adds[1]:,.0f}",
+            f"{merge.parameters[0]:,} -> {merge.parameters[1]:,}",
+        )
+    yield merges
+    if plan.merges:
+        sources = Table(title="sources")
+        sources.add_column("rule")
+        sources.add_column("source")
+        for name, source in dict.fromkeys(pair for merge in plan.merges for pair in zip(merge.rules, merge.sources, strict=True)):
+            sources.add_row(name, source)
+        yield sources
+    if plan.refusals:
+        refusals = Table(title=f"{len(plan.refusals)} refusals")
+        for heading in ("where", "rule", "what", "kind", "reason"):
+            refusals.add_column(heading)
+        for refusal in plan.refusals:
+            refusals.add_row(refusal.where, refusal.rule, refusal.what, refusal.kind, refusal.reason)
+        yield refusals
+
+
+def as_text(*tables: Table, width: int = 160) -> str:
+    """Tables as plain text."""
+    console = Console(file=io.StringIO(), width=width, color_system=None)
+    for table in tables:
+        console.print(table)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()

@@ -1,0 +1,28 @@
+"""DiracNets: Training Very Deep Neural Networks Without Skip-Connections. Zagoruyko and Komodakis, arXiv:1706.00388.
+
+Training time: one convolution whose kernel is computed, diag(a) I + diag(b) W / ||W||, the norm over each output filter
+(section 3.2). It depends on parameters alone, so it is evaluated once and what is left is a convolution.
+"""
+
+from structrep.algebra import ConvMap
+from structrep.blocks import DiracConv2d
+from structrep.pattern import Conv
+from structrep.readers import Formula
+from structrep.registry import rule
+
+NORMS = {"normalize", "norm", "vector_norm", "linalg_vector_norm", "linalg_norm", "rsqrt", "sqrt"}
+SUMS = {"add", "iadd", "radd"}
+
+
+def normalized_plus_identity(formula: Formula) -> bool:
+    """A normalised kernel to which something is added."""
+    return bool(formula.calls & NORMS and formula.calls & SUMS)
+
+
+@rule(
+    Conv(formula=normalized_plus_identity).named("conv"),
+    source="DiracNets, arXiv:1706.00388, section 3.2",
+    example=lambda: DiracConv2d(8, 8, 3, padding=1),
+)
+def diracnet(conv: ConvMap) -> ConvMap:
+    return conv

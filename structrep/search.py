@@ -1,0 +1,452 @@
+"""All merges and refusals for one model, before anything is changed.
+
+For every graph: read each node; find, for each, the nodes that all its linear paths come through (its dominators, by
+networkx); the expression between two of them is a term. Families are tried first and may be taken up in turn by a law
+that merges more (a norm after the sum of a RepVGG block). A merge is done only if nothing else uses what vanishes, if it
+is not dearer than what it replaces, and if the algebra finds it exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+import networkx as nx
+from torch import fx, nn
+
+from structrep import cost
+from structrep.algebra import ConvMap
+from structrep.cost import Cost
+from structrep.errors import (
+    Costlier,
+    Hooked,
+    Mutated,
+    Refusal,
+    Shared,
+    TrainingMode,
+    Uninitialized,
+    Unreadable,
+)
+from structrep.pattern import ONE, Captures, Term, geometry, leaf, seq, stack, total, value
+from structrep.readers import Layer, Reading, Same, Stack, Total, hooks, mutates, only_asserted, read_node, scale_layer
+from structrep.registry import Registry, Rule
+from structrep.trace import Call, Example, Trace, Traced, trace
+
+FARTHEST = 32  # how many dominators back a merge may reach
+
+
+@dataclass(frozen=True, eq=False)
+class Segment:
+    """The stretch from one node to the nearest that all its linear paths come through."""
+
+    base: fx.Node
+    root: fx.Node
+    term: Term
+    nodes: tuple[fx.Node, ...]  # all between, root included, base not
+
+
+@dataclass(eq=False)
+class Merge:
+    """A stretch of the graph that becomes one layer."""
+
+    rules: tuple[str, ...]
+    sources: tuple[str, ...]
+    term: Term
+    segments: tuple[Segment, ...]  # from base to root
+    owner: Call  # the innermost call that holds all of it
+    before: Cost
+    after: Cost
+    trace: Trace
+
+    @property
+    def base(self) -> fx.Node:
+        return self.segments[0].base
+
+    @property
+    def root(self) -> fx.Node:
+        return self.segments[-1].root
+
+    @property
+    def nodes(self) -> list[fx.Node]:
+        return [node for segment in self.segments for node in segment.nodes]
+
+    @property
+    def where(self) -> str:
+        """The module that the merge is in."""
+        return self.owner.path or "(root)"
+
+    def value(self) -> ConvMap:
+        """The merged map, read from the weights as they are now."""
+        return value(self.term)
+
+
+@dataclass(eq=False)
+class Missed:
+    """A refusal, with its place."""
+
+    where: str
+    rule: str
+    what: str
+    reason: Refusal
+
+
+@dataclass(eq=False)
+class Findings:
+    """What planning a traced model gave."""
+
+    traced: Traced
+    merges: list[Merge] = field(default_factory=list)
+    missed: list[Missed] = field(default_factory=list)
+
+
+def find(model: nn.Module, example_inputs: Example | None, registry: Registry) -> Findings:
+    """Trace the model and find all its merges.
+
+    Raises:
+        TrainingMode, Uninitialized, BadInput: the model cannot be planned as it is.
+    """
+    check_ready(model)
+    findings = Findings(trace(model, example_inputs))
+    for path, reason in findings.traced.untraced.items():
+        findings.missed.append(Missed(path or "(root)", "-", "left as it is", reason))
+    for one in findings.traced.traces:
+        _Search(findings, one, registry).run()
+    return findings
+
+
+def check_ready(model: nn.Module) -> None:
+    """Raise unless norms have fixed statistics and all parameters have values."""
+    for path, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._NormBase) and module.training and module.track_running_stats:
+            raise TrainingMode(
+                f"{path or 'the model'} ({type(module).__name__}) is in training mode, so it has no fixed scale: "
+                f"call model.eval() first"
+            )
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None and nn.parameter.is_lazy(tensor):
+                raise Uninitialized(
+                    f"{path + '.' if path else ''}{name} of {type(module).__name__} has no shape yet: "
+                    f"run the model once on a batch, then try again"
+                )
+
+
+class _Search:
+    """The merges of one graph."""
+
+    def __init__(self, findings: Findings, trace_: Trace, registry: Registry) -> None:
+        self.findings = findings
+        self.traced = findings.traced
+        self.trace = trace_
+        self.registry = registry
+        self.nodes = trace_.nodes
+        self.place = {node: index for index, node in enumerate(self.nodes)}
+        self.replicas = _Replicas(self.traced)
+        self.readings = self._read()
+        self.dominator = self._dominators()
+        self.segments: dict[fx.Node, Segment | None] = {}
+        self.families: dict[fx.Node, tuple[Rule, list[Segment]]] = {}  # root of what a family merges
+        self.refused: set[tuple[fx.Node, str]] = set()
+
+    def run(self) -> None:
+        families = [rule for rule in self.registry if not rule.law]
+        laws = [rule for rule in self.registry if rule.law]
+        taken: set[fx.Node] = set()
+        for node in reversed(self.nodes):
+            if node not in taken:
+                found = self._family(node, families)
+                if found:
+                    self.families[node] = found
+                    taken.update(n for segment in found[1] for n in segment.nodes)
+        taken.clear()
+        for node in reversed(self.nodes):
+            if node not in taken:
+                merge = self._law(node, laws) or self._settle(node)
+                if merge:
+                    self.findings.merges.append(merge)
+                    taken.update(merge.nodes)
+
+    # --- the graph as terms -----------------------------------------------------------------------------------------------
+
+    def _read(self) -> dict[fx.Node, Reading]:
+        readings: dict[fx.Node, Reading] = {}
+        for node in self.nodes:
+            if self.replicas.repeats(node):
+                continue
+            try:
+                reading = read_node(node)
+            except Unreadable as reason:
+                self._miss(node, "-", str(node.meta["call"].path), reason)
+                continue
+            if reading is not None:
+                readings[node] = reading
+            elif node.op == "call_module" and hooks(node.meta["call"].module):
+                module = node.meta["call"].module
+                reason = Hooked(f"{type(module).__name__} has a forward hook, which must go on seeing its own values")
+                self._miss(node, "-", "layer with a hook", reason)
+        return readings
+
+    def _dominators(self) -> dict[fx.Node, fx.Node | None]:
+        """For every node that can be read, the nearest node that all its linear paths come through."""
+        start = object()
+        graph: nx.DiGraph = nx.DiGraph()
+        for node in self.nodes:
+            inputs = _inputs(self.readings.get(node))
+            graph.add_edges_from((source, node) for source in inputs or (start,))
+        found = nx.immediate_dominators(graph, start) if start in graph else {}
+        return {node: None if found[node] is start else found[node] for node in self.nodes if node in self.readings and node in found}
+
+    def _segment(self, root: fx.Node) -> Segment | None:
+        if root not in self.segments:
+            self.segments[root] = self._build(root)
+        return self.segments[root]
+
+    def _build(self, root: fx.Node) -> Segment | None:
+        reading, base = self.readings.get(root), self.dominator.get(root)
+        if reading is None or base is None:
+            return None
+        if isinstance(reading, Layer):
+            return Segment(base, root, leaf(reading), (root,))
+        if isinstance(reading, Same):
+            return Segment(base, root, ONE, (root,))
+        nodes: dict[fx.Node, None] = {}
+        branches = []
+        sources = [(n, 1.0) for n in reading.parts] if isinstance(reading, Stack) else reading.parts
+        for source, sign in sources:  # type: ignore[misc]
+            steps = list(self._walk(source, base))
+            nodes.update(dict.fromkeys(n for step in steps for n in step.nodes))
+            terms = [step.term for step in reversed(steps)]
+            flip = scale_layer(sign) if sign != 1.0 else None
+            branches.append(seq([*terms, leaf(flip)] if flip else terms))
+        term = stack(branches, root, reading.dim) if isinstance(reading, Stack) else total(branches, root)
+        ordered = sorted(nodes, key=self.place.__getitem__)
+        return Segment(base, root, term, (*ordered, root))
+
+    def _walk(self, node: fx.Node, base: fx.Node | None) -> Iterator[Segment]:
+        """Segments from a node back to `base`, or as far as they go."""
+        while node is not base:
+            segment = self._segment(node)
+            if segment is None:
+                return
+            yield segment
+            node = segment.base
+
+    # --- matching ---------------------------------------------------------------------------------------------------------
+
+    def _stretches(self, root: fx.Node) -> list[list[Segment]]:
+        """Stretches that end at root and could vanish into one layer, shortest first; each from base to root."""
+        stretches: list[list[Segment]] = []
+        inside: set[fx.Node] = set()
+        taken: list[Segment] = []
+        for segment in self._walk(root, None):
+            taken.insert(0, segment)
+            inside.update(segment.nodes)
+            if self._leak(inside, root) is None and any(part.term.op != "one" for part in taken):
+                stretches.append(list(taken))
+            if len(taken) == FARTHEST:
+                break
+        return stretches
+
+    def _leak(self, inside: set[fx.Node], root: fx.Node) -> fx.Node | None:
+        """A node that would vanish but is used elsewhere."""
+        for node in inside:
+            if node is not root and any(user not in inside and not only_asserted(user) for user in node.users):
+                return node
+        return None
+
+    def _family(self, root: fx.Node, families: list[Rule]) -> tuple[Rule, list[Segment]] | None:
+        stretches = self._stretches(root)
+        for rule in families:
+            for stretch in reversed(stretches):
+                found = rule.pattern.match(seq([segment.term for segment in stretch]))
+                if found is None:
+                    continue
+                try:
+                    self._check(stretch)
+                    self._price(stretch)
+                    rule.merged(seq([segment.term for segment in stretch]), found)
+                except Refusal as reason:
+                    self._miss(root, rule.name, str(seq([segment.term for segment in stretch])), reason)
+                    continue
+                return rule, stretch
+        return None
+
+    def _law(self, root: fx.Node, laws: list[Rule]) -> Merge | None:
+        """The best exact merge that ends at root, by saving."""
+        choices = []
+        for stretch in self._stretches(root):
+            if not self._whole_families(stretch):
+                continue
+            term = seq([segment.term for segment in stretch])
+            rule = next((law for law in laws if _says_something(term) and law.pattern.match(term) is not None), None)
+            if rule is None:
+                continue
+            try:
+                self._check(stretch)
+                before, after = self._price(stretch)
+            except Refusal as reason:
+                self._miss(root, rule.name, str(term), reason)
+                continue
+            choices.append((before.multiply_adds - after.multiply_adds, len(choices), rule, stretch, before, after))
+        for _, _, rule, stretch, before, after in sorted(choices, key=lambda choice: choice[:2], reverse=True):
+            term = seq([segment.term for segment in stretch])
+            try:
+                value(term)
+            except Refusal as reason:
+                self._miss(root, rule.name, str(term), reason)
+                continue
+            return self._merge(stretch, before, after, rule)
+        return None
+
+    def _whole_families(self, stretch: list[Segment]) -> bool:
+        """Whether a stretch cuts through nothing that a family merges."""
+        inside = {node for segment in stretch for node in segment.nodes}
+        return all(inside.issuperset(s.nodes) for n in inside if n in self.families for s in self.families[n][1])
+
+    def _settle(self, root: fx.Node) -> Merge | None:
+        """What a family merges and no law took further."""
+        if root not in self.families:
+            return None
+        _, stretch = self.families[root]
+        return self._merge(stretch, *self._price(stretch))
+
+    def _merge(self, stretch: list[Segment], before: Cost, after: Cost, law: Rule | None = None) -> Merge:
+        inside = {node for segment in stretch for node in segment.nodes}
+        families = [(rule, part) for root, (rule, part) in self.families.items() if root in inside]
+        named = list(dict.fromkeys(rule for rule, _ in families))
+        if law and not any(len(part) == len(stretch) for _, part in families):
+            named.append(law)
+        return Merge(
+            tuple(rule.name for rule in named),
+            tuple(rule.source for rule in named),
+            seq([segment.term for segment in stretch]),
+            tuple(stretch),
+            self._owner(inside),
+            before,
+            after,
+            self.trace,
+        )
+
+    # --- conditions -------------------------------------------------------------------------------------------------------
+
+    def _price(self, stretch: list[Segment]) -> tuple[Cost, Cost]:
+        """Cost before and after.
+
+        Raises:
+            Costlier: more multiply-adds or more stored numbers after than before.
+        """
+        term = seq([segment.term for segment in stretch])
+        if not any(layer.weight is not None for layer in term.leaves()):
+            raise Costlier(f"{term} holds no convolution or Linear: as one it would take more work than it does")
+        before, after = cost.of_term(term), cost.of_map(geometry(term), any(layer.shifts for layer in term.leaves()))
+        if after.multiply_adds > before.multiply_adds:
+            raise Costlier(
+                f"{term} takes {before.multiply_adds:,.0f} multiply-adds per output pixel, as one layer it would take "
+                f"{after.multiply_adds:,.0f}"
+            )
+        if after.parameters > before.parameters:
+            raise Costlier(f"{term} stores {before.parameters:,} numbers, as one layer it would store {after.parameters:,}")
+        return before, after
+
+    def _check(self, stretch: list[Segment]) -> None:
+        """Raise unless the stretch can be cut out of the graph and of the modules that it is written in."""
+        base, root = stretch[0].base, stretch[-1].root
+        inside = {node for segment in stretch for node in segment.nodes}
+        for user in base.users:
+            if mutates(user) is not base:
+                continue
+            after = self.place[root] if user in inside else self.place[user]
+            if user in inside and any(self.place[other] > self.place[user] for other in base.users if other not in inside):
+                raise Mutated(f"{user.name} overwrites the input of the merge, which is read again later")
+            if user not in inside and after < self.place[root]:
+                raise Mutated(f"{user.name} overwrites the input of the merge before the merged layer would read it")
+        self.replicas.check(inside, self._owner(inside))
+
+    def _owner(self, nodes: Iterable[fx.Node]) -> Call:
+        """The innermost call that holds all nodes, and is no single layer."""
+        common: list[Call] | None = None
+        for node in nodes:
+            chain = [call for call in node.meta["call"].chain() if not call.leaf]
+            common = chain if common is None else [call for call in common if call in chain]
+        assert common
+        return common[0]
+
+    def _miss(self, root: fx.Node, rule: str, what: str, reason: Refusal) -> None:
+        if (root, rule) not in self.refused:
+            self.refused.add((root, rule))
+            call = root.meta["call"]
+            self.findings.missed.append(Missed((call.path if call else "") or "(root)", rule, what, reason))
+
+
+def _says_something(term: Term) -> bool:
+    return term.op != "leaf" or (term.layer is not None and term.layer.formula is not None)
+
+
+def _inputs(reading: Reading | None) -> tuple[fx.Node, ...]:
+    if isinstance(reading, Layer):
+        return (reading.source,) if reading.source is not None else ()
+    if isinstance(reading, Same):
+        return (reading.source,)
+    if isinstance(reading, Total):
+        return tuple(node for node, _ in reading.parts)
+    return reading.parts if isinstance(reading, Stack) else ()
+
+
+class _Replicas:
+    """Modules called more than once: a merge inside is done once for all calls, if all calls do the same."""
+
+    def __init__(self, traced: Traced) -> None:
+        self.traced = traced
+        self.prints: dict[Call, tuple[object, ...]] = {}
+
+    def bodies(self, module: nn.Module) -> list[Call]:
+        """Calls of a module whose forward was followed."""
+        return [call for call in self.traced.calls[module] if not call.leaf]
+
+    def repeats(self, node: fx.Node) -> bool:
+        """Whether a node was made by a later call that does what the first did."""
+        call = node.meta["call"]
+        for outer in call.chain() if call else ():
+            bodies = self.bodies(outer.module)
+            if len(bodies) > 1 and outer is not bodies[0] and not outer.leaf and self.alike(bodies):
+                return True
+        return False
+
+    def alike(self, bodies: list[Call]) -> bool:
+        return len({self.fingerprint(body) for body in bodies}) == 1
+
+    def check(self, inside: set[fx.Node], owner: Call) -> None:
+        """Raise unless every module of the merge is called just as often as its owner, each time in the same way."""
+        bodies = self.bodies(owner.module)
+        if len(bodies) > 1 and not self.alike(bodies):
+            raise Shared(f"{owner.path or 'the model'} is called {len(bodies)} times, and not always in the same way")
+        touched = {call for node in inside for call in node.meta["call"].chain() if owner in call.chain() and call is not owner}
+        for call in touched:
+            calls = self.traced.calls[call.module]
+            homes = {next((body for body in bodies if body in one.chain()), None) for one in calls}
+            if len(calls) != len(bodies) or None in homes or len(homes) != len(bodies):
+                raise Shared(f"{call.path} is used {len(calls)} times: merged here, its other uses would change")
+
+    def fingerprint(self, call: Call) -> tuple[object, ...]:
+        """What a call does, in terms of its inputs."""
+        if call not in self.prints:
+            graph = call.result
+            self.prints[call] = tuple(_marks(self._nodes(call), call)) + (type(graph).__name__,)
+        return self.prints[call]
+
+    def _nodes(self, call: Call) -> list[fx.Node]:
+        trace_ = next(t for t in self.traced.traces if call in t.calls)
+        return [node for node in trace_.nodes if node.op != "get_attr" and call.holds(node)]
+
+
+def _marks(nodes: list[fx.Node], call: Call) -> Iterator[object]:
+    known: dict[fx.Node, object] = {}
+    for node in nodes:
+
+        def mark(value: fx.Node) -> object:
+            if value.op == "get_attr":
+                return f"={value.target}"
+            return known.setdefault(value, f"in{sum(1 for v in known.values() if str(v).startswith('in'))}")
+
+        args, kwargs = fx.node.map_arg(node.args, mark), fx.node.map_arg(node.kwargs, mark)
+        yield (node.op, str(node.target), repr(args), repr(kwargs))
+        known[node] = f"%{len(known)}"

@@ -1,0 +1,464 @@
+"""From a module to graphs that can be read: torch.fx, with what stock fx does not do.
+
+* Parameters and buffers stay real tensors. What depends on them alone (DO-Conv, DiracNet, weight norm, a frozen norm's
+  scale) is computed as the trace runs and arrives as a constant; how it was computed is kept as its `Origin`.
+* The trace runs on a throwaway copy that shares the model's storage but none of its objects, so the user's module never
+  notices, whatever its forward writes to itself.
+* Where a forward cannot be followed, the innermost module type that stopped it is kept whole and tracing tries again;
+  the children of what was kept whole are traced apart.
+* Every module call is recorded, so that a module's own forward can be cut out of the flat graph again.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+
+from structrep import readers
+from structrep.errors import BadInput, StructrepError, Untraceable
+
+Example = Tensor | tuple[Any, ...] | Mapping[str, Any]
+
+RANDOM = {"rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "bernoulli", "multinomial", "normal"}
+
+
+@dataclass(eq=False)
+class Call:
+    """One call of a module during a trace."""
+
+    module: nn.Module
+    path: str
+    parent: Call | None
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    leaf: bool
+    first: int  # index of the first node made inside
+    last: int = -1  # one past the index of the last
+    result: Any = None
+    children: list[Call] = field(default_factory=list)
+
+    def chain(self) -> Iterator[Call]:
+        """This call and those around it, innermost first."""
+        call: Call | None = self
+        while call is not None:
+            yield call
+            call = call.parent
+
+    def holds(self, node: fx.Node) -> bool:
+        return self.first <= node.meta["index"] < self.last
+
+
+@dataclass(eq=False)
+class Trace:
+    """The flat graph of one module: all that could be followed below it, and the calls that made it."""
+
+    path: str
+    graph: fx.Graph
+    root: Call
+    calls: list[Call]
+
+    @property
+    def nodes(self) -> list[fx.Node]:
+        return list(self.graph.nodes)
+
+
+@dataclass(eq=False)
+class Traced:
+    """All traces of a model."""
+
+    model: nn.Module  # the throwaway copy: same names, same storage
+    traces: list[Trace]
+    untraced: dict[str, Untraceable]  # module path -> why it was left whole
+    calls: dict[nn.Module, list[Call]]  # every recorded call of a module
+    origins: dict[int, Origin]
+
+
+@dataclass(eq=False)
+class Origin:
+    """How a constant was computed from parameters, buffers and numbers."""
+
+    result: Tensor
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+def trace(model: nn.Module, example_inputs: Example | None = None) -> Traced:
+    """Follow the model's forward, and where that stops, its parts.
+
+    Raises:
+        BadInput: the model rejects the example inputs.
+    """
+    twin = shallow_copy(model)
+    traced = Traced(twin, [], {}, defaultdict(list), {})
+    paths = {module: path for path, module in twin.named_modules()}
+    _trace_below(traced, twin, paths, example_inputs, set())
+    for one in traced.traces:
+        for call in one.calls:
+            traced.calls[call.module].append(call)
+    return traced
+
+
+def shallow_copy(model: nn.Module) -> nn.Module:
+    """A copy with its own modules and attributes, whose tensors share the storage of the original's.
+
+    Raises:
+        BadInput: the model holds something that cannot be copied.
+    """
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for tensor in _tensors_of(module):
+            memo[id(tensor)] = _alias(tensor)
+    return _copied(model, memo)
+
+
+def own_copy(model: nn.Module) -> nn.Module:
+    """A deep copy; tensors that torch cannot deep-copy (computed ones, as old-style weight norm keeps) are copied by value.
+
+    Raises:
+        BadInput: the model holds something that cannot be copied.
+    """
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for tensor in _tensors_of(module):
+            if not tensor.is_leaf:
+                memo[id(tensor)] = tensor.detach().clone()
+    return _copied(model, memo)
+
+
+def _copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:
+        raise BadInput(f"the model cannot be copied: {_first_line(error)}") from error
+
+
+def _tensors_of(module: nn.Module) -> Iterator[Tensor]:
+    for value in (*module._parameters.values(), *module._buffers.values(), *module.__dict__.values()):
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from (item for item in value if isinstance(item, Tensor))
+
+
+def _alias(tensor: Tensor) -> Tensor:
+    if isinstance(tensor, nn.Parameter) and not nn.parameter.is_lazy(tensor):
+        return nn.Parameter(tensor.detach(), requires_grad=tensor.requires_grad)
+    return tensor.detach()
+
+
+def _trace_below(
+    traced: Traced, module: nn.Module, paths: dict[nn.Module, str], example: Example | None, seen: set[nn.Module]
+) -> None:
+    """Trace a module; where a part of it is kept whole, trace that part's children apart."""
+    seen.add(module)
+    apart: list[nn.Module] = []
+    if type(module).forward is nn.Module.forward:  # a container such as ModuleList
+        apart += module.children()
+    else:
+        tracer = _follow(traced, module, paths, example)
+        if tracer.stopped is not None:
+            apart += module.children()
+        else:
+            traced.traces.append(Trace(paths[module], tracer.graph, tracer.calls[0], tracer.calls))
+            seen.update(call.module for call in tracer.calls if call.module not in tracer.hooked)
+            for call in tracer.calls[1:]:
+                if call.leaf and call.module in tracer.hooked:
+                    apart.append(call.module)
+                elif call.leaf and type(call.module) in tracer.opaque:
+                    apart += call.module.children()
+    for child in apart:
+        if child not in seen and not readers.knows(child):
+            _trace_below(traced, child, paths, None, seen)
+
+
+def _follow(traced: Traced, module: nn.Module, paths: dict[nn.Module, str], example: Example | None) -> _Tracer:
+    """Trace, keeping whole one more module type after each failure, until it goes through or the root itself stops it."""
+    opaque: set[type[nn.Module]] = set()
+    while True:
+        tracer = _Tracer(module, paths, opaque)
+        inputs = tracer.bind(example)
+        try:
+            with torch.no_grad(), tracer.constants:
+                tracer.trace(_Root(module))
+        except StructrepError:
+            raise
+        except Exception as error:
+            call = tracer.stopped or tracer.calls[0]
+            tracer.stopped = call
+            reason = Untraceable(f"{type(call.module).__name__}.forward cannot be followed: {_first_line(error)}")
+            traced.untraced.setdefault(call.path, reason)
+            if call.module is module:
+                return tracer
+            opaque = opaque | {type(call.module)}
+            continue
+        traced.origins.update(tracer.constants.origins)
+        if inputs:
+            _infer_shapes(tracer.graph, inputs)
+        return tracer
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+
+
+class _Root(nn.Module):
+    """What torch.fx is given to trace, so that the module itself is called like any other."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self) -> None: ...
+
+
+class _Tracer(fx.Tracer):
+    def __init__(self, module: nn.Module, paths: dict[nn.Module, str], opaque: set[type[nn.Module]]) -> None:
+        super().__init__()
+        self.module = module
+        self.paths = paths
+        self.opaque = opaque
+        self.hooked = {m for m in module.modules() if m is not module and readers.hooks(m)}
+        self.calls: list[Call] = []
+        self.stack: list[Call] = []
+        self.stopped: Call | None = None
+        self.constants = _Constants()
+        self.count = 0
+        self.names = {id(t): name for name, t in _named_tensors(module, paths)}
+        self.tensor_nodes: dict[int, fx.Node] = {}
+
+    def bind(self, example: Example | None) -> list[Tensor]:
+        """Decide what the forward is called with: placeholders for tensors, the defaults for the rest.
+
+        Returns the tensors of the example, in the order of the placeholders.
+        """
+        signature = inspect.signature(self.module.forward)
+        if example is None:
+            required = [
+                p for p in signature.parameters.values()
+                if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+            ]  # fmt: skip
+            positional = tuple(_Slot(p.name) for p in required if p.kind is not p.KEYWORD_ONLY)
+            named = {p.name: _Slot(p.name) for p in required if p.kind is p.KEYWORD_ONLY}
+            self.arguments: tuple[tuple[Any, ...], dict[str, Any]] = (positional, named)
+            return []
+        args, kwargs = as_arguments(example)
+        try:
+            bound = signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise BadInput(f"the model's forward{signature} does not take the example inputs: {error}") from error
+        tensors: list[Tensor] = []
+
+        def slot(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor):
+                return leaf
+            tensors.append(leaf)
+            return _Slot(f"input_{len(tensors)}")
+
+        self.arguments = pytree.tree_map(slot, (bound.args, bound.kwargs))
+        return tensors
+
+    # --- torch.fx's hooks --------------------------------------------------------------------------------------------
+
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
+        args, kwargs = pytree.tree_map(
+            lambda leaf: self.create_proxy("placeholder", leaf.name, (), {}) if isinstance(leaf, _Slot) else leaf, self.arguments
+        )
+
+        def enter() -> list[fx.Proxy]:
+            result = self.call_module(self.module, self.module.forward, args, kwargs)
+            return list(proxies(result))
+
+        return enter, []
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if m not in self.paths:  # held outside the module tree: a part of whoever calls it
+            return forward(*args, **kwargs)
+        leaf = bool(self.stack) and self.is_leaf_module(m, self.paths[m])
+        if leaf and not is_traced((args, kwargs)):
+            leaf = False  # it depends on constants alone
+        parent = self.stack[-1] if self.stack else None
+        call = Call(m, self.paths[m], parent, args, kwargs, leaf, self.count)
+        if parent:
+            parent.children.append(call)
+        self.calls.append(call)
+        self.stack.append(call)
+        try:
+            if leaf:
+                call.result = self.create_proxy("call_module", call.path, args, kwargs)
+            else:
+                call.result = forward(*args, **kwargs)
+        except Exception:
+            self.stopped = self.stopped or call
+            raise
+        finally:
+            self.stack.pop()
+            call.last = self.count
+        return call.result
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return (
+            type(m) in self.opaque
+            or m in self.hooked
+            or readers.knows(m)
+            or (super().is_leaf_module(m, module_qualified_name) and not readers.generated(m))
+        )
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: Any) -> Any:
+        return attr_val
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        node = super().create_node(*args, **kwargs)
+        node.meta["index"] = self.count
+        node.meta["call"] = self.stack[-1] if self.stack else None
+        self.count += 1
+        return node
+
+    def create_arg(self, a: Any) -> Any:
+        if not isinstance(a, Tensor):
+            return super().create_arg(a)
+        node = self.tensor_nodes.get(id(a))
+        if node is None:
+            name = self.names.get(id(a))
+            if name is None:
+                name = f"constant_{len(self.tensor_nodes)}"
+                setattr(self.root, name, a)
+            with self.graph.inserting_before(next(iter(self.graph.nodes), None)):
+                node = self.create_node("get_attr", name, (), {})
+            node.meta["value"] = a
+            node.meta["index"] = -1
+            if id(a) not in self.names:
+                node.meta["formula"] = self.constants.formula(a)
+            self.tensor_nodes[id(a)] = node
+        return node
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """Stands for a tensor argument until there is a graph to make its placeholder in."""
+
+    name: str
+
+
+class _Constants(TorchFunctionMode):
+    """Watches what the trace computes for real: notes where constants come from, and stops what must not be baked in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.origins: dict[int, Origin] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if is_traced((args, kwargs)):
+            return func(*args, **kwargs)
+        name = getattr(func, "__name__", "")
+        if name in RANDOM:
+            raise RuntimeError(f"torch.{name} draws new numbers at every call")
+        if name.endswith("_") and not name.endswith("__") and args and isinstance(args[0], nn.Parameter):
+            raise RuntimeError(f"{name} writes to a parameter during forward")
+        result = func(*args, **kwargs)
+        if isinstance(result, Tensor):
+            self.origins[id(result)] = Origin(result, func, args, kwargs)
+        return result
+
+
+    def formula(self, tensor: Tensor) -> readers.Formula | None:
+        """All that a constant was computed with and from; None if it was not computed here."""
+        calls: set[str] = set()
+        parameters: dict[int, Tensor] = {}
+        pending, seen = [tensor], set()
+        while pending:
+            one = pending.pop()
+            if id(one) in seen:
+                continue
+            seen.add(id(one))
+            origin = self.origins.get(id(one))
+            if isinstance(one, nn.Parameter):
+                parameters[id(one)] = one
+            elif origin is not None:
+                calls.add(getattr(origin.function, "__name__", "").strip("_"))
+                pending += [leaf for leaf in pytree.tree_leaves((origin.args, origin.kwargs)) if isinstance(leaf, Tensor)]
+        return readers.Formula(frozenset(calls), tuple(parameters.values())) if calls else None
+
+
+def proxies(value: Any) -> Iterator[fx.Proxy]:
+    """All proxies inside containers, dataclasses and model outputs."""
+    if isinstance(value, fx.Proxy):
+        yield value
+    elif isinstance(value, (list, tuple, set)):
+        for item in value:
+            yield from proxies(item)
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from proxies(item)
+    elif isinstance(value, slice):
+        yield from proxies((value.start, value.stop, value.step))
+    elif is_dataclass(value) and not isinstance(value, type):
+        for f in fields(value):
+            yield from proxies(getattr(value, f.name))
+
+
+def is_traced(value: Any) -> bool:
+    """Whether a structure holds anything that depends on the input."""
+    return next(proxies(value), None) is not None
+
+
+def as_arguments(example: Example) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Example inputs as positional and keyword arguments.
+
+    Raises:
+        BadInput: neither a tensor, a tuple nor a mapping.
+    """
+    if isinstance(example, Tensor):
+        return (example,), {}
+    if isinstance(example, (tuple, list)):
+        return tuple(example), {}
+    if isinstance(example, Mapping):
+        return (), dict(example)
+    raise BadInput(
+        f"example_inputs is a {type(example).__name__}: give a tensor, a tuple of positional or a mapping of keyword arguments"
+    )
+
+
+def _named_tensors(module: nn.Module, paths: dict[nn.Module, str]) -> Iterator[tuple[str, Tensor]]:
+    for child in module.modules():
+        prefix = f"{paths[child]}." if paths[child] else ""
+        for name, value in (*child._parameters.items(), *child._buffers.items(), *child.__dict__.items()):
+            if isinstance(value, Tensor):
+                yield prefix + name, value
+
+
+def _infer_shapes(graph: fx.Graph, inputs: list[Tensor]) -> None:
+    """Note the shape of every node that can be followed without computing, in `meta["shape"]`."""
+    given = iter(inputs)
+    values: dict[fx.Node, Any] = {}
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
+        for node in graph.nodes:
+            try:
+                if node.op == "placeholder":
+                    values[node] = mode.from_tensor(next(given).detach())
+                elif node.op == "get_attr":
+                    values[node] = node.meta["value"]
+                elif node.op != "output":
+                    args = fx.node.map_arg(node.args, values.__getitem__)
+                    kwargs = fx.node.map_arg(node.kwargs, values.__getitem__)
+                    if node.op == "call_module":
+                        values[node] = node.meta["call"].module(*args, **kwargs)
+                    elif node.op == "call_method":
+                        values[node] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
+                    else:
+                        values[node] = node.target(*args, **kwargs)
+            except Exception:  # unknown from here on, which only makes the plan more careful
+                continue
+            if isinstance(values.get(node), Tensor):
+                node.meta["shape"] = tuple(values[node].shape)
