@@ -1,6 +1,6 @@
 """Structural re-parameterization for any model: train many linear branches, deploy the equal plain network.
 
-    deploy = structrep.reparameterize(model)
+deploy = structrep.reparameterize(model)
 """
 
 from structrep import rules as _rules  # noqa: F401  registers the catalogue

@@ -46,8 +46,8 @@ CONV_TRANSPOSE = (None, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose
 
 @dataclass(frozen=True)
 class Geometry:
-    """All of a map but its coefficients. `+` and `>>` here decide what `+` and `>>` of maps look like, and what they cost,
-    before a weight is touched."""
+    """All of a map but its coefficients. `+` and `>>` here decide what `+` and `>>` of maps look like, and what they
+    cost, before a weight is touched."""
 
     in_channels: int
     out_channels: int
@@ -263,7 +263,8 @@ class ConvMap:
     # --- the algebra -------------------------------------------------------------------------------------------------
 
     def __add__(self, other: ConvMap | int) -> ConvMap:
-        """Additivity: W1 x + b1 + W2 x + b2 = (W1 + W2) x + (b1 + b2), taps aligned by their offset from the output pixel.
+        """Additivity: W1 x + b1 + W2 x + b2 = (W1 + W2) x + (b1 + b2), taps aligned by their offset from the output
+        pixel.
 
         Raises:
             Incompatible: channels, stride or output sizes differ.
@@ -325,6 +326,10 @@ class ConvMap:
         return max(_peak(kernels), _peak(self.bias - other.bias))
 
     @property
+    def out_channels(self) -> int:
+        return self.geometry.out_channels
+
+    @property
     def magnitude(self) -> float:
         """Largest absolute coefficient."""
         return max(_peak(self.kernel), _peak(self.bias))
@@ -352,7 +357,8 @@ class ConvMap:
     # --- evaluation --------------------------------------------------------------------------------------------------
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Apply to x: (N, I, *spatial) -> (N, O, *out); without spatial dims (..., I) -> (..., O). Computed in float64."""
+        """Apply to x: (N, I, *spatial) -> (N, O, *out); without spatial dims (..., I) -> (..., O). Computed in
+        float64."""
         x = x.to(self.kernel)
         g = self.geometry
         if not g.dims:
@@ -379,7 +385,7 @@ class ConvMap:
         words += [self.border] if self.border != "constant" else []
         return f"ConvMap({', '.join(words)})"
 
-    # --- how -----------------------------------------------------------------------------------------------------------
+    # --- how --------------------------------------------------------------------------------------
 
     def _framed(self, frame: Geometry) -> Tensor:
         """Kernel with its taps at their places in `frame`: (O, I / frame.groups, *frame.kernel)."""
@@ -445,15 +451,15 @@ class ConvMap:
         for dim, ((lo1, hi1), (lo2, hi2), reach, s1) in enumerate(zip(f.pad, g.pad, f.reach, f.stride, strict=True)):
             if (lo2 > 0 and lo1 + s1 - 1 < reach) or (hi2 > 0 and hi1 < reach):
                 raise Inexact(
-                    f"{other} reads {_word(other.fill)} outside its input along spatial dim {dim}, but there {self} still sees "
-                    f"real pixels: padding belongs on the first of two convolutions, or on a pointwise one"
+                    f"{other} reads {_word(other.fill)} outside its input along spatial dim {dim}, but there {self} "
+                    f"still sees real pixels: padding belongs on the first of two convolutions, or on a pointwise one"
                 )
         outside = self.bias + _channel_mix(self, self.fill)
         gap = _peak(outside - other.fill)
         if gap > ROUNDING * max(_peak(outside), _peak(other.fill)):
             raise Inexact(
-                f"{other} reads {_word(other.fill)} outside its input, but {self} gives {_word(outside)} there (its bias): "
-                f"without that bias, or padded with it, the two would be one convolution"
+                f"{other} reads {_word(other.fill)} outside its input, but {self} gives {_word(outside)} there (its "
+                f"bias): without that bias, or padded with it, the two would be one convolution"
             )
 
     def _common_border(self, other: ConvMap) -> ConvMap:
@@ -524,7 +530,8 @@ def _regroup(kernel: Tensor, groups: int, fewer: int) -> Tensor:
 
 
 def _compose_kernels(first: Tensor, second: Tensor, f: Geometry, g: Geometry, result: Geometry) -> Tensor:
-    """kernel[o, i, u] = sum over m and s1 d2 t2 + d1 t1 = u of second[o, m, t2] first[m, i, t1]: a transposed convolution.
+    """kernel[o, i, u] = sum over m and s1 d2 t2 + d1 t1 = u of second[o, m, t2] first[m, i, t1]: a transposed
+    convolution.
 
     Both kernels come in `result.groups` groups.
     """

@@ -1,13 +1,12 @@
 """What a term and a map cost, from shapes alone.
 
-Costs are counted per output pixel of the whole term, so that no input size is needed: a layer before a stride of 2 in two
-dims works on four pixels for each of the term's.
+Costs are counted per output pixel of the whole term, so that no input size is needed: a layer before a stride of 2
+in two dims works on four pixels for each of the term's.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from structrep.algebra import Geometry
@@ -25,7 +24,9 @@ class Cost:
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(
-            self.multiply_adds + other.multiply_adds, self.parameters + other.parameters, self.operations + other.operations
+            self.multiply_adds + other.multiply_adds,
+            self.parameters + other.parameters,
+            self.operations + other.operations,
         )
 
 
@@ -44,7 +45,6 @@ def of_term(term: Term) -> Cost:
     dims = _dims(term, None)
     counted: dict[int, Cost] = {}
     whole = geometry(term)
-
 
     def price(part: Term, channels: int, density: float) -> None:
         if part.op == "leaf":

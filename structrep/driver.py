@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable
 
 import torch
 from torch import nn
 
-from structrep import readers, search
-from structrep.errors import BadInput, Refusal, StructrepError, VerificationError
+from structrep import search
+from structrep.errors import Refusal, StructrepError, VerificationError
 from structrep.pattern import geometry
 from structrep.proof import dtype_of, prove, run, verify
 from structrep.registry import Registry, Rule, resolve
@@ -39,7 +38,8 @@ class Plan:
     @property
     def refusals(self) -> tuple[RefusalRecord, ...]:
         return tuple(
-            RefusalRecord(where=m.where, rule=m.rule, what=m.what, kind=m.reason.kind, reason=str(m.reason)) for m in self._missed
+            RefusalRecord(where=m.where, rule=m.rule, what=m.what, kind=m.reason.kind, reason=str(m.reason))
+            for m in self._missed
         )
 
     @property
@@ -77,7 +77,9 @@ class Plan:
         return as_text(*plan_tables(self.record))
 
     def __repr__(self) -> str:
-        return f"<Plan for {type(self._model).__name__}: {len(self._draft.merges)} merges, {len(self._missed)} refusals>"
+        return (
+            f"<Plan for {type(self._model).__name__}: {len(self._draft.merges)} merges, {len(self._missed)} refusals>"
+        )
 
     def _refuse(self, merge: Merge, reason: Refusal) -> None:
         self._missed.append(Missed(merge.where, merge.rules[-1], str(merge.term), reason))
@@ -88,7 +90,8 @@ def plan(model: nn.Module, example_inputs: Example | None = None, *, rules: Rule
 
     Args:
         model: any module in eval mode.
-        example_inputs: a tensor, a tuple of positional or a mapping of keyword arguments; tells shapes, which some merges
+        example_inputs: a tensor, a tuple of positional or a mapping of keyword arguments; tells shapes, which some
+        merges
             need.
         rules: a registry, or names of registered rules and rules; all registered ones by default.
 
@@ -119,10 +122,12 @@ def reparameterize(
     Args:
         model, example_inputs, rules: as for `plan`.
         inplace: change the model itself instead of a copy.
-        verify: prove every merge on its region in float64 and, with example inputs, the whole model against its float64 self.
+        verify: prove every merge on its region in float64 and, with example inputs, the whole model against its
+        float64 self.
 
     Raises:
-        VerificationError: the deploy model is farther from the truth than rounding explains; with `inplace`, the model is
+        VerificationError: the deploy model is farther from the truth than rounding explains; with `inplace`, the
+        model is
             then as it was.
         TrainingMode, Uninitialized, UnknownRule, BadInput: as for `plan`.
     """

@@ -27,7 +27,7 @@ from structrep.algebra import ConvMap, Geometry
 from structrep.errors import Incompatible, Unreadable
 from structrep.readers import Formula, Layer, rank
 
-# --- terms -------------------------------------------------------------------------------------------------------------------
+# --- terms ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,9 +125,6 @@ def _evaluate(
     dims = _dims(term, dims)
     known: dict[tuple[int, int], T] = {}  # a layer on two branches is read once
 
-    def out(part: T) -> int:
-        return part.out_channels if isinstance(part, Geometry) else part.geometry.out_channels
-
     def walk(part: Term, c: int) -> T:
         if (id(part), c) not in known:
             known[id(part), c] = step(part, c)
@@ -144,7 +141,7 @@ def _evaluate(
         if part.op == "seq":
             result = walk(part.parts[0], c)
             for item in part.parts[1:]:
-                result = result >> walk(item, out(result))
+                result = result >> walk(item, result.out_channels)
             return result
         branches = [walk(branch, c) for branch in part.parts]
         if part.op == "sum":
@@ -170,7 +167,9 @@ def _check_concat_dim(term: Term, dims: int) -> None:
 
 def _dims(term: Term, given: int | None) -> int:
     """Spatial dims that all layers agree on."""
-    found = {layer.dims for layer in term.leaves() if layer.dims is not None} | ({given} if given is not None else set())
+    found = {layer.dims for layer in term.leaves() if layer.dims is not None} | (
+        {given} if given is not None else set()
+    )
     if len(found) != 1:
         raise Incompatible(
             f"layers of {' and '.join(map(str, sorted(found)))} spatial dims meet"
@@ -182,8 +181,8 @@ def _dims(term: Term, given: int | None) -> int:
         for layer in term.leaves():
             if layer.kind == "norm" and (layer.node is None or rank(layer.node) != 2):
                 raise Unreadable(
-                    "a batch norm after a Linear normalises dim 1, the Linear acts on the last: they agree only on 2-d values, "
-                    "and this value is not known to be one; pass example_inputs"
+                    "a batch norm after a Linear normalises dim 1, the Linear acts on the last: they agree only on 2-d "
+                    "values, and this value is not known to be one; pass example_inputs"
                 )
     return dims
 
@@ -209,7 +208,7 @@ def _keeps_channels(term: Term) -> bool:
     return term.op != "concat" and all(_keeps_channels(part) for part in term.parts)
 
 
-# --- patterns -----------------------------------------------------------------------------------------------------------------
+# --- patterns -------------------------------------------------------------------------------------
 
 Captures = dict[str, "Term | list[Term]"]
 
@@ -511,7 +510,8 @@ class _Combined(Pattern):
     def fits_plain_conv(self) -> bool:
         """One part may be the convolution if all others may be absent."""
         return any(
-            part.fits_plain_conv() and all(other.fits_nothing() for other in self.parts if other is not part) for part in self.parts
+            part.fits_plain_conv() and all(other.fits_nothing() for other in self.parts if other is not part)
+            for part in self.parts
         )
 
 
@@ -603,8 +603,8 @@ class Concat(_Combined):
 
 
 def conv_norm(kernel: Kernel | None = None) -> Pattern:
-    """A convolution, and whatever scales and shifts follow it: the branch of nearly every paper. It may read a padded or
-    cropped input, which only moves its taps."""
+    """A convolution, and whatever scales and shifts follow it: the branch of nearly every paper. It may read a
+    padded or cropped input, which only moves its taps."""
     return Seq(Optional(Pad()), Conv(kernel), Optional(Affine()))
 
 
@@ -617,7 +617,8 @@ def _bracketed(pattern: Pattern) -> str:
 
 
 def arguments(pattern: Pattern, found: Captures, read: Callable[[Term], Any]) -> dict[str, Any]:
-    """Captures as a merge function takes them: maps by name; absent branches 0, absent stages 1, repeated parts lists."""
+    """Captures as a merge function takes them: maps by name; absent branches 0, absent stages 1, repeated parts
+    lists."""
     result = _absent(pattern, in_sum=False)
     for name, captured in found.items():
         result[name] = [read(term) for term in captured] if isinstance(captured, list) else read(captured)

@@ -1,7 +1,7 @@
 """Proof that the value was put back rightly: regions one by one, and the whole model against the float64 truth.
 
-There are no tolerances to choose. With a float64 copy of the training-time model as truth, the deploy model may err about
-as much as the training-time model errs by rounding alone in the same dtype.
+There are no tolerances to choose. With a float64 copy of the training-time model as truth, the deploy model may err
+about as much as the training-time model errs by rounding alone in the same dtype.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def dtype_of(model: nn.Module) -> torch.dtype:
     return next((t.dtype for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()), torch.float32)
 
 
-# --- regions --------------------------------------------------------------------------------------------------------------------
+# --- regions --------------------------------------------------------------------------------------
 
 
 def prove(merge: Merge) -> None:
@@ -147,20 +147,29 @@ def prove(merge: Merge) -> None:
     region = _Region(merge)
     generator = torch.Generator().manual_seed(0)
     for size in _sizes(map_):
-        x = torch.randn(2, map_.geometry.in_channels, *size, dtype=torch.float64, generator=generator).to(map_.kernel.device)
+        x = torch.randn(2, map_.geometry.in_channels, *size, dtype=torch.float64, generator=generator).to(
+            map_.kernel.device
+        )
         with torch.no_grad():
             before, after = region(x), map_(x)
         if before.shape != after.shape:
-            raise WrongMerge(f"on an input of {size} pixels the layers give {tuple(before.shape)}, merged {tuple(after.shape)}")
+            raise WrongMerge(
+                f"on an input of {size} pixels the layers give {tuple(before.shape)}, merged {tuple(after.shape)}"
+            )
         error = relative_error(after, before)
         if error > COEFFICIENT_ROUNDING:
-            raise WrongMerge(f"on an input of {size} pixels the merged layer is off by {error:.1e}, relative to the largest output")
+            raise WrongMerge(
+                f"on an input of {size} pixels the merged layer is off by {error:.1e}, relative to the largest output"
+            )
 
 
 def _sizes(map_: ConvMap) -> list[tuple[int, ...]]:
     """The smallest input with an output, and an odd larger one, different in every dim."""
     g = map_.geometry
-    least = [max(1, 1 - over, *(0 if map_.border == "constant" else max(pad) + 1 for _ in (0,))) for over, pad in zip(g.overhang, g.pad, strict=True)]
+    least = [
+        max(1, 1 - over, *(0 if map_.border == "constant" else max(pad) + 1 for _ in (0,)))
+        for over, pad in zip(g.overhang, g.pad, strict=True)
+    ]
     return [tuple(least), tuple(n + 4 + index for index, n in enumerate(least))] if g.dims else [()]
 
 

@@ -27,7 +27,7 @@ from torch import Tensor, fx, nn
 from structrep.algebra import Border, ConvMap, Geometry, Ints, Pads
 from structrep.errors import Unreadable
 
-# --- what reading gives ------------------------------------------------------------------------------------------------
+# --- what reading gives ---------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class Same:
 
 Reading = Layer | Total | Stack | Same
 
-# --- modules -------------------------------------------------------------------------------------------------------------
+# --- modules --------------------------------------------------------------------------------------
 
 _MODULES: dict[type[nn.Module], Callable[[Any], Layer | None]] = {}
 _IDENTITIES: tuple[type[nn.Module], ...] = (
@@ -122,7 +122,8 @@ def _reader(module: nn.Module) -> Callable[[Any], Layer | None] | None:
     for base in type(module).__mro__:
         if base in _MODULES or base in _IDENTITIES:
             runs_it = all(
-                getattr(type(module), name, None) is getattr(base, name, None) for name in ("forward", "_conv_forward", "__call__")
+                getattr(type(module), name, None) is getattr(base, name, None)
+                for name in ("forward", "_conv_forward", "__call__")
             )
             return _MODULES.get(base, lambda _: None) if runs_it else None
     return None
@@ -155,7 +156,7 @@ def read_module(module: nn.Module) -> Layer | None:
 
 @_reads(nn.Conv1d, nn.Conv2d, nn.Conv3d)
 def _(conv: nn.Conv2d) -> Layer:
-    border: Border = "constant" if conv.padding_mode == "zeros" else conv.padding_mode  # type: ignore[assignment]
+    border: Border = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
     return conv_layer(conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups, border)
 
 
@@ -166,7 +167,7 @@ def _(linear: nn.Linear) -> Layer:
 
 @_reads(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 def _(norm: nn.BatchNorm2d) -> Layer:
-    dims = {nn.BatchNorm2d: 2, nn.BatchNorm3d: 3}.get(next((t for t in type(norm).__mro__ if t in _MODULES), nn.Module))
+    dims = next((d for d, type_ in ((2, nn.BatchNorm2d), (3, nn.BatchNorm3d)) if isinstance(norm, type_)), None)
     return norm_layer(norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps, norm.training, dims)
 
 
@@ -199,7 +200,7 @@ def _(pad: nn.CircularPad2d) -> Layer:
     return pad_layer(pad.padding, "circular")
 
 
-# --- layers from their numbers ----------------------------------------------------------------------------------------------
+# --- layers from their numbers --------------------------------------------------------------------
 
 
 def conv_layer(
@@ -277,7 +278,11 @@ def norm_layer(
     if training or mean is None or var is None:
         raise Unreadable(
             "the norm takes its statistics from each batch "
-            + ("(training mode): call model.eval() first" if training else "(track_running_stats=False): it is no fixed map")
+            + (
+                "(training mode): call model.eval() first"
+                if training
+                else "(track_running_stats=False): it is no fixed map"
+            )
         )
 
     def load(channels: int, dims: int) -> ConvMap:
@@ -352,7 +357,9 @@ def crop_layer(index: tuple[Any, ...]) -> Layer | None:
 
     def shape(c: int, d: int) -> Geometry:
         if len(pads) > d:
-            raise Unreadable(f"an index into {len(pads) + 2} dims, where a batch of maps with {d} spatial ones is expected")
+            raise Unreadable(
+                f"an index into {len(pads) + 2} dims, where a batch of maps with {d} spatial ones is expected"
+            )
         return Geometry(c, c, (1,) * d, pad=(*pads, *[(0, 0)] * (d - len(pads))), groups=c)
 
     return _tap_layer("pad", shape, "constant", 0.0)
@@ -400,7 +407,7 @@ def _count(*tensors: Tensor | None) -> int:
     return sum(t.numel() for t in tensors if t is not None)
 
 
-# --- nodes of a graph -------------------------------------------------------------------------------------------------------
+# --- nodes of a graph -----------------------------------------------------------------------------
 
 
 def read_node(node: fx.Node) -> Reading | None:
@@ -449,7 +456,13 @@ def _placed(layer: Layer, node: fx.Node) -> Layer | None:
 
 def _read_call(node: fx.Node) -> Reading | None:
     module = node.meta["call"].module
-    if hooks(module) or not knows(module) or len(node.args) != 1 or node.kwargs or not isinstance(node.args[0], fx.Node):
+    if (
+        hooks(module)
+        or not knows(module)
+        or len(node.args) != 1
+        or node.kwargs
+        or not isinstance(node.args[0], fx.Node)
+    ):
         return None
     if isinstance(module, _IDENTITIES):
         inert = isinstance(module, nn.Identity) or not module.training or getattr(module, "p", 1) == 0
@@ -529,7 +542,11 @@ def _(a: _Arguments) -> Layer | None:
 @_called(F.pad)
 def _(a: _Arguments) -> Layer | None:
     sides, mode, value = a(1, "pad"), a(2, "mode", "constant"), a(3, "value")
-    if not isinstance(sides, (list, tuple)) or not all(isinstance(side, int) for side in sides) or isinstance(value, fx.Node):
+    if (
+        not isinstance(sides, (list, tuple))
+        or not all(isinstance(side, int) for side in sides)
+        or isinstance(value, fx.Node)
+    ):
         return None
     return pad_layer(sides, mode, value or 0.0)
 
@@ -586,7 +603,17 @@ def _(a: _Arguments) -> Layer | None:
     return None if factor is None else scale_layer(factor)
 
 
-@_called(operator.truediv, operator.itruediv, torch.div, torch.divide, torch.true_divide, "div", "truediv", "itruediv", "divide")
+@_called(
+    operator.truediv,
+    operator.itruediv,
+    torch.div,
+    torch.divide,
+    torch.true_divide,
+    "div",
+    "truediv",
+    "itruediv",
+    "divide",
+)
 def _(a: _Arguments) -> Layer | None:
     left, right = a.pair()
     divisor = constant(right)
@@ -618,7 +645,7 @@ def _(a: _Arguments) -> Same:
     return Same(a(0, "input"))
 
 
-# --- what reads without computing ---------------------------------------------------------------------------------------------
+# --- what reads without computing -----------------------------------------------------------------
 
 _PLACES = (operator.iadd, operator.isub, operator.imul, operator.itruediv)
 
@@ -633,13 +660,29 @@ def mutates(node: fx.Node) -> fx.Node | None:
         target = node.args[0] if (name.endswith("_") and not name.endswith("__")) or name.startswith("__i") else None
     elif node.op == "call_function":
         name = getattr(node.target, "__name__", "")
-        in_place = node.target in _PLACES or node.kwargs.get("inplace") is True or (name.endswith("_") and not name.endswith("__"))
+        in_place = (
+            node.target in _PLACES
+            or node.kwargs.get("inplace") is True
+            or (name.endswith("_") and not name.endswith("__"))
+        )
         in_place = in_place or (len(node.args) > 1 and node.args[-1] is True and name in _INPLACE_ARGUMENT)
         target = node.args[0] if in_place and node.args else None
     return target if isinstance(target, fx.Node) else None
 
 
-_INPLACE_ARGUMENT = {"relu", "relu6", "hardswish", "hardsigmoid", "silu", "mish", "leaky_relu", "elu", "celu", "selu", "hardtanh"}
+_INPLACE_ARGUMENT = {
+    "relu",
+    "relu6",
+    "hardswish",
+    "hardsigmoid",
+    "silu",
+    "mish",
+    "leaky_relu",
+    "elu",
+    "celu",
+    "selu",
+    "hardtanh",
+}
 _QUERIES = {"shape", "ndim", "dtype", "device", "is_cuda", "size", "dim", "numel", "is_floating_point"}
 
 
@@ -652,7 +695,7 @@ def only_asserted(node: fx.Node) -> bool:
     follows = name in ("eq", "ne", "ge", "gt", "le", "lt", "getitem", "len", "contains", "mod", "floordiv") and all(
         _asked(n) for n in node.all_input_nodes
     )
-    return bool((asks or follows) and node.users and all(only_asserted(user) for user in node.users))
+    return bool((asks or follows) and all(only_asserted(user) for user in node.users))
 
 
 def _asked(node: fx.Node) -> bool:
@@ -673,7 +716,9 @@ def rank(node: fx.Node) -> int | None:
                 return 2 if (module.start_dim, module.end_dim) == (1, -1) else None
             if isinstance(module, nn.modules.conv._ConvNd):
                 return module.weight.ndim
-            if not isinstance(module, (nn.Linear, nn.modules.batchnorm._NormBase, *_IDENTITIES)) and not _elementwise(module):
+            if not isinstance(module, (nn.Linear, nn.modules.batchnorm._NormBase, *_IDENTITIES)) and not _elementwise(
+                module
+            ):
                 return None
         elif node.op in ("call_function", "call_method"):
             name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
@@ -695,17 +740,30 @@ def rank(node: fx.Node) -> int | None:
     return None
 
 
-_ELEMENTWISE = {"relu", "gelu", "silu", "sigmoid", "tanh", "linear", "batch_norm", "dropout", "contiguous", "clone", *_INPLACE_ARGUMENT}
+_ELEMENTWISE = {
+    "relu",
+    "gelu",
+    "silu",
+    "sigmoid",
+    "tanh",
+    "linear",
+    "batch_norm",
+    "dropout",
+    "contiguous",
+    "clone",
+    *_INPLACE_ARGUMENT,
+}
 
 
 def _elementwise(module: nn.Module) -> bool:
     return type(module).__module__ == "torch.nn.modules.activation" and not isinstance(module, nn.MultiheadAttention)
 
 
-# --- writing back -------------------------------------------------------------------------------------------------------------
+# --- writing back ---------------------------------------------------------------------------------
 
-_CONVS = (None, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_CONVS: tuple[Any, ...] = (None, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _PADS: dict[str, tuple[Any, ...]] = {
+    "constant": (None, nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d),
     "reflect": (None, nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReflectionPad3d),
     "replicate": (None, nn.ReplicationPad1d, nn.ReplicationPad2d, nn.ReplicationPad3d),
     "circular": (None, nn.CircularPad1d, nn.CircularPad2d, nn.CircularPad3d),
@@ -741,13 +799,10 @@ def lower(map_: ConvMap, like: Tensor, *, bias: bool = True, requires_grad: bool
         else:
             padding = 0
             sides = [side for sides in reversed(g.pad) for side in sides]
-            constant_pad = (None, nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d)[g.dims]
-            if map_.border == "constant":
-                before = constant_pad(sides, fill.item())  # type: ignore[misc]
-            else:
-                before = _PADS[map_.border][g.dims](sides)
+            value = (fill.item(),) if map_.border == "constant" else ()
+            before = _PADS[map_.border][g.dims](tuple(sides), *value)
         mode = "zeros" if map_.border == "constant" or before is not None else map_.border
-        layer = _CONVS[g.dims](  # type: ignore[misc]
+        layer = _CONVS[g.dims](
             g.in_channels, g.out_channels, g.kernel, g.stride, padding, g.dilation, g.groups, has_bias, mode, **factory
         )
     layer.weight = nn.Parameter(_cast(map_.kernel, like), requires_grad=requires_grad)
@@ -759,6 +814,11 @@ def lower(map_: ConvMap, like: Tensor, *, bias: bool = True, requires_grad: bool
 
 def _cast(kernel: Tensor, like: Tensor) -> Tensor:
     memory = torch.contiguous_format
-    if kernel.ndim == 4 and like.ndim == 4 and like.is_contiguous(memory_format=torch.channels_last) and not like.is_contiguous():
+    if (
+        kernel.ndim == 4
+        and like.ndim == 4
+        and like.is_contiguous(memory_format=torch.channels_last)
+        and not like.is_contiguous()
+    ):
         memory = torch.channels_last
     return kernel.to(like.device, like.dtype).contiguous(memory_format=memory)

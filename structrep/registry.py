@@ -56,14 +56,18 @@ class Rule:
         if self.law:
             return truth
         channels, dims = truth.geometry.in_channels, truth.geometry.dims
-        result = self.merge(**arguments(self.pattern, found, lambda part: value(part, channels_of(part, channels), dims)))
+        result = self.merge(
+            **arguments(self.pattern, found, lambda part: value(part, channels_of(part, channels), dims))
+        )
         if not isinstance(result, ConvMap):
-            raise WrongMerge(f"the merge function of rule {self.name!r} returned {type(result).__name__}, not a ConvMap")
+            raise WrongMerge(
+                f"the merge function of rule {self.name!r} returned {type(result).__name__}, not a ConvMap"
+            )
         gap = truth.distance(result)
         if not gap <= COEFFICIENT_ROUNDING * max(truth.magnitude, result.magnitude):
             raise WrongMerge(
-                f"rule {self.name!r} merges to {result}, the matched term is {truth}: coefficients differ by {gap:.1e}; "
-                f"its merge function does not compute its pattern"
+                f"rule {self.name!r} merges to {result}, the matched term is {truth}: coefficients differ by "
+                f"{gap:.1e}; its merge function does not compute its pattern"
             )
         return result
 
@@ -94,14 +98,19 @@ class Registry:
         if rule.name in self._rules:
             other = self._rules[rule.name]
             raise InvalidRule(
-                f"there are two rules named {rule.name!r}: {other.source!r}, registered first, and {rule.source!r}; rename one"
+                f"there are two rules named {rule.name!r}: {other.source!r}, registered first, and {rule.source!r}; "
+                f"rename one"
             )
         captured = rule.pattern.names()
         if twice := {name for name in captured if captured.count(name) > 1}:
-            raise InvalidRule(f"the pattern of rule {rule.name!r} uses the name {sorted(twice)[0]!r} twice: {rule.pattern}")
+            raise InvalidRule(
+                f"the pattern of rule {rule.name!r} uses the name {sorted(twice)[0]!r} twice: {rule.pattern}"
+            )
         parameters = inspect.signature(rule.merge).parameters.values()
         takes = [p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
-        required = {p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
+        required = {
+            p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
+        }
         takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
         missing, unknown = sorted(required - set(captured)), sorted(set(captured) - set(takes))
         if missing or (unknown and not takes_any):
@@ -115,8 +124,8 @@ class Registry:
             )
         if not rule.law and rule.pattern.fits_plain_conv():
             raise InvalidRule(
-                f"the pattern of rule {rule.name!r} matches a plain convolution, which is what it merges to, so it would match "
-                f"its own output: {rule.pattern}; make a stage that only training has not Optional"
+                f"the pattern of rule {rule.name!r} matches a plain convolution, which is what it merges to, so it would "
+                f"match its own output: {rule.pattern}; a stage that only training has must not be Optional"
             )
         self._rules[rule.name] = rule
         return rule

@@ -60,7 +60,8 @@ class OutputRecord(Record):
 class Verification(Record):
     """A deploy model against its training-time model, both against the float64 truth.
 
-    It holds where the deploy model errs no more than `slack` times as much as the training-time model's own rounding does.
+    It holds where the deploy model errs no more than `slack` times as much as the training-time model's own rounding
+    does.
     """
 
     device: str
@@ -85,7 +86,9 @@ class Verification(Record):
         return all(output.error <= self.slack * output.noise for output in self.outputs)
 
     def table(self) -> Table:
-        table = Table(title=f"verification on {self.device}, {self.dtype}, TF32 {'on' if self.tf32 else 'off'}, torch {self.torch}")
+        table = Table(
+            title=f"verified on {self.device}, {self.dtype}, TF32 {'on' if self.tf32 else 'off'}, torch {self.torch}"
+        )
         for heading in ("output", "shape", "error", "rounding noise", "ratio", ""):
             table.add_column(heading, justify="left" if heading in ("output", "shape") else "right")
         for output in self.outputs:
@@ -108,7 +111,9 @@ def plan_tables(plan: PlanRecord) -> Iterable[Table]:
     """A plan's merges, then its refusals."""
     merges = Table(title=f"{plan.model}: {len(plan.merges)} merges")
     for heading in ("where", "rule", "training time", "deploy", "multiply-adds per output pixel", "parameters"):
-        merges.add_column(heading, justify="right" if heading in ("multiply-adds per output pixel", "parameters") else "left")
+        merges.add_column(
+            heading, justify="right" if heading in ("multiply-adds per output pixel", "parameters") else "left"
+        )
     for merge in plan.merges:
         merges.add_row(
             merge.where,
@@ -123,7 +128,9 @@ def plan_tables(plan: PlanRecord) -> Iterable[Table]:
         sources = Table(title="sources")
         sources.add_column("rule")
         sources.add_column("source")
-        for name, source in dict.fromkeys(pair for merge in plan.merges for pair in zip(merge.rules, merge.sources, strict=True)):
+        for name, source in dict.fromkeys(
+            pair for merge in plan.merges for pair in zip(merge.rules, merge.sources, strict=True)
+        ):
             sources.add_row(name, source)
         yield sources
     if plan.refusals:

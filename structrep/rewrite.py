@@ -3,8 +3,8 @@
 * A layer of the chain that is a module gives up its place: the host takes the merged coefficients, the others become
   identities. No forward changes.
 * What is written in a module's own forward changes that forward: it is cut out of the traced graph and installed as a
-  generated subclass of the module's own class, so that `isinstance`, methods and attributes stay, and copying, pickling,
-  exporting and tracing again work. Children that nothing calls any more are set to None.
+  generated subclass of the module's own class, so that `isinstance`, methods and attributes stay, and copying,
+  pickling, exporting and tracing again work. Children that nothing calls any more are set to None.
 * A block that stands for one plain layer (structrep.blocks, a subclass of a convolution) is replaced by it.
 """
 
@@ -27,8 +27,8 @@ from torch import Tensor, fx, nn
 from structrep.algebra import ConvMap
 from structrep.blocks import STAND_INS
 from structrep.errors import Refusal, Unreadable
-from structrep.search import Merge, Segment
 from structrep.readers import knows, lower, only_asserted, read_module
+from structrep.search import Merge, Segment
 from structrep.trace import Call, Traced, is_traced, proxies
 
 
@@ -61,7 +61,15 @@ class Unit:
     @property
     def taps(self) -> int:
         """Kernel taps, as a measure of which unit is the convolution that the others surround."""
-        return max((layer.weight[0, 0].numel() for s in self.segments for layer in s.term.leaves() if layer.weight is not None), default=0)
+        return max(
+            (
+                layer.weight[0, 0].numel()
+                for s in self.segments
+                for layer in s.term.leaves()
+                if layer.weight is not None
+            ),
+            default=0,
+        )
 
 
 def units(merge: Merge) -> list[Unit]:
@@ -148,7 +156,7 @@ class Draft:
         used = {name for path, name in self.homes.values() if path == owner.path}
         return next(
             name
-            for name in (stem, *(f"{stem}_{i}" for i in itertools.count(1)))
+            for name in itertools.chain((stem,), (f"{stem}_{i}" for i in itertools.count(1)))
             if name not in used and getattr(owner.module, name, None) is None
         )
 
@@ -156,7 +164,7 @@ class Draft:
         """The innermost call that holds a unit, whose forward the unit vanishes from."""
         self.edits.dead.update(unit.nodes)
         chains = [[c for c in node.meta["call"].chain() if not c.leaf] for node in unit.nodes]
-        owner = next(call for call in chains[0] if all(call in chain for chain in chains))
+        owner: Call = next(call for call in chains[0] if all(call in chain for chain in chains))
         inner = self.edits.owners.setdefault(owner, set())
         for node in unit.nodes:
             inner.update(itertools.takewhile(lambda call: call is not owner, node.meta["call"].chain()))
@@ -174,10 +182,11 @@ class Draft:
                 failed.update(dict.fromkeys(self.owned[owner], reason))
         return failed
 
-    # --- doing it ---------------------------------------------------------------------------------------------------------
+    # --- doing it ---------------------------------------------------------------------------------
 
     def apply(self, model: nn.Module) -> nn.Module:
-        """Change a model that has the names of the traced one; returns it, or what stands for it if it was itself a block."""
+        """Change a model that has the names of the traced one; returns it, or what stands for it if it was itself a
+        block."""
         self.model = model
         for merge in self.merges:
             self._place(merge)
@@ -200,7 +209,9 @@ class Draft:
         kernels = [layer for segment in host.segments for layer in segment.term.leaves() if layer.weight is not None]
         learned = [p for k in kernels for p in (k.formula.parameters if k.formula else (k.weight,))]
         assert kernels[0].weight is not None
-        layer = lower(map_, kernels[0].weight, bias=bias, requires_grad=any(p is not None and p.requires_grad for p in learned))
+        layer = lower(
+            map_, kernels[0].weight, bias=bias, requires_grad=any(p is not None and p.requires_grad for p in learned)
+        )
         if host.module is not None:
             self._swap(host.module.path, layer)
         else:
@@ -222,7 +233,7 @@ class Draft:
                 if child is old:
                     parent._modules[name] = layer
 
-    # --- what is left over ------------------------------------------------------------------------------------------------
+    # --- what is left over ------------------------------------------------------------------------
 
     def _bury(self) -> None:
         """Set to None the modules and parameters that only dead nodes used."""
@@ -232,9 +243,9 @@ class Draft:
             self._bury_below(self._at(owner.path), dead)
         for trace in self.traced.traces:
             for node in trace.nodes:
-                if node.op == "get_attr" and node.users and all(user in self.edits.dead for user in node.users):
-                    if "formula" not in node.meta:
-                        self._drop_tensor(str(node.target))
+                named = node.op == "get_attr" and "formula" not in node.meta
+                if named and node.users and all(user in self.edits.dead for user in node.users):
+                    self._drop_tensor(str(node.target))
 
     def _dead_calls(self) -> list[Call]:
         """Calls in which everything is dead."""
@@ -272,7 +283,7 @@ class Draft:
 def _all_dead(module: nn.Module, dead: set[nn.Module]) -> bool:
     if module in dead:
         return True
-    children = [child for child in module.children()]
+    children = list(module.children())
     container = type(module).forward is nn.Module.forward
     return container and bool(children) and all(_all_dead(child, dead) for child in children)
 
@@ -289,7 +300,10 @@ def _refill(module: nn.Module, map_: ConvMap, bias: bool) -> bool:
         return False
     weight = module._parameters["weight"]
     fresh = lower(map_, weight, bias=bias, requires_grad=weight.requires_grad)
-    module._parameters["weight"], module._parameters["bias"] = cast(nn.Parameter, fresh.weight), cast("nn.Parameter | None", fresh.bias)
+    module._parameters["weight"], module._parameters["bias"] = (
+        cast(nn.Parameter, fresh.weight),
+        cast("nn.Parameter | None", fresh.bias),
+    )
     return True
 
 
@@ -303,7 +317,7 @@ class _Edits:
     owners: dict[Call, set[Call]] = field(default_factory=dict)  # whose forward changes -> calls to write out inside it
 
 
-# --- forwards -----------------------------------------------------------------------------------------------------------------
+# --- forwards -------------------------------------------------------------------------------------
 
 
 class _Forward:
@@ -341,9 +355,15 @@ class _Forward:
         bound = inspect.signature(self.call.module.forward).bind(*self.call.args, **self.call.kwargs)
         parameters = inspect.signature(self.call.module.forward).parameters
         for name, parameter in parameters.items():
-            star = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "")
+            star = (
+                "*" if parameter.kind is parameter.VAR_POSITIONAL else "**" * (parameter.kind is parameter.VAR_KEYWORD)
+            )
             default = () if star or parameter.default is parameter.empty else (parameter.default,)
-            node = self.graph.placeholder(star + name, default_value=default[0]) if default else self.graph.placeholder(star + name)
+            node = (
+                self.graph.placeholder(star + name, default_value=default[0])
+                if default
+                else self.graph.placeholder(star + name)
+            )
             if name in bound.arguments:
                 self._accept(bound.arguments[name], node, name)
             elif default:
@@ -416,11 +436,14 @@ class _Forward:
         if node.op == "get_attr":
             return self._constant(node.meta["value"])
         if node not in self.env:
-            raise Unreadable(f"{self.call.path or 'the model'} uses {node.name}, which does not come in through its arguments")
+            raise Unreadable(
+                f"{self.call.path or 'the model'} uses {node.name}, which does not come in through its arguments"
+            )
         return self.env[node]
 
     def _constant(self, tensor: Tensor) -> Any:
-        """A tensor attribute by its name; what was computed from some is computed again; anything else is kept as it is."""
+        """A tensor attribute by its name; what was computed from some is computed again; anything else is kept as it
+        is."""
         if id(tensor) not in self.rebuilt:
             self.rebuilt[id(tensor)] = self._recompute(tensor)
         return self.rebuilt[id(tensor)]
@@ -432,7 +455,9 @@ class _Forward:
         if origin is not None and getattr(origin.function, "__name__", "__get__") != "__get__":
             spec: Any
             leaves, spec = pytree.tree_flatten((origin.args, origin.kwargs))
-            args, kwargs = pytree.tree_unflatten([self._constant(x) if isinstance(x, Tensor) else x for x in leaves], spec)
+            args, kwargs = pytree.tree_unflatten(
+                [self._constant(x) if isinstance(x, Tensor) else x for x in leaves], spec
+            )
             name = origin.function.__name__
             if getattr(Tensor, name, None) is origin.function:
                 return self.graph.call_method(name, args, kwargs)
@@ -460,7 +485,9 @@ class _Forward:
         if type(value) is dict:
             return {key: self._rebuild(item) for key, item in value.items()}
         if is_traced(value):
-            raise Unreadable(f"{self.call.path or 'the model'} passes a {type(value).__name__}, which cannot be written as code")
+            raise Unreadable(
+                f"{self.call.path or 'the model'} passes a {type(value).__name__}, which cannot be written as code"
+            )
         return value
 
 
@@ -496,7 +523,7 @@ def _tensors(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
                 yield f"{path}.{name}" if path else name, value
 
 
-# --- generated classes ----------------------------------------------------------------------------------------------------------
+# --- generated classes ----------------------------------------------------------------------------
 
 _CLASSES: dict[tuple[type[nn.Module], str], type[nn.Module]] = {}
 
@@ -521,7 +548,7 @@ def generated_class(base: type[nn.Module], source: str, names: dict[str, Any]) -
             key: importlib.import_module(value[1]) if isinstance(value, tuple) and value[:1] == ("module",) else value
             for key, value in names.items()
         }
-        exec(compile(source, filename, "exec"), namespace)  # noqa: S102  the text that torch.fx wrote from the traced graph
+        exec(compile(source, filename, "exec"), namespace)
         linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
 
         def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:

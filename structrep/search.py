@@ -2,8 +2,8 @@
 
 For every graph: read each node; find, for each, the nodes that all its linear paths come through (its dominators, by
 networkx); the expression between two of them is a term. Families are tried first and may be taken up in turn by a law
-that merges more (a norm after the sum of a RepVGG block). A merge is done only if nothing else uses what vanishes, if it
-is not dearer than what it replaces, and if the algebra finds it exact.
+that merges more (a norm after the sum of a RepVGG block). A merge is done only if nothing else uses what vanishes,
+if it is not dearer than what it replaces, and if the algebra finds it exact.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from structrep.errors import (
     Uninitialized,
     Unreadable,
 )
-from structrep.pattern import ONE, Captures, Term, geometry, leaf, seq, stack, total, value
+from structrep.pattern import ONE, Term, geometry, leaf, seq, stack, total, value
 from structrep.readers import Layer, Reading, Same, Stack, Total, hooks, mutates, only_asserted, read_node, scale_layer
 from structrep.registry import Registry, Rule
 from structrep.trace import Call, Example, Trace, Traced, trace
@@ -165,7 +165,7 @@ class _Search:
                     self.findings.merges.append(merge)
                     taken.update(merge.nodes)
 
-    # --- the graph as terms -----------------------------------------------------------------------------------------------
+    # --- the graph as terms -----------------------------------------------------------------------
 
     def _read(self) -> dict[fx.Node, Reading]:
         readings: dict[fx.Node, Reading] = {}
@@ -181,8 +181,8 @@ class _Search:
                 readings[node] = reading
             elif node.op == "call_module" and hooks(node.meta["call"].module):
                 module = node.meta["call"].module
-                reason = Hooked(f"{type(module).__name__} has a forward hook, which must go on seeing its own values")
-                self._miss(node, "-", "layer with a hook", reason)
+                hooked = Hooked(f"{type(module).__name__} has a forward hook, which must go on seeing its own values")
+                self._miss(node, "-", "layer with a hook", hooked)
         return readings
 
     def _dominators(self) -> dict[fx.Node, fx.Node | None]:
@@ -193,7 +193,11 @@ class _Search:
             inputs = _inputs(self.readings.get(node))
             graph.add_edges_from((source, node) for source in inputs or (start,))
         found = nx.immediate_dominators(graph, start) if start in graph else {}
-        return {node: None if found[node] is start else found[node] for node in self.nodes if node in self.readings and node in found}
+        return {
+            node: None if found[node] is start else found[node]
+            for node in self.nodes
+            if node in self.readings and node in found
+        }
 
     def _segment(self, root: fx.Node) -> Segment | None:
         if root not in self.segments:
@@ -210,8 +214,7 @@ class _Search:
             return Segment(base, root, ONE, (root,))
         nodes: dict[fx.Node, None] = {}
         branches = []
-        sources = [(n, 1.0) for n in reading.parts] if isinstance(reading, Stack) else reading.parts
-        for source, sign in sources:  # type: ignore[misc]
+        for source, sign in [(n, 1.0) for n in reading.parts] if isinstance(reading, Stack) else reading.parts:
             steps = list(self._walk(source, base))
             nodes.update(dict.fromkeys(n for step in steps for n in step.nodes))
             terms = [step.term for step in reversed(steps)]
@@ -230,7 +233,7 @@ class _Search:
             yield segment
             node = segment.base
 
-    # --- matching ---------------------------------------------------------------------------------------------------------
+    # --- matching ---------------------------------------------------------------------------------
 
     def _stretches(self, root: fx.Node) -> list[list[Segment]]:
         """Stretches that end at root and could vanish into one layer, shortest first; each from base to root."""
@@ -272,7 +275,7 @@ class _Search:
 
     def _law(self, root: fx.Node, laws: list[Rule]) -> Merge | None:
         """The best exact merge that ends at root, by saving."""
-        choices = []
+        choices: list[tuple[float, int, Rule, list[Segment], Cost, Cost]] = []
         for stretch in self._stretches(root):
             if not self._whole_families(stretch):
                 continue
@@ -326,7 +329,7 @@ class _Search:
             self.trace,
         )
 
-    # --- conditions -------------------------------------------------------------------------------------------------------
+    # --- conditions -------------------------------------------------------------------------------
 
     def _price(self, stretch: list[Segment]) -> tuple[Cost, Cost]:
         """Cost before and after.
@@ -344,7 +347,9 @@ class _Search:
                 f"{after.multiply_adds:,.0f}"
             )
         if after.parameters > before.parameters:
-            raise Costlier(f"{term} stores {before.parameters:,} numbers, as one layer it would store {after.parameters:,}")
+            raise Costlier(
+                f"{term} stores {before.parameters:,} numbers, as one layer it would store {after.parameters:,}"
+            )
         return before, after
 
     def _check(self, stretch: list[Segment]) -> None:
@@ -355,7 +360,9 @@ class _Search:
             if mutates(user) is not base:
                 continue
             after = self.place[root] if user in inside else self.place[user]
-            if user in inside and any(self.place[other] > self.place[user] for other in base.users if other not in inside):
+            if user in inside and any(
+                self.place[other] > self.place[user] for other in base.users if other not in inside
+            ):
                 raise Mutated(f"{user.name} overwrites the input of the merge, which is read again later")
             if user not in inside and after < self.place[root]:
                 raise Mutated(f"{user.name} overwrites the input of the merge before the merged layer would read it")
@@ -419,7 +426,9 @@ class _Replicas:
         bodies = self.bodies(owner.module)
         if len(bodies) > 1 and not self.alike(bodies):
             raise Shared(f"{owner.path or 'the model'} is called {len(bodies)} times, and not always in the same way")
-        touched = {call for node in inside for call in node.meta["call"].chain() if owner in call.chain() and call is not owner}
+        touched = {
+            call for node in inside for call in node.meta["call"].chain() if owner in call.chain() and call is not owner
+        }
         for call in touched:
             calls = self.traced.calls[call.module]
             homes = {next((body for body in bodies if body in one.chain()), None) for one in calls}
@@ -429,8 +438,7 @@ class _Replicas:
     def fingerprint(self, call: Call) -> tuple[object, ...]:
         """What a call does, in terms of its inputs."""
         if call not in self.prints:
-            graph = call.result
-            self.prints[call] = tuple(_marks(self._nodes(call), call)) + (type(graph).__name__,)
+            self.prints[call] = (*_marks(self._nodes(call)), type(call.result).__name__)
         return self.prints[call]
 
     def _nodes(self, call: Call) -> list[fx.Node]:
@@ -438,15 +446,13 @@ class _Replicas:
         return [node for node in trace_.nodes if node.op != "get_attr" and call.holds(node)]
 
 
-def _marks(nodes: list[fx.Node], call: Call) -> Iterator[object]:
-    known: dict[fx.Node, object] = {}
+def _marks(nodes: list[fx.Node]) -> Iterator[object]:
+    """Nodes with their inputs numbered in order of appearance, so that equal programs give equal marks."""
+    numbers: dict[fx.Node, str] = {}
+
+    def mark(value: fx.Node) -> str:
+        return f"={value.target}" if value.op == "get_attr" else numbers.setdefault(value, f"%{len(numbers)}")
+
     for node in nodes:
-
-        def mark(value: fx.Node) -> object:
-            if value.op == "get_attr":
-                return f"={value.target}"
-            return known.setdefault(value, f"in{sum(1 for v in known.values() if str(v).startswith('in'))}")
-
         args, kwargs = fx.node.map_arg(node.args, mark), fx.node.map_arg(node.kwargs, mark)
-        yield (node.op, str(node.target), repr(args), repr(kwargs))
-        known[node] = f"%{len(known)}"
+        yield (node.op, str(node.target), repr(args), repr(kwargs), mark(node))

@@ -29,7 +29,18 @@ from structrep.errors import BadInput, StructrepError, Untraceable
 
 Example = Tensor | tuple[Any, ...] | Mapping[str, Any]
 
-RANDOM = {"rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "bernoulli", "multinomial", "normal"}
+RANDOM = {
+    "rand",
+    "randn",
+    "randint",
+    "randperm",
+    "rand_like",
+    "randn_like",
+    "randint_like",
+    "bernoulli",
+    "multinomial",
+    "normal",
+}
 
 
 @dataclass(eq=False)
@@ -55,7 +66,8 @@ class Call:
             call = call.parent
 
     def holds(self, node: fx.Node) -> bool:
-        return self.first <= node.meta["index"] < self.last
+        index: int = node.meta["index"]
+        return self.first <= index < self.last
 
 
 @dataclass(eq=False)
@@ -123,7 +135,8 @@ def shallow_copy(model: nn.Module) -> nn.Module:
 
 
 def own_copy(model: nn.Module) -> nn.Module:
-    """A deep copy; tensors that torch cannot deep-copy (computed ones, as old-style weight norm keeps) are copied by value.
+    """A deep copy; tensors that torch cannot deep-copy (computed ones, as in old-style weight norm) are copied by
+    value.
 
     Raises:
         BadInput: the model holds something that cannot be copied.
@@ -183,7 +196,8 @@ def _trace_below(
 
 
 def _follow(traced: Traced, module: nn.Module, paths: dict[nn.Module, str], example: Example | None) -> _Tracer:
-    """Trace, keeping whole one more module type after each failure, until it goes through or the root itself stops it."""
+    """Trace, keeping whole one more module type after each failure, until all goes through or the root itself stops
+    it."""
     opaque: set[type[nn.Module]] = set()
     while True:
         tracer = _Tracer(module, paths, opaque)
@@ -272,7 +286,8 @@ class _Tracer(fx.Tracer):
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
         args, kwargs = pytree.tree_map(
-            lambda leaf: self.create_proxy("placeholder", leaf.name, (), {}) if isinstance(leaf, _Slot) else leaf, self.arguments
+            lambda leaf: self.create_proxy("placeholder", leaf.name, (), {}) if isinstance(leaf, _Slot) else leaf,
+            self.arguments,
         )
 
         def enter() -> list[fx.Proxy]:
@@ -281,7 +296,9 @@ class _Tracer(fx.Tracer):
 
         return enter, []
 
-    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         if m not in self.paths:  # held outside the module tree: a part of whoever calls it
             return forward(*args, **kwargs)
         leaf = bool(self.stack) and self.is_leaf_module(m, self.paths[m])
@@ -351,7 +368,7 @@ class _Slot:
 
 
 class _Constants(TorchFunctionMode):
-    """Watches what the trace computes for real: notes where constants come from, and stops what must not be baked in."""
+    """Watches what the trace computes for real: notes where constants come from, stops what must not be baked in."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -371,7 +388,6 @@ class _Constants(TorchFunctionMode):
             self.origins[id(result)] = Origin(result, func, args, kwargs)
         return result
 
-
     def formula(self, tensor: Tensor) -> readers.Formula | None:
         """All that a constant was computed with and from; None if it was not computed here."""
         calls: set[str] = set()
@@ -387,7 +403,9 @@ class _Constants(TorchFunctionMode):
                 parameters[id(one)] = one
             elif origin is not None:
                 calls.add(getattr(origin.function, "__name__", "").strip("_"))
-                pending += [leaf for leaf in pytree.tree_leaves((origin.args, origin.kwargs)) if isinstance(leaf, Tensor)]
+                pending += [
+                    leaf for leaf in pytree.tree_leaves((origin.args, origin.kwargs)) if isinstance(leaf, Tensor)
+                ]
         return readers.Formula(frozenset(calls), tuple(parameters.values())) if calls else None
 
 
@@ -426,7 +444,8 @@ def as_arguments(example: Example) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(example, Mapping):
         return (), dict(example)
     raise BadInput(
-        f"example_inputs is a {type(example).__name__}: give a tensor, a tuple of positional or a mapping of keyword arguments"
+        f"example_inputs is a {type(example).__name__}: give a tensor, a tuple of positional arguments or a mapping of "
+        f"keyword arguments"
     )
 
 

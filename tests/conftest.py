@@ -12,9 +12,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 # torch is slow on its first calls, which says nothing about the law under test.
-settings.register_profile(
-    "base", deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow]
-)
+settings.register_profile("base", deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow])
 # The same examples on every run: no failure is luck. `--hypothesis-profile=thorough` looks for new ones.
 settings.register_profile("quick", settings.get_profile("base"), max_examples=100, derandomize=True)
 settings.register_profile("thorough", settings.get_profile("base"), max_examples=2000)

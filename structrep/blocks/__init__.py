@@ -5,11 +5,11 @@ There is no merge code here: `structrep.reparameterize` reads these modules as i
 
 from torch import nn
 
+from structrep.blocks._geometry import ConvBlock
 from structrep.blocks.acb import ACBlock2d
 from structrep.blocks.diracnet import DiracConv1d, DiracConv2d, DiracConv3d
 from structrep.blocks.doconv import DOConv1d, DOConv2d, DOConv3d
 from structrep.blocks.expandnet import ExpandConv1d, ExpandConv2d, ExpandConv3d, ExpandLinear
-from structrep.blocks._geometry import ConvBlock
 from structrep.blocks.repvgg import RepVGGBlock1d, RepVGGBlock2d, RepVGGBlock3d
 
 # What stands in the place of one plain layer, and gives it back when merged.

@@ -33,18 +33,14 @@ def require_at_least(least: int, **values: int) -> None:
     """Raises ValueError for the first value that is not an integer of at least `least`."""
     for name, value in values.items():
         if not isinstance(value, Integral) or value < least:
-            raise ValueError(
-                f"{name}={value!r} is not an integer of at least {least}: give {name} >= {least}"
-            )
+            raise ValueError(f"{name}={value!r} is not an integer of at least {least}: give {name} >= {least}")
 
 
 def per_dim(name: str, value: Size, dims: int, least: int) -> Ints:
     """One integer per spatial dim. Raises ValueError where `value` is neither that nor one for all."""
     each = tuple(value) if isinstance(value, Iterable) else (value,) * dims
     if len(each) != dims or not all(isinstance(i, Integral) and i >= least for i in each):
-        raise ValueError(
-            f"{name}={value!r}: give one integer >= {least}, or one for each of the {dims} spatial dims"
-        )
+        raise ValueError(f"{name}={value!r}: give one integer >= {least}, or one for each of the {dims} spatial dims")
     return tuple(int(i) for i in each)
 
 
@@ -94,9 +90,7 @@ class ConvBlock(nn.Module):
                 f"choose a divisor of {math.gcd(in_channels, out_channels)}"
             )
         if padding_mode not in PAD_MODES:
-            raise ValueError(
-                f"padding_mode={padding_mode!r} is unknown: choose one of {', '.join(PAD_MODES)}"
-            )
+            raise ValueError(f"padding_mode={padding_mode!r} is unknown: choose one of {', '.join(PAD_MODES)}")
         self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
         self.kernel_size = per_dim("kernel_size", kernel_size, self.dims, 1)
         self.stride = per_dim("stride", stride, self.dims, 1)
@@ -156,9 +150,7 @@ class ComputedConv(ConvBlock):
         self, in_channels: int, out_channels: int, kernel_size: Size, stride: Size, padding: Size | str,
         dilation: Size, groups: int, bias: bool, padding_mode: str, device: Device, dtype: torch.dtype | None,
     ) -> None:  # fmt: skip
-        super().__init__(
-            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode
-        )
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode)
         self.weight_shape = (out_channels, in_channels // groups, *self.kernel_size)
         self.bound = 1 / math.sqrt(math.prod(self.weight_shape[1:]))  # nn.Conv{n}d starts within +-bound
         free = nn.Parameter(torch.empty(out_channels, device=device, dtype=dtype)) if bias else None

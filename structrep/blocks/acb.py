@@ -33,9 +33,7 @@ class ACBlock2d(ConvBlock):
         padding: Size | str = 0, dilation: Size = 1, groups: int = 1, bias: bool = True,
         padding_mode: str = "zeros", device: Device = None, dtype: torch.dtype | None = None,
     ) -> None:  # fmt: skip
-        super().__init__(
-            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode
-        )
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode)
         height, width = self.kernel_size
         self.square = self.branch((height, width), device=device, dtype=dtype)
         self.tall = self.branch((height, 1), device=device, dtype=dtype)

@@ -36,9 +36,7 @@ class _ExpandConv(ConvBlock):
         padding_mode: str = "zeros", device: Device = None, dtype: torch.dtype | None = None,
         *, rate: int = 4, mode: str = "cl",
     ) -> None:  # fmt: skip
-        super().__init__(
-            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode
-        )
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode)
         require_at_least(1, rate=rate)
         self.rate, self.mode = rate, mode
         wide_in, wide_out = rate * in_channels, rate * out_channels

@@ -28,9 +28,7 @@ class _RepVGGBlock(ConvBlock):
         padding: Size | str = 0, dilation: Size = 1, groups: int = 1, bias: bool = True,
         padding_mode: str = "zeros", device: Device = None, dtype: torch.dtype | None = None,
     ) -> None:  # fmt: skip
-        super().__init__(
-            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode
-        )
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode)
         ones = (1,) * self.dims
         self.dense = self.branch(self.kernel_size, device=device, dtype=dtype)
         self.point: nn.Module | None = None

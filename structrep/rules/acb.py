@@ -1,8 +1,8 @@
 """ACNet: Strengthening the Kernel Skeletons. Ding et al., ICCV 2019, arXiv:1908.03930.
 
-Training time: BN(kxk conv) + BN(kx1 conv) + BN(1xk conv). The asymmetric kernels add to the middle column and row of the
-square one (section 3.2, figure 3). Where the padding is smaller than k // 2 they read a cropped input, which only moves
-their taps: a crop is a negative pad.
+Training time: BN(kxk conv) + BN(kx1 conv) + BN(1xk conv). The asymmetric kernels add to the middle column and row of
+the square one (section 3.2, figure 3). Where the padding is smaller than k // 2 they read a cropped input, which
+only moves their taps: a crop is a negative pad.
 """
 
 from structrep.algebra import ConvMap

@@ -1,8 +1,9 @@
 """DO-Conv: Depthwise Over-parameterized Convolutional Layer. Cao et al., IEEE TIP 2022, arXiv:2006.12030.
 
-Training time: one convolution whose kernel is the contraction of a depthwise kernel D (D_mul x k*k per input channel) with
-a conventional one W (section 3.2, kernel composition). It depends on parameters alone, so it is evaluated once, by the
-block's own code: the pairing of channels with D in grouped forms is that of a reshape, which only running it gets right.
+Training time: one convolution whose kernel is the contraction of a depthwise kernel D (D_mul x k*k per input
+channel) with a conventional one W (section 3.2, kernel composition). It depends on parameters alone, so it is
+evaluated once, by the block's own code: the pairing of channels with D in grouped forms is that of a reshape, which
+only running it gets right.
 """
 
 from structrep.algebra import ConvMap

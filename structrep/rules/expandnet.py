@@ -2,8 +2,8 @@
 arXiv:1811.10495.
 
 Training time: chains without anything between. CL: a 1x1 that expands the channels, the kxk, a 1x1 that reduces them
-(section 3.1). CK: a large kxk as a chain of 3x3 (section 3.2). A Linear as a chain of Linears (section 3.3). The padding
-is on the first of the chain; anywhere later the border pixels would differ and the algebra refuses.
+(section 3.1). CK: a large kxk as a chain of 3x3 (section 3.2). A Linear as a chain of Linears (section 3.3). The
+padding is on the first of the chain; anywhere later the border pixels would differ and the algebra refuses.
 """
 
 from structrep.algebra import ConvMap

@@ -12,12 +12,16 @@ from structrep.readers import Formula
 from structrep.registry import default
 
 
-@default.law(Seq(Anything().named("map"), Affine().named("norm")), source="associativity: scale and shift of the outputs")
+@default.law(
+    Seq(Anything().named("map"), Affine().named("norm")), source="associativity: scale and shift of the outputs"
+)
 def fold_norm(map: ConvMap, norm: ConvMap) -> ConvMap:
     return map >> norm
 
 
-@default.law(Seq(Affine().named("norm"), Anything().named("map")), source="associativity: scale and shift of the inputs")
+@default.law(
+    Seq(Affine().named("norm"), Anything().named("map")), source="associativity: scale and shift of the inputs"
+)
 def fold_prenorm(norm: ConvMap, map: ConvMap) -> ConvMap:
     return norm >> map
 

@@ -90,9 +90,7 @@ def randomised(block: nn.Module, seed: int = 0) -> nn.Module:
     return block
 
 
-def assert_is_conv(
-    block: nn.Module, kernel: Tensor, bias: Tensor | None, n: int, arguments: dict, size
-) -> None:
+def assert_is_conv(block: nn.Module, kernel: Tensor, bias: Tensor | None, n: int, arguments: dict, size) -> None:
     """The block equals nn.Conv{n}d of these arguments with this kernel (ungrouped if the kernel is)."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Using padding='same' with even kernel")
@@ -108,9 +106,7 @@ def assert_is_conv(
         x = torch.randn(2, arguments["in_channels"], *size, generator=generator, dtype=torch.float64)
         expected, found = conv(x), block(x)
     assert found.shape == expected.shape
-    torch.testing.assert_close(
-        found, expected, rtol=1e-11, atol=1e-11 * float(expected.detach().abs().max() + 1)
-    )
+    torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11 * float(expected.detach().abs().max() + 1))
 
 
 def scale(norm: nn.Module) -> tuple[Tensor, Tensor]:
@@ -248,10 +244,7 @@ def test_expanded_layer_is_one_conv(drawn, rate):
 def test_expanded_kernel_is_one_conv(drawn, rate):
     n, settings, size = drawn
     block = randomised(EXPAND[n](**settings, rate=rate, mode="ck"))
-    assert (
-        sum(m.kernel_size == (3,) * n for m in block.chain if isinstance(m, CONV[n]))
-        == block.kernel_size[0] // 2
-    )
+    assert sum(m.kernel_size == (3,) * n for m in block.chain if isinstance(m, CONV[n])) == block.kernel_size[0] // 2
     assert_chain_is_conv(block, n, settings, size)
 
 
