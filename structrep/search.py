@@ -257,6 +257,8 @@ class _Search:
         return None
 
     def _family(self, root: fx.Node, families: list[Rule]) -> tuple[Rule, list[Segment]] | None:
+        if self._is_addend(root):
+            return None
         stretches = self._stretches(root)
         for rule in families:
             for stretch in reversed(stretches):
@@ -272,6 +274,18 @@ class _Search:
                     continue
                 return rule, stretch
         return None
+
+    def _is_addend(self, node: fx.Node) -> bool:
+        """Whether a sum is only a partial one: a family is judged by all branches of its block."""
+        pending = list(node.users) if isinstance(self.readings.get(node), Total) else []
+        while pending:
+            user = pending.pop()
+            reading = self.readings.get(user)
+            if isinstance(reading, Same):
+                pending += user.users
+            elif isinstance(reading, Total) and self.dominator.get(user) is self.dominator.get(node):
+                return True
+        return False
 
     def _law(self, root: fx.Node, laws: list[Rule]) -> Merge | None:
         """The best exact merge that ends at root, by saving."""
