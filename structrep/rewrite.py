@@ -92,15 +92,11 @@ def _block_at(segments: list[Segment]) -> tuple[Call | None, int]:
         inner = [s for s in segments if all(call.holds(n) for n in s.nodes)]
         count = len(inner)
         whole = {n for s in inner for n in s.nodes}
-        covers = all(n in whole or only_asserted(n) for n in _own_nodes(call, segments[0].root.graph))
+        covers = all(n in whole or only_asserted(n) for n in call.nodes())
         entry = [p.node for p in proxies((call.args, call.kwargs))]
         if inner == segments[:count] and covers and entry == [inner[0].base] and _is(call.result, inner[-1].root):
             return call, count
     return None, 1
-
-
-def _own_nodes(call: Call, graph: fx.Graph) -> Iterator[fx.Node]:
-    return (node for node in graph.nodes if node.op != "get_attr" and call.holds(node))
 
 
 def _is(result: Any, node: fx.Node) -> bool:
@@ -250,12 +246,7 @@ class Draft:
     def _dead_calls(self) -> list[Call]:
         """Calls in which everything is dead."""
         calls = {call for inner in self.edits.owners.values() for call in inner}
-        result = []
-        for call in calls:
-            graph = next(t.graph for t in self.traced.traces if call in t.calls)
-            if all(node in self.edits.dead or only_asserted(node) for node in _own_nodes(call, graph)):
-                result.append(call)
-        return result
+        return [c for c in calls if all(node in self.edits.dead or only_asserted(node) for node in c.nodes())]
 
     def _bury_below(self, module: nn.Module, dead: set[nn.Module]) -> None:
         holds_order = isinstance(module, (nn.ModuleList, nn.Sequential))
@@ -336,12 +327,6 @@ class _Forward:
         self.env: dict[fx.Node, Any] = {}
         self.constants: dict[str, Tensor] = {}
         self.rebuilt: dict[int, Any] = {}
-        trace = next(t for t in traced.traces if call in t.calls)
-        self.paths = {id(t): n for n, t in _tensors(trace.root.module, trace.path)}
-        self.direct: dict[Call, list[fx.Node]] = {}
-        for node in trace.nodes:
-            if node.op not in ("get_attr", "placeholder", "output"):
-                self.direct.setdefault(node.meta["call"], []).append(node)
         self._arguments()
         self._body(call)
         self.graph.output(self._rebuild(call.result))
@@ -382,16 +367,10 @@ class _Forward:
             self.graph.call_function(expect, (name, node, value))
 
     def _body(self, call: Call) -> None:
-        steps: list[tuple[int, fx.Node | Call]] = [(node.meta["index"], node) for node in self.direct.get(call, [])]
-        for child in call.children:
-            if child.leaf:
-                steps += [(node.meta["index"], node) for node in self.direct.get(child, [])]
-            else:
-                steps.append((child.first, child))
-        for _, step in sorted(steps, key=lambda pair: pair[0]):
+        for step in call.steps:
             if isinstance(step, fx.Node):
                 self._copy(step)
-            elif step in self.written_out:
+            elif step in self.written_out or step.leaf:
                 self._body(step)
             else:
                 self._collapse(step)
@@ -411,17 +390,10 @@ class _Forward:
 
     def _collapse(self, call: Call) -> None:
         """A child's call, as it stands in its parent's forward."""
-        if all(n in self.edits.dead for n in self._below(call)) and any(True for _ in self._below(call)):
-            return
         args, kwargs = self._rebuild(call.args), self._rebuild(call.kwargs)
         node = self.graph.call_module(self._relative(call.path), args, kwargs)
         for proxy, access in _places(call.result, node, self.graph):
             self.env.setdefault(proxy.node, access)
-
-    def _below(self, call: Call) -> Iterator[fx.Node]:
-        yield from self.direct.get(call, [])
-        for child in call.children:
-            yield from self._below(child)
 
     def _relative(self, path: str) -> str:
         prefix = f"{self.call.path}." if self.call.path else ""
@@ -449,8 +421,8 @@ class _Forward:
         return self.rebuilt[id(tensor)]
 
     def _recompute(self, tensor: Tensor) -> Any:
-        if id(tensor) in self.paths:
-            return self.graph.get_attr(self._relative(self.paths[id(tensor)]))
+        if id(tensor) in self.traced.names:
+            return self.graph.get_attr(self._relative(self.traced.names[id(tensor)]))
         origin = self.traced.origins.get(id(tensor))
         if origin is not None and getattr(origin.function, "__name__", "__get__") != "__get__":
             spec: Any
@@ -514,13 +486,6 @@ def _places(value: Any, node: fx.Node, graph: fx.Graph) -> Iterator[tuple[fx.Pro
             item = getattr(value, f.name)
             if is_traced(item):
                 yield from _places(item, graph.call_function(getattr, (node, f.name)), graph)
-
-
-def _tensors(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
-    for path, child in module.named_modules(prefix=prefix):
-        for name, value in (*child._parameters.items(), *child._buffers.items(), *child.__dict__.items()):
-            if isinstance(value, Tensor):
-                yield f"{path}.{name}" if path else name, value
 
 
 # --- generated classes ----------------------------------------------------------------------------

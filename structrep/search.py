@@ -452,15 +452,11 @@ class _Replicas:
     def fingerprint(self, call: Call) -> tuple[object, ...]:
         """What a call does, in terms of its inputs."""
         if call not in self.prints:
-            self.prints[call] = (*_marks(self._nodes(call)), type(call.result).__name__)
+            self.prints[call] = (*_marks(call.nodes()), type(call.result).__name__)
         return self.prints[call]
 
-    def _nodes(self, call: Call) -> list[fx.Node]:
-        trace_ = next(t for t in self.traced.traces if call in t.calls)
-        return [node for node in trace_.nodes if node.op != "get_attr" and call.holds(node)]
 
-
-def _marks(nodes: list[fx.Node]) -> Iterator[object]:
+def _marks(nodes: Iterable[fx.Node]) -> Iterator[object]:
     """Nodes with their inputs numbered in order of appearance, so that equal programs give equal marks."""
     numbers: dict[fx.Node, str] = {}
 

@@ -53,10 +53,8 @@ class Call:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     leaf: bool
-    first: int  # index of the first node made inside
-    last: int = -1  # one past the index of the last
     result: Any = None
-    children: list[Call] = field(default_factory=list)
+    steps: list[fx.Node | Call] = field(default_factory=list)  # what its forward did, in order
 
     def chain(self) -> Iterator[Call]:
         """This call and those around it, innermost first."""
@@ -65,9 +63,16 @@ class Call:
             yield call
             call = call.parent
 
+    def nodes(self) -> Iterator[fx.Node]:
+        """All nodes made inside, in order."""
+        for step in self.steps:
+            if isinstance(step, fx.Node):
+                yield step
+            else:
+                yield from step.nodes()
+
     def holds(self, node: fx.Node) -> bool:
-        index: int = node.meta["index"]
-        return self.first <= index < self.last
+        return any(call is self for call in node.meta["call"].chain())
 
 
 @dataclass(eq=False)
@@ -89,10 +94,11 @@ class Traced:
     """All traces of a model."""
 
     model: nn.Module  # the throwaway copy: same names, same storage
-    traces: list[Trace]
-    untraced: dict[str, Untraceable]  # module path -> why it was left whole
-    calls: dict[nn.Module, list[Call]]  # every recorded call of a module
-    origins: dict[int, Origin]
+    names: dict[int, str]  # id of a tensor that the model holds -> its path
+    traces: list[Trace] = field(default_factory=list)
+    untraced: dict[str, Untraceable] = field(default_factory=dict)  # module path -> why it was left whole
+    calls: dict[nn.Module, list[Call]] = field(default_factory=lambda: defaultdict(list))  # every call of a module
+    origins: dict[int, Origin] = field(default_factory=dict)  # id of a computed constant -> how it was computed
 
 
 @dataclass(eq=False)
@@ -112,8 +118,8 @@ def trace(model: nn.Module, example_inputs: Example | None = None) -> Traced:
         BadInput: the model rejects the example inputs.
     """
     twin = shallow_copy(model)
-    traced = Traced(twin, [], {}, defaultdict(list), {})
     paths = {module: path for path, module in twin.named_modules()}
+    traced = Traced(twin, {id(tensor): name for name, tensor in _named_tensors(paths)})
     _trace_below(traced, twin, paths, example_inputs, set())
     for one in traced.traces:
         for call in one.calls:
@@ -200,7 +206,7 @@ def _follow(traced: Traced, module: nn.Module, paths: dict[nn.Module, str], exam
     it."""
     opaque: set[type[nn.Module]] = set()
     while True:
-        tracer = _Tracer(module, paths, opaque)
+        tracer = _Tracer(module, paths, traced.names, opaque)
         inputs = tracer.bind(example)
         try:
             with torch.no_grad(), tracer.constants:
@@ -237,7 +243,9 @@ class _Root(nn.Module):
 
 
 class _Tracer(fx.Tracer):
-    def __init__(self, module: nn.Module, paths: dict[nn.Module, str], opaque: set[type[nn.Module]]) -> None:
+    def __init__(
+        self, module: nn.Module, paths: dict[nn.Module, str], names: dict[int, str], opaque: set[type[nn.Module]]
+    ) -> None:
         super().__init__()
         self.module = module
         self.paths = paths
@@ -248,7 +256,7 @@ class _Tracer(fx.Tracer):
         self.stopped: Call | None = None
         self.constants = _Constants()
         self.count = 0
-        self.names = {id(t): name for name, t in _named_tensors(module, paths)}
+        self.names = names
         self.tensor_nodes: dict[int, fx.Node] = {}
 
     def bind(self, example: Example | None) -> list[Tensor]:
@@ -305,9 +313,9 @@ class _Tracer(fx.Tracer):
         if leaf and not is_traced((args, kwargs)):
             leaf = False  # it depends on constants alone
         parent = self.stack[-1] if self.stack else None
-        call = Call(m, self.paths[m], parent, args, kwargs, leaf, self.count)
+        call = Call(m, self.paths[m], parent, args, kwargs, leaf)
         if parent:
-            parent.children.append(call)
+            parent.steps.append(call)
         self.calls.append(call)
         self.stack.append(call)
         try:
@@ -320,7 +328,6 @@ class _Tracer(fx.Tracer):
             raise
         finally:
             self.stack.pop()
-            call.last = self.count
         return call.result
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -339,6 +346,8 @@ class _Tracer(fx.Tracer):
         node.meta["index"] = self.count
         node.meta["call"] = self.stack[-1] if self.stack else None
         self.count += 1
+        if self.stack and node.op != "get_attr":
+            self.stack[-1].steps.append(node)
         return node
 
     def create_arg(self, a: Any) -> Any:
@@ -353,7 +362,6 @@ class _Tracer(fx.Tracer):
             with self.graph.inserting_before(next(iter(self.graph.nodes), None)):
                 node = self.create_node("get_attr", name, (), {})
             node.meta["value"] = a
-            node.meta["index"] = -1
             if id(a) not in self.names:
                 node.meta["formula"] = self.constants.formula(a)
             self.tensor_nodes[id(a)] = node
@@ -449,12 +457,11 @@ def as_arguments(example: Example) -> tuple[tuple[Any, ...], dict[str, Any]]:
     )
 
 
-def _named_tensors(module: nn.Module, paths: dict[nn.Module, str]) -> Iterator[tuple[str, Tensor]]:
-    for child in module.modules():
-        prefix = f"{paths[child]}." if paths[child] else ""
-        for name, value in (*child._parameters.items(), *child._buffers.items(), *child.__dict__.items()):
+def _named_tensors(paths: dict[nn.Module, str]) -> Iterator[tuple[str, Tensor]]:
+    for module, path in paths.items():
+        for name, value in (*module._parameters.items(), *module._buffers.items(), *module.__dict__.items()):
             if isinstance(value, Tensor):
-                yield prefix + name, value
+                yield f"{path}.{name}" if path else name, value
 
 
 def _infer_shapes(graph: fx.Graph, inputs: list[Tensor]) -> None:
