@@ -1,0 +1,35 @@
+"""Small models and measures that several tests use."""
+
+import torch
+from torch import Tensor, nn
+
+from structrep.proof import relative_error
+
+__all__ = ["Branches", "relative_error", "settled"]
+
+
+def settled(model: nn.Module, seed: int = 0) -> nn.Module:
+    """A model as training leaves it: norms with statistics and affines of their own, in eval mode, in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._NormBase) and module.running_mean is not None:
+            module.running_mean.normal_(0, 0.5, generator=generator)
+            module.running_var.uniform_(0.5, 2, generator=generator)
+            if module.weight is not None:
+                module.weight.data.uniform_(0.5, 1.5, generator=generator)
+                module.bias.data.normal_(0, 0.5, generator=generator)
+    return model.double().eval()
+
+
+class Branches(nn.Module):
+    """The sum of some modules of one input."""
+
+    def __init__(self, *branches: nn.Module) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(branches)
+
+    def forward(self, x: Tensor) -> Tensor:
+        total = self.branches[0](x)
+        for branch in self.branches[1:]:
+            total = total + branch(x)
+        return total
