@@ -318,7 +318,7 @@ def pool_layer(
     taps, pads = _each(kernel, dims), _each(padding, dims)
     if ceil_mode or (any(pads) and not count_include_pad):
         return None
-    steps = _each(taps if stride in (None, ()) else stride, dims)  # type: ignore[arg-type]
+    steps = _each(taps if stride in (None, ()) else stride, dims)
 
     def shape(c: int, d: int) -> Geometry:
         return Geometry(c, c, taps, steps, (), tuple((p, p) for p in pads), c)
@@ -628,10 +628,12 @@ def _(a: _Arguments) -> Layer | None:
 
 
 @_called(torch.cat, torch.concat, torch.concatenate)
-def _(a: _Arguments) -> Stack | None:
+def _(a: _Arguments) -> Stack | Same | None:
     parts, dim = a(0, "tensors"), a(1, "dim", 0)
     if not isinstance(parts, (list, tuple)) or not all(isinstance(p, fx.Node) and p.op != "get_attr" for p in parts):
         return None
+    if len(parts) == 1:
+        return Same(parts[0])
     return Stack(tuple(parts), dim) if isinstance(dim, int) else None
 
 

@@ -329,6 +329,9 @@ class _Forward:
         self.rebuilt: dict[int, Any] = {}
         self._arguments()
         self._body(call)
+        for node in reversed(self.graph.nodes):
+            if node.target in (operator.getitem, getattr) and not node.users:
+                self.graph.erase_node(node)
         self.graph.output(self._rebuild(call.result))
         code = self.graph.python_code("self")
         function = next(c for c in compile(code.src, "<forward>", "exec").co_consts if isinstance(c, CodeType))
@@ -357,7 +360,7 @@ class _Forward:
     def _accept(self, value: Any, node: fx.Node, name: str) -> None:
         if is_traced(value):
             for proxy, access in _places(value, node, self.graph):
-                self.env.setdefault(proxy.node, access)
+                self.env[proxy.node] = access
         else:
             self._expect(node, value, name)
 
@@ -367,6 +370,8 @@ class _Forward:
             self.graph.call_function(expect, (name, node, value))
 
     def _body(self, call: Call) -> None:
+        if call.mutates:
+            raise Unreadable(f"{call.path or 'the model'} changes a list or dict that it is given")
         for step in call.steps:
             if isinstance(step, fx.Node):
                 self._copy(step)
@@ -393,7 +398,7 @@ class _Forward:
         args, kwargs = self._rebuild(call.args), self._rebuild(call.kwargs)
         node = self.graph.call_module(self._relative(call.path), args, kwargs)
         for proxy, access in _places(call.result, node, self.graph):
-            self.env.setdefault(proxy.node, access)
+            self.env[proxy.node] = access
 
     def _relative(self, path: str) -> str:
         prefix = f"{self.call.path}." if self.call.path else ""

@@ -238,12 +238,14 @@ class _Search:
     def _stretches(self, root: fx.Node) -> list[list[Segment]]:
         """Stretches that end at root and could vanish into one layer, shortest first; each from base to root."""
         stretches: list[list[Segment]] = []
+        if isinstance(self.readings.get(root), Same):
+            return stretches  # whatever feeds it ends a stretch just as well
         inside: set[fx.Node] = set()
         taken: list[Segment] = []
         for segment in self._walk(root, None):
             taken.insert(0, segment)
             inside.update(segment.nodes)
-            if self._leak(inside, root) is None and any(part.term.op != "one" for part in taken):
+            if segment.term.op != "one" and self._leak(inside, root) is None:
                 stretches.append(list(taken))
             if len(taken) == FARTHEST:
                 break

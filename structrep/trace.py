@@ -54,6 +54,7 @@ class Call:
     kwargs: dict[str, Any]
     leaf: bool
     result: Any = None
+    mutates: bool = False  # whether it changed a list or dict that it was given
     steps: list[fx.Node | Call] = field(default_factory=list)  # what its forward did, in order
 
     def chain(self) -> Iterator[Call]:
@@ -313,22 +314,24 @@ class _Tracer(fx.Tracer):
         if leaf and not is_traced((args, kwargs)):
             leaf = False  # it depends on constants alone
         parent = self.stack[-1] if self.stack else None
-        call = Call(m, self.paths[m], parent, args, kwargs, leaf)
+        call = Call(m, self.paths[m], parent, snapshot(args), snapshot(kwargs), leaf)
         if parent:
             parent.steps.append(call)
         self.calls.append(call)
         self.stack.append(call)
         try:
             if leaf:
-                call.result = self.create_proxy("call_module", call.path, args, kwargs)
+                result = self.create_proxy("call_module", call.path, args, kwargs)
             else:
-                call.result = forward(*args, **kwargs)
+                result = forward(*args, **kwargs)
         except Exception:
             self.stopped = self.stopped or call
             raise
         finally:
             self.stack.pop()
-        return call.result
+        call.result = snapshot(result)
+        call.mutates = not _alike((call.args, call.kwargs), (args, kwargs))
+        return result
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return (
@@ -432,6 +435,24 @@ def proxies(value: Any) -> Iterator[fx.Proxy]:
     elif is_dataclass(value) and not isinstance(value, type):
         for f in fields(value):
             yield from proxies(getattr(value, f.name))
+
+
+def snapshot(value: Any) -> Any:
+    """The lists and dicts in a structure as they are now: whoever holds them may change them later."""
+    if type(value) in (list, tuple):
+        return type(value)(snapshot(item) for item in value)
+    if type(value) is dict:
+        return {key: snapshot(item) for key, item in value.items()}
+    return value
+
+
+def _alike(before: Any, after: Any) -> bool:
+    """Whether a structure still holds the very values that its snapshot does."""
+    if type(before) in (list, tuple):
+        return len(before) == len(after) and all(map(_alike, before, after))
+    if type(before) is dict:
+        return list(before) == list(after) and all(_alike(before[key], after[key]) for key in before)
+    return before is after
 
 
 def is_traced(value: Any) -> bool:

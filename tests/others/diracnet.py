@@ -84,8 +84,8 @@ class RuntimeDelta(nn.Module):
         return F.conv2d(x, self.a * eye + self.b * w, padding=self.pad)
 
 
-class ScaledDirac(nn.Module):
-    """No delta at all: the identity is added to the output of the weight's diagonal; then the norm."""
+class BeforeNorm(nn.Module):
+    """norm(conv(relu(x))), as the paper orders them."""
 
     def __init__(self, c):
         super().__init__()
