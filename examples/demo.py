@@ -135,7 +135,8 @@ def main() -> int:
 
     print(structrep.plan(net, batch))
     deploy = structrep.reparameterize(net, batch)
-    print(structrep.verify(net, deploy, batch))
+    verification = structrep.verify(net, deploy, batch)
+    print(verification)
 
     with torch.no_grad():
         before, after = net(test_images).argmax(1), deploy(test_images).argmax(1)
@@ -161,7 +162,7 @@ def main() -> int:
     if differing:
         console.print(f"[red]the merged network classes {differing} test images differently")
         return 1
-    return 0
+    return 0 if verification.ok else 1
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ class Plan:
 
     @property
     def merges(self) -> tuple[MergeRecord, ...]:
-        return tuple(_record(merge) for merge in self._draft.merges)
+        return tuple(_record(merge, self._draft.where(merge)) for merge in self._draft.merges)
 
     @property
     def refusals(self) -> tuple[RefusalRecord, ...]:
@@ -82,7 +82,7 @@ class Plan:
         )
 
     def _refuse(self, merge: Merge, reason: Refusal) -> None:
-        self._missed.append(Missed(merge.where, merge.rules[-1], str(merge.term), reason))
+        self._missed.append(Missed(merge.owner.path or "(root)", merge.rules[-1], str(merge.term), reason))
 
 
 def plan(model: nn.Module, example_inputs: Example | None = None, *, rules: Rules = None) -> Plan:
@@ -147,11 +147,11 @@ def _demand(model: nn.Module, deploy: nn.Module, example_inputs: Example) -> Non
         raise VerificationError(f"the deploy model differs from the training-time model by more than rounding\n{found}")
 
 
-def _record(merge: Merge) -> MergeRecord:
+def _record(merge: Merge, where: str) -> MergeRecord:
     shape = geometry(merge.term)
     taps = "x".join(map(str, shape.kernel))
     return MergeRecord(
-        where=merge.where,
+        where=where,
         rules=merge.rules,
         sources=merge.sources,
         before=str(merge.term),

@@ -178,6 +178,12 @@ class Draft:
                 failed.update(dict.fromkeys(self.owned[owner], reason))
         return failed
 
+    def where(self, merge: Merge) -> str:
+        """The path that the merged layer will have."""
+        module = self.hosts[merge].module
+        path = module.path if module is not None else ".".join(part for part in self.homes[merge] if part)
+        return path or "(root)"
+
     # --- doing it ---------------------------------------------------------------------------------
 
     def apply(self, model: nn.Module) -> nn.Module:

@@ -70,11 +70,6 @@ class Merge:
     def nodes(self) -> list[fx.Node]:
         return [node for segment in self.segments for node in segment.nodes]
 
-    @property
-    def where(self) -> str:
-        """The module that the merge is in."""
-        return self.owner.path or "(root)"
-
     def value(self) -> ConvMap:
         """The merged map, read from the weights as they are now."""
         return value(self.term)
@@ -158,12 +153,14 @@ class _Search:
                     self.families[node] = found
                     taken.update(n for segment in found[1] for n in segment.nodes)
         taken.clear()
+        merges: list[Merge] = []
         for node in reversed(self.nodes):
             if node not in taken:
                 merge = self._law(node, laws) or self._settle(node)
                 if merge:
-                    self.findings.merges.append(merge)
+                    merges.append(merge)
                     taken.update(merge.nodes)
+        self.findings.merges += reversed(merges)
 
     # --- the graph as terms -----------------------------------------------------------------------
 
