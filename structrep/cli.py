@@ -122,13 +122,19 @@ Rules = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print the record as JSON.")]
 
 
-@app.callback()
-def structrep_(
-    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
-) -> None:
-    if version:
+def _print_version(wanted: bool) -> None:
+    if wanted:
         print(_version())
         raise typer.Exit
+
+
+@app.callback()
+def structrep_(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command("rules")

@@ -377,7 +377,9 @@ class _Forward:
 
     def _body(self, call: Call) -> None:
         if call.mutates:
-            raise Unreadable(f"{call.path or 'the model'} changes a list or dict that it is given")
+            raise Unreadable(
+                f"{call.path or 'the model'} changes its arguments or itself as it runs, beside its result"
+            )
         for step in call.steps:
             if isinstance(step, fx.Node):
                 self._copy(step)

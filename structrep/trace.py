@@ -42,6 +42,11 @@ RANDOM = {
     "normal",
 }
 
+IN_PLACE = {
+    "__setitem__",
+    *(f"__i{op}__" for op in ("add", "sub", "mul", "truediv", "floordiv", "pow", "and", "or", "xor")),
+}
+
 
 @dataclass(eq=False)
 class Call:
@@ -54,7 +59,7 @@ class Call:
     kwargs: dict[str, Any]
     leaf: bool
     result: Any = None
-    mutates: bool = False  # whether it changed a list or dict that it was given
+    mutates: bool = False  # whether it changed what it was given, or its own module
     steps: list[fx.Node | Call] = field(default_factory=list)  # what its forward did, in order
 
     def chain(self) -> Iterator[Call]:
@@ -129,7 +134,7 @@ def trace(model: nn.Module, example_inputs: Example | None = None) -> Traced:
 
 
 def shallow_copy(model: nn.Module) -> nn.Module:
-    """A copy with its own modules and attributes, whose tensors share the storage of the original's.
+    """A copy with its own modules, attributes and buffers, whose parameters share the storage of the original's.
 
     Raises:
         BadInput: the model holds something that cannot be copied.
@@ -172,9 +177,9 @@ def _tensors_of(module: nn.Module) -> Iterator[Tensor]:
 
 
 def _alias(tensor: Tensor) -> Tensor:
-    if isinstance(tensor, nn.Parameter) and not nn.parameter.is_lazy(tensor):
-        return nn.Parameter(tensor.detach(), requires_grad=tensor.requires_grad)
-    return tensor.detach()
+    if not isinstance(tensor, nn.Parameter):
+        return tensor.detach().clone()
+    return nn.Parameter(tensor.detach(), requires_grad=tensor.requires_grad)
 
 
 def _trace_below(
@@ -255,7 +260,7 @@ class _Tracer(fx.Tracer):
         self.calls: list[Call] = []
         self.stack: list[Call] = []
         self.stopped: Call | None = None
-        self.constants = _Constants()
+        self.constants = _Constants(self)
         self.count = 0
         self.names = names
         self.tensor_nodes: dict[int, fx.Node] = {}
@@ -319,6 +324,7 @@ class _Tracer(fx.Tracer):
             parent.steps.append(call)
         self.calls.append(call)
         self.stack.append(call)
+        attributes = dict(m.__dict__)
         try:
             if leaf:
                 result = self.create_proxy("call_module", call.path, args, kwargs)
@@ -330,7 +336,7 @@ class _Tracer(fx.Tracer):
         finally:
             self.stack.pop()
         call.result = snapshot(result)
-        call.mutates = not _alike((call.args, call.kwargs), (args, kwargs))
+        call.mutates |= not _alike((call.args, call.kwargs, attributes), (args, kwargs, m.__dict__))
         return result
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -381,8 +387,9 @@ class _Slot:
 class _Constants(TorchFunctionMode):
     """Watches what the trace computes for real: notes where constants come from, stops what must not be baked in."""
 
-    def __init__(self) -> None:
+    def __init__(self, tracer: _Tracer) -> None:
         super().__init__()
+        self.tracer = tracer
         self.origins: dict[int, Origin] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -392,12 +399,23 @@ class _Constants(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name in RANDOM:
             raise RuntimeError(f"torch.{name} draws new numbers at every call")
-        if name.endswith("_") and not name.endswith("__") and args and isinstance(args[0], nn.Parameter):
-            raise RuntimeError(f"{name} writes to a parameter during forward")
+        if args and isinstance(args[0], Tensor) and _in_place(name) and not self._is_fresh(args[0]):
+            if isinstance(args[0], nn.Parameter):
+                raise RuntimeError(f"{name} writes to a parameter during forward")
+            self.tracer.stack[-1].mutates = True
         result = func(*args, **kwargs)
         if isinstance(result, Tensor):
             self.origins[id(result)] = Origin(result, func, args, kwargs)
         return result
+
+    def _is_fresh(self, tensor: Tensor) -> bool:
+        """Whether a tensor was made during this trace, and is no view of what the model holds."""
+        while id(tensor) in self.origins:
+            base = next((a for a in self.origins[id(tensor)].args if isinstance(a, Tensor)), None)
+            if base is None or base.untyped_storage().data_ptr() != tensor.untyped_storage().data_ptr():
+                return True
+            tensor = base
+        return False
 
     def formula(self, tensor: Tensor) -> readers.Formula | None:
         """All that a constant was computed with and from; None if it was not computed here."""
@@ -418,6 +436,10 @@ class _Constants(TorchFunctionMode):
                     leaf for leaf in pytree.tree_leaves((origin.args, origin.kwargs)) if isinstance(leaf, Tensor)
                 ]
         return readers.Formula(frozenset(calls), tuple(parameters.values())) if calls else None
+
+
+def _in_place(name: str) -> bool:
+    return name in IN_PLACE or (name.endswith("_") and not name.endswith("__"))
 
 
 def proxies(value: Any) -> Iterator[fx.Proxy]:

@@ -16,7 +16,6 @@ from structrep.blocks.repvgg import RepVGGBlock1d, RepVGGBlock2d, RepVGGBlock3d
 STAND_INS: tuple[type[nn.Module], ...] = (ConvBlock, ExpandLinear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
 __all__ = [
-    "STAND_INS",
     "ACBlock2d",
     "DOConv1d",
     "DOConv2d",
