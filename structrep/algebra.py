@@ -28,13 +28,13 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from structrep.errors import Incompatible, Inexact
+from structrep.errors import Incompatible, Inexact, Unreadable
 
 Border = Literal["constant", "reflect", "replicate", "circular"]
 Ints = tuple[int, ...]
@@ -59,20 +59,22 @@ class Geometry:
 
     def __post_init__(self) -> None:
         dims = len(self.kernel)
-        set_ = object.__setattr__
-        set_(self, "stride", self.stride or (1,) * dims)
-        set_(
-            self,
-            "dilation",
-            tuple(1 if k == 1 else d for k, d in zip(self.kernel, self.dilation or (1,) * dims, strict=True)),
-        )
-        set_(self, "pad", self.pad or ((0, 0),) * dims)
-        if not len(self.stride) == len(self.pad) == dims:
-            raise ValueError(f"kernel {self.kernel}, stride {self.stride} and pad {self.pad} differ in spatial dims")
+        stride, dilation, pad = self.stride or (1,) * dims, self.dilation or (1,) * dims, self.pad or ((0, 0),) * dims
+        if not len(stride) == len(dilation) == len(pad) == dims:
+            raise ValueError(
+                f"kernel {self.kernel}, stride {stride}, dilation {dilation} and pad {pad} differ in spatial dims"
+            )
+        if min((self.groups, *self.kernel, *stride, *dilation)) < 1:
+            raise ValueError(
+                f"kernel {self.kernel}, stride {stride}, dilation {dilation} and groups {self.groups} start at 1"
+            )
         if self.in_channels % self.groups or self.out_channels % self.groups:
             raise ValueError(
                 f"{self.in_channels} -> {self.out_channels} channels do not divide into {self.groups} groups"
             )
+        dilation = tuple(1 if k == 1 else d for k, d in zip(self.kernel, dilation, strict=True))  # of one tap: none
+        for name, value in (("stride", stride), ("dilation", dilation), ("pad", pad)):
+            object.__setattr__(self, name, value)
 
     @property
     def dims(self) -> int:
@@ -94,11 +96,22 @@ class Geometry:
         return any(side > 0 for sides in self.pad for side in sides)
 
     @property
+    def nearest(self) -> Ints:
+        """Per dim, how close to its first pixel the pixels come that are read before it; 0 where none are read."""
+        return tuple(
+            min(((lo - d * t - 1) % s + 1 for t in range(k) if d * t < lo), default=0)
+            for k, s, d, (lo, _) in zip(self.kernel, self.stride, self.dilation, self.pad, strict=True)
+        )
+
+    @property
+    def moves(self) -> tuple[bool, ...]:
+        """Per dim, whether an output pixel is made of anything but the input pixel at its own place."""
+        return tuple((k, s, p) != (1, 1, (0, 0)) for k, s, p in zip(self.kernel, self.stride, self.pad, strict=True))
+
+    @property
     def pointwise(self) -> bool:
         """One tap, on the input pixel itself."""
-        return all(
-            k == 1 and s == 1 and p == (0, 0) for k, s, p in zip(self.kernel, self.stride, self.pad, strict=True)
-        )
+        return not any(self.moves)
 
     @property
     def diagonal(self) -> bool:
@@ -115,15 +128,18 @@ class Geometry:
         Raises:
             Incompatible: channels, spatial dims, stride or overhang differ.
         """
-        for what, mine, theirs in (
-            ("spatial dims", self.dims, other.dims),
-            ("input channels", self.in_channels, other.in_channels),
-            ("output channels", self.out_channels, other.out_channels),
-            ("strides", self.stride, other.stride),
-            ("overhangs, and so the output sizes of some inputs,", self.overhang, other.overhang),
-        ):
+        for what, mine, theirs, remedy in (
+            ("spatial dims", self.dims, other.dims, "both must be on the same input"),
+            ("input channels", self.in_channels, other.in_channels, "both must be on the same input"),
+            ("output channels", self.out_channels, other.out_channels, "stack them with concat, or give both as many"),
+            ("strides", self.stride, other.stride, "give both the same"),
+            (
+                "overhangs, pad + pad - dilation * (kernel - 1),", self.overhang, other.overhang,
+                "pad so that these are equal, or the output sizes of some inputs differ",
+            ),
+        ):  # fmt: skip
             if mine != theirs:
-                raise Incompatible(f"the {what} of two summed maps differ: {mine} and {theirs}")
+                raise Incompatible(f"the {what} of two parallel maps differ: {mine} and {theirs}; {remedy}")
         kernel, dilation, pad = [], [], []
         for (lo1, _), (lo2, _), d1, d2, r1, r2, over in zip(
             self.pad, other.pad, self.dilation, other.dilation, self.reach, other.reach, self.overhang, strict=True
@@ -149,10 +165,11 @@ class Geometry:
             Incompatible: channels or spatial dims do not fit.
         """
         if self.dims != other.dims:
-            raise Incompatible(f"a map of {self.dims} spatial dims feeds one of {other.dims}")
+            raise Incompatible(f"a map of {self.dims} spatial dims feeds one of {other.dims}; they must be equal")
         if self.out_channels != other.in_channels:
             raise Incompatible(
-                f"a map with {self.out_channels} output channels feeds one with {other.in_channels} input channels"
+                f"a map with {self.out_channels} output channels feeds one with {other.in_channels} input channels; "
+                f"they must be equal"
             )
         kernel, dilation, pad = [], [], []
         for (lo1, _), (lo2, _), s1, d1, d2, r1, r2, o1, o2 in zip(
@@ -181,7 +198,7 @@ class Geometry:
 
 
 class ConvMap:
-    """An affine, translation-invariant map with float64 coefficients; immutable.
+    """An affine, translation-invariant map with finite float64 coefficients, its own copies; immutable.
 
     Args:
         kernel: (O, I / groups, *K); (O, I) for a Linear.
@@ -193,7 +210,9 @@ class ConvMap:
         border: what x reads outside: "constant" (fill), "reflect", "replicate" or "circular".
 
     Raises:
-        ValueError: shapes that do not fit each other.
+        ValueError: shapes that do not fit each other, or a border of another name.
+        Unreadable: the kernel is complex, or has no coefficients.
+        Inexact: a coefficient is NaN or infinite, or has outgrown float64.
     """
 
     def __init__(
@@ -209,11 +228,20 @@ class ConvMap:
         border: Border = "constant",
     ) -> None:
         taps = tuple(kernel.shape[2:])
+        if not 2 <= kernel.ndim <= 5:
+            raise ValueError(f"a kernel of shape {tuple(kernel.shape)}: (O, I / groups, *K) has 0 to 3 spatial dims")
+        if border not in get_args(Border):
+            raise ValueError(f"border {border!r} is none of {', '.join(get_args(Border))}; zeros are a constant border")
+        if kernel.is_complex() or 0 in kernel.shape[:2]:
+            raise Unreadable(
+                f"a {str(kernel.dtype).removeprefix('torch.')} kernel of shape {tuple(kernel.shape)}: coefficients are "
+                f"real numbers, and there is at least one"
+            )
 
         def each(value: int | Sequence[int]) -> Ints:
             return (value,) * len(taps) if isinstance(value, int) else tuple(value)
 
-        self.kernel = kernel.detach().to(torch.float64)
+        self.kernel = kernel.detach().to(torch.float64, copy=True)
         self.geometry = Geometry(
             kernel.shape[1] * groups,
             kernel.shape[0],
@@ -224,15 +252,23 @@ class ConvMap:
             groups,
         )
         out_channels, in_channels = self.geometry.out_channels, self.geometry.in_channels
-        self.bias = self.kernel.new_zeros(out_channels) if bias is None else bias.detach().to(self.kernel)
+        self.bias = self.kernel.new_zeros(out_channels) if bias is None else bias.detach().to(self.kernel, copy=True)
         if self.bias.shape != (out_channels,):
             raise ValueError(f"a bias of shape {tuple(self.bias.shape)} for {out_channels} output channels")
         # A map that reads nothing outside has no border to speak of.
         self.border: Border = border if self.geometry.pads else "constant"
-        constant = self.geometry.pads and border == "constant"
-        self.fill = torch.as_tensor(fill if constant else 0.0, dtype=torch.float64, device=self.kernel.device).expand(
-            in_channels
-        )
+        self.fill = self.kernel.new_zeros(in_channels)
+        given = torch.as_tensor(fill, dtype=torch.float64, device=self.kernel.device).detach()
+        if given.shape not in ((), self.fill.shape):
+            raise ValueError(f"a fill of shape {tuple(given.shape)} for {in_channels} input channels")
+        if self.geometry.pads and border == "constant":
+            self.fill += given
+        for name, numbers in (("kernel", self.kernel), ("bias", self.bias), ("fill", self.fill)):
+            if not bool(numbers.isfinite().all()):
+                raise Inexact(
+                    f"the {name} of {self} holds {float(numbers[~numbers.isfinite()][0])}: only finite coefficients "
+                    f"can be merged; look for weights or norm statistics that overflowed"
+                )
 
     @classmethod
     def of(
@@ -299,8 +335,14 @@ class ConvMap:
         return self if other == 1 else NotImplemented
 
     def __mul__(self, factor: float | Tensor) -> ConvMap:
-        """Outputs scaled by a number, or per output channel by a tensor (O,)."""
+        """Outputs scaled by a number, or per output channel by a tensor (O,).
+
+        Raises:
+            ValueError: as many factors as there are output channels, or one, are needed.
+        """
         factor = torch.as_tensor(factor, dtype=torch.float64, device=self.kernel.device)
+        if factor.shape not in ((), (self.out_channels,)):
+            raise ValueError(f"factors of shape {tuple(factor.shape)} for {self.out_channels} output channels")
         rows = factor if factor.ndim == 0 else factor.reshape(-1, *[1] * (self.kernel.ndim - 1))
         return ConvMap.of(self.geometry, self.kernel * rows, self.bias * factor, like=self)
 
@@ -358,19 +400,19 @@ class ConvMap:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Apply to x: (N, I, *spatial) -> (N, O, *out); without spatial dims (..., I) -> (..., O). Computed in
-        float64."""
+        float64; raises where torch does: no output pixel, or a reflect or circular pad wider than x."""
         x = x.to(self.kernel)
         g = self.geometry
         if not g.dims:
             return F.linear(x, self.regrouped(1).kernel, self.bias)
-        crops = [min(0, side) for sides in reversed(g.pad) for side in sides]
         pads = [max(0, side) for sides in reversed(g.pad) for side in sides]
-        x = F.pad(x, crops)
+        crops = [min(0, side) for sides in reversed(g.pad) for side in sides]
         if self.border == "constant":
-            outside = self.fill.reshape(-1, *[1] * g.dims)
-            x = F.pad(x - outside, pads) + outside
+            inside = F.pad(torch.ones_like(x, dtype=torch.bool), pads)
+            x = torch.where(inside, F.pad(x, pads), self.fill.reshape(-1, *[1] * g.dims))
         else:
             x = F.pad(x, pads, mode=self.border)
+        x = F.pad(x, crops)  # last: what is read outside is made of all of x, cropped pixels too
         conv = CONV[g.dims]
         return conv(x, self.kernel, self.bias, g.stride, 0, g.dilation, g.groups)  # type: ignore[misc]
 
@@ -406,10 +448,7 @@ class ConvMap:
     def _then(self, other: ConvMap, geometry: Geometry) -> ConvMap:
         """Composition without the border check."""
         f, g = self.geometry, other.geometry
-        outside = (
-            self if f.pads else other
-        )  # a pad moves to the input; the border law says that it reads the same there
-        bias = other.bias + _channel_mix(other, self.bias)
+        bias = other.bias + _channel_mix(other.kernel, self.bias, g.groups)
         if g.diagonal:
             kernel = self.kernel * other.kernel.reshape(-1, *[1] * (self.kernel.ndim - 1))
         elif f.diagonal:
@@ -423,7 +462,6 @@ class ConvMap:
                 g,
                 geometry,
             )
-        fill: Tensor | float = outside.fill if outside is self else 0.0
         return ConvMap(
             kernel,
             bias,
@@ -431,34 +469,44 @@ class ConvMap:
             pad=geometry.pad,
             dilation=geometry.dilation,
             groups=geometry.groups,
-            fill=fill,
-            border=outside.border,
+            fill=self.fill,
+            border=(self if f.pads else other).border,
         )
 
     def _check_border(self, other: ConvMap) -> None:
-        """The border law: raise unless what `other` reads outside is what this map gives there."""
+        """The border law: raise unless what `other` reads outside is what this map gives there.
+
+        Decided from geometry, bias and fill alone: a tap whose coefficient happens to be zero counts as a tap.
+        """
         f, g = self.geometry, other.geometry
         if not g.pads:
             return
-        if other.border != "constant":
-            if f.pointwise:
-                return  # a pixel-wise map commutes with copying pixels, bias and all
-            raise Inexact(f"a {other.border} pad of the output of {self} is not a {other.border} pad of its input")
-        if self.border != "constant":
+        if f.pads and self.border != other.border:
             raise Inexact(
-                f"{other} reads {_word(other.fill)} outside, but {self} with {self.border} border continues there"
+                f"{other} reads {_reading(other)} outside, but {self} reads {_reading(self)}: one map has one border, "
+                f"so pad both alike"
             )
-        for dim, ((lo1, hi1), (lo2, hi2), reach, s1) in enumerate(zip(f.pad, g.pad, f.reach, f.stride, strict=True)):
-            if (lo2 > 0 and lo1 + s1 - 1 < reach) or (hi2 > 0 and hi1 < reach):
+        for dim, ((lo1, hi1), (_, hi2), before, reach, s1, moves) in enumerate(
+            zip(f.pad, g.pad, g.nearest, f.reach, f.stride, f.moves, strict=True)
+        ):
+            if other.border != "constant":
+                if (before or hi2 > 0) and moves:
+                    raise Inexact(
+                        f"a {other.border} pad of the output of {self} is not one of its input, for it is not "
+                        f"pointwise along spatial dim {dim}: padding belongs on the first of two convolutions"
+                    )
+            elif (before and lo1 + s1 * before - 1 < reach) or (hi2 > 0 and hi1 < reach):
                 raise Inexact(
-                    f"{other} reads {_word(other.fill)} outside its input along spatial dim {dim}, but there {self} "
+                    f"{other} reads {_reading(other)} outside its input along spatial dim {dim}, but there {self} "
                     f"still sees real pixels: padding belongs on the first of two convolutions, or on a pointwise one"
                 )
-        outside = self.bias + _channel_mix(self, self.fill)
-        gap = _peak(outside - other.fill)
-        if gap > ROUNDING * max(_peak(outside), _peak(other.fill)):
+        if other.border != "constant":
+            return  # copies of pixels, which a pixel-wise map commutes with, bias and all
+        outside = self.bias + _channel_mix(self.kernel, self.fill, f.groups)
+        summed = self.bias.abs() + _channel_mix(self.kernel.abs(), self.fill.abs(), f.groups)
+        if not _same(outside, other.fill, summed + other.fill.abs()):
             raise Inexact(
-                f"{other} reads {_word(other.fill)} outside its input, but {self} gives {_word(outside)} there (its "
+                f"{other} reads {_reading(other)} outside its input, but {self} gives {_word(outside)} there (its "
                 f"bias): without that bias, or padded with it, the two would be one convolution"
             )
 
@@ -466,12 +514,12 @@ class ConvMap:
         """Whichever of the two says what is read outside; raises if both do and differ."""
         if not other.geometry.pads:
             return self
-        if self.geometry.pads and (
-            self.border != other.border or _peak(self.fill - other.fill) > ROUNDING * _peak(self.fill)
+        if self.geometry.pads and not (
+            self.border == other.border and _same(self.fill, other.fill, self.fill.abs() + other.fill.abs())
         ):
             raise Inexact(
-                f"two summed maps read different things outside their input: {self.border} {_word(self.fill)} and "
-                f"{other.border} {_word(other.fill)}"
+                f"two parallel maps read different things outside their input, {_reading(self)} and "
+                f"{_reading(other)}: pad both alike"
             )
         return other
 
@@ -485,7 +533,11 @@ def concat(maps: Iterable[ConvMap]) -> ConvMap:
     Raises:
         Incompatible: input channels, stride or output sizes differ.
         Inexact: two read outside the input, and differently.
+        ValueError: there are none.
     """
+    maps = tuple(maps)
+    if not maps:
+        raise ValueError("nothing to stack: concat needs at least one map")
 
     def pair(first: ConvMap, second: ConvMap) -> ConvMap:
         frame = first.geometry.concat(second.geometry)
@@ -501,19 +553,26 @@ def _peak(values: Tensor) -> float:
     return float(values.abs().max()) if values.numel() else 0.0
 
 
+def _same(one: Tensor, two: Tensor, size: Tensor) -> bool:
+    """Equal but for rounding, each number relative to what it was summed from."""
+    return bool(((one - two).abs() <= ROUNDING * size).all())
+
+
 def _word(values: Tensor) -> str:
     """A per-channel constant, for an error message."""
     low, high = float(values.min()), float(values.max())
     return f"{low:.3g}" if low == high else f"{low:.3g} to {high:.3g}"
 
 
-def _channel_mix(map_: ConvMap, channels: Tensor) -> Tensor:
-    """What the map's kernel makes of an input that is constant per channel: (I,) -> (O,), without the bias."""
-    if not bool(channels.any()):
-        return torch.zeros_like(map_.bias)
-    g = map_.geometry
-    mixed = map_.kernel.reshape(g.groups, g.out_channels // g.groups, g.in_channels // g.groups, -1).sum(-1)
-    return torch.bmm(mixed, channels.reshape(g.groups, -1, 1)).flatten()
+def _reading(map_: ConvMap) -> str:
+    """What a map reads outside its input, for an error message."""
+    return _word(map_.fill) if map_.border == "constant" else f"a {map_.border} border"
+
+
+def _channel_mix(kernel: Tensor, channels: Tensor, groups: int) -> Tensor:
+    """What a kernel makes of an input that is constant per channel: (I,) -> (O,)."""
+    mixed = kernel.reshape(groups, kernel.shape[0] // groups, kernel.shape[1], -1).sum(-1)
+    return torch.bmm(mixed, channels.reshape(groups, -1, 1)).flatten()
 
 
 def _regroup(kernel: Tensor, groups: int, fewer: int) -> Tensor:

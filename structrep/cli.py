@@ -20,7 +20,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, BinaryIO, NoReturn
 
 import torch
 import typer
@@ -378,7 +378,7 @@ def _torchvision(name: str) -> Callable[..., Any]:
 
 def _found(place: str, name: str) -> Any:
     """What a module calls `name`, dots and all."""
-    if not all(part.isidentifier() for part in place.split(".")):
+    if place.endswith(".py") or not all(part.isidentifier() for part in place.split(".")):
         raise Unusable(f"{place!r} is no module's name: write package.module:callable, without .py or slashes")
     if (here := os.getcwd()) not in sys.path:
         sys.path.insert(0, here)
@@ -478,12 +478,12 @@ def _load(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
         raise Unusable(f"{path} does not fit {type(model).__name__}: {_said(error)}") from error
 
 
-def _save_safetensors(state: dict[str, Any], path: Path) -> None:
-    _imported("safetensors.torch", "pip install 'structrep[weights]'").save_file(state, path, {"format": "pt"})
+def _save_safetensors(state: dict[str, Any], file: BinaryIO) -> None:
+    file.write(_imported("safetensors.torch", "pip install 'structrep[weights]'").save(state, {"format": "pt"}))
 
 
-def _save_torch(state: dict[str, Any], path: Path) -> None:
-    torch.save(state, path)
+def _save_torch(state: dict[str, Any], file: BinaryIO) -> None:
+    torch.save(state, file)
 
 
 SAVERS = {".safetensors": _save_safetensors, ".pt": _save_torch}
@@ -521,8 +521,9 @@ def _writer(out: Path, force: bool) -> Callable[[Mapping[str, Any]], None]:
         }
         partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
         try:
-            save(plain, partial)
-            with partial.open("rb+") as file:
+            with partial.open("xb") as file:
+                save(plain, file)
+                file.flush()
                 os.fsync(file.fileno())
             free()
             os.replace(partial, target)

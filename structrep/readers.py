@@ -141,7 +141,7 @@ def hooks(module: nn.Module) -> bool:
 
 def generated(module: nn.Module) -> bool:
     """Whether a module's forward was written by an earlier `reparameterize`."""
-    return hasattr(type(module), "__structrep_source__")
+    return hasattr(type(module), "__structrep_methods__")
 
 
 def read_module(module: nn.Module) -> Layer | None:

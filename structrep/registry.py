@@ -124,8 +124,8 @@ class Registry:
             )
         if not rule.law and rule.pattern.fits_plain_conv():
             raise InvalidRule(
-                f"the pattern of rule {rule.name!r} matches a plain convolution, which is what it merges to, so it would "
-                f"match its own output: {rule.pattern}; a stage that only training has must not be Optional"
+                f"the pattern of rule {rule.name!r} matches a plain convolution, which is what it merges to, so it "
+                f"would match its own output: {rule.pattern}; a stage that only training has must not be Optional"
             )
         self._rules[rule.name] = rule
         return rule

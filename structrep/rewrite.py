@@ -10,26 +10,21 @@
 
 from __future__ import annotations
 
-import hashlib
-import importlib
-import inspect
 import itertools
-import linecache
-import operator
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, fields, is_dataclass
-from types import CodeType, ModuleType
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any, cast
 
-import torch.utils._pytree as pytree
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from structrep.algebra import ConvMap
 from structrep.blocks import STAND_INS
-from structrep.errors import Refusal, Unreadable
+from structrep.errors import Refusal
+from structrep.forward import Edits, Forward
+from structrep.generated import install
 from structrep.readers import knows, lower, only_asserted, read_module
 from structrep.search import Merge, Segment
-from structrep.trace import Call, Traced, is_traced, proxies
+from structrep.trace import Call, Traced, proxies
 
 
 @dataclass(frozen=True)
@@ -87,7 +82,7 @@ def _block_at(segments: list[Segment]) -> tuple[Call | None, int]:
     """The largest block that the first segments are all of, and how many they are."""
     first = segments[0].nodes[0].meta["call"]
     for call in reversed(list(first.chain())):
-        if call.leaf or not isinstance(call.module, STAND_INS) or call.parent is None:
+        if call.leaf or call.method != "forward" or not isinstance(call.module, STAND_INS) or call.parent is None:
             continue
         inner = [s for s in segments if all(call.holds(n) for n in s.nodes)]
         count = len(inner)
@@ -130,7 +125,7 @@ class Draft:
         self.hosts: dict[Merge, Unit] = {}
         self.homes: dict[Merge, tuple[str, str]] = {}  # owner's path and name of a layer that is new
         self.idle: list[Unit] = []  # swapped for identities
-        self.edits = _Edits()
+        self.edits = Edits()
         self.owned: dict[Call, set[Merge]] = {}
         for merge in self.merges:
             parts = units(merge)
@@ -169,11 +164,11 @@ class Draft:
 
     def _write(self) -> dict[Merge, Refusal]:
         """Write all new forwards; gives the merges of those that cannot be written."""
-        self.forwards: dict[Call, _Forward] = {}
+        self.forwards: dict[Call, Forward] = {}
         failed: dict[Merge, Refusal] = {}
         for owner, written_out in self.edits.owners.items():
             try:
-                self.forwards[owner] = _Forward(self.traced, self.edits, owner, written_out)
+                self.forwards[owner] = Forward(self.traced, self.edits, owner, written_out)
             except Refusal as reason:
                 failed.update(dict.fromkeys(self.owned[owner], reason))
         return failed
@@ -199,7 +194,7 @@ class Draft:
             module = self._at(owner.path)
             for name, tensor in forward.constants.items():
                 module.register_buffer(name, tensor.detach().clone(), persistent=False)
-            install(module, forward.source, forward.names)
+            install(module, forward.method)
         self._bury()
         return self.model
 
@@ -302,254 +297,3 @@ def _refill(module: nn.Module, map_: ConvMap, bias: bool) -> bool:
         cast("nn.Parameter | None", fresh.bias),
     )
     return True
-
-
-@dataclass
-class _Edits:
-    """What changes in forwards, by node of the flat graph."""
-
-    dead: set[fx.Node] = field(default_factory=set)
-    replaced: dict[fx.Node, tuple[fx.Node, str]] = field(default_factory=dict)  # root -> base and path of the new layer
-    bypassed: dict[fx.Node, fx.Node] = field(default_factory=dict)  # root -> base
-    owners: dict[Call, set[Call]] = field(default_factory=dict)  # whose forward changes -> calls to write out inside it
-
-
-# --- forwards -------------------------------------------------------------------------------------
-
-
-class _Forward:
-    """The forward of one module, cut out of the flat graph, with the edits made.
-
-    Raises:
-        Unreadable: the forward takes values from elsewhere than its arguments.
-    """
-
-    def __init__(self, traced: Traced, edits: _Edits, call: Call, written_out: set[Call]) -> None:
-        self.traced = traced
-        self.edits = edits
-        self.call = call
-        self.written_out = written_out
-        self.graph = fx.Graph()
-        self.env: dict[fx.Node, Any] = {}
-        self.constants: dict[str, Tensor] = {}
-        self.rebuilt: dict[int, Any] = {}
-        self._arguments()
-        self._body(call)
-        for node in reversed(self.graph.nodes):
-            if node.target in (operator.getitem, getattr) and not node.users:
-                self.graph.erase_node(node)
-        self.graph.output(self._rebuild(call.result))
-        code = self.graph.python_code("self")
-        function = next(c for c in compile(code.src, "<forward>", "exec").co_consts if isinstance(c, CodeType))
-        self.source = code.src
-        self.names = {name: value for name, value in code.globals.items() if name in function.co_names}
-
-    def _arguments(self) -> None:
-        """Placeholders named and ordered as the module's own forward has them; constants stay as traced."""
-        bound = inspect.signature(self.call.module.forward).bind(*self.call.args, **self.call.kwargs)
-        parameters = inspect.signature(self.call.module.forward).parameters
-        for name, parameter in parameters.items():
-            star = (
-                "*" if parameter.kind is parameter.VAR_POSITIONAL else "**" * (parameter.kind is parameter.VAR_KEYWORD)
-            )
-            default = () if star or parameter.default is parameter.empty else (parameter.default,)
-            node = (
-                self.graph.placeholder(star + name, default_value=default[0])
-                if default
-                else self.graph.placeholder(star + name)
-            )
-            if name in bound.arguments:
-                self._accept(bound.arguments[name], node, name)
-            elif default:
-                self._expect(node, default[0], name)
-
-    def _accept(self, value: Any, node: fx.Node, name: str) -> None:
-        if is_traced(value):
-            for proxy, access in _places(value, node, self.graph):
-                self.env[proxy.node] = access
-        else:
-            self._expect(node, value, name)
-
-    def _expect(self, node: fx.Node, value: Any, name: str) -> None:
-        """The merged forward holds for the traced value of this argument only."""
-        if value is None or isinstance(value, (bool, int, float, str)):
-            self.graph.call_function(expect, (name, node, value))
-
-    def _body(self, call: Call) -> None:
-        if call.mutates:
-            raise Unreadable(
-                f"{call.path or 'the model'} changes its arguments or itself as it runs, beside its result"
-            )
-        for step in call.steps:
-            if isinstance(step, fx.Node):
-                self._copy(step)
-            elif step in self.written_out or step.leaf:
-                self._body(step)
-            else:
-                self._collapse(step)
-
-    def _copy(self, node: fx.Node) -> None:
-        if node in self.edits.replaced:
-            base, path = self.edits.replaced[node]
-            self.env[node] = self.graph.call_module(self._relative(path), (self._load(base),))
-        elif node in self.edits.bypassed:
-            self.env[node] = self._load(self.edits.bypassed[node])
-        elif node in self.edits.dead or (only_asserted(node) and not all(self._has(n) for n in node.all_input_nodes)):
-            return
-        else:
-            target = self._relative(str(node.target)) if node.op == "call_module" else node.target
-            args, kwargs = fx.node.map_arg(node.args, self._load), fx.node.map_arg(node.kwargs, self._load)
-            self.env[node] = self.graph.create_node(node.op, target, args, kwargs)
-
-    def _collapse(self, call: Call) -> None:
-        """A child's call, as it stands in its parent's forward."""
-        args, kwargs = self._rebuild(call.args), self._rebuild(call.kwargs)
-        node = self.graph.call_module(self._relative(call.path), args, kwargs)
-        for proxy, access in _places(call.result, node, self.graph):
-            self.env[proxy.node] = access
-
-    def _relative(self, path: str) -> str:
-        prefix = f"{self.call.path}." if self.call.path else ""
-        if not path.startswith(prefix):
-            raise Unreadable(f"{self.call.path} uses {path}, which is not below it")
-        return path[len(prefix) :]
-
-    def _has(self, node: fx.Node) -> bool:
-        return node in self.env or node.op == "get_attr"
-
-    def _load(self, node: fx.Node) -> Any:
-        if node.op == "get_attr":
-            return self._constant(node.meta["value"])
-        if node not in self.env:
-            raise Unreadable(
-                f"{self.call.path or 'the model'} uses {node.name}, which does not come in through its arguments"
-            )
-        return self.env[node]
-
-    def _constant(self, tensor: Tensor) -> Any:
-        """A tensor attribute by its name; what was computed from some is computed again; anything else is kept as it
-        is."""
-        if id(tensor) not in self.rebuilt:
-            self.rebuilt[id(tensor)] = self._recompute(tensor)
-        return self.rebuilt[id(tensor)]
-
-    def _recompute(self, tensor: Tensor) -> Any:
-        if id(tensor) in self.traced.names:
-            return self.graph.get_attr(self._relative(self.traced.names[id(tensor)]))
-        origin = self.traced.origins.get(id(tensor))
-        if origin is not None and getattr(origin.function, "__name__", "__get__") != "__get__":
-            spec: Any
-            leaves, spec = pytree.tree_flatten((origin.args, origin.kwargs))
-            args, kwargs = pytree.tree_unflatten(
-                [self._constant(x) if isinstance(x, Tensor) else x for x in leaves], spec
-            )
-            name = origin.function.__name__
-            if getattr(Tensor, name, None) is origin.function:
-                return self.graph.call_method(name, args, kwargs)
-            return self.graph.call_function(origin.function, args, kwargs)
-        name = f"constant_{len(self.constants)}"
-        self.constants[name] = tensor
-        return self.graph.get_attr(name)
-
-    def _rebuild(self, value: Any) -> Any:
-        """A structure of traced values, as an argument of the new graph."""
-        if isinstance(value, fx.Proxy):
-            return self._load(value.node)
-        if isinstance(value, Tensor):
-            return self._constant(value)
-        if isinstance(value, slice):
-            return slice(*(self._rebuild(v) for v in (value.start, value.stop, value.step)))
-        if is_dataclass(value) and not isinstance(value, type):
-            given = {f.name: self._rebuild(getattr(value, f.name)) for f in fields(value)}
-            return self.graph.call_function(type(value), (), given)
-        if isinstance(value, tuple):
-            parts = [self._rebuild(item) for item in value]
-            return self.graph.call_function(type(value), tuple(parts)) if hasattr(value, "_fields") else tuple(parts)
-        if isinstance(value, list):
-            return [self._rebuild(item) for item in value]
-        if type(value) is dict:
-            return {key: self._rebuild(item) for key, item in value.items()}
-        if is_traced(value):
-            raise Unreadable(
-                f"{self.call.path or 'the model'} passes a {type(value).__name__}, which cannot be written as code"
-            )
-        return value
-
-
-def expect(name: str, value: object, traced: object) -> None:
-    """Raise where a merged forward is called with another constant than it was traced with."""
-    if value is not traced and (value is None or traced is None or value != traced):
-        raise ValueError(f"this forward was reparameterized for {name}={traced!r} and was called with {name}={value!r}")
-
-
-def _places(value: Any, node: fx.Node, graph: fx.Graph) -> Iterator[tuple[fx.Proxy, fx.Node]]:
-    """Every traced value inside a structure, with the expression that takes it out of `node`."""
-    if isinstance(value, fx.Proxy):
-        yield value, node
-    elif isinstance(value, (list, tuple)):
-        for index, item in enumerate(value):
-            if is_traced(item):
-                yield from _places(item, graph.call_function(operator.getitem, (node, index)), graph)
-    elif isinstance(value, dict) and not is_dataclass(value):
-        for key, item in value.items():
-            if is_traced(item):
-                yield from _places(item, graph.call_function(operator.getitem, (node, key)), graph)
-    elif is_dataclass(value):
-        for f in fields(value):
-            item = getattr(value, f.name)
-            if is_traced(item):
-                yield from _places(item, graph.call_function(getattr, (node, f.name)), graph)
-
-
-# --- generated classes ----------------------------------------------------------------------------
-
-_CLASSES: dict[tuple[type[nn.Module], str], type[nn.Module]] = {}
-
-
-def install(module: nn.Module, source: str, names: dict[str, Any]) -> None:
-    """Give a module a forward from source text, by making it an instance of a generated subclass of its own class."""
-    module.__dict__.pop("forward", None)
-    base = getattr(type(module), "__structrep_base__", type(module))
-    module.__class__ = generated_class(base, source, {k: _named(v) for k, v in names.items()})
-
-
-def _named(value: Any) -> Any:
-    return ("module", value.__name__) if isinstance(value, ModuleType) else value
-
-
-def generated_class(base: type[nn.Module], source: str, names: dict[str, Any]) -> type[nn.Module]:
-    """The subclass of `base` with that forward; the same one for the same text."""
-    if (base, source) not in _CLASSES:
-        digest = hashlib.sha256(source.encode()).hexdigest()[:12]
-        filename = f"<reparameterized {base.__qualname__}.forward {digest}>"
-        namespace = {
-            key: importlib.import_module(value[1]) if isinstance(value, tuple) and value[:1] == ("module",) else value
-            for key, value in names.items()
-        }
-        exec(compile(source, filename, "exec"), namespace)
-        linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
-
-        def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:
-            state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
-            return rebuild, (base, source, names), state
-
-        _CLASSES[base, source] = type(
-            base.__name__,
-            (base,),
-            {
-                "forward": namespace["forward"],
-                "__reduce_ex__": __reduce_ex__,
-                "__module__": base.__module__,
-                "__qualname__": base.__qualname__,
-                "__doc__": base.__doc__,
-                "__structrep_base__": base,
-                "__structrep_source__": source,
-            },
-        )
-    return _CLASSES[base, source]
-
-
-def rebuild(base: type[nn.Module], source: str, names: dict[str, Any]) -> nn.Module:
-    """An empty instance of a generated class, for pickle and copy."""
-    cls = generated_class(base, source, names)
-    return cls.__new__(cls)

@@ -418,15 +418,15 @@ class _Replicas:
         self.traced = traced
         self.prints: dict[Call, tuple[object, ...]] = {}
 
-    def bodies(self, module: nn.Module) -> list[Call]:
-        """Calls of a module whose forward was followed."""
-        return [call for call in self.traced.calls[module] if not call.leaf]
+    def bodies(self, of: Call) -> list[Call]:
+        """All calls of the same forward that were followed."""
+        return [call for call in self.traced.calls[of.module, of.method] if not call.leaf]
 
     def repeats(self, node: fx.Node) -> bool:
         """Whether a node was made by a later call that does what the first did."""
         call = node.meta["call"]
         for outer in call.chain() if call else ():
-            bodies = self.bodies(outer.module)
+            bodies = self.bodies(outer)
             if len(bodies) > 1 and outer is not bodies[0] and not outer.leaf and self.alike(bodies):
                 return True
         return False
@@ -436,14 +436,14 @@ class _Replicas:
 
     def check(self, inside: set[fx.Node], owner: Call) -> None:
         """Raise unless every module of the merge is called just as often as its owner, each time in the same way."""
-        bodies = self.bodies(owner.module)
+        bodies = self.bodies(owner)
         if len(bodies) > 1 and not self.alike(bodies):
             raise Shared(f"{owner.path or 'the model'} is called {len(bodies)} times, and not always in the same way")
         touched = {
             call for node in inside for call in node.meta["call"].chain() if owner in call.chain() and call is not owner
         }
         for call in touched:
-            calls = self.traced.calls[call.module]
+            calls = self.traced.calls[call.module, call.method]
             homes = {next((body for body in bodies if body in one.chain()), None) for one in calls}
             if len(calls) != len(bodies) or None in homes or len(homes) != len(bodies):
                 raise Shared(f"{call.path} is used {len(calls)} times: merged here, its other uses would change")

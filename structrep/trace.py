@@ -11,11 +11,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import functools
 import inspect
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -50,7 +53,7 @@ IN_PLACE = {
 
 @dataclass(eq=False)
 class Call:
-    """One call of a module during a trace."""
+    """One call of a module during a trace, or of a method of a module on a traced value."""
 
     module: nn.Module
     path: str
@@ -58,6 +61,8 @@ class Call:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     leaf: bool
+    method: str = "forward"
+    function: Callable[..., Any] = field(default=lambda: None, repr=False)  # the bound method
     result: Any = None
     mutates: bool = False  # whether it changed what it was given, or its own module
     steps: list[fx.Node | Call] = field(default_factory=list)  # what its forward did, in order
@@ -103,7 +108,7 @@ class Traced:
     names: dict[int, str]  # id of a tensor that the model holds -> its path
     traces: list[Trace] = field(default_factory=list)
     untraced: dict[str, Untraceable] = field(default_factory=dict)  # module path -> why it was left whole
-    calls: dict[nn.Module, list[Call]] = field(default_factory=lambda: defaultdict(list))  # every call of a module
+    calls: dict[tuple[nn.Module, str], list[Call]] = field(default_factory=lambda: defaultdict(list))  # by method
     origins: dict[int, Origin] = field(default_factory=dict)  # id of a computed constant -> how it was computed
 
 
@@ -129,7 +134,7 @@ def trace(model: nn.Module, example_inputs: Example | None = None) -> Traced:
     _trace_below(traced, twin, paths, example_inputs, set())
     for one in traced.traces:
         for call in one.calls:
-            traced.calls[call.module].append(call)
+            traced.calls[call.module, call.method].append(call)
     return traced
 
 
@@ -215,7 +220,7 @@ def _follow(traced: Traced, module: nn.Module, paths: dict[nn.Module, str], exam
         tracer = _Tracer(module, paths, traced.names, opaque)
         inputs = tracer.bind(example)
         try:
-            with torch.no_grad(), tracer.constants:
+            with torch.no_grad(), tracer.watched_methods(), tracer.constants:
                 tracer.trace(_Root(module))
         except StructrepError:
             raise
@@ -318,18 +323,47 @@ class _Tracer(fx.Tracer):
         leaf = bool(self.stack) and self.is_leaf_module(m, self.paths[m])
         if leaf and not is_traced((args, kwargs)):
             leaf = False  # it depends on constants alone
+        function = (lambda *a, **k: self.create_proxy("call_module", self.paths[m], a, k)) if leaf else forward
+        return self._record(m, function, args, kwargs, leaf, "forward", m.forward)
+
+    @contextlib.contextmanager
+    def watched_methods(self) -> Iterator[None]:
+        """Record calls of methods too: forward_features and its like are then rewritten where they stand."""
+        watched: list[tuple[nn.Module, str]] = []
+        for module in self.module.modules():
+            if module not in self.paths or self.is_leaf_module(module, ""):
+                continue
+            for base in type(module).__mro__[: type(module).__mro__.index(nn.Module)]:
+                for name, function in vars(base).items():
+                    plain = isinstance(function, FunctionType) and not name.startswith("__") and name != "forward"
+                    if plain and name not in module.__dict__ and not hasattr(nn.Module, name):
+                        module.__dict__[name] = functools.partial(
+                            self._call_method, module, name, getattr(module, name)
+                        )
+                        watched.append((module, name))
+        try:
+            yield
+        finally:
+            for module, name in watched:
+                module.__dict__.pop(name, None)
+
+    def _call_method(self, m: nn.Module, name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if not self.stack or not is_traced((args, kwargs)):
+            return function(*args, **kwargs)
+        return self._record(m, function, args, kwargs, False, name, function)
+
+    def _record(
+        self, m: nn.Module, run: Callable[..., Any], args: Any, kwargs: Any, leaf: bool, method: str, function: Any
+    ) -> Any:
         parent = self.stack[-1] if self.stack else None
-        call = Call(m, self.paths[m], parent, snapshot(args), snapshot(kwargs), leaf)
+        call = Call(m, self.paths[m], parent, snapshot(args), snapshot(kwargs), leaf, method, function)
         if parent:
             parent.steps.append(call)
         self.calls.append(call)
         self.stack.append(call)
         attributes = dict(m.__dict__)
         try:
-            if leaf:
-                result = self.create_proxy("call_module", call.path, args, kwargs)
-            else:
-                result = forward(*args, **kwargs)
+            result = run(*args, **kwargs)
         except Exception:
             self.stopped = self.stopped or call
             raise

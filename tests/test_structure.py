@@ -20,6 +20,8 @@ ORDER = [
     "rules",
     "trace",
     "search",
+    "generated",
+    "forward",
     "rewrite",
     "report",
     "proof",

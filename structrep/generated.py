@@ -1,0 +1,83 @@
+"""Modules whose methods were written by structrep: instances of generated subclasses of their own classes.
+
+A generated class pickles as its base class and the text of its methods, so that what holds such a module can be copied,
+saved and loaded. The text is registered with `linecache`: tracebacks and `inspect.getsource` find it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import linecache
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method as text, with the names that the text uses: functions and numbers by value, modules by name."""
+
+    name: str
+    source: str
+    names: tuple[tuple[str, Any], ...]
+
+    @classmethod
+    def of(cls, name: str, source: str, names: dict[str, Any]) -> Method:
+        plain = {k: ("module", v.__name__) if isinstance(v, ModuleType) else v for k, v in names.items()}
+        return cls(name, source, tuple(sorted(plain.items(), key=lambda item: item[0])))
+
+    def compile(self, filename: str) -> Any:
+        namespace = {
+            key: importlib.import_module(value[1]) if isinstance(value, tuple) and value[:1] == ("module",) else value
+            for key, value in self.names
+        }
+        exec(compile(self.source, filename, "exec"), namespace)
+        linecache.cache[filename] = (len(self.source), None, self.source.splitlines(keepends=True), filename)
+        return namespace[self.name]
+
+
+_CLASSES: dict[tuple[type[nn.Module], tuple[Method, ...]], type[nn.Module]] = {}
+
+
+def install(module: nn.Module, method: Method) -> None:
+    """Give a module a method, by making it an instance of a generated subclass of its own class."""
+    module.__dict__.pop(method.name, None)
+    base = getattr(type(module), "__structrep_base__", type(module))
+    earlier = getattr(type(module), "__structrep_methods__", ())
+    module.__class__ = generated_class(base, (*(m for m in earlier if m.name != method.name), method))
+
+
+def generated_class(base: type[nn.Module], methods: tuple[Method, ...]) -> type[nn.Module]:
+    """The subclass of `base` with those methods; the same one for the same text."""
+    key = (base, methods)
+    if key not in _CLASSES:
+
+        def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:
+            state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
+            return rebuild, key, state
+
+        digest = hashlib.sha256("".join(m.source for m in methods).encode()).hexdigest()[:12]
+        body = {m.name: m.compile(f"<reparameterized {base.__qualname__}.{m.name} {digest}>") for m in methods}
+        _CLASSES[key] = type(
+            base.__name__,
+            (base,),
+            {
+                **body,
+                "__reduce_ex__": __reduce_ex__,
+                "__module__": base.__module__,
+                "__qualname__": base.__qualname__,
+                "__doc__": base.__doc__,
+                "__structrep_base__": base,
+                "__structrep_methods__": methods,
+            },
+        )
+    return _CLASSES[key]
+
+
+def rebuild(base: type[nn.Module], methods: tuple[Method, ...]) -> nn.Module:
+    """An empty instance of a generated class, for pickle and copy."""
+    cls = generated_class(base, methods)
+    return cls.__new__(cls)
