@@ -328,8 +328,7 @@ class ConvMap:
         if not isinstance(other, ConvMap):
             return NotImplemented
         geometry = self.geometry >> other.geometry
-        self._check_border(other)
-        return self._then(other, geometry)
+        return self._then(other, geometry, self._fill_before(other))
 
     def __rrshift__(self, other: int) -> ConvMap:
         return self if other == 1 else NotImplemented
@@ -445,8 +444,8 @@ class ConvMap:
         out[tuple(places)] = kernel
         return out
 
-    def _then(self, other: ConvMap, geometry: Geometry) -> ConvMap:
-        """Composition without the border check."""
+    def _then(self, other: ConvMap, geometry: Geometry, fill: Tensor) -> ConvMap:
+        """Composition without the border check; pads of `other` move to the input."""
         f, g = self.geometry, other.geometry
         bias = other.bias + _channel_mix(other.kernel, self.bias, g.groups)
         if g.diagonal:
@@ -469,18 +468,18 @@ class ConvMap:
             pad=geometry.pad,
             dilation=geometry.dilation,
             groups=geometry.groups,
-            fill=self.fill,
+            fill=fill,
             border=(self if f.pads else other).border,
         )
 
-    def _check_border(self, other: ConvMap) -> None:
-        """The border law: raise unless what `other` reads outside is what this map gives there.
+    def _fill_before(self, other: ConvMap) -> Tensor:
+        """The border law: what the composite is to read outside; raises unless this map makes of it what `other` reads.
 
         Decided from geometry, bias and fill alone: a tap whose coefficient happens to be zero counts as a tap.
         """
         f, g = self.geometry, other.geometry
         if not g.pads:
-            return
+            return self.fill
         if f.pads and self.border != other.border:
             raise Inexact(
                 f"{other} reads {_reading(other)} outside, but {self} reads {_reading(self)}: one map has one border, "
@@ -501,14 +500,21 @@ class ConvMap:
                     f"still sees real pixels: padding belongs on the first of two convolutions, or on a pointwise one"
                 )
         if other.border != "constant":
-            return  # copies of pixels, which a pixel-wise map commutes with, bias and all
-        outside = self.bias + _channel_mix(self.kernel, self.fill, f.groups)
-        summed = self.bias.abs() + _channel_mix(self.kernel.abs(), self.fill.abs(), f.groups)
+            return self.fill  # copies of pixels, which a pixel-wise map commutes with, bias and all
+        fill = self.fill
+        if not f.pads and f.diagonal and not self.bias.any():
+            scale = self.kernel.flatten()
+            fill = torch.where(scale == 0, 0.0, other.fill / scale)
+        outside = self.bias + _channel_mix(self.kernel, fill, f.groups)
+        summed = self.bias.abs() + _channel_mix(self.kernel.abs(), fill.abs(), f.groups)
         if not _same(outside, other.fill, summed + other.fill.abs()):
+            worst = int((outside - other.fill).abs().argmax())
             raise Inexact(
-                f"{other} reads {_reading(other)} outside its input, but {self} gives {_word(outside)} there (its "
-                f"bias): without that bias, or padded with it, the two would be one convolution"
+                f"{other} reads {_reading(other, worst)} outside its input, but {self} gives "
+                f"{float(outside[worst]):.6g} there (its bias): without that bias, or padded with it, the two would be "
+                f"one convolution"
             )
+        return fill
 
     def _common_border(self, other: ConvMap) -> ConvMap:
         """Whichever of the two says what is read outside; raises if both do and differ."""
@@ -517,9 +523,10 @@ class ConvMap:
         if self.geometry.pads and not (
             self.border == other.border and _same(self.fill, other.fill, self.fill.abs() + other.fill.abs())
         ):
+            worst = int((self.fill - other.fill).abs().argmax())
             raise Inexact(
-                f"two parallel maps read different things outside their input, {_reading(self)} and "
-                f"{_reading(other)}: pad both alike"
+                f"two parallel maps read different things outside their input, {_reading(self, worst)} and "
+                f"{_reading(other, worst)}: pad both alike"
             )
         return other
 
@@ -558,15 +565,14 @@ def _same(one: Tensor, two: Tensor, size: Tensor) -> bool:
     return bool(((one - two).abs() <= ROUNDING * size).all())
 
 
-def _word(values: Tensor) -> str:
-    """A per-channel constant, for an error message."""
-    low, high = float(values.min()), float(values.max())
-    return f"{low:.3g}" if low == high else f"{low:.3g} to {high:.3g}"
-
-
-def _reading(map_: ConvMap) -> str:
+def _reading(map_: ConvMap, channel: int | None = None) -> str:
     """What a map reads outside its input, for an error message."""
-    return _word(map_.fill) if map_.border == "constant" else f"a {map_.border} border"
+    if map_.border != "constant":
+        return f"a {map_.border} border"
+    if channel is not None:
+        return f"{float(map_.fill[channel]):.6g} in channel {channel}"
+    low, high = float(map_.fill.min()), float(map_.fill.max())
+    return f"{low:.6g}" if low == high else f"{low:.6g} to {high:.6g}"
 
 
 def _channel_mix(kernel: Tensor, channels: Tensor, groups: int) -> Tensor:

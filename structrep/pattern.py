@@ -25,7 +25,8 @@ from torch import fx
 from structrep import algebra
 from structrep.algebra import ConvMap, Geometry
 from structrep.errors import Incompatible, Unreadable
-from structrep.readers import Formula, Layer, rank
+from structrep.ranks import rank
+from structrep.readers import Formula, Layer
 
 # --- terms ----------------------------------------------------------------------------------------
 

@@ -705,62 +705,6 @@ def _asked(node: fx.Node) -> bool:
     return name in ("getattr", "size", "dim", "eq", "ne", "ge", "gt", "le", "lt", "getitem", "mod", "floordiv")
 
 
-def rank(node: fx.Node) -> int | None:
-    """Number of dimensions of a node's value, where it is known: from example inputs, else from what made it."""
-    seen = 0
-    while seen < 64:  # a chain of elementwise operations
-        seen += 1
-        if "shape" in node.meta:
-            return len(node.meta["shape"])
-        if node.op == "call_module":
-            module = node.meta["call"].module
-            if isinstance(module, nn.Flatten):
-                return 2 if (module.start_dim, module.end_dim) == (1, -1) else None
-            if isinstance(module, nn.modules.conv._ConvNd):
-                return module.weight.ndim
-            if not isinstance(module, (nn.Linear, nn.modules.batchnorm._NormBase, *_IDENTITIES)) and not _elementwise(
-                module
-            ):
-                return None
-        elif node.op in ("call_function", "call_method"):
-            name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-            if name == "flatten":
-                return 2 if tuple(node.args[1:]) == (1,) and not node.kwargs else None
-            if name in ("view", "reshape"):
-                sizes = node.args[1:]
-                return len(sizes[0]) if len(sizes) == 1 and isinstance(sizes[0], (list, tuple)) else len(sizes)
-            if name in ("conv1d", "conv2d", "conv3d"):
-                return int(name[4]) + 2
-            if name not in _ELEMENTWISE:
-                return None
-        else:
-            return None
-        source = node.args[0] if node.args else None
-        if not isinstance(source, fx.Node):
-            return None
-        node = source
-    return None
-
-
-_ELEMENTWISE = {
-    "relu",
-    "gelu",
-    "silu",
-    "sigmoid",
-    "tanh",
-    "linear",
-    "batch_norm",
-    "dropout",
-    "contiguous",
-    "clone",
-    *_INPLACE_ARGUMENT,
-}
-
-
-def _elementwise(module: nn.Module) -> bool:
-    return type(module).__module__ == "torch.nn.modules.activation" and not isinstance(module, nn.MultiheadAttention)
-
-
 # --- writing back ---------------------------------------------------------------------------------
 
 _CONVS: tuple[Any, ...] = (None, nn.Conv1d, nn.Conv2d, nn.Conv3d)

@@ -26,6 +26,7 @@ from structrep.errors import (
     TrainingMode,
     Uninitialized,
     Unreadable,
+    WrongMerge,
 )
 from structrep.pattern import ONE, Term, geometry, leaf, seq, stack, total, value
 from structrep.readers import Layer, Reading, Same, Stack, Total, hooks, mutates, only_asserted, read_node, scale_layer
@@ -136,11 +137,12 @@ class _Search:
         self.nodes = trace_.nodes
         self.place = {node: index for index, node in enumerate(self.nodes)}
         self.replicas = _Replicas(self.traced)
+        self.refused: set[tuple[fx.Node, str]] = set()
+        self.missed: list[tuple[fx.Node, Missed]] = []
         self.readings = self._read()
         self.dominator = self._dominators()
         self.segments: dict[fx.Node, Segment | None] = {}
         self.families: dict[fx.Node, tuple[Rule, list[Segment]]] = {}  # root of what a family merges
-        self.refused: set[tuple[fx.Node, str]] = set()
 
     def run(self) -> None:
         families = [rule for rule in self.registry if not rule.law]
@@ -161,6 +163,10 @@ class _Search:
                     merges.append(merge)
                     taken.update(merge.nodes)
         self.findings.merges += reversed(merges)
+        covered = {node for merge in merges for node in merge.nodes}
+        self.findings.missed += [
+            miss for node, miss in self.missed if node not in covered or isinstance(miss.reason, WrongMerge)
+        ]
 
     # --- the graph as terms -----------------------------------------------------------------------
 
@@ -394,7 +400,7 @@ class _Search:
         if (root, rule) not in self.refused:
             self.refused.add((root, rule))
             call = root.meta["call"]
-            self.findings.missed.append(Missed((call.path if call else "") or "(root)", rule, what, reason))
+            self.missed.append((root, Missed((call.path if call else "") or "(root)", rule, what, reason)))
 
 
 def _says_something(term: Term) -> bool:

@@ -13,6 +13,7 @@ ORDER = [
     "errors",
     "algebra",
     "blocks",
+    "ranks",
     "readers",
     "pattern",
     "cost",

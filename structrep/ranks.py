@@ -1,0 +1,108 @@
+"""How many dimensions a value of a graph has, where that can be known without running anything.
+
+Convolutions, pools and norms of a known dimensionality are taken to see batches, as their users mean them.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from torch import fx, nn
+
+# A layer that looks at its input's last dim or at single values gives back the rank that it is given.
+_KEEPS = (nn.Linear, nn.LayerNorm, nn.GroupNorm, nn.Identity, nn.modules.dropout._DropoutNd, nn.AlphaDropout)
+_ELEMENTWISE = {
+    *("add", "iadd", "radd", "sub", "isub", "rsub", "mul", "imul", "rmul", "truediv", "itruediv", "div", "neg", "pow"),
+    *("relu", "relu6", "leaky_relu", "gelu", "silu", "mish", "elu", "celu", "selu", "sigmoid", "tanh", "exp", "clamp"),
+    *("hardswish", "hardsigmoid", "hardtanh", "softmax", "softplus", "dropout", "contiguous", "clone", "detach", "to"),
+    *("float", "half", "linear", "layer_norm", "batch_norm", "transpose", "swapaxes", "roll", "flip", "type_as"),
+}
+_REDUCTIONS = {"mean", "sum", "amax", "amin", "std", "var", "logsumexp"}
+_OF_DIMS = re.compile(r"(conv|conv_transpose|(adaptive_)?(avg|max)_pool)([123])d")
+_MODULE_OF_DIMS = re.compile(
+    r"(Conv|ConvTranspose|(Adaptive)?(Avg|Max)Pool|BatchNorm|InstanceNorm)([23])d|(Conv|\w*Pool)1d"
+)
+
+
+def rank(node: fx.Node) -> int | None:
+    """Number of dims of a node's value: from example inputs, else from what made it; None if neither says."""
+    pending = [node]
+    while pending:  # no recursion: a chain of layers may be longer than Python's stack
+        last = pending[-1]
+        source = _source(last)
+        if "rank" not in last.meta and source is not None and "rank" not in source.meta and "shape" not in last.meta:
+            pending.append(source)
+            continue
+        if "rank" not in last.meta:
+            last.meta["rank"] = len(last.meta["shape"]) if "shape" in last.meta else _rank(last, source)
+        pending.pop()
+    found: int | None = node.meta["rank"]
+    return found
+
+
+def _source(node: fx.Node) -> fx.Node | None:
+    """The input whose rank matters."""
+    inputs = [n for n in node.all_input_nodes if n.op != "get_attr"]
+    return inputs[0] if inputs else None
+
+
+def _rank(node: fx.Node, source: fx.Node | None) -> int | None:
+    given: int | None = source.meta["rank"] if source is not None else None
+    if node.op == "call_module":
+        return _of_module(node.meta["call"].module, given)
+    if node.op not in ("call_function", "call_method"):
+        return None
+    name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
+    name = name.strip("_")
+    rest: tuple[Any, ...] = node.args[1:]
+    if match := _OF_DIMS.fullmatch(name):
+        return int(match[4]) + 2
+    if name in ("view", "reshape", "permute"):
+        return len(rest[0]) if len(rest) == 1 and isinstance(rest[0], (list, tuple)) else len(rest)
+    if name == "flatten":
+        start = node.kwargs.get("start_dim", rest[0] if rest else 0)
+        end = node.kwargs.get("end_dim", rest[1] if len(rest) > 1 else -1)
+        return _flattened(start, end, given)
+    if name == "getitem":
+        return _indexed(rest[0], given)
+    if name in _REDUCTIONS:
+        dims, keep = (
+            node.kwargs.get("dim", rest[0] if rest else None),
+            node.kwargs.get("keepdim", len(rest) > 1 and rest[1]),
+        )
+        if given is None or dims is None:
+            return None
+        gone = len(dims) if isinstance(dims, (list, tuple)) else 1
+        return given if keep else given - gone
+    if name == "unsqueeze":
+        return None if given is None else given + 1
+    return given if name in _ELEMENTWISE else None
+
+
+def _of_module(module: nn.Module, given: int | None) -> int | None:
+    if isinstance(module, nn.Flatten):
+        return _flattened(module.start_dim, module.end_dim, given)
+    for base in type(module).__mro__:
+        if match := _MODULE_OF_DIMS.fullmatch(base.__name__):
+            return int(match[4] or 1) + 2
+    elementwise = type(module).__module__ == "torch.nn.modules.activation" and not isinstance(
+        module, nn.MultiheadAttention
+    )
+    keeps = elementwise or isinstance(module, (*_KEEPS, nn.BatchNorm1d, nn.SyncBatchNorm))
+    return given if keeps else None
+
+
+def _flattened(start: Any, end: Any, given: int | None) -> int | None:
+    if not isinstance(start, int) or not isinstance(end, int):
+        return None
+    if end == -1 and start >= 0:
+        return start + 1
+    return None if given is None else given - (end % given - start % given)
+
+
+def _indexed(index: Any, given: int | None) -> int | None:
+    parts = index if isinstance(index, tuple) else (index,)
+    if given is None or not all(isinstance(part, (int, slice)) or part in (None, Ellipsis) for part in parts):
+        return None
+    return given - sum(isinstance(part, int) for part in parts) + sum(part is None for part in parts)
