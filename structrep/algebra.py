@@ -383,6 +383,8 @@ class ConvMap:
         Raises:
             Incompatible: the present number of groups is no multiple of `groups`.
         """
+        if groups < 1 or self.geometry.groups % groups:
+            raise Incompatible(f"{self.geometry.groups} groups cannot be written as {groups}, only as a divisor")
         return self.framed(replace(self.geometry, groups=groups))
 
     def framed(self, frame: Geometry) -> ConvMap:
@@ -392,7 +394,7 @@ class ConvMap:
             Incompatible: the frame does not hold this map.
         """
         if self.geometry + frame != frame:
-            raise Incompatible(f"the frame {frame} does not hold {self.geometry}")
+            raise Incompatible(f"the frame {frame} does not hold {self.geometry}; their sum would")
         return ConvMap.of(frame, self._framed(frame), self.bias, like=self)
 
     # --- evaluation --------------------------------------------------------------------------------------------------
@@ -585,8 +587,6 @@ def _regroup(kernel: Tensor, groups: int, fewer: int) -> Tensor:
     """(O, I / groups, *K) -> (O, I / fewer, *K), block by block on the diagonal."""
     if groups == fewer:
         return kernel
-    if groups % fewer:
-        raise Incompatible(f"{groups} groups cannot be written as {fewer}")
     ratio = groups // fewer
     out, inner, *taps = kernel.shape[0] // groups, kernel.shape[1], *kernel.shape[2:]
     blocks = kernel.new_zeros(fewer, ratio, out, ratio, inner, *taps)

@@ -89,7 +89,8 @@ def plan(model: nn.Module, example_inputs: Example | None = None, *, rules: Rule
     """Find every merge in a model, and say of the others why not. The model is not changed.
 
     Args:
-        model: any module in eval mode.
+        model: any module in eval mode. What torch wraps around a model to train or compile it (DataParallel,
+            DistributedDataParallel, `torch.compile`) is seen through: the plan is for the model inside.
         example_inputs: a tensor, a tuple of positional or a mapping of keyword arguments; tells shapes, which some
         merges
             need.
@@ -98,10 +99,12 @@ def plan(model: nn.Module, example_inputs: Example | None = None, *, rules: Rule
     Raises:
         TrainingMode: a norm has no fixed scale yet.
         Uninitialized: a lazy parameter has no value yet.
+        Sharded: parameters are spread over processes (FSDP).
         UnknownRule: a name in `rules` is not registered.
         BadInput: the model rejects the example inputs.
     """
     registry = resolve(rules)
+    model = unwrapped(model)
     search.check_ready(model)
     if example_inputs is not None:
         device = next((t.device for t in model.parameters()), torch.device("cpu"))
@@ -129,8 +132,9 @@ def reparameterize(
         VerificationError: the deploy model is farther from the truth than rounding explains; with `inplace`, the
         model is
             then as it was.
-        TrainingMode, Uninitialized, UnknownRule, BadInput: as for `plan`.
+        TrainingMode, Uninitialized, Sharded, UnknownRule, BadInput: as for `plan`.
     """
+    model = unwrapped(model)
     planned = plan(model, example_inputs, rules=rules)
     if verify:
         planned.prove()
@@ -139,6 +143,17 @@ def reparameterize(
     deploy = planned.apply()
     _demand(model, deploy, example_inputs)
     return planned.apply(inplace=True) if inplace else deploy
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside wrappers that only say how it is run."""
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif "_orig_mod" in model._modules:  # OptimizedModule, whose import would load the whole compiler
+            model = model.get_submodule("_orig_mod")
+        else:
+            return model
 
 
 def _demand(model: nn.Module, deploy: nn.Module, example_inputs: Example) -> None:

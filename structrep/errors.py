@@ -71,6 +71,10 @@ class Uninitialized(StructrepError):
     """The model still has lazy parameters without values."""
 
 
+class Sharded(StructrepError):
+    """Parameters are spread over processes, and no process has the values to merge."""
+
+
 class BadInput(StructrepError):
     """The model does not accept the example inputs, or they are of no supported form."""
 

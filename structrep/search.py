@@ -22,6 +22,7 @@ from structrep.errors import (
     Hooked,
     Mutated,
     Refusal,
+    Sharded,
     Shared,
     TrainingMode,
     Uninitialized,
@@ -99,7 +100,7 @@ def find(model: nn.Module, example_inputs: Example | None, registry: Registry) -
     """Trace the model and find all its merges.
 
     Raises:
-        TrainingMode, Uninitialized, BadInput: the model cannot be planned as it is.
+        TrainingMode, Uninitialized, Sharded, BadInput: the model cannot be planned as it is.
     """
     check_ready(model)
     findings = Findings(trace(model, example_inputs))
@@ -111,7 +112,7 @@ def find(model: nn.Module, example_inputs: Example | None, registry: Registry) -
 
 
 def check_ready(model: nn.Module) -> None:
-    """Raise unless norms have fixed statistics and all parameters have values."""
+    """Raise unless norms have fixed statistics and all parameters have values, here."""
     for path, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._NormBase) and module.training and module.track_running_stats:
             raise TrainingMode(
@@ -119,6 +120,11 @@ def check_ready(model: nn.Module) -> None:
                 f"call model.eval() first"
             )
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None and hasattr(tensor, "full_tensor"):
+                raise Sharded(
+                    f"{path + '.' if path else ''}{name} is a {type(tensor).__name__} of shape {tuple(tensor.shape)}, "
+                    f"spread over processes: load the full state dict into an unsharded model, and reparameterize that"
+                )
             if tensor is not None and nn.parameter.is_lazy(tensor):
                 raise Uninitialized(
                     f"{path + '.' if path else ''}{name} of {type(module).__name__} has no shape yet: "

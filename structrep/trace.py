@@ -229,7 +229,8 @@ def _follow(traced: Traced, module: nn.Module, paths: dict[nn.Module, str], exam
             tracer.stopped = call
             reason = Untraceable(f"{type(call.module).__name__}.forward cannot be followed: {_first_line(error)}")
             traced.untraced.setdefault(call.path, reason)
-            if call.module is module:
+            if call.module is module or type(call.module) in opaque:
+                tracer.stopped = tracer.calls[0]
                 return tracer
             opaque = opaque | {type(call.module)}
             continue
@@ -282,6 +283,8 @@ class _Tracer(fx.Tracer):
                 if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
             ]  # fmt: skip
             positional = tuple(_Slot(p.name) for p in required if p.kind is not p.KEYWORD_ONLY)
+            if not positional and any(p.kind is p.VAR_POSITIONAL for p in signature.parameters.values()):
+                positional = (_Slot("input"),)  # a wrapper that hands on what it is given
             named = {p.name: _Slot(p.name) for p in required if p.kind is p.KEYWORD_ONLY}
             self.arguments: tuple[tuple[Any, ...], dict[str, Any]] = (positional, named)
             return []
