@@ -480,33 +480,32 @@ class ConvMap:
         Decided from geometry, bias and fill alone: a tap whose coefficient happens to be zero counts as a tap.
         """
         f, g = self.geometry, other.geometry
-        if not g.pads:
+        padded = [dim for dim, sides in enumerate(g.pad) if max(sides) > 0]
+        if not padded:
             return self.fill
         if f.pads and self.border != other.border:
             raise Inexact(
                 f"{other} reads {_reading(other)} outside, but {self} reads {_reading(self)}: one map has one border, "
                 f"so pad both alike"
             )
-        for dim, ((lo1, hi1), (_, hi2), before, reach, s1, moves) in enumerate(
-            zip(f.pad, g.pad, g.nearest, f.reach, f.stride, f.moves, strict=True)
-        ):
-            if other.border != "constant":
-                if (before or hi2 > 0) and moves:
-                    raise Inexact(
-                        f"a {other.border} pad of the output of {self} is not one of its input, for it is not "
-                        f"pointwise along spatial dim {dim}: padding belongs on the first of two convolutions"
-                    )
-            elif (before and lo1 + s1 * before - 1 < reach) or (hi2 > 0 and hi1 < reach):
+        if other.border != "constant":
+            if moved := [dim for dim in padded if f.moves[dim]]:
+                raise Inexact(
+                    f"a {other.border} pad of the output of {self} is not one of its input, for it is not pointwise "
+                    f"along spatial dim {moved[0]}: padding belongs on the first of two convolutions"
+                )
+            return self.fill  # copies of pixels: what is pointwise commutes with them, bias and all
+        for dim in padded:
+            (lo, hi), reach, before, (_, after) = f.pad[dim], f.reach[dim], g.nearest[dim], g.pad[dim]
+            if (before > 0 and lo + f.stride[dim] * before <= reach) or (after > 0 and hi < reach):
                 raise Inexact(
                     f"{other} reads {_reading(other)} outside its input along spatial dim {dim}, but there {self} "
                     f"still sees real pixels: padding belongs on the first of two convolutions, or on a pointwise one"
                 )
-        if other.border != "constant":
-            return self.fill  # copies of pixels, which a pixel-wise map commutes with, bias and all
         fill = self.fill
         if not f.pads and f.diagonal and not self.bias.any():
             scale = self.kernel.flatten()
-            fill = torch.where(scale == 0, 0.0, other.fill / scale)
+            fill = torch.where(scale == 0, 0.0, other.fill / scale)  # a scale commutes with any pad
         outside = self.bias + _channel_mix(self.kernel, fill, f.groups)
         summed = self.bias.abs() + _channel_mix(self.kernel.abs(), fill.abs(), f.groups)
         if not _same(outside, other.fill, summed + other.fill.abs()):

@@ -11,7 +11,7 @@ from others.cases import BLOCKS, NETWORKS, Case
 from others.expandnet import HalfLinear, NonLinear, expand_cl
 from others.networks import TwoInputs
 from others.repvgg import Stacked
-from others.truth import EXACT, call, distance, equal, executed, fingerprint, noise, randomised
+from others.truth import EXACT, call, distance, equal, executed, fingerprint, flat, noise, randomised
 from torch import fx, nn
 
 import structrep
@@ -73,19 +73,21 @@ def test_deploy_runs_one_layer_per_block(case):
 
 
 @every_case
-def test_deploy_holds_no_layer_it_does_not_run(case):
+def test_every_parameter_left_is_used(case):
+    """What the merge made useless is gone: a gradient reaches all that is stored."""
     it = Converted.of(case)
-    called = set()
-    twin = copy.deepcopy(it.deploy)
-    for module in twin.modules():
-        module.register_forward_hook(lambda m, *_: called.add(m))
-    call(twin, it.x)
-    idle = [
-        name
-        for name, m in twin.named_modules()
-        if m not in called and isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.modules.batchnorm._NormBase))
-    ]
-    assert not idle
+    deploy = copy.deepcopy(it.deploy).requires_grad_()
+    sum(y.sum() for y in flat(deploy(it.x.clone()))).backward()
+    assert not [name for name, p in deploy.named_parameters() if p.grad is None]
+
+
+@every_case
+def test_deploy_stores_less(case):
+    def stored(model):
+        return sum(p.numel() for p in model.parameters())
+
+    it = Converted.of(case)
+    assert stored(it.deploy) < stored(it.model)
 
 
 @every_case
@@ -100,7 +102,7 @@ def test_example_inputs_and_inplace_make_no_difference(case, inplace, example):
     assert max(distance(call(deploy, x), y) for x, y in zip(it.inputs, truth, strict=True)) <= EXACT
     assert {k: executed(deploy, it.x)[k] for k in case.after} == case.after
     if inplace:
-        assert deploy is model or len(deploy.state_dict()) <= 2  # a model that was itself one block is replaced
+        assert deploy is model
     else:
         assert fingerprint(model) == before
         assert equal(model, it.model, *it.inputs, within=0.0)
@@ -188,25 +190,27 @@ SURGERY = {
 @every_case
 @pytest.mark.parametrize("way", SURGERY)
 def test_result_can_be_copied_saved_and_exported(case, way):
+    """Whatever could be done with the training-time model can be done with the result."""
     it = Converted.of(case)
     torch._dynamo.reset()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        other = SURGERY[way](it.deploy, it.x)
+        try:
+            other = SURGERY[way](it.deploy, it.x)
+        except Exception:
+            with pytest.raises(Exception):  # noqa: B017, PT011
+                SURGERY[way](it.model, it.x)
+            pytest.skip("nor could it be with the training-time model")
     assert equal(other, it.deploy, it.x, within=1e-14)
 
 
 @every_case
 def test_result_is_still_the_users_model(case):
     it = Converted.of(case)
-    if isinstance(it.model, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        assert isinstance(it.deploy, type(it.model).__mro__[1])
-    else:
-        assert isinstance(it.deploy, type(it.model))
-        assert type(it.deploy).__name__ == type(it.model).__name__
-        assert set(it.deploy._modules) >= {n for n, m in it.model._modules.items() if m is not None and not n} 
+    assert isinstance(it.deploy, type(it.model))
+    assert type(it.deploy).__name__ == type(it.model).__name__
+    assert type(it.deploy).__module__ == type(it.model).__module__
     assert repr(it.deploy)
-    assert len(list(it.deploy.parameters())) <= len(list(it.model.parameters()))
 
 
 def test_methods_and_attributes_stay():

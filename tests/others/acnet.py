@@ -21,9 +21,7 @@ class Official(nn.Module):
 
     def __init__(self, c1, c2, k, stride=1, padding=0, groups=1, padding_mode="zeros", affine=True, relu=False):
         super().__init__()
-        self.square_conv = nn.Conv2d(
-            c1, c2, k, stride, padding, groups=groups, bias=False, padding_mode=padding_mode
-        )
+        self.square_conv = nn.Conv2d(c1, c2, k, stride, padding, groups=groups, bias=False, padding_mode=padding_mode)
         self.square_bn = nn.BatchNorm2d(c2, affine=affine)
         crop = k // 2 - padding
         over = max(-crop, 0)

@@ -1,5 +1,7 @@
 """DiracNet (arXiv:1706.00388) by other hands."""
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -102,7 +104,7 @@ class DictNet(nn.Module):
     def __init__(self, widths=(4, 6, 6), classes=5):
         super().__init__()
         self.params, self.stats = nn.ParameterDict(), {}
-        pairs = list(zip(widths[:-1], widths[1:], strict=True))
+        pairs = list(itertools.pairwise(widths))
         for i, (c1, c2) in enumerate(pairs):
             self.params[f"conv{i}_w"] = nn.Parameter(torch.zeros(c2, c1, 3, 3))
             self.params[f"conv{i}_alpha"] = nn.Parameter(torch.ones(c2))

@@ -1,5 +1,7 @@
 """ExpandNets (arXiv:1811.10495) by other hands."""
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -26,7 +28,7 @@ def expand_ck(c1, c2, n=3, rate=4, padding=3, stride=1, bias=True):
     return nn.Sequential(
         *(
             nn.Conv2d(a, b, 3, stride if i == n - 1 else 1, padding if i == 0 else 0, bias=bias)
-            for i, (a, b) in enumerate(zip(widths[:-1], widths[1:], strict=True))
+            for i, (a, b) in enumerate(itertools.pairwise(widths))
         )
     )
 

@@ -1,5 +1,7 @@
 """Small whole networks that mix the families, in the manners that real code has."""
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -8,13 +10,13 @@ from others import acnet, diracnet, doconv, expandnet, repvgg
 
 
 class Stages(nn.Module):
-    """A RepVGG: stem, stages in a ModuleList of ModuleLists, SE in the last, residuals around some; a dict comes out."""
+    """A RepVGG: stem, stages in a ModuleList of ModuleLists, SE in the last, residuals, a dict out."""
 
     def __init__(self, widths=(4, 6, 8), classes=5):
         super().__init__()
         self.stem = repvgg.Official(3, widths[0], stride=2)
         self.stages = nn.ModuleList()
-        for c1, c2 in zip(widths[:-1], widths[1:], strict=True):
+        for c1, c2 in itertools.pairwise(widths):
             self.stages.append(nn.ModuleList([repvgg.Official(c1, c2, 2), repvgg.Official(c2, c2, groups=2)]))
         self.last = repvgg.WithSE(widths[-1])
         self.head = nn.Linear(widths[-1], classes)

@@ -1,0 +1,130 @@
+"""The pages keep their word: every snippet runs, and what a page shows as printed is what is printed.
+
+* The ```python blocks of a page run in order, as one program. A ```text block right behind one is what it prints.
+* In a ```console block, a line `$ structrep ...` runs, and the lines below it are what it prints.
+* A link to a file leads to one.
+
+`python -m tests.test_docs` writes what is printed now into the pages.
+"""
+
+import contextlib
+import io
+import os
+import re
+import shlex
+import sys
+import tempfile
+import types
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from structrep import cli, registry
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+COMMAND = re.compile(r"^\$ (structrep [^\n]*)\n((?:(?!\$ )[^\n]*\n)*)", re.MULTILINE)
+
+# The user's own module, as the pages speak of it, and its weights.
+MYNET = """
+from torch import nn
+
+from structrep.blocks import ACBlock2d, RepVGGBlock2d
+
+
+def make(width=16):
+    return nn.Sequential(RepVGGBlock2d(3, width, 3, padding=1), nn.ReLU(), ACBlock2d(width, width, 3, padding=1))
+"""
+
+
+@dataclass
+class Output:
+    """What a page shows as printed, where in the page, and what was printed."""
+
+    start: int
+    end: int
+    shown: str
+    printed: str
+
+
+def outputs(page: Path) -> Iterator[Output]:
+    """Run all of a page in the current folder."""
+    Path("mynet.py").write_text(MYNET)
+    sys.path.insert(0, os.getcwd())
+    torch.manual_seed(0)
+    module = sys.modules["page"] = types.ModuleType("page")
+    exec(MYNET, vars(module))
+    torch.save(module.make().state_dict(), "trained.pt")
+
+    text = page.read_text(encoding="utf-8")
+    printed, end = "", 0
+    for block in BLOCK.finditer(text):
+        language, content, behind = block[1], block[2], not text[end : block.start()].strip()
+        if language == "text" and behind:
+            yield Output(block.start(2), block.end(2), content, printed)
+        printed, end = "", block.end()
+        if language == "python":
+            # behind as many lines as in the page, so that a traceback names the page's own
+            code = compile("\n" * text.count("\n", 0, block.start(2)) + content, str(page), "exec")
+            with contextlib.redirect_stdout(io.StringIO()) as out:
+                exec(code, vars(module))
+            printed = out.getvalue()
+        for command in COMMAND.finditer(content) if language == "console" else ():
+            result = CliRunner().invoke(cli.app, shlex.split(command[1])[1:])
+            assert result.exit_code == 0, f"{page.name}: {command[1]}\n{result.output}"
+            if command[2].strip():
+                yield Output(
+                    block.start(2) + command.start(2), block.start(2) + command.end(2), command[2], result.output
+                )
+
+
+def tidy(text: str) -> str:
+    """Without the blanks that nobody sees."""
+    return "\n".join(line.rstrip() for line in text.splitlines()).strip("\n") + "\n"
+
+
+@pytest.fixture
+def forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """An empty folder; rules and modules that a page makes are gone afterwards."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(registry.default, "_rules", dict(registry.default._rules))
+    yield
+    for name in ("page", "mynet"):
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.usefixtures("forgotten")
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_page_runs_and_prints_what_it_shows(page: Path) -> None:
+    for output in outputs(page):
+        assert tidy(output.shown) == tidy(output.printed)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_to_files(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8")):
+        assert "://" in target or (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def write(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for output in reversed(list(outputs(page))):
+        text = text[: output.start] + tidy(output.printed) + text[output.end :]
+    page.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    kept = dict(registry.default._rules)
+    for page in PAGES:
+        with tempfile.TemporaryDirectory() as folder:
+            os.chdir(folder)
+            write(page)
+            os.chdir(ROOT)
+        registry.default._rules = dict(kept)
+        sys.modules.pop("mynet", None)
