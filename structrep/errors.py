@@ -31,6 +31,10 @@ class Costlier(Refusal):
     """The merged layer would take more multiply-adds than the layers it replaces."""
 
 
+class Overflow(Refusal):
+    """A merged coefficient is larger than the layer's dtype can hold."""
+
+
 class Unreadable(Refusal):
     """A layer is not a known linear map, or cannot be written back as a layer."""
 

@@ -534,7 +534,7 @@ class Seq(_Combined):
         return all(part.fits_nothing() for part in self.parts)
 
     def __str__(self) -> str:
-        return _label(" -> ".join(map(_bracketed, self.parts)), self)
+        return _label(_joined(" -> ", self.parts), self)
 
 
 class Sum(_Combined):
@@ -549,7 +549,7 @@ class Sum(_Combined):
         return False  # a plain convolution is no sum, not even of one
 
     def __str__(self) -> str:
-        return _label(" + ".join(map(_bracketed, self.parts)), self)
+        return _label(_joined(" + ", self.parts), self)
 
 
 def _assign(patterns: tuple[Pattern, ...], branches: tuple[Term, ...]) -> Iterator[Captures]:
@@ -600,7 +600,7 @@ class Concat(_Combined):
         return False
 
     def __str__(self) -> str:
-        return _label(" | ".join(map(_bracketed, self.parts)), self)
+        return _label(_joined(" | ", self.parts), self)
 
 
 def conv_norm(kernel: Kernel | None = None) -> Pattern:
@@ -613,8 +613,10 @@ def _label(text: str, pattern: Pattern) -> str:
     return f"{pattern.name}: {text}" if pattern.name else text
 
 
-def _bracketed(pattern: Pattern) -> str:
-    return f"({pattern})" if pattern.name or isinstance(pattern, _Combined) else str(pattern)
+def _joined(glue: str, parts: tuple[Pattern, ...]) -> str:
+    """Parts of a combinator; a single repeated one shows by dots what it is repeated with."""
+    texts = [f"({p})" if p.name or isinstance(p, (_Combined, Either)) else str(p) for p in parts]
+    return glue.join(texts) + (f"{glue}..." if len(parts) == 1 and parts[0].repeats else "")
 
 
 def arguments(pattern: Pattern, found: Captures, read: Callable[[Term], Any]) -> dict[str, Any]:

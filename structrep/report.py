@@ -109,7 +109,7 @@ class Verification(Record):
 
 def plan_tables(plan: PlanRecord) -> Iterable[Table]:
     """A plan's merges, then its refusals."""
-    merges = Table(title=f"{plan.model}: {len(plan.merges)} merges")
+    merges = Table(title=f"{plan.model}: {counted(len(plan.merges), 'merge')}")
     for heading in ("where", "rule", "training time", "deploy", "multiply-adds per output pixel", "parameters"):
         merges.add_column(
             heading, justify="right" if heading in ("multiply-adds per output pixel", "parameters") else "left"
@@ -134,7 +134,7 @@ def plan_tables(plan: PlanRecord) -> Iterable[Table]:
             sources.add_row(name, source)
         yield sources
     if plan.refusals:
-        refusals = Table(title=f"{len(plan.refusals)} refusals")
+        refusals = Table(title=counted(len(plan.refusals), "refusal"))
         for heading in ("where", "rule", "what", "kind", "reason"):
             refusals.add_column(heading)
         for refusal in plan.refusals:
@@ -142,9 +142,14 @@ def plan_tables(plan: PlanRecord) -> Iterable[Table]:
         yield refusals
 
 
+def counted(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
 def as_text(*tables: Table, width: int = 160) -> str:
     """Tables as plain text."""
-    console = Console(file=io.StringIO(), width=width, color_system=None)
+    # Cells may hold anything, also what rich would take for markup.
+    console = Console(file=io.StringIO(), width=width, color_system=None, markup=False, emoji=False, highlight=False)
     for table in tables:
         console.print(table)
     assert isinstance(console.file, io.StringIO)

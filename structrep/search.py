@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import networkx as nx
+import torch
 from torch import fx, nn
 
 from structrep import cost
@@ -21,6 +22,7 @@ from structrep.errors import (
     Costlier,
     Hooked,
     Mutated,
+    Overflow,
     Refusal,
     Sharded,
     Shared,
@@ -279,7 +281,7 @@ class _Search:
                 try:
                     self._check(stretch)
                     self._price(stretch)
-                    rule.merged(seq([segment.term for segment in stretch]), found)
+                    _fits(rule.merged(seq([segment.term for segment in stretch]), found), stretch)
                 except Refusal as reason:
                     self._miss(root, rule.name, str(seq([segment.term for segment in stretch])), reason)
                     continue
@@ -318,7 +320,7 @@ class _Search:
         for _, _, rule, stretch, before, after in sorted(choices, key=lambda choice: choice[:2], reverse=True):
             term = seq([segment.term for segment in stretch])
             try:
-                value(term)
+                _fits(value(term), stretch)
             except Refusal as reason:
                 self._miss(root, rule.name, str(term), reason)
                 continue
@@ -407,6 +409,16 @@ class _Search:
             self.refused.add((root, rule))
             call = root.meta["call"]
             self.missed.append((root, Missed((call.path if call else "") or "(root)", rule, what, reason)))
+
+
+def _fits(map_: ConvMap, stretch: list[Segment]) -> None:
+    """Raise where a coefficient does not fit the dtype of the layers it replaces."""
+    dtype = next(x.weight.dtype for segment in stretch for x in segment.term.leaves() if x.weight is not None)
+    if map_.magnitude > torch.finfo(dtype).max:
+        raise Overflow(
+            f"a merged coefficient of {map_.magnitude:.3g} does not fit {str(dtype).removeprefix('torch.')}, whose "
+            f"largest value is {torch.finfo(dtype).max:.3g}: reparameterize the model in float32, or use bfloat16"
+        )
 
 
 def _says_something(term: Term) -> bool:
