@@ -154,7 +154,7 @@ class Draft:
     def _written_by(self, unit: Unit, merge: Merge) -> Call:
         """The innermost call that holds a unit, whose forward the unit vanishes from."""
         self.edits.dead.update(unit.nodes)
-        chains = [[c for c in node.meta["call"].chain() if not c.leaf] for node in unit.nodes]
+        chains = [list(node.meta["call"].homes()) for node in unit.nodes]
         owner: Call = next(call for call in chains[0] if all(call in chain for chain in chains))
         inner = self.edits.owners.setdefault(owner, set())
         for node in unit.nodes:

@@ -399,7 +399,7 @@ class _Search:
         """The innermost call that holds all nodes, and is no single layer."""
         common: list[Call] | None = None
         for node in nodes:
-            chain = [call for call in node.meta["call"].chain() if not call.leaf]
+            chain = list(node.meta["call"].homes())
             common = chain if common is None else [call for call in common if call in chain]
         assert common
         return common[0]
@@ -463,14 +463,16 @@ class _Replicas:
         bodies = self.bodies(owner)
         if len(bodies) > 1 and not self.alike(bodies):
             raise Shared(f"{owner.path or 'the model'} is called {len(bodies)} times, and not always in the same way")
-        touched = {
-            call for node in inside for call in node.meta["call"].chain() if owner in call.chain() and call is not owner
-        }
-        for call in touched:
+        touched = {call for node in inside for call in node.meta["call"].chain() if owner in call.chain()}
+        for call in touched - {owner}:
+            if call.repeated:
+                continue  # written out in its caller
             calls = self.traced.calls[call.module, call.method]
             homes = {next((body for body in bodies if body in one.chain()), None) for one in calls}
             if len(calls) != len(bodies) or None in homes or len(homes) != len(bodies):
-                raise Shared(f"{call.path} is used {len(calls)} times: merged here, its other uses would change")
+                raise Shared(
+                    f"{call.path or 'the model'} is used {len(calls)} times: merged here, its other uses would change"
+                )
 
     def fingerprint(self, call: Call) -> tuple[object, ...]:
         """What a call does, in terms of its inputs."""

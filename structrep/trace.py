@@ -64,6 +64,7 @@ class Call:
     method: str = "forward"
     function: Callable[..., Any] = field(default=lambda: None, repr=False)  # the bound method
     result: Any = None
+    repeated: bool = False  # a method called from several places: part of each of its callers
     mutates: bool = False  # whether it changed what it was given, or its own module
     steps: list[fx.Node | Call] = field(default_factory=list)  # what its forward did, in order
 
@@ -73,6 +74,10 @@ class Call:
         while call is not None:
             yield call
             call = call.parent
+
+    def homes(self) -> Iterator[Call]:
+        """The calls around what this call does whose forward could be written anew, innermost first."""
+        return (call for call in self.chain() if not call.leaf and not call.repeated)
 
     def nodes(self) -> Iterator[fx.Node]:
         """All nodes made inside, in order."""
@@ -110,6 +115,7 @@ class Traced:
     untraced: dict[str, Untraceable] = field(default_factory=dict)  # module path -> why it was left whole
     calls: dict[tuple[nn.Module, str], list[Call]] = field(default_factory=lambda: defaultdict(list))  # by method
     origins: dict[int, Origin] = field(default_factory=dict)  # id of a computed constant -> how it was computed
+    written: set[int] = field(default_factory=set)  # storages of constants that were also written in place
 
 
 @dataclass(eq=False)
@@ -135,6 +141,11 @@ def trace(model: nn.Module, example_inputs: Example | None = None) -> Traced:
     for one in traced.traces:
         for call in one.calls:
             traced.calls[call.module, call.method].append(call)
+    for (_, method), calls in traced.calls.items():
+        callers = [call.parent for call in calls]
+        sites = {(caller.module, caller.method) for caller in callers if caller}
+        for call in calls:
+            call.repeated = method != "forward" and (len(sites) > 1 or len(set(callers)) < len(calls))
     return traced
 
 
@@ -235,6 +246,7 @@ def _follow(traced: Traced, module: nn.Module, paths: dict[nn.Module, str], exam
             opaque = opaque | {type(call.module)}
             continue
         traced.origins.update(tracer.constants.origins)
+        traced.written |= tracer.constants.written
         if inputs:
             _infer_shapes(tracer.graph, inputs)
         return tracer
@@ -428,6 +440,7 @@ class _Constants(TorchFunctionMode):
         super().__init__()
         self.tracer = tracer
         self.origins: dict[int, Origin] = {}
+        self.written: set[int] = set()  # storages written in place: how they came about is no longer one expression
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -436,12 +449,15 @@ class _Constants(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name in RANDOM:
             raise RuntimeError(f"torch.{name} draws new numbers at every call")
-        if args and isinstance(args[0], Tensor) and _in_place(name) and not self._is_fresh(args[0]):
-            if isinstance(args[0], nn.Parameter):
-                raise RuntimeError(f"{name} writes to a parameter during forward")
-            self.tracer.stack[-1].mutates = True
+        writes = bool(args) and isinstance(args[0], Tensor) and _in_place(name)
+        if writes:
+            self.written.add(storage(args[0]))
+            if not self._is_fresh(args[0]):
+                if isinstance(args[0], nn.Parameter):
+                    raise RuntimeError(f"{name} writes to a parameter during forward")
+                self.tracer.stack[-1].mutates = True
         result = func(*args, **kwargs)
-        if isinstance(result, Tensor):
+        if isinstance(result, Tensor) and not writes:
             self.origins[id(result)] = Origin(result, func, args, kwargs)
         return result
 
@@ -449,7 +465,7 @@ class _Constants(TorchFunctionMode):
         """Whether a tensor was made during this trace, and is no view of what the model holds."""
         while id(tensor) in self.origins:
             base = next((a for a in self.origins[id(tensor)].args if isinstance(a, Tensor)), None)
-            if base is None or base.untyped_storage().data_ptr() != tensor.untyped_storage().data_ptr():
+            if base is None or storage(base) != storage(tensor):
                 return True
             tensor = base
         return False
@@ -473,6 +489,11 @@ class _Constants(TorchFunctionMode):
                     leaf for leaf in pytree.tree_leaves((origin.args, origin.kwargs)) if isinstance(leaf, Tensor)
                 ]
         return readers.Formula(frozenset(calls), tuple(parameters.values())) if calls else None
+
+
+def storage(tensor: Tensor) -> int:
+    """Which memory a tensor looks at."""
+    return tensor.untyped_storage().data_ptr()
 
 
 def _in_place(name: str) -> bool:
