@@ -19,7 +19,7 @@ from torch import Tensor, fx
 from structrep.errors import Unreadable
 from structrep.generated import Method
 from structrep.readers import only_asserted
-from structrep.trace import Call, Traced, is_traced
+from structrep.trace import Call, Traced, is_traced, storage
 
 
 @dataclass
@@ -52,7 +52,7 @@ class Forward:
         self._body(call)
         self.graph.output(self._rebuild(call.result))
         for node in reversed(self.graph.nodes):
-            if node.target in (operator.getitem, getattr) and not node.users:
+            if not node.users and (node.target in (operator.getitem, getattr) or node.meta.get("constant")):
                 self.graph.erase_node(node)
         code = self.graph.python_code("self")
         source = code.src.strip().replace("def forward(", f"def {call.method}(", 1) + "\n"
@@ -116,6 +116,7 @@ class Forward:
             target = self._relative(str(node.target)) if node.op == "call_module" else node.target
             args, kwargs = fx.node.map_arg(node.args, self._load), fx.node.map_arg(node.kwargs, self._load)
             self.env[node] = self.graph.create_node(node.op, target, args, kwargs)
+            self.env[node].meta["constant"] = "value" in node.meta
 
     def _collapse(self, call: Call) -> None:
         """A child's call, as it stands in its parent's forward."""
@@ -153,7 +154,8 @@ class Forward:
         if id(tensor) in self.traced.names:
             return self.graph.get_attr(self._relative(self.traced.names[id(tensor)]))
         origin = self.traced.origins.get(id(tensor))
-        if origin is not None and getattr(origin.function, "__name__", "__get__") != "__get__":
+        plain = origin is not None and getattr(origin.function, "__name__", "__get__") != "__get__"
+        if origin is not None and plain and storage(tensor) not in self.traced.written:
             spec: Any
             leaves, spec = pytree.tree_flatten((origin.args, origin.kwargs))
             args, kwargs = pytree.tree_unflatten(

@@ -185,9 +185,10 @@ class _Region:
         values: dict[fx.Node, Any] = {self.merge.base: x}
 
         def load(node: fx.Node) -> Any:
-            if node.op == "get_attr":
+            if "value" in node.meta:
                 constant = node.meta["value"]
-                return constant.detach().double() if constant.is_floating_point() else constant
+                real = isinstance(constant, Tensor) and constant.is_floating_point()
+                return constant.detach().double() if real else constant
             return values[node]
 
         for node in self.nodes:

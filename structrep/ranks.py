@@ -43,7 +43,7 @@ def rank(node: fx.Node) -> int | None:
 
 def _source(node: fx.Node) -> fx.Node | None:
     """The input whose rank matters."""
-    inputs = [n for n in node.all_input_nodes if n.op != "get_attr"]
+    inputs = [n for n in node.all_input_nodes if "value" not in n.meta]
     return inputs[0] if inputs else None
 
 

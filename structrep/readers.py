@@ -343,11 +343,15 @@ def pad_layer(sides: Sequence[int], border: Border, value: float = 0.0) -> Layer
 
 
 def crop_layer(index: tuple[Any, ...]) -> Layer | None:
-    """x[:, :, a:b, c:d] with constant starts and stops counted from the ends."""
-    if len(index) < 3 or index[:2] != (slice(None), slice(None)):
+    """x[:, :, a:b, c:d] or x[..., a:b, c:d] with constant starts and stops counted from the ends."""
+    if index[0] is Ellipsis:
+        spatial, last = index[1:], True
+    elif len(index) > 2 and index[:2] == (slice(None), slice(None)):
+        spatial, last = index[2:], False
+    else:
         return None
     pads = []
-    for part in index[2:]:
+    for part in spatial:
         if not isinstance(part, slice) or part.step not in (None, 1):
             return None
         start, stop = part.start or 0, part.stop or 0
@@ -357,10 +361,9 @@ def crop_layer(index: tuple[Any, ...]) -> Layer | None:
 
     def shape(c: int, d: int) -> Geometry:
         if len(pads) > d:
-            raise Unreadable(
-                f"an index into {len(pads) + 2} dims, where a batch of maps with {d} spatial ones is expected"
-            )
-        return Geometry(c, c, (1,) * d, pad=(*pads, *[(0, 0)] * (d - len(pads))), groups=c)
+            raise Unreadable(f"an index into {len(pads)} dims of values that have {d} spatial ones")
+        rest = [(0, 0)] * (d - len(pads))
+        return Geometry(c, c, (1,) * d, pad=(*rest, *pads) if last else (*pads, *rest), groups=c)
 
     return _tap_layer("pad", shape, "constant", 0.0)
 
@@ -435,13 +438,15 @@ def read_node(node: fx.Node) -> Reading | None:
 def constant(value: Any) -> Tensor | float | None:
     """The number or tensor that an argument is, if it does not depend on the input."""
     if isinstance(value, fx.Node):
-        return value.meta.get("value") if value.op == "get_attr" else None
+        value = value.meta.get("value")
+        if isinstance(value, Tensor):
+            return value
     return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
 
 def _placed(layer: Layer, node: fx.Node) -> Layer | None:
     """The layer at its place in a graph: one input, and constants."""
-    inputs = [n for n in node.all_input_nodes if n.op != "get_attr"]
+    inputs = [n for n in node.all_input_nodes if "value" not in n.meta]
     if len(inputs) != 1:
         return None
     formulas = [n.meta["formula"] for n in node.all_input_nodes if n.meta.get("formula")]
@@ -630,7 +635,7 @@ def _(a: _Arguments) -> Layer | None:
 @_called(torch.cat, torch.concat, torch.concatenate)
 def _(a: _Arguments) -> Stack | Same | None:
     parts, dim = a(0, "tensors"), a(1, "dim", 0)
-    if not isinstance(parts, (list, tuple)) or not all(isinstance(p, fx.Node) and p.op != "get_attr" for p in parts):
+    if not isinstance(parts, (list, tuple)) or not all(isinstance(p, fx.Node) and "value" not in p.meta for p in parts):
         return None
     if len(parts) == 1:
         return Same(parts[0])

@@ -87,7 +87,7 @@ def _block_at(segments: list[Segment]) -> tuple[Call | None, int]:
         inner = [s for s in segments if all(call.holds(n) for n in s.nodes)]
         count = len(inner)
         whole = {n for s in inner for n in s.nodes}
-        covers = all(n in whole or only_asserted(n) for n in call.nodes())
+        covers = all(n in whole or only_asserted(n) or "value" in n.meta for n in call.nodes())
         entry = [p.node for p in proxies((call.args, call.kwargs))]
         if inner == segments[:count] and covers and entry == [inner[0].base] and _is(call.result, inner[-1].root):
             return call, count
@@ -247,7 +247,10 @@ class Draft:
     def _dead_calls(self) -> list[Call]:
         """Calls in which everything is dead."""
         calls = {call for inner in self.edits.owners.values() for call in inner}
-        return [c for c in calls if all(node in self.edits.dead or only_asserted(node) for node in c.nodes())]
+        dead = {
+            c for c in calls if all(n in self.edits.dead or only_asserted(n) or "value" in n.meta for n in c.nodes())
+        }
+        return [c for c in dead if c.method == "forward" and dead.issuperset(self.traced.calls[c.module, c.method])]
 
     def _bury_below(self, module: nn.Module, dead: set[nn.Module]) -> None:
         holds_order = isinstance(module, (nn.ModuleList, nn.Sequential))

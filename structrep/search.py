@@ -181,7 +181,7 @@ class _Search:
     def _read(self) -> dict[fx.Node, Reading]:
         readings: dict[fx.Node, Reading] = {}
         for node in self.nodes:
-            if self.replicas.repeats(node):
+            if "value" in node.meta or self.replicas.repeats(node):
                 continue
             try:
                 reading = read_node(node)
@@ -393,7 +393,8 @@ class _Search:
                 raise Mutated(f"{user.name} overwrites the input of the merge, which is read again later")
             if user not in inside and after < self.place[root]:
                 raise Mutated(f"{user.name} overwrites the input of the merge before the merged layer would read it")
-        self.replicas.check(inside, self._owner(inside))
+        changed = {n for n in inside if not isinstance(self.readings[n], Same)}
+        self.replicas.check(changed, self._owner(inside))
 
     def _owner(self, nodes: Iterable[fx.Node]) -> Call:
         """The innermost call that holds all nodes, and is no single layer."""

@@ -245,11 +245,43 @@ def _follow(traced: Traced, module: nn.Module, paths: dict[nn.Module, str], exam
                 return tracer
             opaque = opaque | {type(call.module)}
             continue
+        _fold_constants(tracer)
         traced.origins.update(tracer.constants.origins)
         traced.written |= tracer.constants.written
         if inputs:
             _infer_shapes(tracer.graph, inputs)
         return tracer
+
+
+def _fold_constants(tracer: _Tracer) -> None:
+    """Note the value of every node that asks its inputs for no more than a device or a dtype.
+
+    `torch.eye(n, device=x.device)` is a constant; the inputs are taken to be where the parameters are, and of their dtype.
+    """
+    owner = next((t for t in tracer.module.parameters() if t.is_floating_point()), None)
+    for node in tracer.graph.nodes:
+        if node.op not in ("call_function", "call_method"):
+            continue
+        if node.target is getattr and node.args[1] in ("device", "dtype"):
+            if owner is not None:
+                node.meta["value"] = getattr(owner, node.args[1])
+            continue
+        inputs = node.all_input_nodes
+        if not inputs or not all("value" in n.meta for n in inputs):
+            continue
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["value"])
+        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+        if name in RANDOM or _in_place(str(name)):
+            continue
+        with torch.no_grad(), contextlib.suppress(Exception):
+            run = getattr(args[0], node.target) if isinstance(node.target, str) else node.target
+            node.meta["value"] = run(*(args[1:] if isinstance(node.target, str) else args), **kwargs)
+            formulas = [n.meta["formula"] for n in inputs if n.meta.get("formula")]
+            stored = [n.meta["value"] for n in inputs if isinstance(n.meta["value"], nn.Parameter)]
+            node.meta["formula"] = readers.Formula(
+                frozenset({str(name).strip("_")}).union(*(f.calls for f in formulas)),
+                tuple({id(p): p for p in (*stored, *(p for f in formulas for p in f.parameters))}.values()),
+            )
 
 
 def _first_line(error: Exception) -> str:
