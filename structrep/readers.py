@@ -654,7 +654,7 @@ def _(a: _Arguments) -> Same:
 
 # --- what reads without computing -----------------------------------------------------------------
 
-_PLACES = (operator.iadd, operator.isub, operator.imul, operator.itruediv)
+_PLACES = (operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.setitem)
 
 
 def mutates(node: fx.Node) -> fx.Node | None:
@@ -691,6 +691,27 @@ _INPLACE_ARGUMENT = {
     "hardtanh",
 }
 _QUERIES = {"shape", "ndim", "dtype", "device", "is_cuda", "size", "dim", "numel", "is_floating_point"}
+
+
+def aliases(node: fx.Node) -> set[fx.Node]:
+    """A node and all values that may look at the same memory."""
+    found, pending = {node}, [node]
+    while pending:
+        for user in pending.pop().users:
+            name = str(user.target) if user.op == "call_method" else getattr(user.target, "__name__", "")
+            module = user.meta["call"].module if user.op == "call_module" else None
+            views = name.strip("_") in _VIEWS or isinstance(module, (*_IDENTITIES, nn.Flatten, nn.Unflatten))
+            if user not in found and (views or mutates(user) in found):
+                found.add(user)
+                pending.append(user)
+    return found
+
+
+_VIEWS = {
+    *("view", "reshape", "flatten", "unflatten", "transpose", "permute", "squeeze", "unsqueeze", "expand", "expand_as"),
+    *("getitem", "chunk", "split", "unbind", "narrow", "select", "detach", "contiguous", "view_as", "reshape_as", "to"),
+    *("dropout", "type", "float", "double", "half", "swapaxes", "movedim", "T", "mT", "data", "getattr", "diagonal"),
+}
 
 
 def only_asserted(node: fx.Node) -> bool:

@@ -15,6 +15,7 @@ import contextlib
 import copy
 import functools
 import inspect
+import operator
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -116,6 +117,9 @@ class Traced:
     calls: dict[tuple[nn.Module, str], list[Call]] = field(default_factory=lambda: defaultdict(list))  # by method
     origins: dict[int, Origin] = field(default_factory=dict)  # id of a computed constant -> how it was computed
     written: set[int] = field(default_factory=set)  # storages of constants that were also written in place
+    reached: dict[str, set[Call]] = field(
+        default_factory=dict
+    )  # path of a child or tensor -> forwards of others using it
 
 
 @dataclass(eq=False)
@@ -248,6 +252,8 @@ def _follow(traced: Traced, module: nn.Module, paths: dict[nn.Module, str], exam
         _fold_constants(tracer)
         traced.origins.update(tracer.constants.origins)
         traced.written |= tracer.constants.written
+        for path, calls in tracer.reached.items():
+            traced.reached.setdefault(path, set()).update(calls)
         if inputs:
             _infer_shapes(tracer.graph, inputs)
         return tracer
@@ -256,7 +262,7 @@ def _follow(traced: Traced, module: nn.Module, paths: dict[nn.Module, str], exam
 def _fold_constants(tracer: _Tracer) -> None:
     """Note the value of every node that asks its inputs for no more than a device or a dtype.
 
-    `torch.eye(n, device=x.device)` is a constant; the inputs are taken to be where the parameters are, and of their dtype.
+    `torch.eye(n, device=x.device)` is a constant; inputs are taken to be where the parameters are, and of their dtype.
     """
     owner = next((t for t in tracer.module.parameters() if t.is_floating_point()), None)
     for node in tracer.graph.nodes:
@@ -311,6 +317,7 @@ class _Tracer(fx.Tracer):
         self.stack: list[Call] = []
         self.stopped: Call | None = None
         self.constants = _Constants(self)
+        self.reached: dict[str, set[Call]] = {}
         self.count = 0
         self.names = names
         self.tensor_nodes: dict[int, fx.Node] = {}
@@ -429,7 +436,14 @@ class _Tracer(fx.Tracer):
         )
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: Any) -> Any:
+        """Called for every parameter, buffer and child that a forward looks up: notes who reaches into whom."""
+        path = self.names.get(id(attr_val)) if isinstance(attr_val, Tensor) else self.paths.get(attr_val)
+        if path and self.stack and path.rpartition(".")[0] != self.stack[-1].path:
+            self.reached.setdefault(path, set()).add(self.stack[-1])
         return attr_val
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         node = super().create_node(*args, **kwargs)
@@ -458,6 +472,25 @@ class _Tracer(fx.Tracer):
         return node
 
 
+class _Proxy(fx.Proxy):
+    """A traced value that can be written in place: stock torch.fx turns `y += b` into a new value and leaves aliases old."""
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
+
+
+def _augmented(function: Callable[[Any, Any], Any]) -> Callable[[_Proxy, Any], _Proxy]:
+    def write(self: _Proxy, other: Any) -> _Proxy:
+        self.node = self.tracer.create_proxy("call_function", function, (self, other), {}).node
+        return self  # whoever else holds this value holds the new one
+
+    return write
+
+
+for _function in (operator.iadd, operator.isub, operator.imul, operator.itruediv):
+    setattr(_Proxy, f"__{_function.__name__}__", _augmented(_function))
+
+
 @dataclass(frozen=True)
 class _Slot:
     """Stands for a tensor argument until there is a graph to make its placeholder in."""
@@ -479,6 +512,8 @@ class _Constants(TorchFunctionMode):
         if is_traced((args, kwargs)):
             return func(*args, **kwargs)
         name = getattr(func, "__name__", "")
+        if name == "__set__" and id(args[0]) in self.tracer.names:  # `weight.data = ...`, at every call
+            self.tracer.reached.setdefault(self.tracer.names[id(args[0])], set()).add(self.tracer.stack[-1])
         if name in RANDOM:
             raise RuntimeError(f"torch.{name} draws new numbers at every call")
         writes = bool(args) and isinstance(args[0], Tensor) and _in_place(name)

@@ -1,8 +1,10 @@
-"""Every way known to get a merge silently wrong: the result equals the original in float64, or the call says why not."""
+"""Every way known to get a merge silently wrong: the result equals the original in float64, or the call says why."""
 
+import contextlib
 import copy
 import functools
 import operator
+import signal
 import threading
 import warnings
 
@@ -20,6 +22,20 @@ from structrep import errors
 
 X = noise(2, 4, 5, 6)
 TINY = noise(1, 4, 1, 1)
+
+
+@pytest.fixture(autouse=True)
+def _ends():
+    """A conversion that would go on for ever fails instead."""
+
+    def stop(*_):
+        raise TimeoutError("no end after 20 seconds")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(20)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
 
 
 def check(model, *inputs, example=False, **after):
@@ -170,8 +186,8 @@ def test_norms_that_fold(norm):
     check(nn.Sequential(conv(), norm), conv=1, norm=0, add=0)
 
 
-@pytest.mark.parametrize("norm", [nn.BatchNorm2d(4, track_running_stats=False), nn.GroupNorm(2, 4), nn.InstanceNorm2d(4),
-                                  nn.LocalResponseNorm(2), nn.GroupNorm(4, 4),
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d(4, track_running_stats=False), nn.GroupNorm(2, 4),
+                                  nn.InstanceNorm2d(4), nn.LocalResponseNorm(2), nn.GroupNorm(4, 4),
                                   nn.InstanceNorm2d(4, affine=True, track_running_stats=False)])  # fmt: skip
 def test_norms_that_do_not_fold(norm):
     check(nn.Sequential(conv(), norm), X)
@@ -522,18 +538,23 @@ def test_structured_outputs_used_by_the_parent(example):
     check(Written(run, a=traps.NamedTupleOut(), b=traps.DataclassOut(), c=traps.DictOut()), example=example, conv=3)
 
 
+def equal_or_says_so(deploy, model, given):
+    """A forward that was rewritten for one value of an argument gives an error for another, never wrong numbers."""
+    try:
+        ours = call(deploy, given)
+    except ValueError as error:
+        assert "reparameterized for" in str(error)  # noqa: PT017
+    else:
+        assert distance(ours, call(model, given)) <= EXACT
+
+
 @pytest.mark.parametrize("example", [False, True])
 def test_optional_arguments_stay_optional(example):
     model = randomised(traps.Optional())
     deploy = structrep.reparameterize(model, X if example else None)
     assert equal(deploy, model, X)
     for more in ({"mask": X.sigmoid()}, {"flip": True}):
-        try:
-            ours = call(deploy, {"x": X, **more})
-        except ValueError as error:
-            assert "reparameterized for" in str(error)  # noqa: PT017
-        else:
-            assert distance(ours, call(model, {"x": X, **more})) <= EXACT
+        equal_or_says_so(deploy, model, {"x": X, **more})
 
 
 @pytest.mark.parametrize("example", [False, True])
@@ -559,7 +580,9 @@ def test_star_arguments():
     model = randomised(traps.InnerStar())
     for example in (None, X, {"x": X}, {"x": X, "mask": X.sigmoid()}):
         deploy = structrep.reparameterize(model, example)
-        assert equal(deploy, model, X, {"x": X}, {"x": X, "mask": X.sigmoid()}, {"x": X, "flip": True})
+        assert equal(deploy, model, X if example is None else example)
+        for given in (X, {"x": X}, {"x": X, "mask": X.sigmoid()}, {"x": X, "flip": True}):
+            equal_or_says_so(deploy, model, given)
     alone = randomised(traps.StarArguments())
     deploy = structrep.reparameterize(alone)
     for args in (inputs[:2],):
@@ -583,7 +606,39 @@ def plus(a, b):
     return a
 
 
+def augmented(m, x):
+    """y += b in a forward that is rewritten for another merge beside it."""
+    y = torch.tanh(m.c(x))
+    z = y
+    y += torch.sigmoid(x)
+    return z * (m.d(x) + m.e(x))
+
+
+def augmented_product(m, x):
+    y = torch.tanh(m.c(x))
+    z = y
+    y *= torch.sigmoid(x)
+    return z + torch.relu(m.d(x) + m.e(x))
+
+
+def augmented_input(m, x):
+    """The caller's tensor changes too."""
+    x += 1
+    return m.d(x) + m.e(x)
+
+
+def augmented_slice(m, x):
+    y = torch.tanh(m.c(x))
+    y[:, 1:] += torch.sigmoid(x[:, 1:])
+    y[:, :1] *= 2
+    return y * (m.d(x) + m.e(x))
+
+
 IN_PLACE = {
+    "+= beside a merge": lambda: Written(augmented, c=conv(), d=conv(), e=conv(k=1)),
+    "*= beside a merge": lambda: Written(augmented_product, c=conv(), d=conv(), e=conv(k=1)),
+    "+= on the input beside a merge": lambda: Written(augmented_input, d=conv(), e=conv(k=1)),
+    "+= on a slice beside a merge": lambda: Written(augmented_slice, c=conv(), d=conv(), e=conv(k=1)),
     "addend read later": lambda: Written(lambda m, x: (y := m.c(x), plus(y, m.d(x)), y * 2)[-1], c=conv(), d=conv(k=1)),
     "addend read before": lambda: Written(
         lambda m, x: (y := m.c(x), z := y * 2, plus(y, m.d(x)) + F.relu(z))[-1], c=conv(), d=conv(k=1)),
@@ -624,7 +679,8 @@ IN_PLACE = {
         lambda m, x: (y := m.c(x), torch.add(y, m.d(x), out=y), y)[-1], c=conv(), d=conv(k=1)),
     "copy_ into the conv's output": lambda: Written(
         lambda m, x: (y := m.c(x), y.copy_(m.d(x)), m.n(y))[-1], c=conv(), d=conv(k=1), n=bn(4)),
-    "the model's own input": lambda: Written(lambda m, x: (a := m.c(x), x.relu_(), a + m.d(x))[-1], c=conv(), d=conv(k=1)),
+    "the model's own input": lambda: Written(
+        lambda m, x: (a := m.c(x), x.relu_(), a + m.d(x))[-1], c=conv(), d=conv(k=1)),
     "accumulated from 0": lambda: Written(
         lambda m, x: functools.reduce(plus, [m.c(x), m.d(x)], 0), c=conv(), d=conv(k=1)),
 }  # fmt: skip
@@ -649,7 +705,7 @@ def test_input_is_not_overwritten_by_the_merge():
 
 # --- geometry -------------------------------------------------------------------------------------------------
 
-SIZES = [noise(2, 4, h, w) for h, w in ((5, 6), (6, 5), (7, 7), (8, 8), (4, 9))]
+SIZES = [(5, 6), (6, 5), (7, 7), (8, 8), (4, 9)]
 
 
 def added(**layers):
@@ -720,19 +776,18 @@ GEOMETRY = {
 def test_geometry(name, example):
     model = randomised(GEOMETRY[name]())
     channels = next((m.in_channels for m in model.modules() if hasattr(m, "in_channels")), 4)
-    inputs = [noise(2, channels, *x.shape[2:]) for x in SIZES]
-    deploy = structrep.reparameterize(model, inputs[0] if example else None)
-    ran = 0
-    for x in inputs:
-        try:
-            truth = call(model, x)
-        except RuntimeError:
-            with pytest.raises(RuntimeError):  # sizes that the branches do not agree on
-                call(deploy, x)
-            continue
-        ran += 1
+    truths = {}
+    for size in SIZES:
+        x = noise(2, channels, *size)
+        with contextlib.suppress(RuntimeError):
+            truths[x] = call(model, x)
+    deploy = structrep.reparameterize(model, next(iter(truths)) if example else None)
+    for x, truth in truths.items():
         assert distance(call(deploy, x), truth) <= EXACT
-    assert ran
+    for size in SIZES:
+        if size not in [x.shape[2:] for x in truths]:
+            with pytest.raises(RuntimeError):  # branches that do not agree on their size
+                call(deploy, noise(2, channels, *size))
     assert not structrep.plan(deploy).merges
 
 
@@ -759,7 +814,6 @@ def test_unbatched_input():
     assert equal(structrep.reparameterize(model, x), model, x)
     model = randomised(Written(lambda m, x: torch.cat([m.a(x), m.b(x)], 1), a=conv(), b=conv(k=1)))
     assert equal(structrep.reparameterize(model, x), model, x)
-    model = randomised(repvgg.TorchAdd(4).__class__(4))
 
 
 # --- forwards with effects -------------------------------------------------------------------------------
@@ -944,13 +998,12 @@ def test_model_that_cannot_be_copied():
     else:
         assert equal(deploy, model, X)
     assert fingerprint(model) == before
-    structrep.reparameterize(model, inplace=True) if False else None
 
 
 def test_computed_tensor_in_an_attribute():
     """A non-leaf tensor, which torch refuses to deep-copy."""
     model = randomised(nn.Sequential(conv(), bn(4)))
-    model.cached = [model[0].weight * 2, {"w": model[0].weight.sum()}]
+    model.cached, model.more = model[0].weight * 2, [model[0].weight.sum()]
     deploy = structrep.reparameterize(model)
     assert equal(deploy, model, X)
 
@@ -1064,7 +1117,7 @@ def test_lazy_modules(make):
 @pytest.mark.parametrize("rules", [["repvg"], "repvg", ["repvgg", "nonsense"]])
 def test_unknown_rules(rules):
     model = randomised(repvgg.Summed(4))
-    with pytest.raises(errors.UnknownRule, match="repvg|nonsense"):
+    with pytest.raises(errors.UnknownRule, match=r"repvg|nonsense"):
         structrep.reparameterize(model, rules=rules)
     with pytest.raises(errors.UnknownRule, match="did you mean 'repvgg'"):
         structrep.plan(model, rules=["repvg"])
@@ -1091,7 +1144,7 @@ def test_rule_that_would_match_its_own_output_is_refused_at_registration():
     for pattern in (Conv().named("a"), Seq(Conv().named("a")), Seq(Optional(Conv()), Conv().named("a"))):
         with pytest.raises(errors.InvalidRule, match="plain convolution"):
             registry.rule(pattern, source="none")(lambda a: a)
-    with pytest.raises(errors.InvalidRule, match="names? |named"):
+    with pytest.raises(errors.InvalidRule, match=r"named"):
         registry.rule(conv_norm().named("a"), source="none", name="other")(lambda b: b)
 
 

@@ -25,7 +25,7 @@ class Written(nn.Module):
 
 
 def conv(c1=4, c2=4, k=3, **more):
-    return nn.Conv2d(c1, c2, k, **{"padding": k // 2, **more})
+    return nn.Conv2d(c1, c2, k, **{"padding": k // 2 if isinstance(k, int) else 0, **more})
 
 
 bn = nn.BatchNorm2d
