@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from structrep import search
-from structrep.errors import Refusal, StructrepError, VerificationError
+from structrep.errors import BadInput, Refusal, StructrepError, VerificationError
 from structrep.pattern import geometry
 from structrep.proof import dtype_of, prove, run, verify
 from structrep.registry import Registry, Rule, resolve
@@ -30,6 +30,7 @@ class Plan:
         for merge, reason in self._draft.refused:
             self._refuse(merge, reason)
         self._applied = False
+        self._state = _state(model)
 
     @property
     def merges(self) -> tuple[MergeRecord, ...]:
@@ -66,10 +67,15 @@ class Plan:
             inplace: change the model itself instead of a copy.
 
         Raises:
-            StructrepError: the plan was applied in place before, and the model is no longer the one it was made for.
+            StructrepError: the model is no longer the one that the plan was made for: the plan was applied in place
+                before, or weights changed.
         """
         if self._applied:
             raise StructrepError("this plan was applied in place already: make a new one with structrep.plan(model)")
+        if _state(self._model) != self._state:
+            raise StructrepError(
+                "the model's weights changed since this plan was made: make a new one, structrep.plan(model)"
+            )
         self._applied = inplace
         return self._draft.apply(self._model if inplace else own_copy(self._model))
 
@@ -145,9 +151,22 @@ def reparameterize(
     return planned.apply(inplace=True) if inplace else deploy
 
 
+def _state(model: nn.Module) -> list[tuple[str, int, int]]:
+    """Which tensors a model holds, and how often each was written."""
+    named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    return [(name, tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for name, tensor in named]
+
+
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside wrappers that only say how it is run."""
+    """The model inside wrappers that only say how it is run.
+
+    Raises:
+        BadInput: it is no module.
+    """
     while True:
+        if not isinstance(model, nn.Module):
+            what = model.__name__ if isinstance(model, type) else type(model).__name__
+            raise BadInput(f"{what} is no torch.nn.Module instance: give the model itself")
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             model = model.module
         elif "_orig_mod" in model._modules:  # OptimizedModule, whose import would load the whole compiler

@@ -18,7 +18,7 @@ from torch import Tensor, fx
 
 from structrep.errors import Unreadable
 from structrep.generated import Method
-from structrep.readers import only_asserted
+from structrep.readers import Same, mutates, only_asserted, read_node
 from structrep.trace import Call, Traced, is_traced, storage
 
 
@@ -69,18 +69,16 @@ class Forward:
                 "*" if parameter.kind is parameter.VAR_POSITIONAL else "**" * (parameter.kind is parameter.VAR_KEYWORD)
             )
             default = () if star or parameter.default is parameter.empty else (parameter.default,)
-            node = (
-                self.graph.placeholder(star + name, default_value=default[0])
-                if default
-                else self.graph.placeholder(star + name)
-            )
+            node = self.graph.placeholder(star + name, None, *default)
             if name in bound.arguments:
-                self._accept(bound.arguments[name], node, name)
+                self._accept(bound.arguments[name], node, name, default == (None,))
             elif default:
-                self._expect(node, default[0], name)
+                self._expect(node, *default, name)
 
-    def _accept(self, value: Any, node: fx.Node, name: str) -> None:
+    def _accept(self, value: Any, node: fx.Node, name: str, optional: bool) -> None:
         if is_traced(value):
+            if optional:
+                self.graph.call_function(expect_given, (name, node))
             for proxy, access in _places(value, node, self.graph):
                 self.env[proxy.node] = access
         else:
@@ -110,6 +108,8 @@ class Forward:
             self.env[node] = self.graph.call_module(self._relative(path), (self._load(base),))
         elif node in self.edits.bypassed:
             self.env[node] = self._load(self.edits.bypassed[node])
+        elif isinstance(same := self._unchanged(node), fx.Node):
+            self.env[node] = self._load(same)
         elif node in self.edits.dead or (only_asserted(node) and not all(self._has(n) for n in node.all_input_nodes)):
             return
         else:
@@ -117,6 +117,17 @@ class Forward:
             args, kwargs = fx.node.map_arg(node.args, self._load), fx.node.map_arg(node.kwargs, self._load)
             self.env[node] = self.graph.create_node(node.op, target, args, kwargs)
             self.env[node].meta["constant"] = "value" in node.meta
+
+    def _unchanged(self, node: fx.Node) -> fx.Node | None:
+        """What an arithmetic operation such as `x + 0` gives back as it is."""
+        if (
+            node.op != "call_function"
+            or node in self.edits.dead
+            or getattr(node.target, "__module__", "") != "_operator"
+        ):
+            return None
+        reading = read_node(node)
+        return reading.source if isinstance(reading, Same) and mutates(node) is None else None
 
     def _collapse(self, call: Call) -> None:
         """A child's call, as it stands in its parent's forward."""
@@ -192,6 +203,12 @@ class Forward:
                 f"{self.call.path or 'the model'} passes a {type(value).__name__}, which cannot be written as code"
             )
         return value
+
+
+def expect_given(name: str, value: object) -> None:
+    """Raise where a merged forward is called without an argument that it was traced with."""
+    if value is None:
+        raise ValueError(f"this forward was reparameterized for a given {name} and was called with {name}=None")
 
 
 def expect(name: str, value: object, traced: object) -> None:

@@ -22,7 +22,7 @@ from structrep.report import OutputRecord, Verification
 from structrep.search import Merge
 from structrep.trace import Example, as_arguments, shallow_copy
 
-SLACK = 4.0  # rounding errors of two equal models are alike, not equal
+SLACK = 8.0  # rounding errors of two equal models are alike, not equal
 
 
 def verify(
@@ -50,7 +50,7 @@ def verify(
     dtype = dtype or dtype_of(reference)
     # Weights that were cast to float32 when they were merged cannot be nearer the truth than that.
     coarsest = max(dtype, dtype_of(deploy), key=lambda d: torch.finfo(d).eps)
-    with _tf32_off(), torch.random.fork_rng():
+    with _tf32_off():
         truth = run(reference, example_inputs, device, torch.float64)
         ours = run(deploy, example_inputs, device, dtype)
         probe = torch.float32 if coarsest == torch.float64 else coarsest
@@ -58,7 +58,7 @@ def verify(
     if not len(truth) == len(ours) == len(theirs):
         raise BadInput(f"the training-time model gives {len(truth)} tensors, the deploy model {len(ours)}")
     scale = torch.finfo(coarsest).eps / torch.finfo(probe).eps  # rounding noise is proportional to eps
-    floor = torch.finfo(coarsest).eps
+    floor = 2 * torch.finfo(coarsest).eps  # one small sum may happen to be exact
     outputs = []
     for index, (exact, mine, rounded) in enumerate(zip(truth, ours, theirs, strict=True)):
         if exact.shape != mine.shape:
@@ -87,13 +87,14 @@ def run(model: nn.Module, example_inputs: Example, device: torch.device, dtype: 
     def moved(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
             return leaf
-        return leaf.to(device, dtype) if leaf.is_floating_point() else leaf.to(device)
+        # a copy: a model may write to its input
+        return leaf.detach().to(device, dtype if leaf.is_floating_point() else None, copy=True)
 
     args, kwargs = pytree.tree_map(moved, as_arguments(example_inputs))
     twin = shallow_copy(model).to(device, dtype)
-    torch.manual_seed(0)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.random.fork_rng():
+            torch.manual_seed(0)
             result = twin(*args, **kwargs)
     except Exception as error:
         shapes = [tuple(x.shape) for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]

@@ -32,10 +32,14 @@ from structrep.errors import Unreadable
 
 @dataclass(frozen=True)
 class Formula:
-    """How a kernel is computed from parameters: the torch functions called and the parameters they were called on."""
+    """How a kernel is computed: the torch functions called, and the parameters and constants they were called on."""
 
     calls: frozenset[str]
-    parameters: tuple[Tensor, ...]
+    tensors: tuple[Tensor, ...]
+
+    @property
+    def parameters(self) -> tuple[Tensor, ...]:
+        return tuple(tensor for tensor in self.tensors if isinstance(tensor, nn.Parameter))
 
 
 @dataclass(frozen=True, eq=False)
@@ -454,7 +458,7 @@ def _placed(layer: Layer, node: fx.Node) -> Layer | None:
         return replace(layer, source=inputs[0], node=node)
     stored = {id(p): p.numel() for formula in formulas for p in formula.parameters}
     whole = Formula(
-        frozenset().union(*(f.calls for f in formulas)), tuple(p for formula in formulas for p in formula.parameters)
+        frozenset().union(*(f.calls for f in formulas)), tuple(t for formula in formulas for t in formula.tensors)
     )
     return replace(layer, source=inputs[0], node=node, formula=whole, parameters=sum(stored.values()))
 
@@ -602,10 +606,12 @@ def _is_number(value: Tensor | float, number: float) -> bool:
 
 
 @_called(operator.mul, operator.imul, torch.mul, torch.multiply, "mul", "imul", "rmul", "multiply")
-def _(a: _Arguments) -> Layer | None:
+def _(a: _Arguments) -> Layer | Same | None:
     left, right = a.pair()
-    factor = constant(right) if constant(left) is None else constant(left)
-    return None if factor is None else scale_layer(factor)
+    factor, value = (constant(right), left) if constant(left) is None else (constant(left), right)
+    if factor is None:
+        return None
+    return Same(value) if _is_number(factor, 1) else scale_layer(factor)
 
 
 @_called(
@@ -742,11 +748,25 @@ _PADS: dict[str, tuple[Any, ...]] = {
 }
 
 
+def padding_of(map_: ConvMap) -> tuple[int, ...] | str | None:
+    """What a convolution's `padding` says of a map's pads; None if no convolution pads so."""
+    g = map_.geometry
+    if bool(map_.fill.any()):
+        return None
+    if all(lo == hi >= 0 for lo, hi in g.pad):
+        return tuple(lo for lo, _ in g.pad)
+    same = tuple((r // 2, r - r // 2) for r in g.reach)
+    return "same" if g.pad == same and set(g.stride) == {1} else None
+
+
 def lower(map_: ConvMap, like: Tensor, *, bias: bool = True, requires_grad: bool = True) -> nn.Module:
     """A map as a plain layer with the device, dtype and memory format of `like`; cast once, here.
 
     Args:
         bias: whether to keep a bias that is zero everywhere.
+
+    Returns:
+        A Linear, a convolution, or a pad and a convolution where no convolution pads so itself.
 
     Raises:
         Unreadable: no layer pads with a different constant for each channel.
@@ -754,34 +774,40 @@ def lower(map_: ConvMap, like: Tensor, *, bias: bool = True, requires_grad: bool
     g = map_.geometry
     has_bias = bias or bool(map_.bias.any())
     factory: dict[str, Any] = {"device": "meta", "dtype": like.dtype}
+    padding = padding_of(map_)
     layer: nn.Module
-    before: nn.Module | None = None
     if not g.dims:
         layer = nn.Linear(g.in_channels, g.out_channels, has_bias, **factory)
     else:
-        padding: Any = tuple(lo for lo, _ in g.pad)
-        same = tuple((r // 2, r - r // 2) for r in g.reach)
-        fill = torch.unique(map_.fill)
-        if len(fill) > 1:
-            raise Unreadable("the merged layer would pad each channel with a different constant, and no layer does")
-        if all(lo == hi >= 0 for lo, hi in g.pad) and not fill.any():
-            pass
-        elif g.pad == same and set(g.stride) == {1} and not fill.any():
-            padding = "same"
-        else:
-            padding = 0
-            sides = [side for sides in reversed(g.pad) for side in sides]
-            value = (fill.item(),) if map_.border == "constant" else ()
-            before = _PADS[map_.border][g.dims](tuple(sides), *value)
-        mode = "zeros" if map_.border == "constant" or before is not None else map_.border
+        mode = "zeros" if map_.border == "constant" or padding is None else map_.border
         layer = _CONVS[g.dims](
-            g.in_channels, g.out_channels, g.kernel, g.stride, padding, g.dilation, g.groups, has_bias, mode, **factory
+            g.in_channels,
+            g.out_channels,
+            g.kernel,
+            g.stride,
+            padding or 0,
+            g.dilation,
+            g.groups,
+            has_bias,
+            mode,
+            **factory,
         )
     layer.weight = nn.Parameter(_cast(map_.kernel, like), requires_grad=requires_grad)
     if has_bias:
         layer.bias = nn.Parameter(map_.bias.to(like.device, like.dtype), requires_grad=requires_grad)
     layer.eval()
-    return layer if before is None else nn.Sequential(before, layer)
+    return layer if padding is not None else nn.Sequential(_pad_module(map_), layer)
+
+
+def _pad_module(map_: ConvMap) -> nn.Module:
+    fill = torch.unique(map_.fill)
+    if len(fill) > 1:
+        raise Unreadable("the merged layer would pad each channel with a different constant, and no layer does")
+    sides = tuple(side for sides in reversed(map_.geometry.pad) for side in sides)
+    module: nn.Module = _PADS[map_.border][map_.geometry.dims](
+        sides, *([fill.item()] if map_.border == "constant" else [])
+    )
+    return module
 
 
 def _cast(kernel: Tensor, like: Tensor) -> Tensor:

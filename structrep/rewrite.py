@@ -22,6 +22,8 @@ from structrep.blocks import STAND_INS
 from structrep.errors import Refusal
 from structrep.forward import Edits, Forward
 from structrep.generated import install
+from structrep.guards import Features2d
+from structrep.ranks import rank
 from structrep.readers import knows, lower, only_asserted, read_module
 from structrep.search import Merge, Segment
 from structrep.trace import Call, Traced, proxies
@@ -189,7 +191,7 @@ class Draft:
             self._place(merge)
         for unit in self.idle:
             assert unit.module is not None
-            self._swap(unit.module.path, nn.Identity())
+            self._swap(unit.module.path, _nothing(unit))
         for owner, forward in self.forwards.items():
             module = self._at(owner.path)
             for name, tensor in forward.constants.items():
@@ -234,15 +236,39 @@ class Draft:
 
     def _bury(self) -> None:
         """Set to None the modules and parameters that only dead nodes used."""
-        dead_calls = self._dead_calls()
-        dead = {self._at(call.path) for call in dead_calls}
+        dead = {self._at(call.path) for call in self._dead_calls()} | self._idle_holders()
         for owner in self.edits.owners:
             self._bury_below(self._at(owner.path), dead)
+        for name in self._dead_tensors():
+            self._drop_tensor(name)
+
+    def _dead_tensors(self) -> set[str]:
+        """Paths of the tensors that dead nodes were computed from, and nothing else."""
+        dead: set[int] = set()
+        alive: set[int] = set()
         for trace in self.traced.traces:
             for node in trace.nodes:
-                named = node.op == "get_attr" and "formula" not in node.meta
-                if named and node.users and all(user in self.edits.dead for user in node.users):
-                    self._drop_tensor(str(node.target))
+                if node.op == "get_attr" and node.users:
+                    formula = node.meta.get("formula")
+                    held = {id(t) for t in formula.tensors} if formula else {id(node.meta["value"])}
+                    (dead if self._only_dead(node) else alive).update(held)
+        return {self.traced.names[tensor] for tensor in dead - alive if tensor in self.traced.names}
+
+    def _only_dead(self, node: fx.Node) -> bool:
+        """Whether a constant is of use to dead nodes alone, perhaps by way of other constants."""
+        return all(user in self.edits.dead or ("value" in user.meta and self._only_dead(user)) for user in node.users)
+
+    def _idle_holders(self) -> set[nn.Module]:
+        """Modules that nothing called, which only held tensors that are dead now."""
+        dead = self._dead_tensors()
+        homes = {name.rpartition(".")[0] for name in dead}
+        called = {module for module, _ in self.traced.calls}
+        holders = ((path, self.traced.model.get_submodule(path)) for path in homes)
+        return {
+            self._at(path)
+            for path, module in holders
+            if module not in called and {f"{path}.{n}" for n, _ in module.named_parameters()} <= dead
+        }
 
     def _dead_calls(self) -> list[Call]:
         """Calls in which everything is dead."""
@@ -273,6 +299,14 @@ class Draft:
                 store[name] = None
         if name == "running_mean" and "num_batches_tracked" in module._buffers:
             module._buffers["num_batches_tracked"] = None
+
+
+def _nothing(unit: Unit) -> nn.Module:
+    """What stands in the place of a layer whose work another one does now."""
+    layer = unit.segments[0].term.layer
+    if layer is None or layer.kind != "norm" or layer.dims is not None or layer.node is None:
+        return nn.Identity()
+    return Features2d() if rank(layer.node) == 2 else nn.Identity()
 
 
 def _all_dead(module: nn.Module, dead: set[nn.Module]) -> bool:

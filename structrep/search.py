@@ -8,6 +8,9 @@ if it is not dearer than what it replaces, and if the algebra finds it exact.
 
 from __future__ import annotations
 
+import ast
+import inspect
+import textwrap
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -29,10 +32,22 @@ from structrep.errors import (
     TrainingMode,
     Uninitialized,
     Unreadable,
-    WrongMerge,
 )
 from structrep.pattern import ONE, Term, geometry, leaf, seq, stack, total, value
-from structrep.readers import Layer, Reading, Same, Stack, Total, hooks, mutates, only_asserted, read_node, scale_layer
+from structrep.readers import (
+    Layer,
+    Reading,
+    Same,
+    Stack,
+    Total,
+    aliases,
+    hooks,
+    mutates,
+    only_asserted,
+    padding_of,
+    read_node,
+    scale_layer,
+)
 from structrep.registry import Registry, Rule
 from structrep.trace import Call, Example, Trace, Traced, trace
 
@@ -127,6 +142,11 @@ def check_ready(model: nn.Module) -> None:
                     f"{path + '.' if path else ''}{name} is a {type(tensor).__name__} of shape {tuple(tensor.shape)}, "
                     f"spread over processes: load the full state dict into an unsharded model, and reparameterize that"
                 )
+            if tensor is not None and tensor.is_meta:
+                raise Uninitialized(
+                    f"{path + '.' if path else ''}{name} of {type(module).__name__} is on the meta device, which holds "
+                    f"no values: load the weights first"
+                )
             if tensor is not None and nn.parameter.is_lazy(tensor):
                 raise Uninitialized(
                     f"{path + '.' if path else ''}{name} of {type(module).__name__} has no shape yet: "
@@ -172,9 +192,7 @@ class _Search:
                     taken.update(merge.nodes)
         self.findings.merges += reversed(merges)
         covered = {node for merge in merges for node in merge.nodes}
-        self.findings.missed += [
-            miss for node, miss in self.missed if node not in covered or isinstance(miss.reason, WrongMerge)
-        ]
+        self.findings.missed += [miss for node, miss in self.missed if node not in covered or self._matters(miss)]
 
     # --- the graph as terms -----------------------------------------------------------------------
 
@@ -281,7 +299,7 @@ class _Search:
                 try:
                     self._check(stretch)
                     self._price(stretch)
-                    _fits(rule.merged(seq([segment.term for segment in stretch]), found), stretch)
+                    self._fits(rule.merged(seq([segment.term for segment in stretch]), found), stretch)
                 except Refusal as reason:
                     self._miss(root, rule.name, str(seq([segment.term for segment in stretch])), reason)
                     continue
@@ -320,12 +338,17 @@ class _Search:
         for _, _, rule, stretch, before, after in sorted(choices, key=lambda choice: choice[:2], reverse=True):
             term = seq([segment.term for segment in stretch])
             try:
-                _fits(value(term), stretch)
+                self._fits(value(term), stretch)
             except Refusal as reason:
                 self._miss(root, rule.name, str(term), reason)
                 continue
             return self._merge(stretch, before, after, rule)
         return None
+
+    def _matters(self, miss: Missed) -> bool:
+        """Whether a refusal is worth telling where a smaller merge was done: a family's, for more than the price."""
+        law = miss.rule in self.registry and self.registry[miss.rule].law
+        return not law and miss.rule != "-" and not isinstance(miss.reason, Costlier)
 
     def _whole_families(self, stretch: list[Segment]) -> bool:
         """Whether a stretch cuts through nothing that a family merges."""
@@ -379,20 +402,37 @@ class _Search:
             )
         return before, after
 
+    def _fits(self, map_: ConvMap, stretch: list[Segment]) -> None:
+        """Raise where the merged map cannot be a layer, or would be no better as one.
+
+        Raises:
+            Overflow: a coefficient does not fit the dtype of the layers it replaces.
+            Costlier: a pad that no convolution does would stay a layer of its own, and nothing would be saved.
+        """
+        dtype = next(x.weight.dtype for segment in stretch for x in segment.term.leaves() if x.weight is not None)
+        if map_.magnitude > torch.finfo(dtype).max:
+            raise Overflow(
+                f"a merged coefficient of {map_.magnitude:.3g} does not fit {str(dtype).removeprefix('torch.')}, whose "
+                f"largest value is {torch.finfo(dtype).max:.3g}: reparameterize the model in float32, or use bfloat16"
+            )
+        before, after = self._price(stretch)
+        saved = before.multiply_adds - after.multiply_adds + before.parameters - after.parameters
+        if not saved and before.operations <= after.operations + (padding_of(map_) is None):
+            term = seq([segment.term for segment in stretch])
+            raise Costlier(f"{term} saves nothing: its pad is none that a convolution does, and would stay")
+
     def _check(self, stretch: list[Segment]) -> None:
         """Raise unless the stretch can be cut out of the graph and of the modules that it is written in."""
         base, root = stretch[0].base, stretch[-1].root
         inside = {node for segment in stretch for node in segment.nodes}
-        for user in base.users:
-            if mutates(user) is not base:
-                continue
-            after = self.place[root] if user in inside else self.place[user]
-            if user in inside and any(
-                self.place[other] > self.place[user] for other in base.users if other not in inside
-            ):
-                raise Mutated(f"{user.name} overwrites the input of the merge, which is read again later")
-            if user not in inside and after < self.place[root]:
-                raise Mutated(f"{user.name} overwrites the input of the merge before the merged layer would read it")
+        same = aliases(base)
+        readers = [user for alias in same for user in alias.users]
+        for writer in {user for user in readers if mutates(user) in same}:
+            at = self.place[writer]
+            if writer in inside and any(self.place[other] > at for other in readers if other not in inside):
+                raise Mutated(f"{writer.name} overwrites the input of the merge, which is read again later")
+            if writer not in inside and at < self.place[root] and any(self.place[n] < at for n in inside):
+                raise Mutated(f"{writer.name} overwrites the input of the merge before the merged layer would read it")
         changed = {n for n in inside if not isinstance(self.readings[n], Same)}
         self.replicas.check(changed, self._owner(inside))
 
@@ -410,16 +450,6 @@ class _Search:
             self.refused.add((root, rule))
             call = root.meta["call"]
             self.missed.append((root, Missed((call.path if call else "") or "(root)", rule, what, reason)))
-
-
-def _fits(map_: ConvMap, stretch: list[Segment]) -> None:
-    """Raise where a coefficient does not fit the dtype of the layers it replaces."""
-    dtype = next(x.weight.dtype for segment in stretch for x in segment.term.leaves() if x.weight is not None)
-    if map_.magnitude > torch.finfo(dtype).max:
-        raise Overflow(
-            f"a merged coefficient of {map_.magnitude:.3g} does not fit {str(dtype).removeprefix('torch.')}, whose "
-            f"largest value is {torch.finfo(dtype).max:.3g}: reparameterize the model in float32, or use bfloat16"
-        )
 
 
 def _says_something(term: Term) -> bool:
@@ -442,6 +472,7 @@ class _Replicas:
     def __init__(self, traced: Traced) -> None:
         self.traced = traced
         self.prints: dict[Call, tuple[object, ...]] = {}
+        self.unread = {path: _names_reached(traced.model.get_submodule(path)) for path in traced.untraced}
 
     def bodies(self, of: Call) -> list[Call]:
         """All calls of the same forward that were followed."""
@@ -466,7 +497,8 @@ class _Replicas:
             raise Shared(f"{owner.path or 'the model'} is called {len(bodies)} times, and not always in the same way")
         touched = {call for node in inside for call in node.meta["call"].chain() if owner in call.chain()}
         for call in touched - {owner}:
-            if call.repeated:
+            self._check_reach(call, touched)
+            if call.inlined:
                 continue  # written out in its caller
             calls = self.traced.calls[call.module, call.method]
             homes = {next((body for body in bodies if body in one.chain()), None) for one in calls}
@@ -475,11 +507,35 @@ class _Replicas:
                     f"{call.path or 'the model'} is used {len(calls)} times: merged here, its other uses would change"
                 )
 
+    def _check_reach(self, call: Call, touched: set[Call]) -> None:
+        """Raise where code that will stay uses what a merge takes from a module, other than by calling it."""
+        held = (*call.module._parameters, *call.module._buffers) if call.leaf else ()
+        for name in held:
+            for other in self.traced.reached.get(f"{call.path}.{name}", ()):
+                raise Shared(f"{other.path or 'the model'} uses {call.path}.{name} itself")
+        for other in self.traced.reached.get(call.path, ()):
+            if other not in touched:
+                raise Shared(f"{other.path or 'the model'} reaches into {call.path}, which would no longer be there")
+        parent, _, name = call.path.rpartition(".")
+        for path, names in self.unread.items():
+            if name in names and path != parent and (not path or f"{parent}.".startswith(f"{path}.")):
+                raise Shared(f"{path or 'the model'}, whose forward cannot be followed, mentions .{name} of a child")
+
     def fingerprint(self, call: Call) -> tuple[object, ...]:
         """What a call does, in terms of its inputs."""
         if call not in self.prints:
             self.prints[call] = (*_marks(call.nodes()), type(call.result).__name__)
         return self.prints[call]
+
+
+def _names_reached(module: nn.Module) -> frozenset[str]:
+    """Attributes of attributes that the code of a module's class mentions, where that code can be read."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(type(module))))
+    except (OSError, TypeError, SyntaxError):
+        return frozenset()
+    deep = (n for n in ast.walk(tree) if isinstance(n, ast.Attribute) and not isinstance(n.value, ast.Name))
+    return frozenset(n.attr for n in deep)
 
 
 def _marks(nodes: Iterable[fx.Node]) -> Iterator[object]:

@@ -65,7 +65,7 @@ class Call:
     method: str = "forward"
     function: Callable[..., Any] = field(default=lambda: None, repr=False)  # the bound method
     result: Any = None
-    repeated: bool = False  # a method called from several places: part of each of its callers
+    inlined: bool = False  # a method called from several places, or given weights: part of each of its callers
     mutates: bool = False  # whether it changed what it was given, or its own module
     steps: list[fx.Node | Call] = field(default_factory=list)  # what its forward did, in order
 
@@ -78,7 +78,7 @@ class Call:
 
     def homes(self) -> Iterator[Call]:
         """The calls around what this call does whose forward could be written anew, innermost first."""
-        return (call for call in self.chain() if not call.leaf and not call.repeated)
+        return (call for call in self.chain() if not call.leaf and not call.inlined)
 
     def nodes(self) -> Iterator[fx.Node]:
         """All nodes made inside, in order."""
@@ -121,6 +121,10 @@ class Traced:
         default_factory=dict
     )  # path of a child or tensor -> forwards of others using it
 
+    def note_reach(self, tracer: _Tracer) -> None:
+        for path, calls in tracer.reached.items():
+            self.reached.setdefault(path, set()).update(calls)
+
 
 @dataclass(eq=False)
 class Origin:
@@ -149,7 +153,9 @@ def trace(model: nn.Module, example_inputs: Example | None = None) -> Traced:
         callers = [call.parent for call in calls]
         sites = {(caller.module, caller.method) for caller in callers if caller}
         for call in calls:
-            call.repeated = method != "forward" and (len(sites) > 1 or len(set(callers)) < len(calls))
+            call.inlined = method != "forward" and (
+                len(sites) > 1 or len(set(callers)) < len(calls) or _holds_tensor((call.args, call.kwargs))
+            )
     return traced
 
 
@@ -240,6 +246,7 @@ def _follow(traced: Traced, module: nn.Module, paths: dict[nn.Module, str], exam
         except StructrepError:
             raise
         except Exception as error:
+            traced.note_reach(tracer)
             call = tracer.stopped or tracer.calls[0]
             tracer.stopped = call
             reason = Untraceable(f"{type(call.module).__name__}.forward cannot be followed: {_first_line(error)}")
@@ -252,8 +259,7 @@ def _follow(traced: Traced, module: nn.Module, paths: dict[nn.Module, str], exam
         _fold_constants(tracer)
         traced.origins.update(tracer.constants.origins)
         traced.written |= tracer.constants.written
-        for path, calls in tracer.reached.items():
-            traced.reached.setdefault(path, set()).update(calls)
+        traced.note_reach(tracer)
         if inputs:
             _infer_shapes(tracer.graph, inputs)
         return tracer
@@ -283,10 +289,10 @@ def _fold_constants(tracer: _Tracer) -> None:
             run = getattr(args[0], node.target) if isinstance(node.target, str) else node.target
             node.meta["value"] = run(*(args[1:] if isinstance(node.target, str) else args), **kwargs)
             formulas = [n.meta["formula"] for n in inputs if n.meta.get("formula")]
-            stored = [n.meta["value"] for n in inputs if isinstance(n.meta["value"], nn.Parameter)]
+            stored = [n.meta["value"] for n in inputs if n.op == "get_attr" and "formula" not in n.meta]
             node.meta["formula"] = readers.Formula(
                 frozenset({str(name).strip("_")}).union(*(f.calls for f in formulas)),
-                tuple({id(p): p for p in (*stored, *(p for f in formulas for p in f.parameters))}.values()),
+                tuple({id(t): t for t in (*stored, *(t for f in formulas for t in f.tensors))}.values()),
             )
 
 
@@ -473,7 +479,7 @@ class _Tracer(fx.Tracer):
 
 
 class _Proxy(fx.Proxy):
-    """A traced value that can be written in place: stock torch.fx turns `y += b` into a new value and leaves aliases old."""
+    """A traced value that can be written in place: stock torch.fx makes `y += b` a new value and leaves aliases old."""
 
     def __setitem__(self, index: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
@@ -540,7 +546,7 @@ class _Constants(TorchFunctionMode):
     def formula(self, tensor: Tensor) -> readers.Formula | None:
         """All that a constant was computed with and from; None if it was not computed here."""
         calls: set[str] = set()
-        parameters: dict[int, Tensor] = {}
+        tensors: dict[int, Tensor] = {}
         pending, seen = [tensor], set()
         while pending:
             one = pending.pop()
@@ -548,14 +554,14 @@ class _Constants(TorchFunctionMode):
                 continue
             seen.add(id(one))
             origin = self.origins.get(id(one))
-            if isinstance(one, nn.Parameter):
-                parameters[id(one)] = one
-            elif origin is not None:
+            if origin is None or isinstance(one, nn.Parameter):
+                tensors[id(one)] = one
+            else:
                 calls.add(getattr(origin.function, "__name__", "").strip("_"))
                 pending += [
                     leaf for leaf in pytree.tree_leaves((origin.args, origin.kwargs)) if isinstance(leaf, Tensor)
                 ]
-        return readers.Formula(frozenset(calls), tuple(parameters.values())) if calls else None
+        return readers.Formula(frozenset(calls), tuple(tensors.values())) if calls else None
 
 
 def storage(tensor: Tensor) -> int:
@@ -600,6 +606,10 @@ def _alike(before: Any, after: Any) -> bool:
     if type(before) is dict:
         return list(before) == list(after) and all(_alike(before[key], after[key]) for key in before)
     return before is after
+
+
+def _holds_tensor(value: Any) -> bool:
+    return any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value))
 
 
 def is_traced(value: Any) -> bool:

@@ -731,7 +731,8 @@ def differs(merged: Formula, chains: Sequence[Sequence[ConvMap]], truth: Functio
     dims, channels = len(merged.stride), chains[0][0].geometry.in_channels
     legal = [sizes(*chains, dim=dim, count=20) for dim in range(dims)]
     bases = [[each[at] for each in legal] for at in (0, 3, -1)]
-    for shape in [(*base[:dim], n, *base[dim + 1 :]) for base in bases for dim in range(dims) for n in legal[dim]]:
+    tried = [(*base[:dim], n, *base[dim + 1 :]) for base in bases for dim in range(dims) for n in legal[dim]]
+    for shape in tried or [()]:
         x = pixels(1, channels, *shape)
         if not all(merged.accepts(n, dim) for dim, n in enumerate(shape)):
             return True

@@ -13,6 +13,7 @@ ORDER = [
     "errors",
     "algebra",
     "blocks",
+    "guards",
     "ranks",
     "readers",
     "pattern",
