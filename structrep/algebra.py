@@ -232,11 +232,10 @@ class ConvMap:
             raise ValueError(f"a kernel of shape {tuple(kernel.shape)}: (O, I / groups, *K) has 0 to 3 spatial dims")
         if border not in get_args(Border):
             raise ValueError(f"border {border!r} is none of {', '.join(get_args(Border))}; zeros are a constant border")
-        if kernel.is_complex() or 0 in kernel.shape[:2]:
-            raise Unreadable(
-                f"a {str(kernel.dtype).removeprefix('torch.')} kernel of shape {tuple(kernel.shape)}: coefficients are "
-                f"real numbers, and there is at least one"
-            )
+        if kernel.is_complex():
+            raise Unreadable(f"a kernel of {kernel.dtype}: the coefficients of a map are real, so it stays as it is")
+        if 0 in kernel.shape[:2]:
+            raise Unreadable(f"a kernel of shape {tuple(kernel.shape)} is empty, so there is nothing to merge")
 
         def each(value: int | Sequence[int]) -> Ints:
             return (value,) * len(taps) if isinstance(value, int) else tuple(value)
@@ -266,8 +265,8 @@ class ConvMap:
         for name, numbers in (("kernel", self.kernel), ("bias", self.bias), ("fill", self.fill)):
             if not bool(numbers.isfinite().all()):
                 raise Inexact(
-                    f"the {name} of {self} holds {float(numbers[~numbers.isfinite()][0])}: only finite coefficients "
-                    f"can be merged; look for weights or norm statistics that overflowed"
+                    f"the {name} of {self} holds {float(numbers[~numbers.isfinite()][0])}: only finite numbers can be "
+                    f"merged; look for weights, norm statistics or pad values that are none"
                 )
 
     @classmethod
@@ -503,7 +502,7 @@ class ConvMap:
                     f"still sees real pixels: padding belongs on the first of two convolutions, or on a pointwise one"
                 )
         fill = self.fill
-        if not f.pads and f.diagonal and not self.bias.any():
+        if f.diagonal and not self.bias.any():
             scale = self.kernel.flatten()
             fill = torch.where(scale == 0, 0.0, other.fill / scale)  # a scale commutes with any pad
         outside = self.bias + _channel_mix(self.kernel, fill, f.groups)
@@ -558,7 +557,7 @@ def concat(maps: Iterable[ConvMap]) -> ConvMap:
 
 
 def _peak(values: Tensor) -> float:
-    return float(values.abs().max()) if values.numel() else 0.0
+    return float(values.abs().max())
 
 
 def _same(one: Tensor, two: Tensor, size: Tensor) -> bool:

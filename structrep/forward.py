@@ -159,6 +159,7 @@ class Forward:
         is."""
         if id(tensor) not in self.rebuilt:
             self.rebuilt[id(tensor)] = self._recompute(tensor)
+            self.rebuilt[id(tensor)].meta["constant"] = True
         return self.rebuilt[id(tensor)]
 
     def _recompute(self, tensor: Tensor) -> Any:

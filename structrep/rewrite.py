@@ -256,7 +256,12 @@ class Draft:
 
     def _only_dead(self, node: fx.Node) -> bool:
         """Whether a constant is of use to dead nodes alone, perhaps by way of other constants."""
-        return all(user in self.edits.dead or ("value" in user.meta and self._only_dead(user)) for user in node.users)
+        return all(
+            user in self.edits.dead
+            or ("value" in user.meta and self._only_dead(user))
+            or (user.meta["call"] is not None and self._repeats(user.meta["call"]))
+            for user in node.users
+        )
 
     def _idle_holders(self) -> set[nn.Module]:
         """Modules that nothing called, which only held tensors that are dead now."""
@@ -276,7 +281,20 @@ class Draft:
         dead = {
             c for c in calls if all(n in self.edits.dead or only_asserted(n) or "value" in n.meta for n in c.nodes())
         }
-        return [c for c in dead if c.method == "forward" and dead.issuperset(self.traced.calls[c.module, c.method])]
+        return [
+            c
+            for c in dead
+            if c.method == "forward"
+            and all(other in dead or self._repeats(other) for other in self.traced.calls[c.module, c.method])
+        ]
+
+    def _repeats(self, call: Call) -> bool:
+        """Whether a call is part of a later call of a module, which is merged as the first was."""
+        for outer in call.chain():
+            bodies = [body for body in self.traced.calls[outer.module, outer.method] if not body.leaf]
+            if not outer.leaf and outer is not bodies[0]:
+                return True
+        return False
 
     def _bury_below(self, module: nn.Module, dead: set[nn.Module]) -> None:
         holds_order = isinstance(module, (nn.ModuleList, nn.Sequential))

@@ -936,6 +936,10 @@ REFUSED = {
     "unpadded 1x3, 3x3": (
         lambda: conv(4, 3, 1, 3) >> conv(2, 4, 3, 3, pad=1), Inexact, ("spatial dim 1", "real pixels"),
     ),
+    "a pad that a stride does not step over": (
+        lambda: conv(4, 3, 3, pad=((1, 2),)) >> conv(2, 4, 3, stride=2, pad=((1, 0),)),
+        Inexact, ("spatial dim 0", "real pixels"),
+    ),
     "reflecting 3x3 twice": (
         lambda: conv(4, 3, 3, 3, pad=1, border="reflect") >> conv(2, 4, 3, 3, pad=1, border="reflect"),
         Inexact, ("reflect pad", "3 -> 4, 3x3", "spatial dim 0", "padding belongs on the first"),
@@ -987,13 +991,13 @@ REFUSED = {
         lambda: conv(4, 3, 3, 3, pad=1).framed(Geometry(3, 4, (1, 1))), Incompatible, ("frame", "does not hold", "sum"),
     ),
     "NaN": (
-        lambda: ConvMap(torch.tensor([[1.0, math.nan]])), Inexact, ("kernel", "2 -> 1", "nan", "finite", "overflowed"),
+        lambda: ConvMap(torch.tensor([[1.0, math.nan]])), Inexact, ("kernel", "2 -> 1", "nan", "finite", "look for"),
     ),
     "infinite bias": (lambda: ConvMap(weights(1, 2), torch.tensor([-math.inf])), Inexact, ("bias", "-inf", "finite")),
     "infinite fill": (lambda: conv(1, 2, 3, pad=1, fill=math.inf), Inexact, ("fill", "inf", "finite")),
     "outgrown float64": (lambda: (conv(4, 3) * 1e200) >> (conv(2, 4) * 1e200), Inexact, ("kernel", "finite")),
-    "complex": (lambda: ConvMap(torch.ones(2, 2, dtype=torch.complex64)), Unreadable, ("complex64", "(2, 2)", "real")),
-    "no channels": (lambda: ConvMap(torch.ones(3, 0, 3, 3)), Unreadable, ("(3, 0, 3, 3)", "at least one")),
+    "complex": (lambda: ConvMap(torch.ones(2, 2, dtype=torch.complex64)), Unreadable, ("complex64", "real", "stays as it is")),
+    "no channels": (lambda: ConvMap(torch.ones(3, 0, 3, 3)), Unreadable, ("(3, 0, 3, 3)", "empty", "nothing to merge")),
 }  # fmt: skip
 
 
