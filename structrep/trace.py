@@ -430,9 +430,9 @@ class _Tracer(fx.Tracer):
         finally:
             self.stack.pop()
         call.result = snapshot(result)
-        if parent and not any(map(is_traced, (args, kwargs, result))):  # a constant: its origin says how it came about
-            parent.steps.remove(call)
-            self.calls.remove(call)
+        constant = not any(map(is_traced, (args, kwargs, result)))
+        if parent and constant and parent.steps[-1] is call and self.calls[-1] is call:
+            del parent.steps[-1], self.calls[-1]  # its origin says how it came about
         call.mutates |= not _alike((call.args, call.kwargs, attributes), (args, kwargs, m.__dict__))
         return result
 

@@ -5,7 +5,6 @@ torchvision without what is declared here.
 """
 
 import importlib
-import os
 
 import pytest
 import torch
@@ -18,9 +17,8 @@ settings.register_profile("quick", settings.get_profile("base"), max_examples=10
 settings.register_profile("thorough", settings.get_profile("base"), max_examples=2000)
 settings.load_profile("quick")
 
-# The maps under test are small, and pytest-xdist already runs one process a core.
-if "PYTEST_XDIST_WORKER" in os.environ:
-    torch.set_num_threads(1)
+# The maps under test are small: threads cost more than they save, and pytest-xdist runs one process a core.
+torch.set_num_threads(1)
 
 
 def _import_torchvision() -> "torch.library.Library | None":
