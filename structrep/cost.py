@@ -50,7 +50,10 @@ def of_term(term: Term) -> Cost:
         if part.op == "leaf":
             assert part.layer is not None
             shape = part.layer.shape(channels, dims)
-            counted.setdefault(id(part.layer), Cost(density * _work(part.layer, shape), part.layer.parameters, 1))
+            launched = int(part.layer.kind != "view")
+            counted.setdefault(
+                id(part.layer), Cost(density * _work(part.layer, shape), part.layer.parameters, launched)
+            )
         elif part.op == "seq":
             shapes, inner = [], channels
             for item in part.parts:
@@ -70,4 +73,4 @@ def of_term(term: Term) -> Cost:
 
 
 def _work(layer: Layer, shape: Geometry) -> int:
-    return 0 if layer.kind == "pad" else of_layer(shape)
+    return 0 if layer.kind in ("pad", "view") else of_layer(shape)

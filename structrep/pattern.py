@@ -370,6 +370,12 @@ class Affine(_Run):
     kinds = frozenset({"norm", "affine"})
 
 
+class View(_Run):
+    """One or more views that fold batch dims together or apart."""
+
+    kinds = frozenset({"view"})
+
+
 class Pad(_Run):
     """One or more explicit pads or crops."""
 

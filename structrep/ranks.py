@@ -16,6 +16,7 @@ _ELEMENTWISE = {
     *("add", "iadd", "radd", "sub", "isub", "rsub", "mul", "imul", "rmul", "truediv", "itruediv", "div", "neg", "pow"),
     *("relu", "relu6", "leaky_relu", "gelu", "silu", "mish", "elu", "celu", "selu", "sigmoid", "tanh", "exp", "clamp"),
     *("hardswish", "hardsigmoid", "hardtanh", "softmax", "softplus", "dropout", "contiguous", "clone", "detach", "to"),
+    *("reshape_as", "view_as", "expand_as", "matmul", "bmm", "scaled_dot_product_attention"),
     *("float", "half", "linear", "layer_norm", "batch_norm", "transpose", "swapaxes", "roll", "flip", "type_as"),
 }
 _REDUCTIONS = {"mean", "sum", "amax", "amin", "std", "var", "logsumexp"}
@@ -44,6 +45,8 @@ def rank(node: fx.Node) -> int | None:
 def _source(node: fx.Node) -> fx.Node | None:
     """The input whose rank matters."""
     inputs = [n for n in node.all_input_nodes if "value" not in n.meta]
+    if node.target in ("reshape_as", "view_as", "expand_as"):
+        return inputs[-1]
     return inputs[0] if inputs else None
 
 

@@ -26,6 +26,7 @@ from torch import Tensor, fx, nn
 
 from structrep.algebra import Border, ConvMap, Geometry, Ints, Pads
 from structrep.errors import Unreadable
+from structrep.ranks import rank
 
 # --- what reading gives ---------------------------------------------------------------------------
 
@@ -47,7 +48,7 @@ class Layer:
     """A map of one input.
 
     Args:
-        kind: "conv", "linear", "norm", "affine", "pool" or "pad".
+        kind: "conv", "linear", "norm", "affine", "pool", "pad" or "view".
         load: the map itself, given the channel count of its input and the number of spatial dims.
         shape: its geometry, given the same; touches no weight.
         in_channels, out_channels, dims: None where open.
@@ -80,9 +81,10 @@ class Layer:
 
 @dataclass(frozen=True)
 class Total:
-    """A signed sum: ((input, coefficient), ...)."""
+    """A signed sum: ((input, coefficient), ...), perhaps by way of other nodes."""
 
     parts: tuple[tuple[fx.Node, float], ...]
+    through: tuple[fx.Node, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -346,6 +348,17 @@ def pad_layer(sides: Sequence[int], border: Border, value: float = 0.0) -> Layer
     return _tap_layer("pad", shape, border, value)
 
 
+def view_layer() -> Layer:
+    """Batch dims folded together or apart again: nothing to a map on the last dim."""
+
+    def shape(c: int, d: int) -> Geometry:
+        if d:
+            raise Unreadable(f"a view that folds the dims before the last, of values with {d} spatial ones")
+        return Geometry(c, c, groups=c)
+
+    return Layer("view", lambda c, d: ConvMap.identity(c, 0), shape, dims=0)
+
+
 def crop_layer(index: tuple[Any, ...]) -> Layer | None:
     """x[:, :, a:b, c:d] or x[..., a:b, c:d] with constant starts and stops counted from the ends."""
     if index[0] is Ellipsis:
@@ -449,9 +462,9 @@ def constant(value: Any) -> Tensor | float | None:
 
 
 def _placed(layer: Layer, node: fx.Node) -> Layer | None:
-    """The layer at its place in a graph: one input, and constants."""
+    """The layer at its place in a graph: one input, and constants (a view may be shown another value's shape)."""
     inputs = [n for n in node.all_input_nodes if "value" not in n.meta]
-    if len(inputs) != 1:
+    if len(inputs) != 1 and layer.kind != "view":
         return None
     formulas = [n.meta["formula"] for n in node.all_input_nodes if n.meta.get("formula")]
     if layer.weight is None or not formulas:
@@ -651,6 +664,35 @@ def _(a: _Arguments) -> Stack | Same | None:
 @_called(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout)
 def _(a: _Arguments) -> Same | None:
     return Same(a(0, "input")) if a(2, "training", True) is False else None
+
+
+@_called(torch.stack)
+def _(a: _Arguments) -> None:
+    return None  # of itself nothing; its sum over the new dim is a sum of its parts
+
+
+@_called(torch.sum, "sum")
+def _(a: _Arguments) -> Total | None:
+    stacked = a(0, "input")
+    if not isinstance(stacked, fx.Node) or stacked.target is not torch.stack or set(a.node.kwargs) - {"dim", "axis"}:
+        return None
+    parts, dim = stacked.args[0], stacked.kwargs.get("dim", stacked.args[1] if len(stacked.args) > 1 else 0)
+    over = a(1, "dim", a.node.kwargs.get("axis"))
+    if not isinstance(parts, (list, tuple)) or over not in (dim, [dim], (dim,)) or len(a.node.args) > 2:
+        return None
+    plain = all(isinstance(p, fx.Node) and "value" not in p.meta for p in parts)
+    return Total(tuple((p, 1.0) for p in parts), (stacked,)) if plain else None  # type: ignore[misc]
+
+
+@_called(torch.flatten, "flatten")
+def _(a: _Arguments) -> Layer | None:
+    source, ends = a.node.args[0], (a(1, "start_dim", 0), a(2, "end_dim", -1))
+    return view_layer() if ends == (0, 1) and isinstance(source, fx.Node) and (rank(source) or 0) > 2 else None
+
+
+@_called("reshape_as", "view_as")
+def _(a: _Arguments) -> Layer | None:
+    return view_layer()
 
 
 @_called(torch.clone, torch.detach, "contiguous", "clone", "detach")

@@ -77,7 +77,12 @@ def units(merge: Merge) -> list[Unit]:
         block, count = _block_at(rest)
         result.append(Unit(tuple(rest[:count]), block))
         rest = rest[count:]
-    return [unit for unit in result if unit.block or any(s.term.op != "one" for s in unit.segments)]
+    return [unit for unit in result if unit.block or any(not _stays(s) for s in unit.segments)]
+
+
+def _stays(segment: Segment) -> bool:
+    """Whether a segment does nothing to its value, and may go on doing so."""
+    return segment.term.op == "one" or (segment.term.layer is not None and segment.term.layer.kind == "view")
 
 
 def _block_at(segments: list[Segment]) -> tuple[Call | None, int]:

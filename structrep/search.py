@@ -249,6 +249,10 @@ class _Search:
             terms = [step.term for step in reversed(steps)]
             flip = scale_layer(sign) if sign != 1.0 else None
             branches.append(seq([*terms, leaf(flip)] if flip else terms))
+        if any(layer.kind == "view" for branch in branches for layer in branch.leaves()):
+            return None  # views stay where they are, and so must what they are views of
+        if isinstance(reading, Total):
+            nodes.update(dict.fromkeys(reading.through))
         term = stack(branches, root, reading.dim) if isinstance(reading, Stack) else total(branches, root)
         ordered = sorted(nodes, key=self.place.__getitem__)
         return Segment(base, root, term, (*ordered, root))

@@ -7,13 +7,14 @@ from functools import reduce
 
 from structrep import algebra
 from structrep.algebra import ConvMap
-from structrep.pattern import Affine, Anything, Concat, Conv, Many, Seq, Sum
+from structrep.pattern import Affine, Anything, Concat, Conv, Many, Optional, Seq, Sum, View
 from structrep.readers import Formula
 from structrep.registry import default
 
 
 @default.law(
-    Seq(Anything().named("map"), Affine().named("norm")), source="associativity: scale and shift of the outputs"
+    Seq(Anything().named("map"), Affine().named("norm"), Optional(View())),
+    source="associativity: scale and shift of the outputs",
 )
 def fold_norm(map: ConvMap, norm: ConvMap) -> ConvMap:
     return map >> norm

@@ -1,0 +1,261 @@
+"""The zoo: models of timm and torchvision as they come, reparameterized, counted, and compared with themselves.
+
+    python benchmarks/zoo.py            the smallest variant of each model module
+    python benchmarks/zoo.py --all      every architecture
+    python benchmarks/zoo.py NAME ...   these
+
+One JSON line a model goes to benchmarks/results/zoo.jsonl; a model that is there already is not run again. The table in
+docs/zoo.md is made from those lines. Nothing is downloaded: weights are random, norms have random statistics.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import resource
+import time
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from rich.progress import Progress
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+import structrep
+from structrep.proof import relative_error, tensors
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results" / "zoo.jsonl"
+PAGE = HERE.parent / "docs" / "zoo.md"
+EXACT_BELOW = 30_000_000  # parameters: float64 up to here, float32 against the original's own rounding above
+
+
+def names(everything: bool) -> list[str]:
+    """Architectures as `timm:name` and `torchvision:name`; one a module, the smallest by parameters, unless `everything`."""
+    found = [f"timm:{name}" for name in timm.list_models()]
+    try:
+        from torchvision import models
+
+        found += [f"torchvision:{name}" for name in models.list_models(module=models)]
+    except (ImportError, RuntimeError) as error:
+        print(f"torchvision is left out: {error}")
+    if everything:
+        return found
+    groups: dict[str, list[str]] = defaultdict(list)
+    for name in found:
+        groups[_module(name)].append(name)
+    return [min(group, key=_parameters) for group in groups.values()]
+
+
+def _module(name: str) -> str:
+    library, _, model = name.partition(":")
+    if library == "timm":
+        return str(timm.models.model_entrypoint(model).__module__)
+    from torchvision import models
+
+    return str(models.get_model_builder(model).__module__)
+
+
+def _parameters(name: str) -> int:
+    try:
+        with torch.device("meta"):
+            return sum(p.numel() for p in _build(name).parameters())
+    except Exception:  # some cannot be built without memory: judged by name then
+        return 10**12 + len(name)
+
+
+def _build(name: str) -> nn.Module:
+    library, _, model = name.partition(":")
+    if library == "timm":
+        return timm.create_model(model, pretrained=False)
+    from torchvision import models
+
+    kwargs = {"init_weights": True} if model in ("googlenet", "inception_v3") else {}
+    return models.get_model(model, weights=None, **kwargs)
+
+
+def settled(model: nn.Module) -> nn.Module:
+    """Norms as training leaves them; heads that start at zero given values, so that there is an output to compare."""
+    generator = torch.Generator().manual_seed(0)
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._NormBase) and module.running_mean is not None:
+            module.running_mean.normal_(0, 0.2, generator=generator)
+            module.running_var.uniform_(0.5, 2, generator=generator)
+            if module.weight is not None:
+                module.weight.data.uniform_(0.5, 1.5, generator=generator)
+                module.bias.data.normal_(0, 0.2, generator=generator)
+        elif isinstance(module, nn.Linear) and not module.weight.any():
+            module.weight.data.normal_(0, 0.02, generator=generator)
+    return model.eval()
+
+
+def image_for(name: str, model: nn.Module) -> Tensor:
+    size = (3, 224, 224)
+    if name.startswith("timm:"):
+        size = model.default_cfg.get("input_size", size)  # type: ignore[union-attr,operator]
+    elif "inception" in name:
+        size = (3, 299, 299)
+    return torch.randn(1, *size, generator=torch.Generator().manual_seed(0))
+
+
+class _Additions(TorchDispatchMode):
+    """Counts additions of two tensors of the same shape: branches and skips, not biases."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        both = len(args) > 1 and all(isinstance(a, Tensor) and a.ndim > 1 for a in args[:2])
+        self.count += (
+            func.overloadpacket in (torch.ops.aten.add, torch.ops.aten.add_)
+            and both
+            and (args[0].shape == args[1].shape)
+        )
+        return func(*args, **(kwargs or {}))
+
+
+class Executed:
+    """What a forward pass runs: convolutions, norms with fixed statistics, additions of activations, multiply-adds."""
+
+    def __init__(self, model: nn.Module, image: Tensor) -> None:
+        with torch.no_grad(), FlopCounterMode(display=False) as flops:
+            self.output = next(iter(tensors(model(image))))
+        with torch.no_grad(), _Additions() as additions:
+            model(image)
+        self.multiply_adds = flops.get_total_flops() // 2
+        self.additions = additions.count
+        self.convs = sum(isinstance(m, nn.modules.conv._ConvNd) for m in model.modules())
+        self.norms = sum(
+            isinstance(m, nn.modules.batchnorm._NormBase) and m.running_mean is not None for m in model.modules()
+        )
+        self.parameters = sum(p.numel() for p in model.parameters())
+
+
+def measure(name: str) -> dict[str, Any]:
+    """Convert one model and say what came of it."""
+    torch.manual_seed(0)
+    model = settled(_build(name))
+    exact = sum(p.numel() for p in model.parameters()) < EXACT_BELOW
+    image = image_for(name, model)
+    if exact:
+        model, image = model.double(), image.double()
+    before = Executed(model, image)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start = time.perf_counter()
+    plan = structrep.plan(model)
+    deploy = plan.apply()
+    seconds = time.perf_counter() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak
+    after = Executed(deploy, image)
+    line: dict[str, Any] = {
+        "model": name,
+        "dtype": "float64" if exact else "float32",
+        "convs": [before.convs, after.convs],
+        "norms": [before.norms, after.norms],
+        "additions": [before.additions, after.additions],
+        "multiply_adds": [before.multiply_adds, after.multiply_adds],
+        "parameters": [before.parameters, after.parameters],
+        "error": relative_error(after.output, before.output),
+        "noise": 0.0,
+        "seconds": round(seconds, 3),
+        "peak_mib": peak // 1024,
+        "rules": dict(Counter(rule for merge in plan.merges for rule in merge.rules)),
+        "refusals": dict(Counter(refusal.kind for refusal in plan.refusals)),
+        "norms_left": _norms_left(deploy, plan),
+    }
+    if not exact:
+        truth = Executed(copy.deepcopy(model).double(), image.double()).output
+        line["noise"] = relative_error(before.output, truth)
+        line["error"] = relative_error(after.output, truth)
+    if name.startswith("timm:"):
+        theirs = timm.models.reparameterize_model(model)
+        counted = Executed(theirs, image)
+        line["timm"] = {
+            "convs": counted.convs,
+            "norms": counted.norms,
+            "additions": counted.additions,
+            "error": relative_error(counted.output, before.output),
+        }
+    return line
+
+
+def _norms_left(deploy: nn.Module, plan: structrep.Plan) -> dict[str, int]:
+    """Why norms are still there, by the kind of the refusal that names their place."""
+    left = [
+        path
+        for path, m in deploy.named_modules()
+        if isinstance(m, nn.modules.batchnorm._NormBase) and m.running_mean is not None
+    ]
+    reasons = {refusal.where: refusal.kind for refusal in plan.refusals}
+    return dict(Counter(reasons.get(path, "no linear neighbour") for path in left))
+
+
+def holds(line: dict[str, Any]) -> bool:
+    if "exception" in line:
+        return False
+    bound = 1e-11 if line["dtype"] == "float64" else max(8 * line["noise"], 1e-5)
+    return bool(line["error"] <= bound and line["multiply_adds"][1] <= line["multiply_adds"][0])
+
+
+def table(lines: list[dict[str, Any]]) -> str:
+    """The page, from all lines."""
+    good = [line for line in lines if holds(line)]
+    rows = [
+        "# The zoo",
+        "",
+        "Models of timm and torchvision as they come, random weights and norm statistics, converted by "
+        "`structrep.plan(model).apply()` without example inputs. Made by `python benchmarks/zoo.py`.",
+        "",
+        f"{len(lines)} models, {len(good)} equal to rounding and no dearer, "
+        f"{sum('exception' in line for line in lines)} exceptions.",
+        "",
+        "| model | convs | norms | additions | multiply-adds | error | left by timm: convs, norms | rules | norms left because |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for line in sorted(lines, key=lambda one: str(one["model"])):
+        if "exception" in line:
+            rows.append(f"| {line['model']} | | | | | {line['exception']} | | | |")
+            continue
+        pairs = [f"{line[key][0]:,} → {line[key][1]:,}" for key in ("convs", "norms", "additions", "multiply_adds")]
+        theirs = f"{line['timm']['convs']}, {line['timm']['norms']}" if "timm" in line else ""
+        rules = ", ".join(f"{name} {count}" for name, count in line["rules"].items())
+        left = ", ".join(f"{name} {count}" for name, count in line["norms_left"].items())
+        flag = "" if holds(line) else " **off**"
+        rows.append(
+            f"| {line['model']} | {' | '.join(pairs)} | {line['error']:.0e}{flag} | {theirs} | {rules} | {left} |"
+        )
+    return "\n".join(rows) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*")
+    parser.add_argument("--all", action="store_true", help="every architecture, not one a module")
+    arguments = parser.parse_args()
+    RESULTS.parent.mkdir(exist_ok=True)
+    lines = [json.loads(text) for text in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+    done = {line["model"] for line in lines}
+    todo = [name for name in arguments.names or names(arguments.all) if name not in done]
+    with Progress() as progress, RESULTS.open("a") as out:
+        bar = progress.add_task("zoo", total=len(todo))
+        for name in todo:
+            progress.update(bar, description=name)
+            try:
+                line = measure(name)
+            except Exception as error:
+                line = {"model": name, "exception": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"}
+            lines.append(line)
+            out.write(json.dumps(line) + "\n")
+            out.flush()
+            progress.advance(bar)
+    PAGE.write_text(table(lines))
+
+
+if __name__ == "__main__":
+    main()
