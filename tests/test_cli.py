@@ -173,7 +173,7 @@ def test_rules_shows_every_rule() -> None:
     for rule in registry.default:
         assert rule.name in result.stdout
         assert rule.source in result.stdout
-    assert "[identity: [pad] -> affine or x]" in result.stdout  # not taken for markup
+    assert "[identity: [pad] -> (affine or x)]" in result.stdout  # not taken for markup
 
 
 def test_rules_as_json() -> None:
@@ -197,7 +197,7 @@ def test_rules_as_json() -> None:
 def test_explain(here: Path, source: str, merges: int) -> None:
     result = run("explain", source)
     assert result.exit_code == 0, result.output
-    assert f"{merges} merges" in result.stdout
+    assert f"{merges} merge" in result.stdout
     assert ("fold_norm" if ":resnet" in source else "repvgg") in result.stdout
     assert not result.stderr
 
