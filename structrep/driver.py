@@ -64,7 +64,8 @@ class Plan:
         """The deploy model: the same class and names, with every merge done.
 
         Args:
-            inplace: change the model itself instead of a copy.
+            inplace: change the model itself instead of a copy, layer by layer: each merged kernel is made, and what it
+                was made from given back, before the next.
 
         Raises:
             StructrepError: the model is no longer the one that the plan was made for: the plan was applied in place
@@ -77,7 +78,7 @@ class Plan:
                 "the model's weights changed since this plan was made: make a new one, structrep.plan(model)"
             )
         self._applied = inplace
-        return self._draft.apply(self._model if inplace else own_copy(self._model))
+        return self._draft.apply(self._model, release=True) if inplace else self._draft.apply(own_copy(self._model))
 
     def __str__(self) -> str:
         return as_text(*plan_tables(self.record))

@@ -153,7 +153,10 @@ def _evaluate(
     found = _in_channels(term) if channels is None else channels
     if found is None:
         raise Unreadable("no layer of the merge tells how many channels there are")
-    return walk(term, found)
+    try:
+        return walk(term, found)
+    finally:
+        known.clear()  # two functions that call each other are a cycle, and would keep every map until it is collected
 
 
 def _check_concat_dim(term: Term, dims: int) -> None:

@@ -11,11 +11,12 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, cast
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from structrep.algebra import ConvMap
 from structrep.blocks import STAND_INS
@@ -24,7 +25,7 @@ from structrep.forward import Edits, Forward
 from structrep.generated import install
 from structrep.guards import Features2d
 from structrep.ranks import rank
-from structrep.readers import knows, lower, only_asserted, read_module
+from structrep.readers import Layer, knows, lower, only_asserted, read_module
 from structrep.search import Merge, Segment
 from structrep.trace import Call, Traced, proxies
 
@@ -188,12 +189,16 @@ class Draft:
 
     # --- doing it ---------------------------------------------------------------------------------
 
-    def apply(self, model: nn.Module) -> nn.Module:
+    def apply(self, model: nn.Module, release: bool = False) -> nn.Module:
         """Change a model that has the names of the traced one; returns it, or what stands for it if it was itself a
         block."""
         self.model = model
+        held = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+        read = Counter(id(t) for merge in self.merges for layer in merge.term.leaves() for t in _kernels(layer))
         for merge in self.merges:
             self._place(merge)
+            if release:
+                self._release(merge, held, read)
         for unit in self.idle:
             assert unit.module is not None
             self._swap(unit.module.path, _nothing(unit))
@@ -204,6 +209,24 @@ class Draft:
             install(module, forward.method)
         self._bury()
         return self.model
+
+    def _release(self, merge: Merge, held: Counter[int], read: Counter[int]) -> None:
+        """Give back the memory of kernels that a merge was the last to read, before the next is made."""
+        for layer in merge.term.leaves():
+            for tensor in _kernels(layer):
+                if read[id(tensor)] > 1 or id(tensor) not in self.traced.names:
+                    continue
+                own = self._parameter(self.traced.names[id(tensor)])
+                if own is not None and own.data_ptr() == tensor.data_ptr() and held[id(own)] == 1:
+                    own.data = own.data.new_empty(0)  # of a layer that is about to go
+                tensor.data = tensor.data.new_empty(0)
+
+    def _parameter(self, path: str) -> nn.Parameter | None:
+        """The parameter at a path, if the model still has it."""
+        try:
+            return self.model.get_parameter(path)
+        except AttributeError:
+            return None
 
     def _place(self, merge: Merge) -> None:
         map_, host = merge.value(), self.hosts[merge]
@@ -332,6 +355,13 @@ def _nothing(unit: Unit) -> nn.Module:
     return Features2d() if rank(layer.node) == 2 else nn.Identity()
 
 
+def _kernels(layer: Layer) -> tuple[Tensor, ...]:
+    """The stored tensors that a layer's kernel comes from."""
+    if layer.formula is not None:
+        return layer.formula.parameters
+    return () if layer.weight is None else (layer.weight,)
+
+
 def _all_dead(module: nn.Module, dead: set[nn.Module]) -> bool:
     if module in dead:
         return True
@@ -346,9 +376,9 @@ def _refill(module: nn.Module, map_: ConvMap, bias: bool) -> bool:
         return False
     layer = read_module(module)
     assert layer is not None
-    dims = map_.geometry.dims
-    own = layer.load(map_.geometry.in_channels, dims)
-    if own.geometry != map_.geometry or own.border != map_.border or bool(map_.fill.any()):
+    g = map_.geometry
+    border = {"zeros": "constant"}.get(mode := getattr(module, "padding_mode", "zeros"), mode)
+    if layer.shape(g.in_channels, g.dims) != g or (g.pads and border != map_.border) or bool(map_.fill.any()):
         return False
     weight = module._parameters["weight"]
     fresh = lower(map_, weight, bias=bias, requires_grad=weight.requires_grad)

@@ -450,6 +450,7 @@ class _Search:
         return common[0]
 
     def _miss(self, root: fx.Node, rule: str, what: str, reason: Refusal) -> None:
+        reason.__traceback__ = reason.__context__ = None  # whose frames hold kernels
         if (root, rule) not in self.refused:
             self.refused.add((root, rule))
             call = root.meta["call"]

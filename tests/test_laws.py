@@ -996,7 +996,7 @@ REFUSED = {
     "infinite bias": (lambda: ConvMap(weights(1, 2), torch.tensor([-math.inf])), Inexact, ("bias", "-inf", "finite")),
     "infinite fill": (lambda: conv(1, 2, 3, pad=1, fill=math.inf), Inexact, ("fill", "inf", "finite")),
     "outgrown float64": (lambda: (conv(4, 3) * 1e200) >> (conv(2, 4) * 1e200), Inexact, ("kernel", "finite")),
-    "complex": (lambda: ConvMap(torch.ones(2, 2, dtype=torch.complex64)), Unreadable, ("complex64", "real", "stays as it is")),
+    "complex": (lambda: ConvMap(torch.ones(2, 2, dtype=torch.cfloat)), Unreadable, ("complex64", "real", "stays")),
     "no channels": (lambda: ConvMap(torch.ones(3, 0, 3, 3)), Unreadable, ("(3, 0, 3, 3)", "empty", "nothing to merge")),
 }  # fmt: skip
 
