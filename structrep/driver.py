@@ -26,7 +26,7 @@ class Plan:
     def __init__(self, model: nn.Module, findings: Findings) -> None:
         self._model = model
         self._missed = list(findings.missed)
-        self._draft = Draft(findings.traced, findings.merges)
+        self._draft = Draft(findings.traced, findings.replicas, findings.merges)
         for merge, reason in self._draft.refused:
             self._refuse(merge, reason)
         self._applied = False
@@ -58,7 +58,7 @@ class Plan:
             else:
                 sound.append(merge)
         if len(sound) < len(self._draft.merges):
-            self._draft = Draft(self._draft.traced, sound)
+            self._draft = Draft(self._draft.traced, self._draft.replicas, sound)
 
     def apply(self, inplace: bool = False) -> nn.Module:
         """The deploy model: the same class and names, with every merge done.

@@ -7,12 +7,14 @@ written out, with the edits made; untouched children stay calls of children.
 from __future__ import annotations
 
 import inspect
+import math
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
 from types import CodeType
 from typing import Any
 
+import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
@@ -59,6 +61,10 @@ class Forward:
         function = next(c for c in compile(source, call.method, "exec").co_consts if isinstance(c, CodeType))
         names = {name: value for name, value in code.globals.items() if name in function.co_names}
         self.method = Method.of(call.method, source, names)
+        try:
+            self.method.compile(f"<{call.method}>")
+        except (SyntaxError, NameError) as error:
+            raise Unreadable(f"{call.path or 'the model'}: its new forward is no valid code: {error}") from error
 
     def _arguments(self) -> None:
         """Placeholders named and ordered as the module's own forward has them; constants stay as traced."""
@@ -69,9 +75,15 @@ class Forward:
                 "*" if parameter.kind is parameter.VAR_POSITIONAL else "**" * (parameter.kind is parameter.VAR_KEYWORD)
             )
             default = () if star or parameter.default is parameter.empty else (parameter.default,)
+            if default and not _is_literal(default[0]):
+                raise Unreadable(f"the default of argument {name} is no literal: {default[0]!r}")
+            if name in ("self", "torch", "operator"):
+                raise Unreadable(f"an argument named {name} clashes with what written code uses")
             node = self.graph.placeholder(star + name, None, *default)
             if name in bound.arguments:
                 self._accept(bound.arguments[name], node, name, default == (None,))
+            elif star:
+                self._expect(node, () if star == "*" else {}, name)
             elif default:
                 self._expect(node, *default, name)
 
@@ -79,15 +91,17 @@ class Forward:
         if is_traced(value):
             if optional:
                 self.graph.call_function(expect_given, (name, node))
+            self._expect(node, value, name)
             for proxy, access in _places(value, node, self.graph):
                 self.env[proxy.node] = access
         else:
             self._expect(node, value, name)
 
     def _expect(self, node: fx.Node, value: Any, name: str) -> None:
-        """The merged forward holds for the traced value of this argument only."""
-        if value is None or isinstance(value, (bool, int, float, str)):
-            self.graph.call_function(expect, (name, node, value))
+        """The merged forward holds for the traced constants and structure of this argument only."""
+        template = _template(value)
+        if template is not ...:
+            self.graph.call_function(expect, (name, node, template))
 
     def _body(self, call: Call) -> None:
         if call.mutates:
@@ -103,6 +117,8 @@ class Forward:
                 self._collapse(step)
 
     def _copy(self, node: fx.Node) -> None:
+        if node.meta["autocast"]:
+            raise Unreadable(f"{self.call.path or 'the model'} runs part of its forward under autocast")
         if node in self.edits.replaced:
             base, path = self.edits.replaced[node]
             self.env[node] = self.graph.call_module(self._relative(path), (self._load(base),))
@@ -127,7 +143,9 @@ class Forward:
         ):
             return None
         reading = read_node(node)
-        return reading.source if isinstance(reading, Same) and mutates(node) is None else None
+        # Nobody else may see the source: an operation that changes nothing still gives a value of its own.
+        alone = isinstance(reading, Same) and len(reading.source.users) == 1
+        return reading.source if isinstance(reading, Same) and alone and mutates(node) is None else None
 
     def _collapse(self, call: Call) -> None:
         """A child's call, as it stands in its parent's forward."""
@@ -206,6 +224,13 @@ class Forward:
         return value
 
 
+def _is_literal(value: Any) -> bool:
+    """Whether a value's repr is code for it."""
+    if type(value) in (list, tuple):
+        return all(map(_is_literal, value))
+    return value is None or type(value) in (bool, int, str) or (type(value) is float and math.isfinite(value))
+
+
 def expect_given(name: str, value: object) -> None:
     """Raise where a merged forward is called without an argument that it was traced with."""
     if value is None:
@@ -213,9 +238,44 @@ def expect_given(name: str, value: object) -> None:
 
 
 def expect(name: str, value: object, traced: object) -> None:
-    """Raise where a merged forward is called with another constant than it was traced with."""
-    if value is not traced and (value is None or traced is None or value != traced):
+    """Raise where a merged forward is called with other constants, or another structure, than it was traced with."""
+    if not _matches(value, traced):
         raise ValueError(f"this forward was reparameterized for {name}={traced!r} and was called with {name}={value!r}")
+
+
+def _matches(value: Any, traced: Any) -> bool:
+    if traced is ...:
+        return True
+    if isinstance(traced, (list, tuple)):
+        alike = isinstance(value, (list, tuple)) and len(value) == len(traced)
+        return alike and all(map(_matches, value, traced))
+    if isinstance(traced, dict):
+        return (
+            isinstance(value, dict)
+            and value.keys() == traced.keys()
+            and all(_matches(value[k], traced[k]) for k in traced)
+        )
+    return value is traced or (value is not None and traced is not None and bool(value == traced))
+
+
+def _template(value: Any) -> Any:
+    """A structure with `...` where anything may stand.
+
+    Raises:
+        Unreadable: it holds a constant that cannot be written as code.
+    """
+    if isinstance(value, (fx.Proxy, Tensor)):
+        return ...
+    if value is None or type(value) in (bool, int, float, str, torch.dtype, torch.device):
+        return value
+    if type(value) in (list, tuple):
+        parts = [_template(item) for item in value]
+        return parts if type(value) is list else tuple(parts)
+    if type(value) is dict and all(isinstance(key, str) for key in value):
+        return {key: _template(item) for key, item in value.items()}
+    if is_traced(value):
+        return ...
+    raise Unreadable(f"a forward that is given a {type(value).__name__} cannot be written anew")
 
 
 def _places(value: Any, node: fx.Node, graph: fx.Graph) -> Iterator[tuple[fx.Proxy, fx.Node]]:

@@ -152,7 +152,11 @@ def prove(merge: Merge) -> None:
             map_.kernel.device
         )
         with torch.no_grad():
-            before, after = region(x), map_(x)
+            try:
+                before = region(x)
+            except RuntimeError:
+                continue  # too small for the layers as they were
+            after = map_(x)
         if before.shape != after.shape:
             raise WrongMerge(
                 f"on an input of {size} pixels the layers give {tuple(before.shape)}, merged {tuple(after.shape)}"

@@ -140,6 +140,11 @@ def knows(module: nn.Module) -> bool:
     return _reader(module) is not None
 
 
+def settings(module: nn.Module) -> dict[str, Any]:
+    """The plain attributes of a layer: its mode, sizes, eps."""
+    return {k: v for k, v in module.__dict__.items() if isinstance(v, (bool, int, float, str))}
+
+
 def hooks(module: nn.Module) -> bool:
     """Whether something watches or changes what goes in or out of a module."""
     return bool(module._forward_hooks or module._forward_pre_hooks)
@@ -395,7 +400,7 @@ def _tap_layer(kind: str, shape: Callable[[int, int], Geometry], border: Border,
 
 def scale_layer(scale: Tensor | float = 1.0, shift: Tensor | float = 0.0) -> Layer | None:
     """scale * x + shift by numbers or per-channel constants that broadcast against x; None for any other constants."""
-    constants = [torch.as_tensor(value) for value in (scale, shift)]
+    constants = [v if isinstance(v, Tensor) else torch.tensor(v, dtype=torch.float64) for v in (scale, shift)]
     channels, dims, rank = None, None, max(c.ndim for c in constants)
     for constant in constants:
         wide = [axis for axis, size in enumerate(constant.shape) if size != 1]
@@ -443,9 +448,11 @@ def read_node(node: fx.Node) -> Reading | None:
     reader = _CALLS.get(node.target.strip("_") if isinstance(node.target, str) else node.target)
     if reader is None:
         return None
+    if "out" in node.kwargs:
+        return None
     try:
         reading = reader(_Arguments(node))
-    except _NotConstant:
+    except (_NotConstant, TypeError):  # a size that depends on the input
         return None
     if isinstance(reading, Layer):
         return _placed(reading, node)
@@ -478,6 +485,8 @@ def _placed(layer: Layer, node: fx.Node) -> Layer | None:
 
 def _read_call(node: fx.Node) -> Reading | None:
     module = node.meta["call"].module
+    if node.meta["call"].settings != settings(module):
+        return None  # changed while the forward ran
     if (
         hooks(module)
         or not knows(module)
@@ -702,12 +711,17 @@ def _(a: _Arguments) -> Same:
 
 # --- what reads without computing -----------------------------------------------------------------
 
-_PLACES = (operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.setitem)
+AUGMENTED = (
+    operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod, operator.ipow,
+    operator.iand, operator.ior, operator.ixor,
+)  # fmt: skip
 
 
 def mutates(node: fx.Node) -> fx.Node | None:
     """The input that a node overwrites in place, if any."""
     target = None
+    if isinstance(node.kwargs.get("out"), fx.Node):
+        return node.kwargs["out"]  # type: ignore[return-value]
     if node.op == "call_module":
         target = node.args[0] if getattr(node.meta["call"].module, "inplace", False) and node.args else None
     elif node.op == "call_method":
@@ -716,7 +730,7 @@ def mutates(node: fx.Node) -> fx.Node | None:
     elif node.op == "call_function":
         name = getattr(node.target, "__name__", "")
         in_place = (
-            node.target in _PLACES
+            node.target in (*AUGMENTED, operator.setitem)
             or node.kwargs.get("inplace") is True
             or (name.endswith("_") and not name.endswith("__"))
         )

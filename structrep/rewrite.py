@@ -26,7 +26,7 @@ from structrep.generated import install
 from structrep.guards import Features2d
 from structrep.ranks import rank
 from structrep.readers import Layer, knows, lower, only_asserted, read_module
-from structrep.search import Merge, Segment
+from structrep.search import Merge, Replicas, Segment
 from structrep.trace import Call, Traced, proxies
 
 
@@ -118,8 +118,9 @@ class Draft:
     Merges that cannot be written back are left out and listed in `refused`, with the reason.
     """
 
-    def __init__(self, traced: Traced, merges: Iterable[Merge]) -> None:
+    def __init__(self, traced: Traced, replicas: Replicas, merges: Iterable[Merge]) -> None:
         self.traced = traced
+        self.replicas = replicas
         self.refused: list[tuple[Merge, Refusal]] = []
         self.merges = list(merges)
         while True:
@@ -267,7 +268,7 @@ class Draft:
         dead = {self._at(call.path) for call in self._dead_calls()} | self._idle_holders()
         for owner in self.edits.owners:
             self._bury_below(self._at(owner.path), dead)
-        for name in self._dead_tensors():
+        for name in self._dead_tensors() if self.edits.owners else ():
             self._drop_tensor(name)
 
     def _dead_tensors(self) -> set[str]:
@@ -285,9 +286,7 @@ class Draft:
     def _only_dead(self, node: fx.Node) -> bool:
         """Whether a constant is of use to dead nodes alone, perhaps by way of other constants."""
         return all(
-            user in self.edits.dead
-            or ("value" in user.meta and self._only_dead(user))
-            or (user.meta["call"] is not None and self._repeats(user.meta["call"]))
+            user in self.edits.dead or ("value" in user.meta and self._only_dead(user)) or self.replicas.repeats(user)
             for user in node.users
         )
 
@@ -313,16 +312,8 @@ class Draft:
             c
             for c in dead
             if c.method == "forward"
-            and all(other in dead or self._repeats(other) for other in self.traced.calls[c.module, c.method])
+            and all(other in dead or self.replicas.is_repeat(other) for other in self.traced.calls[c.module, c.method])
         ]
-
-    def _repeats(self, call: Call) -> bool:
-        """Whether a call is part of a later call of a module, which is merged as the first was."""
-        for outer in call.chain():
-            bodies = [body for body in self.traced.calls[outer.module, outer.method] if not body.leaf]
-            if not outer.leaf and outer is not bodies[0]:
-                return True
-        return False
 
     def _bury_below(self, module: nn.Module, dead: set[nn.Module]) -> None:
         holds_order = isinstance(module, (nn.ModuleList, nn.Sequential))

@@ -12,7 +12,8 @@ import ast
 import inspect
 import textwrap
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any
 
 import networkx as nx
 import torch
@@ -111,6 +112,10 @@ class Findings:
     traced: Traced
     merges: list[Merge] = field(default_factory=list)
     missed: list[Missed] = field(default_factory=list)
+    replicas: Replicas = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.replicas = Replicas(self.traced)
 
 
 def find(model: nn.Module, example_inputs: Example | None, registry: Registry) -> Findings:
@@ -164,7 +169,7 @@ class _Search:
         self.registry = registry
         self.nodes = trace_.nodes
         self.place = {node: index for index, node in enumerate(self.nodes)}
-        self.replicas = _Replicas(self.traced)
+        self.replicas = findings.replicas
         self.refused: set[tuple[fx.Node, str]] = set()
         self.missed: list[tuple[fx.Node, Missed]] = []
         self.readings = self._read()
@@ -199,7 +204,7 @@ class _Search:
     def _read(self) -> dict[fx.Node, Reading]:
         readings: dict[fx.Node, Reading] = {}
         for node in self.nodes:
-            if "value" in node.meta or self.replicas.repeats(node):
+            if "value" in node.meta or node.meta["autocast"] or self.replicas.repeats(node):
                 continue
             try:
                 reading = read_node(node)
@@ -419,6 +424,8 @@ class _Search:
                 f"a merged coefficient of {map_.magnitude:.3g} does not fit {str(dtype).removeprefix('torch.')}, whose "
                 f"largest value is {torch.finfo(dtype).max:.3g}: reparameterize the model in float32, or use bfloat16"
             )
+        if len(torch.unique(map_.fill)) > 1:
+            raise Unreadable("the merged layer would pad each channel with a different constant, and no layer does")
         before, after = self._price(stretch)
         saved = before.multiply_adds - after.multiply_adds + before.parameters - after.parameters
         if not saved and before.operations <= after.operations + (padding_of(map_) is None):
@@ -437,7 +444,7 @@ class _Search:
                 raise Mutated(f"{writer.name} overwrites the input of the merge, which is read again later")
             if writer not in inside and at < self.place[root] and any(self.place[n] < at for n in inside):
                 raise Mutated(f"{writer.name} overwrites the input of the merge before the merged layer would read it")
-        changed = {n for n in inside if not isinstance(self.readings[n], Same)}
+        changed = {n for n in inside if not isinstance(self.readings.get(n), Same)}
         self.replicas.check(changed, self._owner(inside))
 
     def _owner(self, nodes: Iterable[fx.Node]) -> Call:
@@ -471,7 +478,7 @@ def _inputs(reading: Reading | None) -> tuple[fx.Node, ...]:
     return reading.parts if isinstance(reading, Stack) else ()
 
 
-class _Replicas:
+class Replicas:
     """Modules called more than once: a merge inside is done once for all calls, if all calls do the same."""
 
     def __init__(self, traced: Traced) -> None:
@@ -485,10 +492,13 @@ class _Replicas:
 
     def repeats(self, node: fx.Node) -> bool:
         """Whether a node was made by a later call that does what the first did."""
-        call = node.meta["call"]
-        for outer in call.chain() if call else ():
+        return node.meta["call"] is not None and self.is_repeat(node.meta["call"])
+
+    def is_repeat(self, call: Call) -> bool:
+        """Whether a call is, or is part of, a later call that does what the first did, and is merged as that was."""
+        for outer in call.homes():
             bodies = self.bodies(outer)
-            if len(bodies) > 1 and outer is not bodies[0] and not outer.leaf and self.alike(bodies):
+            if len(bodies) > 1 and outer is not bodies[0] and self.alike(bodies):
                 return True
         return False
 
@@ -529,7 +539,7 @@ class _Replicas:
     def fingerprint(self, call: Call) -> tuple[object, ...]:
         """What a call does, in terms of its inputs."""
         if call not in self.prints:
-            self.prints[call] = (*_marks(call.nodes()), type(call.result).__name__)
+            self.prints[call] = tuple(_marks(call))
         return self.prints[call]
 
 
@@ -543,13 +553,28 @@ def _names_reached(module: nn.Module) -> frozenset[str]:
     return frozenset(n.attr for n in deep)
 
 
-def _marks(nodes: Iterable[fx.Node]) -> Iterator[object]:
-    """Nodes with their inputs numbered in order of appearance, so that equal programs give equal marks."""
+def _marks(call: Call) -> Iterator[object]:
+    """What a call was given, did and gave, values numbered in order of appearance: equal programs give equal marks."""
     numbers: dict[fx.Node, str] = {}
 
     def mark(value: fx.Node) -> str:
         return f"={value.target}" if value.op == "get_attr" else numbers.setdefault(value, f"%{len(numbers)}")
 
-    for node in nodes:
+    def structure(value: Any) -> Any:
+        if isinstance(value, fx.Proxy):
+            return mark(value.node)
+        if isinstance(value, (list, tuple)):
+            return [type(value).__name__, *map(structure, value)]
+        if isinstance(value, dict):
+            return {key: structure(item) for key, item in value.items()}
+        if is_dataclass(value) and not isinstance(value, type):
+            return [type(value).__name__, *(structure(getattr(value, f.name)) for f in fields(value))]
+        return (
+            value if isinstance(value, (bool, int, float, str, type(None))) else f"{type(value).__name__} {id(value)}"
+        )
+
+    yield repr(structure((call.args, call.kwargs)))
+    for node in call.nodes():
         args, kwargs = fx.node.map_arg(node.args, mark), fx.node.map_arg(node.kwargs, mark)
         yield (node.op, str(node.target), repr(args), repr(kwargs), mark(node))
+    yield repr(structure(call.result))

@@ -65,6 +65,7 @@ class Call:
     method: str = "forward"
     function: Callable[..., Any] = field(default=lambda: None, repr=False)  # the bound method
     result: Any = None
+    settings: dict[str, Any] = field(default_factory=dict)  # of a layer, when it was called
     inlined: bool = False  # a method called from several places, or given weights: part of each of its callers
     mutates: bool = False  # whether it changed what it was given, or its own module
     steps: list[fx.Node | Call] = field(default_factory=list)  # what its forward did, in order
@@ -417,6 +418,7 @@ class _Tracer(fx.Tracer):
     ) -> Any:
         parent = self.stack[-1] if self.stack else None
         call = Call(m, self.paths[m], parent, snapshot(args), snapshot(kwargs), leaf, method, function)
+        call.settings = readers.settings(m) if leaf else {}
         if parent:
             parent.steps.append(call)
         self.calls.append(call)
@@ -457,6 +459,7 @@ class _Tracer(fx.Tracer):
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         node = super().create_node(*args, **kwargs)
         node.meta["index"] = self.count
+        node.meta["autocast"] = torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
         node.meta["call"] = self.stack[-1] if self.stack else None
         self.count += 1
         if self.stack and node.op != "get_attr":
@@ -496,7 +499,7 @@ def _augmented(function: Callable[[Any, Any], Any]) -> Callable[[_Proxy, Any], _
     return write
 
 
-for _function in (operator.iadd, operator.isub, operator.imul, operator.itruediv):
+for _function in readers.AUGMENTED:
     setattr(_Proxy, f"__{_function.__name__}__", _augmented(_function))
 
 
@@ -532,7 +535,10 @@ class _Constants(TorchFunctionMode):
                 if isinstance(args[0], nn.Parameter):
                     raise RuntimeError(f"{name} writes to a parameter during forward")
                 self.tracer.stack[-1].mutates = True
+        drawn = torch.get_rng_state()
         result = func(*args, **kwargs)
+        if not torch.equal(drawn, torch.get_rng_state()):
+            raise RuntimeError(f"{name} draws new random numbers at every call")
         if isinstance(result, Tensor) and not writes:
             self.origins[id(result)] = Origin(result, func, args, kwargs)
         return result

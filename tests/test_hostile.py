@@ -1,0 +1,265 @@
+"""Programs that were once converted wrongly, each the smallest of its kind; all against their float64 selves."""
+
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import structrep
+from tests.models import relative_error, settled
+
+X = torch.randn(2, 4, 6, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+class Two(nn.Module):
+    """Two branches, which some forward adds."""
+
+    def __init__(self):
+        super().__init__()
+        self.c, self.d = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1)
+
+
+def made(forward, base=Two):
+    return settled(type("Made", (base,), {"forward": forward})())
+
+
+def same(model, *inputs, **named):
+    deploy = structrep.reparameterize(model)
+    with torch.no_grad():
+        assert relative_error(deploy(*inputs, **named), model(*inputs, **named)) < 1e-12
+    return deploy
+
+
+def says_so(model, traced, *inputs, **named):
+    """Equal where it was traced; elsewhere equal, or an error that says what it was reparameterized for."""
+    deploy = same(model, *traced)
+    with torch.no_grad():
+        truth = model(*inputs, **named)
+        try:
+            assert relative_error(deploy(*inputs, **named), truth) < 1e-12
+        except ValueError as error:
+            if "reparameterized for" not in str(error):
+                raise
+
+
+def test_a_parameter_that_a_later_call_reads_stays():
+    class Helper(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w, self.b = nn.Parameter(torch.randn(4, 4)), nn.Parameter(torch.randn(4))
+
+        def lin(self, x, bias):
+            return F.linear(x, self.w, self.b if bias else None)
+
+        def forward(self, x):
+            return self.lin(self.lin(x, False).relu(), True)
+
+    deploy = same(settled(Helper()), torch.randn(2, 4, dtype=torch.float64))
+    assert deploy.b is not None
+
+
+def per_channel_fill(self, x):
+    y = F.pad(self.p(x) * self.g, (1, 2, 2, 1), value=0.5)
+    return self.n(self.a(y) - self.b(y)).relu()
+
+
+class PerChannel(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.p = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU())
+        self.g = nn.Parameter(torch.randn(1, 4, 1, 1))
+        self.a, self.b = (nn.Conv2d(4, 4, 2, groups=4, bias=False) for _ in range(2))
+        self.n = nn.BatchNorm2d(4)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_merge_that_no_layer_can_do_is_refused_before_anything_changes(inplace):
+    model = made(per_channel_fill, PerChannel)
+    with torch.no_grad():
+        truth = model(X)
+        assert relative_error(structrep.reparameterize(model, inplace=inplace)(X), truth) < 1e-12
+
+
+def with_tensor_default(self, x, t=torch.ones(1)):  # noqa: B008
+    return self.c(x) + self.d(x)
+
+
+def with_function_default(self, x, act=torch.relu):
+    return act(self.c(x) + self.d(x))
+
+
+@pytest.mark.parametrize("forward", [with_tensor_default, with_function_default])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_forward_that_cannot_be_written_is_left_and_the_model_with_it(forward, inplace):
+    model = made(forward)
+    with torch.no_grad():
+        truth = model(X)
+        assert relative_error(structrep.reparameterize(model, inplace=inplace)(X), truth) < 1e-12
+        assert relative_error(model(X), truth) < 1e-12
+
+
+def copy_then_write(self, x):
+    y = x * 1
+    y += 1.0
+    return (self.c(x) + self.d(x)).relu() + y
+
+
+def write_a_sum_with_zero(self, x):
+    t = torch.tanh(x)
+    y = t + 0
+    y.add_(1.0)
+    return (self.c(t) + self.d(t)) * y
+
+
+def power(self, x):
+    h = x.tanh()
+    k = h
+    h **= 2
+    return self.c(k) + self.d(k)
+
+
+def floor(self, x):
+    h = x.tanh() * 9
+    k = h
+    h //= 2
+    return torch.relu(self.c(k) + self.d(k))
+
+
+@pytest.mark.parametrize("forward", [copy_then_write, write_a_sum_with_zero, power, floor])
+def test_values_written_in_place(forward):
+    model = made(forward)
+    given = X.clone()
+    same(model, given)
+    assert torch.equal(given, X)
+
+
+def test_arguments_that_were_constants():
+    def scales(self, x, scales=(1.0, 2.0)):
+        return self.c(x) * scales[0] + self.d(x) * scales[1]
+
+    def more(self, x, *more):
+        y = self.c(x) + self.d(x)
+        for z in more:
+            y = y * z
+        return y
+
+    def named(self, x, **named):
+        return (self.c(x) + self.d(x)) * named.get("scale", 1.0)
+
+    says_so(made(scales), (X,), X, scales=(3.0, 4.0))
+    says_so(made(more), (X,), X, X)
+    says_so(made(named), (X,), X, scale=3.0)
+
+
+def test_calls_that_differ_in_their_result():
+    def block(self, x, order):
+        both = [self.c(x) + self.d(x), x.relu()]
+        return both[order[0]], both[order[1]]
+
+    class Parent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.b = made(block)
+
+        def forward(self, x):
+            a, _ = self.b(x, (0, 1))
+            c, _ = self.b(a.tanh(), (1, 0))
+            return c
+
+    same(settled(Parent()), X)
+
+
+def dropped_weights(self, x):
+    return F.conv2d(x, F.dropout(self.c.weight, 0.5, True), padding=1) + self.d(x)
+
+
+def gumbel(self, x):
+    return self.c(x) * F.gumbel_softmax(self.d.bias, dim=0)[0] + self.d(x)
+
+
+@pytest.mark.parametrize("forward", [dropped_weights, gumbel])
+def test_random_weights_are_drawn_at_every_call(forward):
+    model = made(forward)
+    deploy = structrep.reparameterize(model)
+    with torch.no_grad():
+        torch.manual_seed(random.randrange(1000))
+        assert relative_error(deploy(X), deploy(X)) > 1e-3
+
+
+def test_modes_switched_as_the_forward_runs():
+    class Switching(Two):
+        def __init__(self):
+            super().__init__()
+            self.n = nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            self.n.train()
+            y = self.n(self.c(x))
+            self.n.eval()
+            return y
+
+    model = settled(Switching())
+    deploy = structrep.reparameterize(model)
+    with torch.no_grad():
+        assert relative_error(deploy(X), model(X)) < 1e-12
+
+
+def autocast(self, x):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return self.c(x) + self.d(x)
+
+
+def test_autocast_goes_on():
+    model = made(autocast).float()
+    assert structrep.reparameterize(model)(X.float()).dtype == torch.bfloat16
+
+
+def third(self, x):
+    return (self.c(x) * 0.3 + 0.1 - self.d(x) / 3).relu()
+
+
+def test_numbers_that_float32_cannot_hold_merge():
+    model = made(third)
+    plan = structrep.plan(model)
+    plan.prove()
+    assert len(plan.merges) == 1
+    same(model, X)
+
+
+def stacked(self, x):
+    return torch.stack([self.c(x), self.d(x)]).sum(0)
+
+
+def test_a_sum_of_a_stack_merges():
+    model = made(stacked)
+    assert len(structrep.plan(model).merges) == 1
+    same(model, X)
+
+
+def sizes(self, x):
+    return F.avg_pool2d(self.c(x) + self.d(x), x.shape[2:])
+
+
+def out_argument(self, x):
+    a = torch.empty_like(x)
+    torch.add(self.c(x), self.d(x), out=a)
+    return a
+
+
+@pytest.mark.parametrize("forward", [sizes, out_argument])
+def test_arguments_that_depend_on_the_input(forward):
+    same(made(forward), X)
+
+
+def test_a_pad_wider_than_the_smallest_input_of_the_merged_layer():
+    def forward(self, x):
+        return self.r(x)[:, :, 1:-1, 1:-1].relu()
+
+    class Reflected(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.r = nn.Conv2d(4, 4, 1, padding=2, padding_mode="reflect")
+
+    same(nn.Sequential(nn.BatchNorm2d(4), made(forward, Reflected)).double().eval(), X)
