@@ -506,8 +506,8 @@ class ConvMap:
             scale = self.kernel.flatten()
             fill = torch.where(scale == 0, 0.0, other.fill / scale)  # a scale commutes with any pad
         outside = self.bias + _channel_mix(self.kernel, fill, f.groups)
-        summed = self.bias.abs() + _channel_mix(self.kernel.abs(), fill.abs(), f.groups)
-        if not _same(outside, other.fill, summed + other.fill.abs()):
+        size = self.bias.abs() + _channel_mix(self.kernel.abs(), 1 + fill.abs(), f.groups)
+        if not _same(outside, other.fill, size + other.fill.abs()):
             worst = int((outside - other.fill).abs().argmax())
             raise Inexact(
                 f"{other} reads {_reading(other, worst)} outside its input, but {self} gives "
@@ -561,7 +561,7 @@ def _peak(values: Tensor) -> float:
 
 
 def _same(one: Tensor, two: Tensor, size: Tensor) -> bool:
-    """Equal but for rounding, each number relative to what it was summed from."""
+    """Equal but for rounding, each number relative to what it is made of."""
     return bool(((one - two).abs() <= ROUNDING * size).all())
 
 

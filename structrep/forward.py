@@ -151,6 +151,8 @@ class Forward:
         """A child's call, as it stands in its parent's forward."""
         args, kwargs = self._rebuild(call.args), self._rebuild(call.kwargs)
         node = self.graph.call_module(self._relative(call.path), args, kwargs)
+        for before, after in call.written:
+            self.env[after] = self._load(before)
         for proxy, access in _places(call.result, node, self.graph):
             self.env[proxy.node] = access
 

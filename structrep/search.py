@@ -276,8 +276,9 @@ class _Search:
     def _stretches(self, root: fx.Node) -> list[list[Segment]]:
         """Stretches that end at root and could vanish into one layer, shortest first; each from base to root."""
         stretches: list[list[Segment]] = []
-        if isinstance(self.readings.get(root), Same):
-            return stretches  # whatever feeds it ends a stretch just as well
+        reading = self.readings.get(root)
+        if isinstance(reading, Same) or (isinstance(reading, Layer) and reading.kind == "pad"):
+            return stretches  # what feeds it ends a stretch just as well; a pad belongs to what reads it
         inside: set[fx.Node] = set()
         taken: list[Segment] = []
         for segment in self._walk(root, None):
@@ -428,7 +429,8 @@ class _Search:
             raise Unreadable("the merged layer would pad each channel with a different constant, and no layer does")
         before, after = self._price(stretch)
         saved = before.multiply_adds - after.multiply_adds + before.parameters - after.parameters
-        if not saved and before.operations <= after.operations + (padding_of(map_) is None):
+        pads_apart = padding_of(map_) is None or map_.border != "constant"  # copied pixels are a pad of their own
+        if not saved and before.operations <= after.operations + pads_apart:
             term = seq([segment.term for segment in stretch])
             raise Costlier(f"{term} saves nothing: its pad is none that a convolution does, and would stay")
 

@@ -67,6 +67,7 @@ class Call:
     result: Any = None
     settings: dict[str, Any] = field(default_factory=dict)  # of a layer, when it was called
     inlined: bool = False  # a method called from several places, or given weights: part of each of its callers
+    written: list[tuple[fx.Node, fx.Node]] = field(default_factory=list)  # arguments it wrote in place: before, after
     mutates: bool = False  # whether it changed what it was given, or its own module
     steps: list[fx.Node | Call] = field(default_factory=list)  # what its forward did, in order
 
@@ -432,6 +433,8 @@ class _Tracer(fx.Tracer):
         finally:
             self.stack.pop()
         call.result = snapshot(result)
+        given = zip(proxies((call.args, call.kwargs)), proxies((args, kwargs)), strict=False)
+        call.written = [(old.node, new.node) for old, new in given if old.node is not new.node]
         constant = not any(map(is_traced, (args, kwargs, result)))
         if parent and constant and parent.steps[-1] is call and self.calls[-1] is call:
             del parent.steps[-1], self.calls[-1]  # its origin says how it came about
@@ -600,7 +603,9 @@ def proxies(value: Any) -> Iterator[fx.Proxy]:
 
 
 def snapshot(value: Any) -> Any:
-    """The lists and dicts in a structure as they are now: whoever holds them may change them later."""
+    """A structure as it is now: whoever holds its lists, dicts and traced values may write to them later."""
+    if isinstance(value, fx.Proxy):
+        return type(value)(value.node, value.tracer)
     if type(value) in (list, tuple):
         return type(value)(snapshot(item) for item in value)
     if type(value) is dict:
@@ -614,7 +619,7 @@ def _alike(before: Any, after: Any) -> bool:
         return len(before) == len(after) and all(map(_alike, before, after))
     if type(before) is dict:
         return list(before) == list(after) and all(_alike(before[key], after[key]) for key in before)
-    return before is after
+    return before is after or (isinstance(before, fx.Proxy) and isinstance(after, fx.Proxy))
 
 
 def _holds_tensor(value: Any) -> bool:
