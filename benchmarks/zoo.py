@@ -36,7 +36,7 @@ EXACT_BELOW = 30_000_000  # parameters: float64 up to here, float32 against the 
 
 
 def names(everything: bool) -> list[str]:
-    """Architectures as `timm:name` and `torchvision:name`; one a module, the smallest by parameters, unless `everything`."""
+    """Architectures as `timm:name` and `torchvision:name`; the smallest of each module unless `everything`."""
     found = [f"timm:{name}" for name in timm.list_models()]
     try:
         from torchvision import models
@@ -230,9 +230,8 @@ def table(lines: list[dict[str, Any]]) -> str:
         rules = ", ".join(f"{name} {count}" for name, count in line["rules"].items())
         left = ", ".join(f"{name} {count}" for name, count in line["norms_left"].items())
         flag = "" if holds(line) else " **off**"
-        rows.append(
-            f"| {line['model']} | {' | '.join(pairs)} | {line['error']:.0e}{flag} | {theirs} | {rules} | {left} |"
-        )
+        cells = [line["model"], *pairs, f"{line['error']:.0e}{flag}", theirs, rules, left]
+        rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows) + "\n"
 
 
