@@ -218,7 +218,8 @@ def table(lines: list[dict[str, Any]]) -> str:
         f"{len(lines)} models, {len(good)} equal to rounding and no dearer, "
         f"{sum('exception' in line for line in lines)} exceptions.",
         "",
-        "| model | convs | norms | additions | multiply-adds | error | left by timm: convs, norms | rules | norms left because |",
+        "| model | convs | norms | additions | multiply-adds | error "
+        "| timm leaves (convs, norms) | rules | why norms are left |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for line in sorted(lines, key=lambda one: str(one["model"])):

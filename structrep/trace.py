@@ -470,6 +470,8 @@ class _Tracer(fx.Tracer):
         return node
 
     def create_arg(self, a: Any) -> Any:
+        if isinstance(a, fx.Proxy):
+            return a.node
         if not isinstance(a, Tensor):
             return super().create_arg(a)
         node = self.tensor_nodes.get(id(a))
@@ -488,7 +490,15 @@ class _Tracer(fx.Tracer):
 
 
 class _Proxy(fx.Proxy):
-    """A traced value that can be written in place: stock torch.fx makes `y += b` a new value and leaves aliases old."""
+    """A traced value that can be written in place, and has the attributes that tensors have.
+
+    Stock torch.fx makes `y += b` a new value and leaves aliases old, and its proxies have every attribute asked for.
+    """
+
+    def __getattr__(self, k: str) -> Any:
+        if not hasattr(Tensor, k):
+            raise AttributeError(f"'Tensor' object has no attribute {k!r}")
+        return super().__getattr__(k)
 
     def __setitem__(self, index: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
@@ -605,7 +615,7 @@ def proxies(value: Any) -> Iterator[fx.Proxy]:
 def snapshot(value: Any) -> Any:
     """A structure as it is now: whoever holds its lists, dicts and traced values may write to them later."""
     if isinstance(value, fx.Proxy):
-        return type(value)(value.node, value.tracer)
+        return _Proxy(value.node, value.tracer)
     if type(value) in (list, tuple):
         return type(value)(snapshot(item) for item in value)
     if type(value) is dict:
@@ -623,7 +633,7 @@ def _alike(before: Any, after: Any) -> bool:
 
 
 def _holds_tensor(value: Any) -> bool:
-    return any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value))
+    return any(isinstance(leaf, Tensor) and not isinstance(leaf, fx.Proxy) for leaf in pytree.tree_leaves(value))
 
 
 def is_traced(value: Any) -> bool:

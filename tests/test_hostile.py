@@ -263,3 +263,11 @@ def test_a_pad_wider_than_the_smallest_input_of_the_merged_layer():
             self.r = nn.Conv2d(4, 4, 1, padding=2, padding_mode="reflect")
 
     same(nn.Sequential(nn.BatchNorm2d(4), made(forward, Reflected)).double().eval(), X)
+
+
+def asks_for_an_attribute(self, x):
+    return (self.c(x) + self.d(x)) * (2.0 if getattr(x, "mask", None) is not None or hasattr(x, "tensors") else 1.0)
+
+
+def test_a_traced_value_has_no_attribute_that_tensors_lack():
+    same(made(asks_for_an_attribute), X)
