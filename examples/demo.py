@@ -126,6 +126,7 @@ def latencies(nets: tuple[nn.Module, nn.Module], x: Tensor, rounds: int = 60) ->
 
 def main() -> int:
     console = Console()
+    torch.set_num_threads(1)  # an 8x8 image is too small to share between threads
     torch.manual_seed(0)
     images, labels, test_images, test_labels = digits()
     net = digits_net()
