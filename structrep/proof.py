@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from structrep.algebra import ConvMap
 from structrep.errors import BadInput, WrongMerge
-from structrep.readers import only_asserted
+from structrep.readers import constant, only_asserted
 from structrep.registry import COEFFICIENT_ROUNDING
 from structrep.report import OutputRecord, Verification
 from structrep.search import Merge
@@ -191,10 +191,9 @@ class _Region:
 
         def load(node: fx.Node) -> Any:
             if "value" in node.meta:
-                constant = node.meta["value"]
-                real = isinstance(constant, Tensor) and constant.is_floating_point()
-                return constant.detach().double() if real else constant
-            return values[node]
+                held = node.meta["value"]
+                return held.detach().double() if isinstance(held, Tensor) and held.is_floating_point() else held
+            return values[node] if node in values else constant(node)  # the zeros that a sum starts from
 
         for node in self.nodes:
             if only_asserted(node):

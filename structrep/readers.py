@@ -462,6 +462,8 @@ def read_node(node: fx.Node) -> Reading | None:
 def constant(value: Any) -> Tensor | float | None:
     """The number or tensor that an argument is, if it does not depend on the input."""
     if isinstance(value, fx.Node):
+        if value.target is torch.zeros_like and len(value.users) == 1:
+            return 0  # what sums often start from
         value = value.meta.get("value")
         if isinstance(value, Tensor):
             return value

@@ -271,3 +271,28 @@ def asks_for_an_attribute(self, x):
 
 def test_a_traced_value_has_no_attribute_that_tensors_lack():
     same(made(asks_for_an_attribute), X)
+
+
+def from_zeros(self, x):
+    total = torch.zeros_like(x)
+    total = total + self.c(x)
+    return total + self.d(x)
+
+
+def from_zeros_in_place(self, x):
+    total = torch.zeros_like(x)
+    for branch in (self.c, self.d):
+        total += branch(x)
+    return total
+
+
+def zeros_read_again(self, x):
+    zeros = torch.zeros_like(x)
+    return (zeros + self.c(x)) * 2 + self.d(x) * (zeros + 1)
+
+
+@pytest.mark.parametrize("forward", [from_zeros, from_zeros_in_place, zeros_read_again])
+def test_sums_that_start_from_zeros(forward):
+    model = made(forward)
+    same(model, X)
+    assert len(structrep.plan(model).merges) == (forward is not zeros_read_again)
