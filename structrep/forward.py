@@ -20,7 +20,7 @@ from torch import Tensor, fx
 
 from structrep.errors import Unreadable
 from structrep.generated import Method
-from structrep.readers import Same, mutates, only_asserted, read_node
+from structrep.readers import Same, aliases, mutates, only_asserted, read_node
 from structrep.trace import Call, Traced, is_traced, storage
 
 
@@ -143,8 +143,10 @@ class Forward:
         ):
             return None
         reading = read_node(node)
-        # Nobody else may see the source: an operation that changes nothing still gives a value of its own.
-        alone = isinstance(reading, Same) and len(reading.source.users) == 1
+        same = aliases(node)
+        # An operation that changes nothing still gives a value of its own, which may be written to.
+        written = any(mutates(user) in same for alias in same for user in alias.users)
+        alone = isinstance(reading, Same) and len(reading.source.users) == 1 and not written
         return reading.source if isinstance(reading, Same) and alone and mutates(node) is None else None
 
     def _collapse(self, call: Call) -> None:

@@ -127,7 +127,14 @@ def floor(self, x):
     return torch.relu(self.c(k) + self.d(k))
 
 
-@pytest.mark.parametrize("forward", [copy_then_write, write_a_sum_with_zero, power, floor])
+def write_a_copy_of_a_view(self, x):
+    t = torch.tanh(x)
+    y = t.chunk(2, 1)[0] + 0
+    y[:, 0] = 1.0
+    return (self.c(t) + self.d(t)).relu() * y.sum()
+
+
+@pytest.mark.parametrize("forward", [write_a_copy_of_a_view, copy_then_write, write_a_sum_with_zero, power, floor])
 def test_values_written_in_place(forward):
     model = made(forward)
     given = X.clone()
