@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from structrep.algebra import ConvMap
 from structrep.errors import BadInput, WrongMerge
-from structrep.readers import constant, only_asserted
+from structrep.readers import constant, lower, only_asserted
 from structrep.registry import COEFFICIENT_ROUNDING
 from structrep.report import OutputRecord, Verification
 from structrep.search import Merge
@@ -139,14 +139,17 @@ def dtype_of(model: nn.Module) -> torch.dtype:
 
 
 def prove(merge: Merge) -> None:
-    """Run the stretch of the traced graph and the merged map on random float64 input of odd and tiny sizes.
+    """Run the stretch of the traced graph and the merged layer on random float64 input of odd and tiny sizes.
+
+    The layer that is run is the one that would be written, its pads as a module has them.
 
     Raises:
-        WrongMerge: they differ.
+        WrongMerge: they differ, or there was no size that the stretch itself accepts.
     """
     map_ = merge.value()
-    region = _Region(merge)
+    region, layer = _Region(merge), lower(map_, map_.kernel)
     generator = torch.Generator().manual_seed(0)
+    proved = False
     for size in _sizes(map_):
         x = torch.randn(2, map_.geometry.in_channels, *size, dtype=torch.float64, generator=generator).to(
             map_.kernel.device
@@ -156,7 +159,11 @@ def prove(merge: Merge) -> None:
                 before = region(x)
             except RuntimeError:
                 continue  # too small for the layers as they were
-            after = map_(x)
+            try:
+                after = layer(x)
+            except RuntimeError as reason:
+                raise WrongMerge(f"the merged layer does not take an input of {size} pixels: {reason}") from reason
+        proved = True
         if before.shape != after.shape:
             raise WrongMerge(
                 f"on an input of {size} pixels the layers give {tuple(before.shape)}, merged {tuple(after.shape)}"
@@ -166,6 +173,8 @@ def prove(merge: Merge) -> None:
             raise WrongMerge(
                 f"on an input of {size} pixels the merged layer is off by {error:.1e}, relative to the largest output"
             )
+    if not proved:
+        raise WrongMerge(f"the layers take no input of {' or '.join(map(str, _sizes(map_)))} pixels to be compared on")
 
 
 def _sizes(map_: ConvMap) -> list[tuple[int, ...]]:

@@ -342,7 +342,13 @@ def pool_layer(
 
 
 def pad_layer(sides: Sequence[int], border: Border, value: float = 0.0) -> Layer:
-    """An explicit pad or crop; `sides` as in `torch.nn.functional.pad`, last dim first."""
+    """An explicit pad or crop; `sides` as in `torch.nn.functional.pad`, last dim first.
+
+    Raises:
+        Unreadable: it copies pixels on one side and crops another, which torch does in the other order than a map.
+    """
+    if border != "constant" and min(sides) < 0 < max(sides):
+        raise Unreadable(f"a {border} pad of {tuple(sides)} crops before it copies pixels, a map copies first")
     pairs = tuple((sides[i], sides[i + 1]) for i in range(len(sides) - 2, -1, -2))
 
     def shape(c: int, d: int) -> Geometry:
@@ -827,7 +833,7 @@ def lower(map_: ConvMap, like: Tensor, *, bias: bool = True, requires_grad: bool
         A Linear, a convolution, or a pad and a convolution where no convolution pads so itself.
 
     Raises:
-        Unreadable: no layer pads with a different constant for each channel.
+        Unreadable: no layer pads as the map does.
     """
     g = map_.geometry
     has_bias = bias or bool(map_.bias.any())
@@ -854,13 +860,20 @@ def lower(map_: ConvMap, like: Tensor, *, bias: bool = True, requires_grad: bool
     if has_bias:
         layer.bias = nn.Parameter(map_.bias.to(like.device, like.dtype), requires_grad=requires_grad)
     layer.eval()
-    return layer if padding is not None else nn.Sequential(_pad_module(map_), layer)
+    return layer if padding is not None else nn.Sequential(pad_module(map_), layer)
 
 
-def _pad_module(map_: ConvMap) -> nn.Module:
+def pad_module(map_: ConvMap) -> nn.Module:
+    """The pad of a map that no convolution does, as a layer of its own.
+
+    Raises:
+        Unreadable: no layer pads so.
+    """
     fill = torch.unique(map_.fill)
     if len(fill) > 1:
         raise Unreadable("the merged layer would pad each channel with a different constant, and no layer does")
+    if map_.border != "constant" and any(side < 0 for sides in map_.geometry.pad for side in sides):
+        raise Unreadable(f"the merged layer would pad ({map_.border}) and then crop, and torch's pads crop first")
     sides = tuple(side for sides in reversed(map_.geometry.pad) for side in sides)
     module: nn.Module = _PADS[map_.border][map_.geometry.dims](
         sides, *([fill.item()] if map_.border == "constant" else [])

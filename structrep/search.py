@@ -45,6 +45,7 @@ from structrep.readers import (
     hooks,
     mutates,
     only_asserted,
+    pad_module,
     padding_of,
     read_node,
     scale_layer,
@@ -425,8 +426,8 @@ class _Search:
                 f"a merged coefficient of {map_.magnitude:.3g} does not fit {str(dtype).removeprefix('torch.')}, whose "
                 f"largest value is {torch.finfo(dtype).max:.3g}: reparameterize the model in float32, or use bfloat16"
             )
-        if len(torch.unique(map_.fill)) > 1:
-            raise Unreadable("the merged layer would pad each channel with a different constant, and no layer does")
+        if padding_of(map_) is None:
+            pad_module(map_)  # raises where no layer pads so
         before, after = self._price(stretch)
         saved = before.multiply_adds - after.multiply_adds + before.parameters - after.parameters
         pads_apart = padding_of(map_) is None or map_.border != "constant"  # copied pixels are a pad of their own

@@ -303,3 +303,16 @@ def test_sums_that_start_from_zeros(forward):
     model = made(forward)
     same(model, X)
     assert len(structrep.plan(model).merges) == (forward is not zeros_read_again)
+
+
+@pytest.mark.parametrize("pad", [nn.CircularPad1d, nn.ReflectionPad1d, nn.ReplicationPad1d])
+def test_a_pad_that_copies_pixels_and_then_a_crop(pad):
+    """torch's pad layers crop first and copy then; the formula copies first."""
+    model = settled(nn.Sequential(pad((3, 0)), nn.ConstantPad1d((0, -1), 0.0), nn.Conv1d(1, 1, 2)))
+    for size in (4, 5, 9):
+        same(model, torch.randn(2, 1, size, dtype=torch.float64))
+
+
+def test_a_pad_layer_that_copies_and_crops_at_once():
+    model = settled(nn.Sequential(nn.CircularPad1d((3, -1)), nn.Conv1d(1, 1, 2)))
+    same(model, torch.randn(2, 1, 6, dtype=torch.float64))
