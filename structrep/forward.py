@@ -21,7 +21,8 @@ from torch import Tensor, fx
 from structrep.errors import Unreadable
 from structrep.generated import Method
 from structrep.readers import Same, aliases, mutates, only_asserted, read_node
-from structrep.trace import Call, Traced, is_traced, storage
+from structrep.trace import Call, Traced, storage
+from structrep.values import is_traced
 
 
 @dataclass
@@ -168,6 +169,8 @@ class Forward:
         return node in self.env or node.op == "get_attr"
 
     def _load(self, node: fx.Node) -> Any:
+        if "module" in node.meta:
+            return self.graph.get_attr(self._relative(str(node.target)))
         if node.op == "get_attr":
             return self._constant(node.meta["value"])
         if node not in self.env:

@@ -18,7 +18,13 @@ _ELEMENTWISE = {
     *("hardswish", "hardsigmoid", "hardtanh", "softmax", "softplus", "dropout", "contiguous", "clone", "detach", "to"),
     *("reshape_as", "view_as", "expand_as", "matmul", "bmm", "scaled_dot_product_attention"),
     *("float", "half", "linear", "layer_norm", "batch_norm", "transpose", "swapaxes", "roll", "flip", "type_as"),
+    *("cat", "concat", "concatenate", "chunk", "split", "tensor_split", "split_with_sizes"),
 }
+_ACTS = {
+    *("relu", "relu6", "leaky_relu", "gelu", "silu", "mish", "elu", "celu", "selu", "sigmoid", "tanh", "hardswish"),
+    *("hardsigmoid", "hardtanh", "softplus", "dropout", "contiguous", "clone", "float", "half", "batch_norm"),
+}
+_PIECES = {"chunk", "split", "tensor_split", "split_with_sizes"}  # whose rank is that of each piece
 _REDUCTIONS = {"mean", "sum", "amax", "amin", "std", "var", "logsumexp"}
 _OF_DIMS = re.compile(r"(conv|conv_transpose|(adaptive_)?(avg|max)_pool)([123])d")
 _MODULE_OF_DIMS = re.compile(
@@ -42,6 +48,30 @@ def rank(node: fx.Node) -> int | None:
     return found
 
 
+def channels(node: fx.Node) -> int | None:
+    """Size of dim 1 of a node's value, from the layer that made it; None if none says."""
+    while True:
+        if "shape" in node.meta:
+            return int(node.meta["shape"][1]) if len(node.meta["shape"]) > 1 else None
+        source = _source(node)
+        if node.op == "call_module":
+            module = node.meta["call"].module
+            if isinstance(module, nn.modules.conv._ConvNd):
+                return module.out_channels
+            if isinstance(module, nn.modules.batchnorm._NormBase):
+                return module.num_features
+            same = type(module).__module__ in ("torch.nn.modules.activation", "torch.nn.modules.dropout")
+            if not same or isinstance(module, nn.MultiheadAttention) or source is None:
+                return None
+        elif source is None or (str(node.target) if node.op == "call_method" else _name(node)).strip("_") not in _ACTS:
+            return None
+        node = source
+
+
+def _name(node: fx.Node) -> str:
+    return getattr(node.target, "__name__", "")
+
+
 def _source(node: fx.Node) -> fx.Node | None:
     """The input whose rank matters."""
     inputs = [n for n in node.all_input_nodes if "value" not in n.meta]
@@ -56,8 +86,7 @@ def _rank(node: fx.Node, source: fx.Node | None) -> int | None:
         return _of_module(node.meta["call"].module, given)
     if node.op not in ("call_function", "call_method"):
         return None
-    name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
-    name = name.strip("_")
+    name = (str(node.target) if node.op == "call_method" else _name(node)).strip("_")
     rest: tuple[Any, ...] = node.args[1:]
     if match := _OF_DIMS.fullmatch(name):
         return int(match[4]) + 2
@@ -68,7 +97,8 @@ def _rank(node: fx.Node, source: fx.Node | None) -> int | None:
         end = node.kwargs.get("end_dim", rest[1] if len(rest) > 1 else -1)
         return _flattened(start, end, given)
     if name == "getitem":
-        return _indexed(rest[0], given)
+        piece = source is not None and (str(source.target) if source.op == "call_method" else _name(source)) in _PIECES
+        return given if piece else _indexed(rest[0], given)
     if name in _REDUCTIONS:
         dims, keep = (
             node.kwargs.get("dim", rest[0] if rest else None),

@@ -790,15 +790,16 @@ def only_asserted(node: fx.Node) -> bool:
     if name in ("_assert", "_assert_with_msg"):
         return not node.users
     asks = (name == "getattr" and node.args[1] in _QUERIES) or (node.op == "call_method" and name in _QUERIES)
-    follows = name in ("eq", "ne", "ge", "gt", "le", "lt", "getitem", "len", "contains", "mod", "floordiv") and all(
-        _asked(n) for n in node.all_input_nodes
-    )
+    follows = name in (*_COMPARES, "len", "contains") and all(_asked(n) for n in node.all_input_nodes)
     return bool((asks or follows) and all(only_asserted(user) for user in node.users))
 
 
 def _asked(node: fx.Node) -> bool:
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return name in ("getattr", "size", "dim", "eq", "ne", "ge", "gt", "le", "lt", "getitem", "mod", "floordiv")
+    return name in ("getattr", "size", "dim", *_COMPARES)
+
+
+_COMPARES = ("eq", "ne", "ge", "gt", "le", "lt", "not_", "getitem", "mod", "floordiv")
 
 
 # --- writing back ---------------------------------------------------------------------------------

@@ -27,7 +27,8 @@ from structrep.guards import Features2d
 from structrep.ranks import rank
 from structrep.readers import Layer, knows, lower, only_asserted, read_module
 from structrep.search import Merge, Replicas, Segment
-from structrep.trace import Call, Traced, proxies
+from structrep.trace import Call, Traced
+from structrep.values import proxies
 
 
 @dataclass(frozen=True)
@@ -277,7 +278,7 @@ class Draft:
         alive: set[int] = set()
         for trace in self.traced.traces:
             for node in trace.nodes:
-                if node.op == "get_attr" and node.users:
+                if node.op == "get_attr" and node.users and "module" not in node.meta:
                     formula = node.meta.get("formula")
                     held = {id(t) for t in formula.tensors} if formula else {id(node.meta["value"])}
                     (dead if self._only_dead(node) else alive).update(held)

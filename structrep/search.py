@@ -129,6 +129,8 @@ def find(model: nn.Module, example_inputs: Example | None, registry: Registry) -
     findings = Findings(trace(model, example_inputs))
     for path, reason in findings.traced.untraced.items():
         findings.missed.append(Missed(path or "(root)", "-", "left as it is", reason))
+    for function, (path, reason) in findings.traced.unfollowed.items():
+        findings.missed.append(Missed(path or "(root)", "-", f"{function.__name__}() as it is", reason))
     for one in findings.traced.traces:
         _Search(findings, one, registry).run()
     return findings
@@ -441,7 +443,8 @@ class _Search:
         inside = {node for segment in stretch for node in segment.nodes}
         same = aliases(base)
         readers = [user for alias in same for user in alias.users]
-        for writer in {user for user in readers if mutates(user) in same}:
+        # What could not be followed may write to what it is given.
+        for writer in {user for user in readers if mutates(user) in same or user.meta["unfollowed"]}:
             at = self.place[writer]
             if writer in inside and any(self.place[other] > at for other in readers if other not in inside):
                 raise Mutated(f"{writer.name} overwrites the input of the merge, which is read again later")

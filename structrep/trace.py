@@ -4,8 +4,8 @@
   scale) is computed as the trace runs and arrives as a constant; how it was computed is kept as its `Origin`.
 * The trace runs on a throwaway copy that shares the model's storage but none of its objects, so the user's module never
   notices, whatever its forward writes to itself.
-* Where a forward cannot be followed, the innermost module type that stopped it is kept whole and tracing tries again;
-  the children of what was kept whole are traced apart.
+* Where a forward cannot be followed, the innermost function or module type that stopped it is kept whole and tracing
+  tries again; the children of a module that was kept whole are traced apart.
 * Every module call is recorded, so that a module's own forward can be cut out of the flat graph again.
 """
 
@@ -16,9 +16,10 @@ import copy
 import functools
 import inspect
 import operator
+import random
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from collections.abc import Callable, Iterator, Mapping, Set
+from dataclasses import dataclass, field
 from types import FunctionType
 from typing import Any
 
@@ -29,7 +30,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
 from structrep import readers
+from structrep.answers import length, spared
 from structrep.errors import BadInput, StructrepError, Untraceable
+from structrep.intercept import (
+    kept_whole,
+    stopping_function,
+    traced_sizes,
+    traced_values_are_tensors,
+)
+from structrep.values import alike, holds_tensor, is_traced, proxies, snapshot
 
 Example = Tensor | tuple[Any, ...] | Mapping[str, Any]
 
@@ -70,6 +79,14 @@ class Call:
     written: list[tuple[fx.Node, fx.Node]] = field(default_factory=list)  # arguments it wrote in place: before, after
     mutates: bool = False  # whether it changed what it was given, or its own module
     steps: list[fx.Node | Call] = field(default_factory=list)  # what its forward did, in order
+
+    @property
+    def code(self) -> Callable[..., Any]:
+        """The function that runs, apart from what it is bound to."""
+        function = self.function
+        while isinstance(function, functools.partial):
+            function = function.func
+        return getattr(function, "__func__", function)
 
     def chain(self) -> Iterator[Call]:
         """This call and those around it, innermost first."""
@@ -116,6 +133,7 @@ class Traced:
     names: dict[int, str]  # id of a tensor that the model holds -> its path
     traces: list[Trace] = field(default_factory=list)
     untraced: dict[str, Untraceable] = field(default_factory=dict)  # module path -> why it was left whole
+    unfollowed: dict[FunctionType, tuple[str, Untraceable]] = field(default_factory=dict)  # kept whole: by whom, why
     calls: dict[tuple[nn.Module, str], list[Call]] = field(default_factory=lambda: defaultdict(list))  # by method
     origins: dict[int, Origin] = field(default_factory=dict)  # id of a computed constant -> how it was computed
     written: set[int] = field(default_factory=set)  # storages of constants that were also written in place
@@ -156,7 +174,7 @@ def trace(model: nn.Module, example_inputs: Example | None = None) -> Traced:
         sites = {(caller.module, caller.method) for caller in callers if caller}
         for call in calls:
             call.inlined = method != "forward" and (
-                len(sites) > 1 or len(set(callers)) < len(calls) or _holds_tensor((call.args, call.kwargs))
+                len(sites) > 1 or len(set(callers)) < len(calls) or holds_tensor((call.args, call.kwargs))
             )
     return traced
 
@@ -230,20 +248,31 @@ def _trace_below(
                     apart.append(call.module)
                 elif call.leaf and type(call.module) in tracer.opaque:
                     apart += call.module.children()
+            apart += _never_called(module, tracer.called)
     for child in apart:
         if child not in seen and not readers.knows(child):
             _trace_below(traced, child, paths, None, seen)
 
 
+def _never_called(module: nn.Module, called: set[nn.Module]) -> Iterator[nn.Module]:
+    """The topmost modules of which a trace has called no part: heads for training, branches for other arguments."""
+    for child in module.children():
+        if called.isdisjoint(child.modules()):
+            yield child
+        else:
+            yield from _never_called(child, called)
+
+
 def _follow(traced: Traced, module: nn.Module, paths: dict[nn.Module, str], example: Example | None) -> _Tracer:
-    """Trace, keeping whole one more module type after each failure, until all goes through or the root itself stops
-    it."""
+    """Trace, keeping whole one more function or module type after each failure, until all goes through or the root
+    itself stops it."""
     opaque: set[type[nn.Module]] = set()
+    whole: dict[FunctionType, tuple[str, Untraceable]] = {}
     while True:
-        tracer = _Tracer(module, paths, traced.names, opaque)
+        tracer = _Tracer(module, paths, traced.names, opaque, whole.keys())
         inputs = tracer.bind(example)
         try:
-            with torch.no_grad(), tracer.watched_methods(), tracer.constants:
+            with torch.no_grad(), tracer.watching():
                 tracer.trace(_Root(module))
         except StructrepError:
             raise
@@ -251,6 +280,11 @@ def _follow(traced: Traced, module: nn.Module, paths: dict[nn.Module, str], exam
             traced.note_reach(tracer)
             call = tracer.stopped or tracer.calls[0]
             tracer.stopped = call
+            function = stopping_function(error.__traceback__, inspect.unwrap(call.code))
+            if function is not None and function not in whole:
+                reason = Untraceable(f"{function.__qualname__} cannot be followed: {_first_line(error)}")
+                whole[function] = (call.path, reason)
+                continue
             reason = Untraceable(f"{type(call.module).__name__}.forward cannot be followed: {_first_line(error)}")
             traced.untraced.setdefault(call.path, reason)
             if call.module is module or type(call.module) in opaque:
@@ -258,6 +292,7 @@ def _follow(traced: Traced, module: nn.Module, paths: dict[nn.Module, str], exam
                 return tracer
             opaque = opaque | {type(call.module)}
             continue
+        traced.unfollowed.update(whole)
         _fold_constants(tracer)
         traced.origins.update(tracer.constants.origins)
         traced.written |= tracer.constants.written
@@ -314,14 +349,21 @@ class _Root(nn.Module):
 
 class _Tracer(fx.Tracer):
     def __init__(
-        self, module: nn.Module, paths: dict[nn.Module, str], names: dict[int, str], opaque: set[type[nn.Module]]
+        self,
+        module: nn.Module,
+        paths: dict[nn.Module, str],
+        names: dict[int, str],
+        opaque: Set[type[nn.Module]],
+        whole: Set[FunctionType],
     ) -> None:
         super().__init__()
         self.module = module
         self.paths = paths
         self.opaque = opaque
+        self.whole = whole
         self.hooked = {m for m in module.modules() if m is not module and readers.hooks(m)}
         self.calls: list[Call] = []
+        self.called: set[nn.Module] = set()  # also those whose calls are constants
         self.stack: list[Call] = []
         self.stopped: Call | None = None
         self.constants = _Constants(self)
@@ -341,6 +383,9 @@ class _Tracer(fx.Tracer):
                 p for p in signature.parameters.values()
                 if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
             ]  # fmt: skip
+            first = next(iter(signature.parameters.values()), None)
+            if not required and first is not None and first.default is None:
+                required = [first]  # as in transformers, where all is optional and the first is the input
             positional = tuple(_Slot(p.name) for p in required if p.kind is not p.KEYWORD_ONLY)
             if not positional and any(p.kind is p.VAR_POSITIONAL for p in signature.parameters.values()):
                 positional = (_Slot("input"),)  # a wrapper that hands on what it is given
@@ -389,6 +434,18 @@ class _Tracer(fx.Tracer):
         return self._record(m, function, args, kwargs, leaf, "forward", m.forward)
 
     @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """All that has to be watched or changed while the trace runs."""
+        with (
+            self.watched_methods(),
+            traced_sizes(self.create_proxy),
+            kept_whole(self.whole, self.create_proxy),
+            traced_values_are_tensors(self.module),
+            self.constants,
+        ):
+            yield
+
+    @contextlib.contextmanager
     def watched_methods(self) -> Iterator[None]:
         """Record calls of methods too: forward_features and its like are then rewritten where they stand."""
         watched: list[tuple[nn.Module, str]] = []
@@ -423,10 +480,14 @@ class _Tracer(fx.Tracer):
         if parent:
             parent.steps.append(call)
         self.calls.append(call)
+        self.called.add(m)
         self.stack.append(call)
-        attributes = dict(m.__dict__)
+        attributes = {} if leaf else snapshot(m.__dict__)
+        drawn = random.getstate()
         try:
             result = run(*args, **kwargs)
+            if random.getstate() != drawn:
+                raise RuntimeError("it draws new random numbers at every call")
         except Exception:
             self.stopped = self.stopped or call
             raise
@@ -438,7 +499,7 @@ class _Tracer(fx.Tracer):
         constant = not any(map(is_traced, (args, kwargs, result)))
         if parent and constant and parent.steps[-1] is call and self.calls[-1] is call:
             del parent.steps[-1], self.calls[-1]  # its origin says how it came about
-        call.mutates |= not _alike((call.args, call.kwargs, attributes), (args, kwargs, m.__dict__))
+        call.mutates |= not alike((call.args, call.kwargs, attributes), (args, kwargs, {} if leaf else m.__dict__))
         return result
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -459,11 +520,31 @@ class _Tracer(fx.Tracer):
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
 
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        """Called for every condition on a traced value."""
+        frame = inspect.currentframe()
+        while frame is not None and frame.f_globals.get("__name__") in (__name__, fx.proxy.__name__):
+            frame = frame.f_back
+        answer = spared(frame) if frame is not None else None
+        if answer is None:
+            return super().to_bool(obj)
+        holds = obj if answer else self.create_proxy("call_function", operator.not_, (obj,), {})
+        self.create_proxy("call_function", torch._assert, (holds, "the forward raises for this input"), {})
+        return answer
+
+    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
+        """Called where a traced value is looped over or unpacked into a call."""
+        count = length(obj.node)
+        return super().iter(obj) if count is None else (obj[index] for index in range(count))  # type: ignore[index]
+
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         node = super().create_node(*args, **kwargs)
         node.meta["index"] = self.count
         node.meta["autocast"] = torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
-        node.meta["call"] = self.stack[-1] if self.stack else None
+        call = node.meta["call"] = self.stack[-1] if self.stack else None
+        node.meta["unfollowed"] = node.target in self.whole or (
+            node.op == "call_module" and call is not None and type(call.module) in self.opaque
+        )
         self.count += 1
         if self.stack and node.op != "get_attr":
             self.stack[-1].steps.append(node)
@@ -472,6 +553,10 @@ class _Tracer(fx.Tracer):
     def create_arg(self, a: Any) -> Any:
         if isinstance(a, fx.Proxy):
             return a.node
+        if isinstance(a, nn.Module) and a in self.paths:
+            held = self.create_node("get_attr", self.paths[a], (), {})
+            held.meta["module"] = a
+            return held
         if not isinstance(a, Tensor):
             return super().create_arg(a)
         node = self.tensor_nodes.get(id(a))
@@ -498,10 +583,18 @@ class _Proxy(fx.Proxy):
     def __getattr__(self, k: str) -> Any:
         if not hasattr(Tensor, k):
             raise AttributeError(f"'Tensor' object has no attribute {k!r}")
-        return super().__getattr__(k)
+        return _Attribute(self, k)
+
+    def __len__(self) -> int:
+        count = length(self.node)
+        return super().__len__() if count is None else count
 
     def __setitem__(self, index: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
+
+
+class _Attribute(fx.proxy.Attribute, _Proxy):
+    """An attribute of a traced value; if it is called, a call of a method."""
 
 
 def _augmented(function: Callable[[Any, Any], Any]) -> Callable[[_Proxy, Any], _Proxy]:
@@ -593,52 +686,6 @@ def storage(tensor: Tensor) -> int:
 
 def _in_place(name: str) -> bool:
     return name in IN_PLACE or (name.endswith("_") and not name.endswith("__"))
-
-
-def proxies(value: Any) -> Iterator[fx.Proxy]:
-    """All proxies inside containers, dataclasses and model outputs."""
-    if isinstance(value, fx.Proxy):
-        yield value
-    elif isinstance(value, (list, tuple, set)):
-        for item in value:
-            yield from proxies(item)
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from proxies(item)
-    elif isinstance(value, slice):
-        yield from proxies((value.start, value.stop, value.step))
-    elif is_dataclass(value) and not isinstance(value, type):
-        for f in fields(value):
-            yield from proxies(getattr(value, f.name))
-
-
-def snapshot(value: Any) -> Any:
-    """A structure as it is now: whoever holds its lists, dicts and traced values may write to them later."""
-    if isinstance(value, fx.Proxy):
-        return _Proxy(value.node, value.tracer)
-    if type(value) in (list, tuple):
-        return type(value)(snapshot(item) for item in value)
-    if type(value) is dict:
-        return {key: snapshot(item) for key, item in value.items()}
-    return value
-
-
-def _alike(before: Any, after: Any) -> bool:
-    """Whether a structure still holds the very values that its snapshot does."""
-    if type(before) in (list, tuple):
-        return len(before) == len(after) and all(map(_alike, before, after))
-    if type(before) is dict:
-        return list(before) == list(after) and all(_alike(before[key], after[key]) for key in before)
-    return before is after or (isinstance(before, fx.Proxy) and isinstance(after, fx.Proxy))
-
-
-def _holds_tensor(value: Any) -> bool:
-    return any(isinstance(leaf, Tensor) and not isinstance(leaf, fx.Proxy) for leaf in pytree.tree_leaves(value))
-
-
-def is_traced(value: Any) -> bool:
-    """Whether a structure holds anything that depends on the input."""
-    return next(proxies(value), None) is not None
 
 
 def as_arguments(example: Example) -> tuple[tuple[Any, ...], dict[str, Any]]:

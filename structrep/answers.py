@@ -1,0 +1,91 @@
+"""Answers to questions that a forward asks of traced values, where there is only one.
+
+* `if x.shape[1] != self.channels: raise ...` is asked of inputs that the model takes: it does not raise.
+* `for y in x.chunk(2, 1)`, `list(...)`, `len(...)`, `*x.shape` have as many items as shapes say.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import linecache
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import fx
+
+from structrep.ranks import channels, rank
+
+Span = tuple[int | None, int | None, int | None, int | None]
+
+
+def spared(frame: FrameType) -> bool | None:
+    """What the condition that a frame is evaluating must be for the code not to raise; None if neither way raises."""
+    positions = list(frame.f_code.co_positions())[frame.f_lasti // 2]
+    for branch in _raising(frame.f_code.co_filename):
+        wanted = not _ends_in_raise(branch.body)
+        answer = _answer(branch.test, (positions[0], positions[1], positions[2], positions[3]), wanted)
+        if answer is not None:
+            return answer
+    return None
+
+
+@functools.lru_cache(64)
+def _raising(filename: str) -> tuple[ast.If, ...]:
+    """The branches of a file of which one way raises and the other does not."""
+    try:
+        tree = ast.parse("".join(linecache.getlines(filename)))
+    except SyntaxError:
+        return ()
+    branches = [node for node in ast.walk(tree) if isinstance(node, ast.If)]
+    return tuple(b for b in branches if _ends_in_raise(b.body) != _ends_in_raise(b.orelse))
+
+
+def _ends_in_raise(body: list[ast.stmt]) -> bool:
+    return bool(body) and isinstance(body[-1], ast.Raise)
+
+
+def _answer(test: ast.expr, span: Span, wanted: bool) -> bool | None:
+    """What the part of a condition at `span` must be, for the whole to be as wanted."""
+    if (test.lineno, test.end_lineno, test.col_offset, test.end_col_offset) == span:
+        return wanted
+    if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
+        return _answer(test.operand, span, not wanted)
+    if isinstance(test, ast.BoolOp):
+        found = (_answer(part, span, wanted) for part in test.values)
+        return next((answer for answer in found if answer is not None), None)
+    return None
+
+
+def length(node: fx.Node) -> int | None:
+    """How many items a value has that is not a tensor; None if shapes do not say."""
+    name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
+    args, source = node.args, node.args[0] if node.args else None
+    if not isinstance(source, fx.Node):
+        return None
+    if (name == "getattr" and args[1] == "shape") or (name == "size" and len(args) == 1 and not node.kwargs):
+        return rank(source)
+    if name == "getitem" and isinstance(args[1], slice):
+        whole = length(source)
+        ends = (args[1].start, args[1].stop, args[1].step)
+        known = whole is not None and all(isinstance(end, (int, type(None))) for end in ends)
+        return len(range(whole)[args[1]]) if known else None  # type: ignore[arg-type]
+    if name == "chunk":
+        return _chunks(source, _given(node, 1, "chunks", None), _given(node, 2, "dim", 0))
+    if name == "split":
+        sizes = _given(node, 1, "split_size_or_sections", _given(node, 1, "split_size", None))
+        return len(sizes) if isinstance(sizes, (list, tuple)) else None
+    return None
+
+
+def _given(node: fx.Node, place: int, name: str, default: Any) -> Any:
+    return node.kwargs.get(name, node.args[place] if len(node.args) > place else default)
+
+
+def _chunks(source: fx.Node, count: Any, dim: Any) -> int | None:
+    """`torch.chunk` gives fewer pieces than asked for where the size does not divide."""
+    dims = rank(source)
+    on_channels = dim == 1 or (dims is not None and dim == 1 - dims)
+    size = channels(source) if on_channels else None
+    return len(torch.empty(size).chunk(count)) if size and isinstance(count, int) and count > 0 else None

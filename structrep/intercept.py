@@ -1,0 +1,172 @@
+"""What torch.fx does not see of a forward's Python, caught while a trace runs.
+
+* A function that cannot be followed is kept whole: its call becomes one node.
+* So does a call that gives traced sizes to a real tensor or to a factory: `token.expand(B, -1, -1)`, `torch.zeros(B)`.
+* `isinstance(x, torch.Tensor)` and `torch.is_tensor(x)` hold for traced values, which torch.fx answers with no.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import inspect
+import textwrap
+from collections.abc import Callable, Iterable, Iterator
+from types import FunctionType, TracebackType
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, fx, nn
+
+from structrep.values import is_traced, stand_in
+
+Record = Callable[[str, Any, tuple[Any, ...], dict[str, Any]], Any]
+
+_SIZED_METHODS = ("expand", "repeat", "tile", "view", "reshape", "broadcast_to", "new_zeros", "new_ones", "new_full",
+                  "new_empty")  # fmt: skip
+_SIZED_FACTORIES = ("zeros", "ones", "full", "empty", "arange", "linspace", "eye", "rand", "randn", "broadcast_to")
+_ENGINE = ("torch.fx", "structrep.", "torch._", "torch.overrides")
+
+
+@contextlib.contextmanager
+def kept_whole(functions: Iterable[FunctionType], record: Record) -> Iterator[None]:
+    """Calls of these functions on traced values become single nodes, whatever name they are called by.
+
+    The code of each is exchanged for as long as the trace runs: a function may be known by any name in any module.
+    """
+    with contextlib.ExitStack() as stack:
+        for function in functions:
+            stack.enter_context(_exchanged(function, record))
+        yield
+
+
+def _forwards(*args: Any, _hook: Any, **kwargs: Any) -> Any:
+    return _hook(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def _exchanged(function: FunctionType, record: Record) -> Iterator[None]:
+    code, defaults = function.__code__, function.__kwdefaults__
+    original = FunctionType(code, function.__globals__, function.__name__, function.__defaults__)
+    original.__kwdefaults__ = defaults
+
+    def hook(*args: Any, **kwargs: Any) -> Any:
+        if not is_traced((args, kwargs)):
+            return original(*args, **kwargs)
+        for value in pytree.tree_leaves((args, kwargs)):
+            if isinstance(value, nn.Module) and not _reads_settings_only(original, value, args, kwargs):
+                raise RuntimeError(f"{function.__name__} is given a module, which it may run")
+        return record("call_function", function, args, kwargs)
+
+    function.__code__, function.__kwdefaults__ = _forwards.__code__, {"_hook": hook}
+    try:
+        yield
+    finally:
+        function.__code__, function.__kwdefaults__ = code, defaults
+
+
+def stopping_function(traceback: TracebackType | None, outermost: Callable[..., Any]) -> FunctionType | None:
+    """The innermost function of some module's namespace that an exception came out of, called by `outermost`."""
+    found = None
+    inside = False
+    code = getattr(outermost, "__code__", None)
+    while traceback is not None:
+        frame = traceback.tb_frame
+        if inside and not str(frame.f_globals.get("__name__", "")).startswith(_ENGINE):
+            function = frame.f_globals.get(frame.f_code.co_name)
+            if isinstance(function, FunctionType) and function.__code__ is frame.f_code and not function.__closure__:
+                found = function
+        inside |= frame.f_code is code
+        traceback = traceback.tb_next
+    return found
+
+
+def _reads_settings_only(function: FunctionType, module: nn.Module, args: Any, kwargs: Any) -> bool:
+    """Whether all that a function does with a module it is given is to read plain attributes: a stride, a padding."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+        given = inspect.signature(function).bind(*args, **kwargs).arguments
+    except (OSError, TypeError, SyntaxError):
+        return False
+    names = {name for name, value in given.items() if value is module}
+    uses = [n for n in ast.walk(tree) if isinstance(n, ast.Name) and n.id in names]
+    reads = [
+        n.attr
+        for n in ast.walk(tree)
+        if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name) and n.value.id in names
+    ]
+    plain = (bool, int, float, str, tuple)
+    return bool(names) and len(uses) == len(reads) and all(isinstance(module.__dict__.get(a), plain) for a in reads)
+
+
+@contextlib.contextmanager
+def traced_sizes(record: Record) -> Iterator[None]:
+    """Real tensors and factories take traced sizes: such a call becomes a node."""
+    with contextlib.ExitStack() as stack:
+        for name in _SIZED_METHODS:
+            stack.enter_context(_patched(Tensor, name, _sized(getattr(Tensor, name), "call_method", name, record)))
+        for name in _SIZED_FACTORIES:
+            factory = getattr(torch, name)
+            stack.enter_context(_patched(torch, name, _sized(factory, "call_function", factory, record)))
+        yield
+
+
+def _sized(function: Callable[..., Any], kind: str, target: Any, record: Record) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if is_traced((args, kwargs)):
+            return record(kind, target, args, kwargs)
+        return function(*args, **kwargs)
+
+    return call
+
+
+@contextlib.contextmanager
+def traced_values_are_tensors(model: nn.Module) -> Iterator[None]:
+    """Make type questions of a model's code see traced values as what they stand for.
+
+    `isinstance` is shadowed in the namespaces of that code alone: torch's own code has to see proxies.
+    """
+
+    def is_instance(value: Any, kinds: Any) -> bool:
+        return isinstance(value, kinds) or (isinstance(value, fx.Proxy) and isinstance(stand_in(value.node), kinds))
+
+    def is_tensor(value: Any) -> bool:
+        return is_instance(value, Tensor)
+
+    spaces = [space for space in _namespaces(model) if "isinstance" not in space]
+    for space in spaces:
+        space["isinstance"] = is_instance
+    try:
+        with _patched(torch, "is_tensor", is_tensor):
+            yield
+    finally:
+        for space in spaces:
+            space.pop("isinstance", None)
+
+
+def _namespaces(model: nn.Module) -> list[dict[str, Any]]:
+    """The namespaces of a model's classes, and of the functions that those call by name."""
+    found: dict[int, dict[str, Any]] = {}
+    for cls in {base for module in model.modules() for base in type(module).__mro__}:
+        for function in vars(cls).values():
+            if isinstance(function, FunctionType) and not cls.__module__.startswith(("torch.", "builtins")):
+                space = function.__globals__
+                called = (space.get(name) for name in function.__code__.co_names)
+                for one in (function, *(f for f in called if isinstance(f, FunctionType))):
+                    found[id(one.__globals__)] = one.__globals__
+    return [s for s in found.values() if not str(s.get("__name__", "")).startswith(("torch.", "structrep."))]
+
+
+@contextlib.contextmanager
+def _patched(owner: Any, name: str, value: Any) -> Iterator[None]:
+    own = name in vars(owner)
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if own:
+            setattr(owner, name, before)
+        else:
+            delattr(owner, name)

@@ -1,0 +1,298 @@
+"""Forwards that stock torch.fx cannot follow, or follows wrongly: each merges and stays right, or is left as it is."""
+
+import builtins
+import math
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import structrep
+from tests.models import relative_error, settled
+
+
+def same_padding(x, conv):
+    """Control flow on sizes; the layer is asked for its settings only."""
+    height, width = x.shape[-2:]
+    pads = [max((math.ceil(n / s) - 1) * s + k - n, 0)
+            for n, s, k in zip((height, width), conv.stride, conv.kernel_size, strict=False)]  # fmt: skip
+    return F.pad(x, (pads[1] // 2, pads[1] - pads[1] // 2, pads[0] // 2, pads[0] - pads[0] // 2))
+
+
+class SamePadded(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, stride=2, bias=False)
+        self.norm = nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        return self.norm(self.conv(same_padding(x, self.conv))).relu()
+
+
+def run_it(x, layer):
+    return layer(x) if x.shape[0] > 1 else layer(x) + 0
+
+
+class RunByFunction(nn.Module):
+    """The norm is also run by a function that cannot be followed."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 1)
+        self.norm = nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        return self.norm(self.conv(x)) + run_it(x, self.norm)
+
+
+class ByType(nn.Module):
+    """Answers of no to `isinstance` and `is_tensor` give another result."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 1)
+        self.norm = nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        y = self.conv(x)
+        y = self.norm(y) if isinstance(y, torch.Tensor) else y * 0
+        if torch.is_tensor(y) and isinstance(y, (list, torch.Tensor)) and not isinstance(y, (tuple, int)):
+            y = y + 1
+        size = x.shape[-1]
+        return y * 2 if isinstance(size, int) and not isinstance(size, torch.Tensor) else y
+
+
+class Token(nn.Module):
+    """A parameter is given the batch size."""
+
+    def __init__(self):
+        super().__init__()
+        self.token = nn.Parameter(torch.randn(1, 1, 4))
+        self.conv = nn.Conv2d(3, 4, 2, 2)
+        self.norm = nn.BatchNorm2d(4)
+        self.mix = nn.Conv2d(4, 4, 1)
+
+    def forward(self, x):
+        y = self.norm(self.conv(x))
+        y = (y + self.mix(y)).flatten(2).transpose(1, 2)
+        zeros = torch.zeros(x.shape[0], 1, 4, dtype=x.dtype)
+        return torch.cat([self.token.expand(x.shape[0], -1, -1), zeros, y], dim=1)
+
+
+@pytest.mark.parametrize("build", [SamePadded, ByType, Token])
+def test_it_merges(build):
+    model = settled(build())
+    deploy = structrep.reparameterize(model)
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in deploy.modules())
+    for shape in ((2, 3, 8, 8), (1, 3, 7, 9) if build is SamePadded else (1, 3, 6, 4)):
+        x = torch.randn(shape, dtype=torch.float64)
+        assert relative_error(deploy(x), model(x)) < 1e-12
+    assert "isinstance" not in globals()
+    assert isinstance is builtins.isinstance
+    assert "expand" not in vars(torch.Tensor)
+    assert same_padding.__code__.co_name == "same_padding"
+
+
+def test_a_function_that_was_kept_whole_is_named():
+    plan = structrep.plan(settled(SamePadded()))
+    assert [(r.what, r.kind) for r in plan.refusals] == [("same_padding() as it is", "Untraceable")]
+
+
+def test_a_layer_that_a_function_may_run_stays():
+    model = settled(RunByFunction())
+    deploy = structrep.reparameterize(model)
+    x = torch.randn(2, 3, 5, 5, dtype=torch.float64)
+    assert relative_error(deploy(x), model(x)) < 1e-12
+
+
+class Dropped(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 1)
+        self.norm = nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        return self.norm(self.conv(x)) * random.random()
+
+
+def test_numbers_that_python_draws_are_drawn_at_every_call():
+    model = settled(Dropped())
+    deploy = structrep.reparameterize(model)
+    x = torch.randn(2, 3, 5, 5, dtype=torch.float64)
+    for seed in range(3):
+        random.seed(seed)
+        truth = model(x)
+        random.seed(seed)
+        assert relative_error(deploy(x), truth) < 1e-12
+
+
+class Remembers(nn.Module):
+    """State in a list, and in a dict in a dict."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how = how
+        self.a, self.b = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+        self.seen = []
+        self.state = {"last": {}}
+
+    def forward(self, x):
+        y = self.a(x) + self.b(x)
+        if self.how == "list":
+            self.seen.append(y)
+        else:
+            self.state["last"]["y"] = y
+        return y
+
+
+@pytest.mark.parametrize("how", ["list", "dict"])
+def test_a_forward_that_remembers_goes_on_remembering(how):
+    model = settled(Remembers(how))
+    deploy = structrep.reparameterize(model)
+    x = torch.randn(2, 3, 5, 5, dtype=torch.float64)
+    assert relative_error(deploy(x), model(x)) < 1e-12
+    for one in (model, deploy):
+        held = one.seen[-1] if how == "list" else one.state["last"]["y"]
+        assert torch.is_tensor(held)
+
+
+def scaled_in_place(x):
+    return x.mul_(2) if x.shape[0] else x
+
+
+class WrittenByFunction(nn.Module):
+    """A function that cannot be followed writes to what a convolution has read."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 1)
+        self.scale = nn.Parameter(torch.randn(3, 1, 1))
+
+    def forward(self, x):
+        x = x.relu()
+        y = self.conv(x)
+        scaled_in_place(x)
+        return y * self.scale + x
+
+
+def test_a_function_that_writes_to_its_argument():
+    model = settled(WrittenByFunction())
+    deploy = structrep.reparameterize(model)
+    x = torch.randn(2, 3, 5, 5, dtype=torch.float64)
+    assert relative_error(deploy(x), model(x)) < 1e-12
+
+
+class Checks(nn.Module):
+    """Conditions that only raise, loops over pieces, sizes unpacked into a call."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(3, 6, 1)
+        self.norm = nn.BatchNorm2d(6)
+        self.branches = nn.ModuleList(nn.Conv2d(3, 3, 3, padding=1) for _ in range(2))
+        self.skips = nn.ModuleList(nn.Conv2d(3, 3, 1) for _ in range(2))
+
+    def forward(self, x):
+        if x.shape[1] != 3 or not x.ndim == 4:
+            raise ValueError("three channels, please")
+        if x.ndim == 4 and not (x.shape[2] < 2):
+            y = self.norm(self.first(x))
+        else:
+            raise ValueError("larger, please")
+        parts = list(y.chunk(2, 1))
+        if len(parts) != 2 or len(y.shape) != 4:
+            raise ValueError("two parts, please")
+        parts.extend(f(parts[-1]) + g(parts[-1]) for f, g in zip(self.branches, self.skips, strict=True))
+        y = torch.cat(parts, 1)
+        return y.reshape(*y.shape[:2], -1)
+
+
+def test_conditions_that_only_raise():
+    model = settled(Checks())
+    deploy = structrep.reparameterize(model)
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in deploy.modules())
+    assert isinstance(deploy, Checks)
+    assert deploy.skips is None
+    x = torch.randn(2, 3, 5, 4, dtype=torch.float64)
+    assert relative_error(deploy(x), model(x)) < 1e-12
+    for shape in ((2, 4, 5, 4), (2, 3, 1, 4)):
+        with pytest.raises((AssertionError, RuntimeError)):
+            deploy(torch.randn(shape, dtype=torch.float64))
+
+
+class Decides(nn.Module):
+    """Both ways of the condition go on: neither is taken for granted."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+
+    def forward(self, x):
+        if x.shape[0] > 1:
+            x = x * 2
+        return self.a(x) + self.b(x)
+
+
+def test_a_condition_that_decides_is_left():
+    model = settled(Decides())
+    deploy = structrep.reparameterize(model)
+    for batch in (1, 2):
+        x = torch.randn(batch, 3, 5, 4, dtype=torch.float64)
+        assert relative_error(deploy(x), model(x)) < 1e-12
+
+
+def test_chunks_that_do_not_divide():
+    """Five channels in four chunks are three pieces."""
+
+    class Uneven(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+            self.five = nn.Conv2d(3, 5, 1)
+
+        def forward(self, x):
+            y = self.five((self.a(x) + self.b(x)).relu())
+            return sum((index + 1) * part.sum(1) for index, part in enumerate(y.chunk(4, 1)))
+
+    model = settled(Uneven())
+    deploy = structrep.reparameterize(model)
+    x = torch.randn(2, 3, 5, 4, dtype=torch.float64)
+    assert deploy.b is None
+    assert relative_error(deploy(x), model(x)) < 1e-12
+
+
+class AllOptional(nn.Module):
+    """As in transformers: the input has a default, and None raises."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+        self.head = nn.Sequential(nn.Conv2d(3, 2, 1), nn.BatchNorm2d(2))
+
+    def forward(self, pixel_values=None, mask=None, with_head=False):
+        if pixel_values is None:
+            raise ValueError("pixel_values, please")
+        y = self.a(pixel_values) + self.b(pixel_values)
+        if mask is not None:
+            y = y * mask
+        return self.head(y) if with_head else y
+
+
+def test_the_first_optional_argument_is_the_input():
+    model = settled(AllOptional())
+    deploy = structrep.reparameterize(model)
+    x = torch.randn(2, 3, 5, 4, dtype=torch.float64)
+    assert relative_error(deploy(pixel_values=x), model(x)) < 1e-12
+    assert deploy.b is None
+    with pytest.raises(ValueError, match="mask"):
+        deploy(x, mask=x)
+
+
+def test_a_module_that_the_trace_never_calls_is_merged_apart():
+    model = settled(AllOptional())
+    deploy = structrep.reparameterize(model)
+    x = torch.randn(2, 3, 5, 4, dtype=torch.float64)
+    assert isinstance(deploy.head[1], nn.Identity)
+    assert relative_error(deploy.head(x), model.head(x)) < 1e-12
