@@ -15,13 +15,13 @@ import copy
 import json
 import resource
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from rich.progress import Progress
+from rich.progress import Progress, track
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -36,7 +36,7 @@ EXACT_BELOW = 30_000_000  # parameters: float64 up to here, float32 against the 
 
 
 def names(everything: bool) -> list[str]:
-    """Architectures as `timm:name` and `torchvision:name`; the smallest of each module unless `everything`."""
+    """Architectures as `timm:name` and `torchvision:name`, smallest first; one of each module unless `everything`."""
     found = [f"timm:{name}" for name in timm.list_models()]
     try:
         from torchvision import models
@@ -44,12 +44,9 @@ def names(everything: bool) -> list[str]:
         found += [f"torchvision:{name}" for name in models.list_models(module=models)]
     except (ImportError, RuntimeError) as error:
         print(f"torchvision is left out: {error}")
-    if everything:
-        return found
-    groups: dict[str, list[str]] = defaultdict(list)
-    for name in found:
-        groups[_module(name)].append(name)
-    return [min(group, key=_parameters) for group in groups.values()]
+    sizes = {name: _parameters(name) for name in track(found, "looking at sizes")}
+    found.sort(key=sizes.__getitem__)
+    return found if everything else list({_module(name): name for name in reversed(found)}.values())[::-1]
 
 
 def _module(name: str) -> str:
@@ -189,14 +186,14 @@ def measure(name: str) -> dict[str, Any]:
 
 
 def _norms_left(deploy: nn.Module, plan: structrep.Plan) -> dict[str, int]:
-    """Why norms are still there, by the kind of the refusal that names their place."""
+    """Why norms are still there, by the kind of the refusal that is about them."""
     left = [
         path
         for path, m in deploy.named_modules()
         if isinstance(m, nn.modules.batchnorm._NormBase) and m.running_mean is not None
     ]
-    reasons = {refusal.where: refusal.kind for refusal in plan.refusals}
-    return dict(Counter(reasons.get(path, "no linear neighbour") for path in left))
+    reasons = {layer: refusal.kind for refusal in plan.refusals for layer in refusal.layers}
+    return dict(Counter(reasons.get(path, "not reached") for path in left))
 
 
 def holds(line: dict[str, Any]) -> bool:

@@ -39,7 +39,9 @@ class Plan:
     @property
     def refusals(self) -> tuple[RefusalRecord, ...]:
         return tuple(
-            RefusalRecord(where=m.where, rule=m.rule, what=m.what, kind=m.reason.kind, reason=str(m.reason))
+            RefusalRecord(
+                where=m.where, rule=m.rule, what=m.what, kind=m.reason.kind, reason=str(m.reason), layers=m.layers
+            )
             for m in self._missed
         )
 

@@ -47,6 +47,10 @@ class Shared(Refusal):
     """A value or a layer inside the merge is used elsewhere too."""
 
 
+class Isolated(Refusal):
+    """A norm has no linear neighbour that is its alone, so there is nothing to fold it into."""
+
+
 class Hooked(Refusal):
     """A hook watches or changes a value inside the merge."""
 

@@ -482,7 +482,8 @@ def _placed(layer: Layer, node: fx.Node) -> Layer | None:
     if len(inputs) != 1 and layer.kind != "view":
         return None
     formulas = [n.meta["formula"] for n in node.all_input_nodes if n.meta.get("formula")]
-    if layer.weight is None or not formulas:
+    computed = any(n.meta.get("value") is layer.weight and n.meta.get("formula") for n in node.all_input_nodes)
+    if layer.weight is None or not computed:
         return replace(layer, source=inputs[0], node=node)
     stored = {id(p): p.numel() for formula in formulas for p in formula.parameters}
     whole = Formula(
@@ -784,14 +785,20 @@ _VIEWS = {
 }
 
 
+def asks_shape(node: fx.Node) -> bool:
+    """Whether a node is a question about a value's shape or type."""
+    return (node.target is getattr and node.args[1] in _QUERIES) or (
+        node.op == "call_method" and node.target in _QUERIES
+    )
+
+
 def only_asserted(node: fx.Node) -> bool:
     """Whether a node is a question about a shape or type, asked for nothing but an assertion."""
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     if name in ("_assert", "_assert_with_msg"):
         return not node.users
-    asks = (name == "getattr" and node.args[1] in _QUERIES) or (node.op == "call_method" and name in _QUERIES)
     follows = name in (*_COMPARES, "len", "contains") and all(_asked(n) for n in node.all_input_nodes)
-    return bool((asks or follows) and all(only_asserted(user) for user in node.users))
+    return bool((asks_shape(node) or follows) and all(only_asserted(user) for user in node.users))
 
 
 def _asked(node: fx.Node) -> bool:

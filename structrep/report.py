@@ -27,13 +27,14 @@ class MergeRecord(Record):
 
 
 class RefusalRecord(Record):
-    """One merge that was not done, and why."""
+    """One merge that was not done, and why; `layers` are the paths of the layers that it would have taken in."""
 
     where: str
     rule: str
     what: str
     kind: str
     reason: str
+    layers: tuple[str, ...] = ()
 
 
 class PlanRecord(Record):

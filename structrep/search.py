@@ -25,6 +25,7 @@ from structrep.cost import Cost
 from structrep.errors import (
     Costlier,
     Hooked,
+    Isolated,
     Mutated,
     Overflow,
     Refusal,
@@ -42,6 +43,7 @@ from structrep.readers import (
     Stack,
     Total,
     aliases,
+    asks_shape,
     hooks,
     mutates,
     only_asserted,
@@ -104,6 +106,7 @@ class Missed:
     rule: str
     what: str
     reason: Refusal
+    layers: tuple[str, ...] = ()  # paths of the layers that it is about
 
 
 @dataclass(eq=False)
@@ -200,6 +203,7 @@ class _Search:
                     taken.update(merge.nodes)
         self.findings.merges += reversed(merges)
         covered = {node for merge in merges for node in merge.nodes}
+        self._isolated(covered)
         self.findings.missed += [miss for node, miss in self.missed if node not in covered or self._matters(miss)]
 
     # --- the graph as terms -----------------------------------------------------------------------
@@ -212,14 +216,14 @@ class _Search:
             try:
                 reading = read_node(node)
             except Unreadable as reason:
-                self._miss(node, "-", str(node.meta["call"].path), reason)
+                self._miss([node], "-", str(node.meta["call"].path), reason)
                 continue
             if reading is not None:
                 readings[node] = reading
             elif node.op == "call_module" and hooks(node.meta["call"].module):
                 module = node.meta["call"].module
                 hooked = Hooked(f"{type(module).__name__} has a forward hook, which must go on seeing its own values")
-                self._miss(node, "-", "layer with a hook", hooked)
+                self._miss([node], "-", "layer with a hook", hooked)
         return readings
 
     def _dominators(self) -> dict[fx.Node, fx.Node | None]:
@@ -282,22 +286,29 @@ class _Search:
         reading = self.readings.get(root)
         if isinstance(reading, Same) or (isinstance(reading, Layer) and reading.kind == "pad"):
             return stretches  # what feeds it ends a stretch just as well; a pad belongs to what reads it
-        inside: set[fx.Node] = set()
         taken: list[Segment] = []
         for segment in self._walk(root, None):
             taken.insert(0, segment)
-            inside.update(segment.nodes)
-            if segment.term.op != "one" and self._leak(inside, root) is None:
+            if segment.term.op != "one" and self._leak(taken) is None:
                 stretches.append(list(taken))
             if len(taken) == FARTHEST:
                 break
         return stretches
 
-    def _leak(self, inside: set[fx.Node], root: fx.Node) -> fx.Node | None:
+    def _leak(self, stretch: list[Segment]) -> fx.Node | None:
         """A node that would vanish but is used elsewhere."""
-        for node in inside:
-            if node is not root and any(user not in inside and not only_asserted(user) for user in node.users):
-                return node
+        inside = {node for segment in stretch for node in segment.nodes}
+        for index, segment in enumerate(stretch):
+            for node in segment.nodes:
+                users = [user for user in node.users if user not in inside and not only_asserted(user)]
+                if node is stretch[-1].root or not users:
+                    continue
+                # Before the merged layer stands its input, behind it its output: their shapes may be those asked for.
+                shape_stays = all(map(_keeps_shape, stretch[: index + 1])) or all(
+                    map(_keeps_shape, stretch[index + 1 :])
+                )
+                if not (len(segment.nodes) == 1 and shape_stays and all(map(asks_shape, users))):
+                    return node
         return None
 
     def _family(self, root: fx.Node, families: list[Rule]) -> tuple[Rule, list[Segment]] | None:
@@ -314,7 +325,7 @@ class _Search:
                     self._price(stretch)
                     self._fits(rule.merged(seq([segment.term for segment in stretch]), found), stretch)
                 except Refusal as reason:
-                    self._miss(root, rule.name, str(seq([segment.term for segment in stretch])), reason)
+                    self._miss(_nodes(stretch), rule.name, str(seq([s.term for s in stretch])), reason)
                     continue
                 return rule, stretch
         return None
@@ -345,7 +356,7 @@ class _Search:
                 self._check(stretch)
                 before, after = self._price(stretch)
             except Refusal as reason:
-                self._miss(root, rule.name, str(term), reason)
+                self._miss(_nodes(stretch), rule.name, str(term), reason)
                 continue
             choices.append((before.multiply_adds - after.multiply_adds, len(choices), rule, stretch, before, after))
         for _, _, rule, stretch, before, after in sorted(choices, key=lambda choice: choice[:2], reverse=True):
@@ -353,7 +364,7 @@ class _Search:
             try:
                 self._fits(value(term), stretch)
             except Refusal as reason:
-                self._miss(root, rule.name, str(term), reason)
+                self._miss(_nodes(stretch), rule.name, str(term), reason)
                 continue
             return self._merge(stretch, before, after, rule)
         return None
@@ -462,12 +473,65 @@ class _Search:
         assert common
         return common[0]
 
-    def _miss(self, root: fx.Node, rule: str, what: str, reason: Refusal) -> None:
+    def _miss(self, nodes: list[fx.Node], rule: str, what: str, reason: Refusal) -> None:
+        """Note a refusal for a stretch that ends at the last of these nodes; the first one for each rule counts."""
+        root = nodes[-1]
         reason.__traceback__ = reason.__context__ = None  # whose frames hold kernels
         if (root, rule) not in self.refused:
             self.refused.add((root, rule))
-            call = root.meta["call"]
-            self.missed.append((root, Missed((call.path if call else "") or "(root)", rule, what, reason)))
+            layers = tuple(dict.fromkeys(str(node.target) for node in nodes if node.op == "call_module"))
+            where = root.meta["call"].path if root.meta["call"] else ""
+            self.missed.append((root, Missed(where or "(root)", rule, what, reason, layers)))
+
+    def _isolated(self, covered: set[fx.Node]) -> None:
+        """Say of every norm that stays, and that no refusal is about, what it stands between."""
+        told = {layer for _, miss in self.missed for layer in miss.layers}
+        for node, reading in self.readings.items():
+            norm = isinstance(reading, Layer) and reading.kind == "norm" and node not in covered
+            if norm and str(node.target) not in told:
+                source = _inputs(reading)[0]
+                others = [user for user in self._readers(source) if user is not node and not only_asserted(user)]
+                also = f", which {_listed(others)} {'reads' if len(others) == 1 else 'read'} too," if others else ""
+                self._miss(
+                    [node],
+                    "-",
+                    "norm",
+                    Isolated(
+                        f"it scales what {_named(source)} gives{also} for {_listed(self._readers(node))}: there is no "
+                        f"convolution or Linear beside it that is its alone"
+                    ),
+                )
+
+    def _readers(self, node: fx.Node) -> list[fx.Node]:
+        """What reads a value, identities seen through."""
+        found = []
+        for user in node.users:
+            found += self._readers(user) if isinstance(self.readings.get(user), Same) else [user]
+        return found
+
+
+def _nodes(stretch: list[Segment]) -> list[fx.Node]:
+    return [node for segment in stretch for node in segment.nodes]
+
+
+def _named(node: fx.Node) -> str:
+    """What a node is called in the user's code."""
+    if node.op == "call_module":
+        return str(node.target)
+    if node.op == "placeholder":
+        return "the input"
+    return str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", str(node.target))
+
+
+def _listed(nodes: list[fx.Node]) -> str:
+    names = sorted({_named(node) for node in nodes if node.op != "output"}) or ["the output"]
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def _keeps_shape(segment: Segment) -> bool:
+    """Whether a value is of the same shape after a segment as before, on every input."""
+    layer = segment.term.layer
+    return segment.term.op == "one" or (layer is not None and layer.kind in ("norm", "affine"))
 
 
 def _says_something(term: Term) -> bool:

@@ -316,3 +316,66 @@ def test_a_pad_that_copies_pixels_and_then_a_crop(pad):
 def test_a_pad_layer_that_copies_and_crops_at_once():
     model = settled(nn.Sequential(nn.CircularPad1d((3, -1)), nn.Conv1d(1, 1, 2)))
     same(model, torch.randn(2, 1, 6, dtype=torch.float64))
+
+
+class AsksForItsShape(nn.Module):
+    """As in attention: what a norm gives is read by a convolution, and its shape by the code."""
+
+    def __init__(self, after: bool):
+        super().__init__()
+        self.after = after
+        self.norm, self.conv = nn.BatchNorm2d(4), nn.Conv2d(4, 6, 1)
+        self.wide = nn.Conv2d(4, 4, 3)
+
+    def forward(self, x):
+        if self.after:
+            y = self.conv(x)
+            b, c, h, w = y.shape
+            return (y * 2.0).reshape(b, c, h * w)
+        y = self.norm(x)
+        b, c, h, w = y.shape
+        return self.conv(y).reshape(b, -1, h, w) + 0 * c
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_a_shape_that_is_asked_for(after):
+    model = settled(AsksForItsShape(after))
+    x = torch.randn(2, 4, 5, 3, dtype=torch.float64)
+    deploy = structrep.reparameterize(model)
+    assert len(structrep.plan(model).merges) == 1
+    assert relative_error(deploy(x), model(x)) < 1e-12
+
+
+def test_a_shape_that_would_change():
+    """The shape between two convolutions is that of neither end."""
+
+    class Between(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(8, 1, 1), nn.Conv2d(1, 8, 1)
+            self.c = nn.Conv2d(8, 1, 1)
+
+        def forward(self, x):
+            y = self.b(x)
+            channels = y.shape[1]
+            return self.c(y) * channels
+
+    model = settled(Between())
+    x = torch.randn(2, 1, 5, 3, dtype=torch.float64)
+    deploy = structrep.reparameterize(model)
+    assert relative_error(deploy(x), model(x)) < 1e-12
+
+
+def test_a_norm_that_stays_says_what_it_stands_between():
+    class PreActivation(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.drop, self.conv = nn.BatchNorm2d(4), nn.Dropout(), nn.Conv2d(4, 4, 1)
+
+        def forward(self, x):
+            y = x.sigmoid()
+            return y + self.conv(self.drop(self.norm(y)).relu())
+
+    (refusal,) = structrep.plan(settled(PreActivation())).refusals
+    assert (refusal.kind, refusal.layers) == ("Isolated", ("norm",))
+    assert "it scales what sigmoid gives, which add reads too, for relu" in refusal.reason
