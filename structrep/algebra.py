@@ -4,7 +4,9 @@ A convolution, a batch norm, a skip, an average pool, a channel scale, a Linear 
 
     y[o, p] = bias[o] + sum_{i, t} kernel[o, i, t] * x[i, stride * p + dilation * t - lo]
 
-where x reads its `border` outside: a constant `fill` (0 unless said), or reflect, replicate, circular. A training-time
+where x reads its `border` outside: a constant `fill` (0 unless said), or reflect, replicate, circular. A transposed
+convolution is the adjoint, of the same coefficients: input pixel p adds kernel[o, i, t] * x[i, p] to output pixel
+stride * p + dilation * t - lo. A training-time
 block is an expression over such maps and its deploy-time convolution is the value:
 
     f + g            both on the same input, outputs added
@@ -56,6 +58,7 @@ class Geometry:
     dilation: Ints = ()
     pad: Pads = ()  # (lo, hi) per spatial dim; negative ones crop
     groups: int = 1
+    transposed: bool = False  # then pads crop the output, and negative ones pad it
 
     def __post_init__(self) -> None:
         dims = len(self.kernel)
@@ -93,7 +96,7 @@ class Geometry:
     @property
     def pads(self) -> bool:
         """Whether the map reads anything outside its input."""
-        return any(side > 0 for sides in self.pad for side in sides)
+        return not self.transposed and any(side > 0 for sides in self.pad for side in sides)
 
     @property
     def nearest(self) -> Ints:
@@ -120,6 +123,8 @@ class Geometry:
 
     def output_size(self, size: Sequence[int]) -> Ints:
         """Spatial output size, 0 where the input is too small."""
+        if self.transposed:
+            return tuple(max(0, (n - 1) * s - o + 1) for n, o, s in zip(size, self.overhang, self.stride, strict=True))
         return tuple(max(0, (n + o - 1) // s + 1) for n, o, s in zip(size, self.overhang, self.stride, strict=True))
 
     def __add__(self, other: Geometry) -> Geometry:
@@ -133,6 +138,7 @@ class Geometry:
             ("input channels", self.in_channels, other.in_channels, "both must be on the same input"),
             ("output channels", self.out_channels, other.out_channels, "stack them with concat, or give both as many"),
             ("strides", self.stride, other.stride, "give both the same"),
+            ("directions, transposed or not,", self.transposed, other.transposed, "give both the same"),
             (
                 "overhangs, pad + pad - dilation * (kernel - 1),", self.overhang, other.overhang,
                 "pad so that these are equal, or the output sizes of some inputs differ",
@@ -171,6 +177,18 @@ class Geometry:
                 f"a map with {self.out_channels} output channels feeds one with {other.in_channels} input channels; "
                 f"they must be equal"
             )
+        if self.transposed or other.transposed:
+            if not (self.pointwise or other.pointwise):
+                raise Incompatible(
+                    f"a transposed convolution is one map with what is pointwise before or behind it, and these are "
+                    f"{self.kernel} and {other.kernel}"
+                )
+            return replace(
+                self if self.transposed else other,
+                in_channels=self.in_channels,
+                out_channels=other.out_channels,
+                groups=math.gcd(self.groups, other.groups),
+            )
         kernel, dilation, pad = [], [], []
         for (lo1, _), (lo2, _), s1, d1, d2, r1, r2, o1, o2 in zip(
             self.pad, other.pad, self.stride, self.dilation, other.dilation, self.reach, other.reach, self.overhang,
@@ -205,6 +223,7 @@ class ConvMap:
         bias: (O,), or None for zeros.
         stride, dilation: per spatial dim, or one int for all.
         pad: (lo, hi) per spatial dim, or one int for all sides; negative pads crop.
+        transposed: the adjoint; pads then crop the output. `hi` is torch's padding less its output_padding.
         groups: as in `torch.nn.Conv2d`.
         fill: (I,) or a number: what x reads outside, for a constant border.
         border: what x reads outside: "constant" (fill), "reflect", "replicate" or "circular".
@@ -226,6 +245,7 @@ class ConvMap:
         groups: int = 1,
         fill: Tensor | float = 0.0,
         border: Border = "constant",
+        transposed: bool = False,
     ) -> None:
         taps = tuple(kernel.shape[2:])
         if not 2 <= kernel.ndim <= 5:
@@ -249,6 +269,7 @@ class ConvMap:
             each(dilation),
             ((pad, pad),) * len(taps) if isinstance(pad, int) else tuple((int(lo), int(hi)) for lo, hi in pad),
             groups,
+            transposed,
         )
         out_channels, in_channels = self.geometry.out_channels, self.geometry.in_channels
         self.bias = self.kernel.new_zeros(out_channels) if bias is None else bias.detach().to(self.kernel, copy=True)
@@ -283,6 +304,7 @@ class ConvMap:
             groups=geometry.groups,
             fill=0.0 if like is None else like.fill,
             border="constant" if like is None else like.border,
+            transposed=geometry.transposed,
         )
 
     @classmethod
@@ -407,6 +429,10 @@ class ConvMap:
             return F.linear(x, self.regrouped(1).kernel, self.bias)
         pads = [max(0, side) for sides in reversed(g.pad) for side in sides]
         crops = [min(0, side) for sides in reversed(g.pad) for side in sides]
+        if g.transposed:
+            weight = swapped(self.kernel, g.groups)
+            full = CONV_TRANSPOSE[g.dims](x, weight, None, g.stride, 0, 0, g.groups, g.dilation)  # type: ignore[misc]
+            return F.pad(F.pad(full, [-side for side in crops]), [-side for side in pads]) + self.bias.reshape(-1, *[1] * g.dims)
         if self.border == "constant":
             inside = F.pad(torch.ones_like(x, dtype=torch.bool), pads)
             x = torch.where(inside, F.pad(x, pads), self.fill.reshape(-1, *[1] * g.dims))
@@ -424,6 +450,7 @@ class ConvMap:
         words += [f"pad {g.pad}"] if g.pads or any(side for sides in g.pad for side in sides) else []
         words += [f"dilation {g.dilation}"] if set(g.dilation) - {1} else []
         words += [f"groups {g.groups}"] if g.groups > 1 else []
+        words += ["transposed"] if g.transposed else []
         words += [self.border] if self.border != "constant" else []
         return f"ConvMap({', '.join(words)})"
 
@@ -471,6 +498,7 @@ class ConvMap:
             groups=geometry.groups,
             fill=fill,
             border=(self if f.pads else other).border,
+            transposed=geometry.transposed,
         )
 
     def _fill_before(self, other: ConvMap) -> Tensor:
@@ -479,6 +507,13 @@ class ConvMap:
         Decided from geometry, bias and fill alone: a tap whose coefficient happens to be zero counts as a tap.
         """
         f, g = self.geometry, other.geometry
+        if g.transposed and self.bias.any():
+            raise Inexact(
+                f"{other} adds up what it is given, in other numbers near the border and between strides, so the bias "
+                f"of {self} before it is none behind it"
+            )
+        if g.transposed:
+            return self.fill
         padded = [dim for dim, sides in enumerate(g.pad) if max(sides) > 0]
         if not padded:
             return self.fill
@@ -554,6 +589,12 @@ def concat(maps: Iterable[ConvMap]) -> ConvMap:
         )
 
     return reduce(pair, maps)
+
+
+def swapped(kernel: Tensor, groups: int) -> Tensor:
+    """(O, I / groups, *K) <-> (I, O / groups, *K), torch's layout of a transposed convolution's kernel."""
+    blocks = kernel.reshape(groups, -1, *kernel.shape[1:]).transpose(1, 2)
+    return blocks.reshape(-1, *blocks.shape[2:])
 
 
 def _peak(values: Tensor) -> float:

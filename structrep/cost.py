@@ -30,14 +30,19 @@ class Cost:
         )
 
 
-def of_layer(g: Geometry) -> int:
+def of_layer(g: Geometry) -> float:
     """Multiply-adds of a map per output pixel."""
+    return numbers(g) / math.prod(g.stride) if g.transposed else numbers(g)
+
+
+def numbers(g: Geometry) -> int:
+    """How many numbers a kernel has."""
     return g.out_channels * (g.in_channels // g.groups) * math.prod(g.kernel)
 
 
 def of_map(g: Geometry, bias: bool = True) -> Cost:
     """A term's cost after it became one layer."""
-    return Cost(of_layer(g), of_layer(g) + bias * g.out_channels, 1)
+    return Cost(of_layer(g), numbers(g) + bias * g.out_channels, 1)
 
 
 def of_term(term: Term) -> Cost:
@@ -61,7 +66,8 @@ def of_term(term: Term) -> Cost:
                 inner = shapes[-1].out_channels
             for item, shape in zip(reversed(part.parts), reversed(shapes), strict=True):
                 price(item, shape.in_channels, density)
-                density *= math.prod(shape.stride)
+                pixels = math.prod(shape.stride)
+                density = density / pixels if shape.transposed else density * pixels
         elif part.op in ("sum", "concat"):
             for branch in part.parts:
                 price(branch, channels, density)
@@ -72,5 +78,5 @@ def of_term(term: Term) -> Cost:
     return sum(counted.values(), Cost(0, 0, 0))
 
 
-def _work(layer: Layer, shape: Geometry) -> int:
+def _work(layer: Layer, shape: Geometry) -> float:
     return 0 if layer.kind in ("pad", "view") else of_layer(shape)

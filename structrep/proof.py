@@ -180,9 +180,10 @@ def prove(merge: Merge) -> None:
 def _sizes(map_: ConvMap) -> list[tuple[int, ...]]:
     """The smallest input with an output, and an odd larger one, different in every dim."""
     g = map_.geometry
+    copied = map_.border != "constant"
     least = [
-        max(1, 1 - over, *(0 if map_.border == "constant" else max(pad) + 1 for _ in (0,)))
-        for over, pad in zip(g.overhang, g.pad, strict=True)
+        1 + max(0, -(-over // step)) if g.transposed else max(1, 1 - over, (max(pad) + 1) * copied)
+        for over, pad, step in zip(g.overhang, g.pad, g.stride, strict=True)
     ]
     return [tuple(least), tuple(n + 4 + index for index, n in enumerate(least))] if g.dims else [()]
 

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from structrep.algebra import Border, ConvMap, Geometry, Ints, Pads
+from structrep.algebra import Border, ConvMap, Geometry, Ints, Pads, swapped
 from structrep.errors import Unreadable
 from structrep.ranks import rank
 
@@ -171,6 +171,13 @@ def _(conv: nn.Conv2d) -> Layer:
     return conv_layer(conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups, border)
 
 
+@_reads(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+def _(conv: nn.ConvTranspose2d) -> Layer:
+    return conv_transpose_layer(
+        conv.weight, conv.bias, conv.stride, conv.padding, conv.output_padding, conv.groups, conv.dilation
+    )
+
+
 @_reads(nn.Linear)
 def _(linear: nn.Linear) -> Layer:
     return linear_layer(linear.weight, linear.bias)
@@ -249,6 +256,43 @@ def conv_layer(
         lambda c, d: geometry,
         geometry.in_channels,
         geometry.out_channels,
+        dims,
+        _count(weight, bias),
+        bias is not None,
+        weight,
+    )
+
+
+def conv_transpose_layer(
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: int | Sequence[int],
+    padding: str | int | Sequence[int],
+    output_padding: int | Sequence[int],
+    groups: int,
+    dilation: int | Sequence[int],
+) -> Layer:
+    """A transposed convolution; one of stride 1 is a convolution with the flipped kernel."""
+    dims = weight.ndim - 2
+    taps, steps, strides = tuple(weight.shape[2:]), _each(dilation, dims), _each(stride, dims)
+    pads = tuple((p, p - more) for p, more in zip(_each(padding, dims), _each(output_padding, dims), strict=True))  # type: ignore[arg-type]
+    plain = set(strides) == {1}
+    if plain:
+        reach = [d * (k - 1) for d, k in zip(steps, taps, strict=True)]
+        pads = tuple((r - lo, r - hi) for r, (lo, hi) in zip(reach, pads, strict=True))
+    inputs, outputs = weight.shape[0], weight.shape[1] * groups
+    geometry = Geometry(inputs, outputs, taps, strides, steps, pads, groups, not plain)
+
+    def load(channels: int, dims: int) -> ConvMap:
+        kernel = swapped(weight.detach(), groups)
+        return ConvMap.of(geometry, kernel.flip(*range(2, kernel.ndim)) if plain else kernel, bias)
+
+    return Layer(
+        "conv",
+        load,
+        lambda c, d: geometry,
+        inputs,
+        outputs,
         dims,
         _count(weight, bias),
         bias is not None,
@@ -558,6 +602,15 @@ def _(a: _Arguments) -> Layer | None:
     return conv_layer(weight, bias, a(3, "stride", 1), a(4, "padding", 0), a(5, "dilation", 1), a(6, "groups", 1))
 
 
+@_called(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
+def _(a: _Arguments) -> Layer | None:
+    weight = a.tensor(1, "weight")
+    if weight is None:
+        return None
+    bias, padding, more = a.tensor(2, "bias"), a(4, "padding", 0), a(5, "output_padding", 0)
+    return conv_transpose_layer(weight, bias, a(3, "stride", 1), padding, more, a(6, "groups", 1), a(7, "dilation", 1))
+
+
 @_called(F.linear)
 def _(a: _Arguments) -> Layer | None:
     weight = a.tensor(1, "weight")
@@ -812,6 +865,7 @@ _COMPARES = ("eq", "ne", "ge", "gt", "le", "lt", "not_", "getitem", "mod", "floo
 # --- writing back ---------------------------------------------------------------------------------
 
 _CONVS: tuple[Any, ...] = (None, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_CONV_TRANSPOSES: tuple[Any, ...] = (None, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _PADS: dict[str, tuple[Any, ...]] = {
     "constant": (None, nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d),
     "reflect": (None, nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReflectionPad3d),
@@ -825,6 +879,12 @@ def padding_of(map_: ConvMap) -> tuple[int, ...] | str | None:
     g = map_.geometry
     if bool(map_.fill.any()):
         return None
+    if g.transposed:
+        fits = all(
+            lo >= 0 <= lo - hi < max(step, dilation)
+            for (lo, hi), step, dilation in zip(g.pad, g.stride, g.dilation, strict=True)
+        )
+        return tuple(lo for lo, _ in g.pad) if fits else None
     if all(lo == hi >= 0 for lo, hi in g.pad):
         return tuple(lo for lo, _ in g.pad)
     same = tuple((r // 2, r - r // 2) for r in g.reach)
@@ -850,6 +910,13 @@ def lower(map_: ConvMap, like: Tensor, *, bias: bool = True, requires_grad: bool
     layer: nn.Module
     if not g.dims:
         layer = nn.Linear(g.in_channels, g.out_channels, has_bias, **factory)
+    elif g.transposed:
+        if padding is None:
+            pad_module(map_)  # says so
+        more = tuple(lo - hi for lo, hi in g.pad)
+        layer = _CONV_TRANSPOSES[g.dims](
+            g.in_channels, g.out_channels, g.kernel, g.stride, padding, more, g.groups, has_bias, g.dilation, **factory
+        )
     else:
         mode = "zeros" if map_.border == "constant" or padding is None else map_.border
         layer = _CONVS[g.dims](
@@ -864,7 +931,8 @@ def lower(map_: ConvMap, like: Tensor, *, bias: bool = True, requires_grad: bool
             mode,
             **factory,
         )
-    layer.weight = nn.Parameter(_cast(map_.kernel, like), requires_grad=requires_grad)
+    kernel = swapped(map_.kernel, g.groups) if g.transposed else map_.kernel
+    layer.weight = nn.Parameter(_cast(kernel, like), requires_grad=requires_grad)
     if has_bias:
         layer.bias = nn.Parameter(map_.bias.to(like.device, like.dtype), requires_grad=requires_grad)
     layer.eval()
@@ -878,6 +946,10 @@ def pad_module(map_: ConvMap) -> nn.Module:
         Unreadable: no layer pads so.
     """
     fill = torch.unique(map_.fill)
+    if map_.geometry.transposed:
+        raise Unreadable(
+            f"no transposed convolution crops its output by {map_.geometry.pad}, and no pad does it before"
+        )
     if len(fill) > 1:
         raise Unreadable("the merged layer would pad each channel with a different constant, and no layer does")
     if map_.border != "constant" and any(side < 0 for sides in map_.geometry.pad for side in sides):
