@@ -432,7 +432,9 @@ class ConvMap:
         if g.transposed:
             weight = swapped(self.kernel, g.groups)
             full = CONV_TRANSPOSE[g.dims](x, weight, None, g.stride, 0, 0, g.groups, g.dilation)  # type: ignore[misc]
-            return F.pad(F.pad(full, [-side for side in crops]), [-side for side in pads]) + self.bias.reshape(-1, *[1] * g.dims)
+            return F.pad(F.pad(full, [-side for side in crops]), [-side for side in pads]) + self.bias.reshape(
+                -1, *[1] * g.dims
+            )
         if self.border == "constant":
             inside = F.pad(torch.ones_like(x, dtype=torch.bool), pads)
             x = torch.where(inside, F.pad(x, pads), self.fill.reshape(-1, *[1] * g.dims))

@@ -79,4 +79,4 @@ def of_term(term: Term) -> Cost:
 
 
 def _work(layer: Layer, shape: Geometry) -> float:
-    return 0 if layer.kind in ("pad", "view") else of_layer(shape)
+    return 0 if layer.kind in ("pad", "slice", "view") else of_layer(shape)

@@ -208,7 +208,7 @@ def _in_channels(term: Term) -> int | None:
 def _keeps_channels(term: Term) -> bool:
     if term.op == "leaf":
         assert term.layer is not None
-        return term.layer.in_channels is None and term.layer.out_channels is None
+        return term.layer.in_channels is None and term.layer.out_channels is None and term.layer.kind != "slice"
     return term.op != "concat" and all(_keeps_channels(part) for part in term.parts)
 
 

@@ -48,7 +48,7 @@ class Layer:
     """A map of one input.
 
     Args:
-        kind: "conv", "linear", "norm", "affine", "pool", "pad" or "view".
+        kind: "conv", "linear", "norm", "affine", "pool", "pad", "slice" or "view".
         load: the map itself, given the channel count of its input and the number of spatial dims.
         shape: its geometry, given the same; touches no weight.
         in_channels, out_channels, dims: None where open.
@@ -57,6 +57,7 @@ class Layer:
         weight: the kernel tensor of a convolution or Linear.
         formula: how that kernel was computed, if it is no parameter itself.
         source, node: in a graph, the node that feeds it and the node that it is.
+        through: nodes between the two.
     """
 
     kind: str
@@ -71,6 +72,7 @@ class Layer:
     formula: Formula | None = None
     source: fx.Node | None = None
     node: fx.Node | None = None
+    through: tuple[fx.Node, ...] = ()
 
     def __str__(self) -> str:
         if self.weight is None:
@@ -440,6 +442,27 @@ def crop_layer(index: tuple[Any, ...]) -> Layer | None:
     return _tap_layer("pad", shape, "constant", 0.0)
 
 
+def slice_layer(dim: int, select: Callable[[int], slice]) -> Layer:
+    """Some channels of a value, next to one another; `select` is given how many there are.
+
+    Args:
+        dim: of the slice. Channels are dim 1 of a batch, features the last.
+    """
+
+    def kept(c: int, d: int) -> range:
+        if dim != (1 if dim >= 0 and d else -(d + 1)):
+            raise Unreadable(f"a slice of dim {dim}, where channels are on dim {1 if d else -1}")
+        if not range(c)[select(c)]:
+            raise Unreadable(f"a slice of {c} channels that holds none")
+        return range(c)[select(c)]
+
+    def load(c: int, d: int) -> ConvMap:
+        rows = torch.eye(c, dtype=torch.float64)[list(kept(c, d))]
+        return ConvMap(rows.reshape(-1, c, *[1] * d))
+
+    return Layer("slice", load, lambda c, d: Geometry(c, len(kept(c, d)), (1,) * d))
+
+
 def _tap_layer(kind: str, shape: Callable[[int, int], Geometry], border: Border, value: float) -> Layer:
     def load(c: int, d: int) -> ConvMap:
         g = shape(c, d)
@@ -522,6 +545,8 @@ def constant(value: Any) -> Tensor | float | None:
 
 def _placed(layer: Layer, node: fx.Node) -> Layer | None:
     """The layer at its place in a graph: one input, and constants (a view may be shown another value's shape)."""
+    if layer.source is not None:  # by way of other nodes
+        return replace(layer, node=node) if "value" not in layer.source.meta else None
     inputs = [n for n in node.all_input_nodes if "value" not in n.meta]
     if len(inputs) != 1 and layer.kind != "view":
         return None
@@ -577,8 +602,8 @@ class _Arguments:
             raise _NotConstant
         return found
 
-    def pair(self) -> tuple[Any, Any]:
-        return self(0, "input"), self(1, "other")
+    def pair(self, other: str = "other") -> tuple[Any, Any]:
+        return self(0, "input"), self(1, other)
 
 
 # Functions by themselves, tensor methods by name.
@@ -635,19 +660,47 @@ def _(a: _Arguments) -> Layer | None:
 @_called(F.pad)
 def _(a: _Arguments) -> Layer | None:
     sides, mode, value = a(1, "pad"), a(2, "mode", "constant"), a(3, "value")
-    if (
-        not isinstance(sides, (list, tuple))
-        or not all(isinstance(side, int) for side in sides)
-        or isinstance(value, fx.Node)
-    ):
+    if not _are_ints(sides) or isinstance(value, fx.Node):
         return None
     return pad_layer(sides, mode, value or 0.0)
 
 
 @_called(operator.getitem)
 def _(a: _Arguments) -> Layer | None:
-    index = a.node.args[1]
-    return crop_layer(index) if isinstance(index, tuple) else None
+    source, index = a.node.args
+    if isinstance(index, int) and isinstance(source, fx.Node):
+        return _piece(source, index)
+    if not isinstance(index, tuple):
+        return None
+    channels = index[1] if len(index) > 1 and index[0] == slice(None) else None
+    if not isinstance(channels, slice) or channels == slice(None):
+        return crop_layer(index)
+    part = slice(channels.start, channels.stop)  # a copy, of known type
+    plain = channels.step in (None, 1) and all(isinstance(end, (int, type(None))) for end in (part.start, part.stop))
+    return slice_layer(1, lambda _: part) if plain and all(rest == slice(None) for rest in index[2:]) else None
+
+
+def _piece(pieces: fx.Node, index: int) -> Layer | None:
+    """One of the parts that `chunk` or `split` made."""
+    name = pieces.target if isinstance(pieces.target, str) else getattr(pieces.target, "__name__", "")
+    if name not in ("chunk", "split") or not isinstance(pieces.args[0], fx.Node):
+        return None
+    a = _Arguments(pieces)
+    size = a(1, "chunks" if name == "chunk" else "split_size_or_sections", a.node.kwargs.get("split_size"))
+    dim = a(2, "dim", 0)
+    if not isinstance(dim, int) or not (isinstance(size, int) or (name == "split" and _are_ints(size))):
+        return None
+
+    def select(channels: int) -> slice:
+        parts = torch.empty(channels).chunk(size) if name == "chunk" else torch.empty(channels).split(size)
+        first = sum(len(part) for part in parts[: range(len(parts))[index]])
+        return slice(first, first + len(parts[index]))
+
+    return replace(slice_layer(dim, select), source=pieces.args[0], node=None, through=(pieces,))
+
+
+def _are_ints(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and all(isinstance(item, int) for item in value)
 
 
 @_called(operator.add, operator.iadd, torch.add, "add", "iadd", "radd")
@@ -742,7 +795,14 @@ def _(a: _Arguments) -> None:
     return None  # of itself nothing; its sum over the new dim is a sum of its parts
 
 
-@_called(torch.sum, "sum")
+@_called(torch.lerp, "lerp")
+def _(a: _Arguments) -> Total | None:
+    (start, end), weight = a.pair("end"), a(2, "weight")
+    number = isinstance(weight, (int, float)) and constant(start) is None and constant(end) is None
+    return Total(((start, 1.0 - weight), (end, float(weight)))) if number else None
+
+
+@_called(torch.sum, "sum", torch.mean, "mean")
 def _(a: _Arguments) -> Total | None:
     stacked = a(0, "input")
     if not isinstance(stacked, fx.Node) or stacked.target is not torch.stack or set(a.node.kwargs) - {"dim", "axis"}:
@@ -752,7 +812,8 @@ def _(a: _Arguments) -> Total | None:
     if not isinstance(parts, (list, tuple)) or over not in (dim, [dim], (dim,)) or len(a.node.args) > 2:
         return None
     plain = all(isinstance(p, fx.Node) and "value" not in p.meta for p in parts)
-    return Total(tuple((p, 1.0) for p in parts), (stacked,)) if plain else None  # type: ignore[misc]
+    share = 1.0 / len(parts) if a.node.target in (torch.mean, "mean") else 1.0
+    return Total(tuple((p, share) for p in parts), (stacked,)) if plain else None  # type: ignore[misc]
 
 
 @_called(torch.flatten, "flatten")

@@ -250,7 +250,7 @@ class _Search:
         if reading is None or base is None:
             return None
         if isinstance(reading, Layer):
-            return Segment(base, root, leaf(reading), (root,))
+            return Segment(base, root, leaf(reading), (*reading.through, root))
         if isinstance(reading, Same):
             return Segment(base, root, ONE, (root,))
         nodes: dict[fx.Node, None] = {}

@@ -109,9 +109,7 @@ def test_what_is_pointwise_goes_into_it_from_either_side(data):
 @given(transposed())
 def test_it_is_written_as_a_layer_or_refused(map_):
     g, x = map_.geometry, pixels(map_)
-    fits = all(
-        lo >= 0 and 0 <= lo - hi < max(s, d) for (lo, hi), s, d in zip(g.pad, g.stride, g.dilation, strict=True)
-    )
+    fits = all(lo >= 0 and 0 <= lo - hi < max(s, d) for (lo, hi), s, d in zip(g.pad, g.stride, g.dilation, strict=True))
     if not fits:
         with pytest.raises(Unreadable):
             lower(map_, map_.kernel)
