@@ -100,20 +100,20 @@ def image_for(name: str, model: nn.Module) -> Tensor:
     return torch.randn(1, *size, generator=torch.Generator().manual_seed(0))
 
 
-class _Additions(TorchDispatchMode):
-    """Counts additions of two tensors of the same shape: branches and skips, not biases."""
+class _Operations(TorchDispatchMode):
+    """Counts convolutions, batch norms, and additions of two tensors of the same shape: branches and skips, not
+    biases."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.count = 0
+        self.convs = self.norms = self.additions = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        both = len(args) > 1 and all(isinstance(a, Tensor) and a.ndim > 1 for a in args[:2])
-        self.count += (
-            func.overloadpacket in (torch.ops.aten.add, torch.ops.aten.add_)
-            and both
-            and (args[0].shape == args[1].shape)
-        )
+        self.convs += func.overloadpacket is torch.ops.aten.convolution
+        self.norms += "batch_norm" in func.name()
+        if func.overloadpacket in (torch.ops.aten.add, torch.ops.aten.add_):
+            both = len(args) > 1 and all(isinstance(a, Tensor) and a.ndim > 1 for a in args[:2])
+            self.additions += both and args[0].shape == args[1].shape
         return func(*args, **(kwargs or {}))
 
 
@@ -123,14 +123,10 @@ class Executed:
     def __init__(self, model: nn.Module, image: Tensor) -> None:
         with torch.no_grad(), FlopCounterMode(display=False) as flops:
             self.output = next(iter(tensors(model(image))))
-        with torch.no_grad(), _Additions() as additions:
+        with torch.no_grad(), _Operations() as operations:
             model(image)
         self.multiply_adds = flops.get_total_flops() // 2
-        self.additions = additions.count
-        self.convs = sum(isinstance(m, nn.modules.conv._ConvNd) for m in model.modules())
-        self.norms = sum(
-            isinstance(m, nn.modules.batchnorm._NormBase) and m.running_mean is not None for m in model.modules()
-        )
+        self.convs, self.norms, self.additions = operations.convs, operations.norms, operations.additions
         self.parameters = sum(p.numel() for p in model.parameters())
 
 

@@ -25,6 +25,17 @@ from structrep.trace import Call, Traced, storage
 from structrep.values import is_traced
 
 
+_ITSELF = "structrep_itself"  # an attribute path for the module itself, for which graphs have none
+
+
+@dataclass(frozen=True)
+class Refilled:
+    """A functional convolution in the forward of a module that is one, which keeps its place and its parameters."""
+
+    base: fx.Node
+    module: str  # path of the module that holds `weight` and, from now on, `bias`
+
+
 @dataclass
 class Edits:
     """What changes in forwards, by node of the flat graph."""
@@ -32,6 +43,7 @@ class Edits:
     dead: set[fx.Node] = field(default_factory=set)
     replaced: dict[fx.Node, tuple[fx.Node, str]] = field(default_factory=dict)  # root -> base and path of the new layer
     bypassed: dict[fx.Node, fx.Node] = field(default_factory=dict)  # root -> base
+    refilled: dict[fx.Node, Refilled] = field(default_factory=dict)  # a call of a functional convolution
     owners: dict[Call, set[Call]] = field(default_factory=dict)  # whose forward changes -> calls to write out inside it
 
 
@@ -59,6 +71,7 @@ class Forward:
                 self.graph.erase_node(node)
         code = self.graph.python_code("self")
         source = code.src.strip().replace("def forward(", f"def {call.method}(", 1) + "\n"
+        source = source.replace(f"self.{_ITSELF}", "self")
         function = next(c for c in compile(source, call.method, "exec").co_consts if isinstance(c, CodeType))
         names = {name: value for name, value in code.globals.items() if name in function.co_names}
         self.method = Method.of(call.method, source, names)
@@ -120,7 +133,9 @@ class Forward:
     def _copy(self, node: fx.Node) -> None:
         if node.meta["autocast"]:
             raise Unreadable(f"{self.call.path or 'the model'} runs part of its forward under autocast")
-        if node in self.edits.replaced:
+        if node in self.edits.refilled:
+            self.env[node] = self._refilled(node, self.edits.refilled[node])
+        elif node in self.edits.replaced:
             base, path = self.edits.replaced[node]
             self.env[node] = self.graph.call_module(self._relative(path), (self._load(base),))
         elif node in self.edits.bypassed:
@@ -134,6 +149,18 @@ class Forward:
             args, kwargs = fx.node.map_arg(node.args, self._load), fx.node.map_arg(node.kwargs, self._load)
             self.env[node] = self.graph.create_node(node.op, target, args, kwargs)
             self.env[node].meta["constant"] = "value" in node.meta
+
+    def _refilled(self, node: fx.Node, by: Refilled) -> fx.Node:
+        """The same call, with the parameters that its module will have."""
+        weight, bias = (
+            self.graph.get_attr(self._relative(".".join(filter(None, (by.module, name)))))
+            for name in ("weight", "bias")
+        )
+        rest = fx.node.map_arg(node.args[3:], self._load)
+        named = {k: v for k, v in node.kwargs.items() if k not in ("input", "weight", "bias")}
+        kwargs = fx.node.map_arg(named, self._load)
+        assert callable(node.target)
+        return self.graph.call_function(node.target, (self._load(by.base), weight, bias, *rest), kwargs)
 
     def _unchanged(self, node: fx.Node) -> fx.Node | None:
         """What an arithmetic operation such as `x + 0` gives back as it is."""
@@ -170,7 +197,7 @@ class Forward:
 
     def _load(self, node: fx.Node) -> Any:
         if "module" in node.meta:
-            return self.graph.get_attr(self._relative(str(node.target)))
+            return self.graph.get_attr(_ITSELF if node.target == self.call.path else self._relative(str(node.target)))
         if node.op == "get_attr":
             return self._constant(node.meta["value"])
         if node not in self.env:

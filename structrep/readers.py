@@ -442,8 +442,8 @@ def crop_layer(index: tuple[Any, ...]) -> Layer | None:
     return _tap_layer("pad", shape, "constant", 0.0)
 
 
-def slice_layer(dim: int, select: Callable[[int], slice]) -> Layer:
-    """Some channels of a value, next to one another; `select` is given how many there are.
+def slice_layer(dim: int, select: Callable[[int], slice], channels: int | None = None) -> Layer:
+    """Some of the `channels` of a value, next to one another; `select` is given how many there are.
 
     Args:
         dim: of the slice. Channels are dim 1 of a batch, features the last.
@@ -460,7 +460,7 @@ def slice_layer(dim: int, select: Callable[[int], slice]) -> Layer:
         rows = torch.eye(c, dtype=torch.float64)[list(kept(c, d))]
         return ConvMap(rows.reshape(-1, c, *[1] * d))
 
-    return Layer("slice", load, lambda c, d: Geometry(c, len(kept(c, d)), (1,) * d))
+    return Layer("slice", load, lambda c, d: Geometry(c, len(kept(c, d)), (1,) * d), channels)
 
 
 def _tap_layer(kind: str, shape: Callable[[int, int], Geometry], border: Border, value: float) -> Layer:
@@ -696,7 +696,8 @@ def _piece(pieces: fx.Node, index: int) -> Layer | None:
         first = sum(len(part) for part in parts[: range(len(parts))[index]])
         return slice(first, first + len(parts[index]))
 
-    return replace(slice_layer(dim, select), source=pieces.args[0], node=None, through=(pieces,))
+    layer = slice_layer(dim, select, sum(size) if isinstance(size, (list, tuple)) else None)
+    return replace(layer, source=pieces.args[0], through=(pieces,))
 
 
 def _are_ints(value: Any) -> bool:

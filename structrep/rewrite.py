@@ -21,9 +21,10 @@ from torch import Tensor, fx, nn
 from structrep.algebra import ConvMap
 from structrep.blocks import STAND_INS
 from structrep.errors import Refusal
-from structrep.forward import Edits, Forward
+from structrep.forward import Edits, Forward, Refilled
 from structrep.generated import install
 from structrep.guards import Features2d
+from structrep.pattern import geometry
 from structrep.ranks import rank
 from structrep.readers import Layer, knows, lower, only_asserted, read_module
 from structrep.search import Merge, Replicas, Segment
@@ -142,8 +143,12 @@ class Draft:
             host = self.hosts[merge] = host_of(parts)
             for unit in parts:
                 if unit.module is None:
-                    owner = self._written_by(unit, merge)
-                    if unit is host:
+                    kept = self._refillable(unit, merge) if unit is host else None
+                    owner = self._written_by(unit, merge, dead=kept is None)
+                    if kept is not None:
+                        self.homes[merge] = (kept, "")
+                        self.edits.refilled[unit.root] = Refilled(unit.base, kept)
+                    elif unit is host:
                         name = self._new_name(owner, merge)
                         self.homes[merge] = (owner.path, name)
                         self.edits.replaced[unit.root] = (unit.base, f"{owner.path}.{name}" if owner.path else name)
@@ -161,9 +166,31 @@ class Draft:
             if name not in used and getattr(owner.module, name, None) is None
         )
 
-    def _written_by(self, unit: Unit, merge: Merge) -> Call:
+    def _refillable(self, unit: Unit, merge: Merge) -> str | None:
+        """The path of a convolution with a forward of its own, such as one that pads by itself, that may keep its
+        place: the merged layer differs from what its forward calls in nothing but the numbers."""
+        call, node = unit.root.meta["call"], unit.root
+        layer, merged = unit.segments[0].term.layer, geometry(merge.term)
+        module = call.module
+        if len(unit.nodes) > 1 or layer is None or layer.formula or not isinstance(module, STAND_INS):
+            return None
+        if (
+            node.op != "call_function"
+            or not {"weight", "bias"} <= module._parameters.keys()
+            or call.method != "forward"
+        ):
+            return None
+        once = len(self.traced.calls[module, "forward"]) == 1 and len(next(iter(self._weight_nodes(node))).users) == 1
+        same = layer.shape(merged.in_channels, merged.dims) == merged
+        return call.path if layer.weight is module._parameters["weight"] and once and same else None
+
+    def _weight_nodes(self, node: fx.Node) -> list[fx.Node]:
+        weight = node.meta["call"].module._parameters["weight"]
+        return [n for n in node.all_input_nodes if n.meta.get("value") is weight]
+
+    def _written_by(self, unit: Unit, merge: Merge, dead: bool = True) -> Call:
         """The innermost call that holds a unit, whose forward the unit vanishes from."""
-        self.edits.dead.update(unit.nodes)
+        self.edits.dead.update(unit.nodes if dead else ())
         chains = [list(node.meta["call"].homes()) for node in unit.nodes]
         owner: Call = next(call for call in chains[0] if all(call in chain for chain in chains))
         inner = self.edits.owners.setdefault(owner, set())
@@ -243,9 +270,12 @@ class Draft:
         )
         if host.module is not None:
             self._swap(host.module.path, layer)
+            return
+        path, name = self.homes[merge]
+        module = self._at(path)
+        if host.root in self.edits.refilled:
+            module._parameters |= layer._parameters
         else:
-            path, name = self.homes[merge]
-            module = self._at(path)
             module.__dict__.pop(name, None)
             module.add_module(name, layer)
 

@@ -479,7 +479,7 @@ class _Search:
         reason.__traceback__ = reason.__context__ = None  # whose frames hold kernels
         if (root, rule) not in self.refused:
             self.refused.add((root, rule))
-            layers = tuple(dict.fromkeys(str(node.target) for node in nodes if node.op == "call_module"))
+            layers = tuple(dict.fromkeys(filter(None, map(_layer_of, nodes))))
             where = root.meta["call"].path if root.meta["call"] else ""
             self.missed.append((root, Missed(where or "(root)", rule, what, reason, layers)))
 
@@ -488,7 +488,7 @@ class _Search:
         told = {layer for _, miss in self.missed for layer in miss.layers}
         for node, reading in self.readings.items():
             norm = isinstance(reading, Layer) and reading.kind == "norm" and node not in covered
-            if norm and str(node.target) not in told:
+            if norm and _layer_of(node) not in told:
                 source = _inputs(reading)[0]
                 others = [user for user in self._readers(source) if user is not node and not only_asserted(user)]
                 also = f", which {_listed(others)} {'reads' if len(others) == 1 else 'read'} too," if others else ""
@@ -508,6 +508,15 @@ class _Search:
         for user in node.users:
             found += self._readers(user) if isinstance(self.readings.get(user), Same) else [user]
         return found
+
+
+def _layer_of(node: fx.Node) -> str:
+    """The path of the layer that a node is, or is written in."""
+    call = node.meta["call"]
+    return call.path if call and isinstance(call.module, _LAYERS) else ""
+
+
+_LAYERS = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.Linear)
 
 
 def _nodes(stretch: list[Segment]) -> list[fx.Node]:

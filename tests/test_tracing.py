@@ -296,3 +296,37 @@ def test_a_module_that_the_trace_never_calls_is_merged_apart():
     x = torch.randn(2, 3, 5, 4, dtype=torch.float64)
     assert isinstance(deploy.head[1], nn.Identity)
     assert relative_error(deploy.head(x), model.head(x)) < 1e-12
+
+
+class PadsItself(nn.Conv2d):
+    """As timm's Conv2dSame: a convolution whose forward pads by the size of its input."""
+
+    def forward(self, x):
+        return F.conv2d(same_padding(x, self), self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_convolution_that_pads_itself_keeps_its_place(bias, inplace):
+    model = settled(nn.Sequential(PadsItself(3, 4, 3, 2, bias=bias), nn.BatchNorm2d(4), nn.ReLU()))
+    x = torch.randn(2, 3, 8, 7, dtype=torch.float64)
+    truth = model(x)
+    deploy = structrep.reparameterize(model, inplace=inplace)
+    assert relative_error(deploy(x), truth) < 1e-12
+    assert isinstance(deploy[0], PadsItself)
+    assert list(deploy.state_dict()) == ["0.weight", "0.bias"]
+    assert not list(deploy[0].children())
+    assert repr(deploy[0]) == "PadsItself(3, 4, kernel_size=(3, 3), stride=(2, 2))"
+
+
+def test_a_convolution_that_pads_itself_and_is_called_twice_stays():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = PadsItself(3, 3, 3), nn.BatchNorm2d(3)
+
+        def forward(self, x):
+            return self.conv(self.norm(self.conv(x)).relu())
+
+    model, x = settled(Twice()), torch.randn(2, 3, 8, 7, dtype=torch.float64)
+    assert relative_error(structrep.reparameterize(model)(x), model(x)) < 1e-12
