@@ -13,7 +13,7 @@ from structrep.pattern import geometry
 from structrep.proof import dtype_of, prove, run, verify
 from structrep.registry import Registry, Rule, resolve
 from structrep.report import MergeRecord, PlanRecord, RefusalRecord, as_text, plan_tables
-from structrep.rewrite import Draft
+from structrep.rewrite import Draft, without
 from structrep.search import Findings, Merge, Missed
 from structrep.trace import Example, own_copy
 
@@ -51,16 +51,15 @@ class Plan:
 
     def prove(self) -> None:
         """Prove every merge on its own region in float64; one that fails is taken out, and listed as refused."""
-        sound: list[Merge] = []
+        wrong: set[Merge] = set()
         for merge in self._draft.merges:
             try:
                 prove(merge)
             except Refusal as reason:
                 self._refuse(merge, reason)
-            else:
-                sound.append(merge)
-        if len(sound) < len(self._draft.merges):
-            self._draft = Draft(self._draft.traced, self._draft.replicas, sound)
+                wrong.add(merge)
+        if wrong:
+            self._draft = Draft(self._draft.traced, self._draft.replicas, without(self._draft.merges, wrong))
 
     def apply(self, inplace: bool = False) -> nn.Module:
         """The deploy model: the same class and names, with every merge done.

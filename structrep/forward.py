@@ -24,7 +24,6 @@ from structrep.readers import Same, aliases, mutates, only_asserted, read_node
 from structrep.trace import Call, Traced, storage
 from structrep.values import is_traced
 
-
 _ITSELF = "structrep_itself"  # an attribute path for the module itself, for which graphs have none
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from structrep.algebra import ConvMap
 from structrep.errors import BadInput, WrongMerge
-from structrep.readers import constant, lower, only_asserted
+from structrep.readers import Layer, constant, lower, only_asserted
 from structrep.registry import COEFFICIENT_ROUNDING
 from structrep.report import OutputRecord, Verification
 from structrep.search import Merge
@@ -194,6 +194,9 @@ class _Region:
     def __init__(self, merge: Merge) -> None:
         self.merge = merge
         self.nodes = sorted(merge.nodes, key=lambda node: node.meta["index"])
+        # scales that stand outside the region and are done in it
+        self.before = {node: layer for one in merge.absorbed for node, layer in one.before.items()}
+        self.behind = {node: layer for one in merge.absorbed for node, layer in one.behind.items()}
         self.modules: dict[nn.Module, nn.Module] = {}
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -208,7 +211,10 @@ class _Region:
         for node in self.nodes:
             if only_asserted(node):
                 continue
-            args, kwargs = fx.node.map_arg(node.args, load), fx.node.map_arg(node.kwargs, load)
+            args: Any = fx.node.map_arg(node.args, load)
+            kwargs: Any = fx.node.map_arg(node.kwargs, load)
+            if node in self.before:
+                args = (_scaled(args[0], self.before[node]), *args[1:])
             if node.op == "call_module":
                 module = node.meta["call"].module
                 if module not in self.modules:
@@ -219,8 +225,14 @@ class _Region:
             else:
                 assert callable(node.target)
                 values[node] = node.target(*args, **kwargs)
+            if node in self.behind:
+                values[node] = _scaled(values[node], self.behind[node])
         result: Tensor = values[self.merge.root]
         return result
+
+
+def _scaled(x: Tensor, scale: Layer) -> Tensor:
+    return scale.load(x.shape[1], x.ndim - 2)(x)
 
 
 @contextlib.contextmanager

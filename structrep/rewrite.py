@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -24,7 +24,7 @@ from structrep.errors import Refusal
 from structrep.forward import Edits, Forward, Refilled
 from structrep.generated import install
 from structrep.guards import Features2d
-from structrep.pattern import geometry
+from structrep.pattern import ONE, geometry
 from structrep.ranks import rank
 from structrep.readers import Layer, knows, lower, only_asserted, read_module
 from structrep.search import Merge, Replicas, Segment
@@ -83,6 +83,21 @@ def units(merge: Merge) -> list[Unit]:
     return [unit for unit in result if unit.block or any(not _stays(s) for s in unit.segments)]
 
 
+def _scales(merge: Merge) -> list[Unit]:
+    """The scales that a merge does a part of, which vanish."""
+    return [Unit((Segment(one.source, one.node, ONE, (one.node,)),)) for one in merge.absorbed]
+
+
+def without(merges: Iterable[Merge], failed: Collection[Merge]) -> list[Merge]:
+    """What stands of some merges when others fail: not what shares in a scale with one that fell."""
+    standing, fallen = [merge for merge in merges if merge not in failed], list(failed)
+    while fallen:
+        lost = set().union(*(merge.absorbed for merge in fallen))
+        fallen = [merge for merge in standing if merge.absorbed & lost]
+        standing = [merge for merge in standing if merge not in fallen]
+    return standing
+
+
 def _stays(segment: Segment) -> bool:
     """Whether a segment does nothing to its value, and may go on doing so."""
     return segment.term.op == "one" or (segment.term.layer is not None and segment.term.layer.kind == "view")
@@ -130,7 +145,7 @@ class Draft:
             if not (failed := self._write()):
                 return
             self.refused += failed.items()
-            self.merges = [merge for merge in self.merges if merge not in failed]
+            self.merges = without(self.merges, failed)
 
     def _decide(self) -> None:
         self.hosts: dict[Merge, Unit] = {}
@@ -141,7 +156,7 @@ class Draft:
         for merge in self.merges:
             parts = units(merge)
             host = self.hosts[merge] = host_of(parts)
-            for unit in parts:
+            for unit in [*parts, *_scales(merge)]:
                 if unit.module is None:
                     kept = self._refillable(unit, merge) if unit is host else None
                     owner = self._written_by(unit, merge, dead=kept is None)

@@ -20,6 +20,7 @@ import torch
 from torch import fx, nn
 
 from structrep import cost
+from structrep.absorb import Absorption, absorptions
 from structrep.algebra import ConvMap
 from structrep.cost import Cost
 from structrep.errors import (
@@ -66,6 +67,7 @@ class Segment:
     root: fx.Node
     term: Term
     nodes: tuple[fx.Node, ...]  # all between, root included, base not
+    absorbed: tuple[Absorption, ...] = ()  # scales that the term does a part of
 
 
 @dataclass(eq=False)
@@ -91,7 +93,12 @@ class Merge:
 
     @property
     def nodes(self) -> list[fx.Node]:
-        return [node for segment in self.segments for node in segment.nodes]
+        return _nodes(self.segments)
+
+    @property
+    def absorbed(self) -> set[Absorption]:
+        """Scales that this merge does a part of; all merges that do the rest stand and fall with it."""
+        return {one for segment in self.segments for one in segment.absorbed}
 
     def value(self) -> ConvMap:
         """The merged map, read from the weights as they are now."""
@@ -179,11 +186,38 @@ class _Search:
         self.refused: set[tuple[fx.Node, str]] = set()
         self.missed: list[tuple[fx.Node, Missed]] = []
         self.readings = self._read()
+        self.absorptions: list[Absorption] = []
+        for found in absorptions(self.readings):
+            if isinstance(found, Absorption):
+                self.absorptions.append(found)
+            else:
+                self._miss([found[0]], "fold_prenorm", "norm -> several", found[1])
+        self.known = tuple(self.missed)
+
+    def run(self) -> None:
+        """Search; again without the scales that were not absorbed by all that they were given to."""
+        while True:
+            merges = self._merges()
+            merged = {node for merge in merges for node in merge.nodes}
+            left = [one for one in self.absorptions if not one.takers <= merged]
+            if not left:
+                break
+            self.absorptions = [one for one in self.absorptions if one not in left]
+        self.findings.merges += merges
+        covered = merged | {one.node for one in self.absorptions}
+        self._isolated(covered)
+        self.findings.missed += [miss for node, miss in self.missed if node not in covered or self._matters(miss)]
+
+    def _merges(self) -> list[Merge]:
+        self.missed, self.refused = list(self.known), {(node, miss.rule) for node, miss in self.known}
+        self.absorbed = {one.node: one for one in self.absorptions}
+        self.taker_of: dict[fx.Node, list[Absorption]] = {}
+        for one in self.absorptions:
+            for taker in one.takers:
+                self.taker_of.setdefault(taker, []).append(one)
         self.dominator = self._dominators()
         self.segments: dict[fx.Node, Segment | None] = {}
         self.families: dict[fx.Node, tuple[Rule, list[Segment]]] = {}  # root of what a family merges
-
-    def run(self) -> None:
         families = [rule for rule in self.registry if not rule.law]
         laws = [rule for rule in self.registry if rule.law]
         taken: set[fx.Node] = set()
@@ -201,10 +235,7 @@ class _Search:
                 if merge:
                     merges.append(merge)
                     taken.update(merge.nodes)
-        self.findings.merges += reversed(merges)
-        covered = {node for merge in merges for node in merge.nodes}
-        self._isolated(covered)
-        self.findings.missed += [miss for node, miss in self.missed if node not in covered or self._matters(miss)]
+        return merges[::-1]
 
     # --- the graph as terms -----------------------------------------------------------------------
 
@@ -231,7 +262,7 @@ class _Search:
         start = object()
         graph: nx.DiGraph = nx.DiGraph()
         for node in self.nodes:
-            inputs = _inputs(self.readings.get(node))
+            inputs = _inputs(self._reading(node))
             graph.add_edges_from((source, node) for source in inputs or (start,))
         found = nx.immediate_dominators(graph, start) if start in graph else {}
         return {
@@ -240,17 +271,24 @@ class _Search:
             if node in self.readings and node in found
         }
 
+    def _reading(self, node: fx.Node) -> Reading | None:
+        """What a node is; a scale that others have absorbed is nothing any more."""
+        return Same(self.absorbed[node].source) if node in self.absorbed else self.readings.get(node)
+
     def _segment(self, root: fx.Node) -> Segment | None:
         if root not in self.segments:
             self.segments[root] = self._build(root)
         return self.segments[root]
 
     def _build(self, root: fx.Node) -> Segment | None:
-        reading, base = self.readings.get(root), self.dominator.get(root)
+        reading, base = self._reading(root), self.dominator.get(root)
         if reading is None or base is None:
             return None
         if isinstance(reading, Layer):
-            return Segment(base, root, leaf(reading), (*reading.through, root))
+            taken = tuple(self.taker_of.get(root, ()))
+            before = [leaf(one.before[root]) for one in taken if root in one.before]
+            behind = [leaf(one.behind[root]) for one in taken if root in one.behind]
+            return Segment(base, root, seq([*before, leaf(reading), *behind]), (*reading.through, root), taken)
         if isinstance(reading, Same):
             return Segment(base, root, ONE, (root,))
         nodes: dict[fx.Node, None] = {}
@@ -267,7 +305,8 @@ class _Search:
             nodes.update(dict.fromkeys(reading.through))
         term = stack(branches, root, reading.dim) if isinstance(reading, Stack) else total(branches, root)
         ordered = sorted(nodes, key=self.place.__getitem__)
-        return Segment(base, root, term, (*ordered, root))
+        absorbed = dict.fromkeys(one for node in ordered for one in self.taker_of.get(node, ()))
+        return Segment(base, root, term, (*ordered, root), tuple(absorbed))
 
     def _walk(self, node: fx.Node, base: fx.Node | None) -> Iterator[Segment]:
         """Segments from a node back to `base`, or as far as they go."""
@@ -283,7 +322,7 @@ class _Search:
     def _stretches(self, root: fx.Node) -> list[list[Segment]]:
         """Stretches that end at root and could vanish into one layer, shortest first; each from base to root."""
         stretches: list[list[Segment]] = []
-        reading = self.readings.get(root)
+        reading = self._reading(root)
         if isinstance(reading, Same) or (isinstance(reading, Layer) and reading.kind == "pad"):
             return stretches  # what feeds it ends a stretch just as well; a pad belongs to what reads it
         taken: list[Segment] = []
@@ -332,10 +371,10 @@ class _Search:
 
     def _is_addend(self, node: fx.Node) -> bool:
         """Whether a sum is only a partial one: a family is judged by all branches of its block."""
-        pending = list(node.users) if isinstance(self.readings.get(node), Total) else []
+        pending = list(node.users) if isinstance(self._reading(node), Total) else []
         while pending:
             user = pending.pop()
-            reading = self.readings.get(user)
+            reading = self._reading(user)
             if isinstance(reading, Same):
                 pending += user.users
             elif isinstance(reading, Total) and self.dominator.get(user) is self.dominator.get(node):
@@ -397,7 +436,7 @@ class _Search:
             tuple(rule.source for rule in named),
             seq([segment.term for segment in stretch]),
             tuple(stretch),
-            self._owner(inside),
+            self._owner(inside | _scales(stretch)),
             before,
             after,
             self.trace,
@@ -461,8 +500,8 @@ class _Search:
                 raise Mutated(f"{writer.name} overwrites the input of the merge, which is read again later")
             if writer not in inside and at < self.place[root] and any(self.place[n] < at for n in inside):
                 raise Mutated(f"{writer.name} overwrites the input of the merge before the merged layer would read it")
-        changed = {n for n in inside if not isinstance(self.readings.get(n), Same)}
-        self.replicas.check(changed, self._owner(inside))
+        changed = {n for n in inside if not isinstance(self._reading(n), Same)} | _scales(stretch)
+        self.replicas.check(changed, self._owner(inside | _scales(stretch)))
 
     def _owner(self, nodes: Iterable[fx.Node]) -> Call:
         """The innermost call that holds all nodes, and is no single layer."""
@@ -519,8 +558,13 @@ def _layer_of(node: fx.Node) -> str:
 _LAYERS = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.Linear)
 
 
-def _nodes(stretch: list[Segment]) -> list[fx.Node]:
+def _nodes(stretch: Iterable[Segment]) -> list[fx.Node]:
     return [node for segment in stretch for node in segment.nodes]
+
+
+def _scales(stretch: Iterable[Segment]) -> set[fx.Node]:
+    """The scales that a stretch does a part of."""
+    return {one.node for segment in stretch for one in segment.absorbed}
 
 
 def _named(node: fx.Node) -> str:

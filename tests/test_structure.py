@@ -24,6 +24,7 @@ ORDER = [
     "values",
     "intercept",
     "trace",
+    "absorb",
     "search",
     "generated",
     "forward",
