@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 
 from structrep.algebra import ConvMap
 from structrep.errors import BadInput, WrongMerge
+from structrep.ranks import rank
 from structrep.readers import Layer, constant, lower, only_asserted
 from structrep.registry import COEFFICIENT_ROUNDING
 from structrep.report import OutputRecord, Verification
@@ -165,13 +166,14 @@ def prove(merge: Merge) -> None:
     generator = torch.Generator().manual_seed(0)
     proved = False
     for size in _sizes(map_):
-        x = torch.randn(2, map_.geometry.in_channels, *size, dtype=torch.float64, generator=generator).to(
-            map_.kernel.device
-        )
+        shape = (2, map_.geometry.in_channels, *size)
+        if not size:  # a Linear's input has any number of dims before the last
+            shape = (*range(2, 1 + max(2, rank(merge.base) or 0)), map_.geometry.in_channels)
+        x = torch.randn(shape, dtype=torch.float64, generator=generator).to(map_.kernel.device)
         with torch.no_grad():
             try:
                 before = region(x)
-            except RuntimeError:
+            except (RuntimeError, ValueError):
                 continue  # too small for the layers as they were
             try:
                 after = layer(x)
