@@ -22,6 +22,7 @@ from torch import fx, nn
 from structrep import cost
 from structrep.absorb import Absorption, absorptions
 from structrep.algebra import ConvMap
+from structrep.borders import Borders
 from structrep.cost import Cost
 from structrep.errors import (
     Costlier,
@@ -124,9 +125,10 @@ class Findings:
     merges: list[Merge] = field(default_factory=list)
     missed: list[Missed] = field(default_factory=list)
     replicas: Replicas = field(init=False)
+    borders: Borders = field(init=False)
 
     def __post_init__(self) -> None:
-        self.replicas = Replicas(self.traced)
+        self.replicas, self.borders = Replicas(self.traced), Borders(self.traced)
 
 
 def find(model: nn.Module, example_inputs: Example | None, registry: Registry) -> Findings:
@@ -501,7 +503,9 @@ class _Search:
             if writer not in inside and at < self.place[root] and any(self.place[n] < at for n in inside):
                 raise Mutated(f"{writer.name} overwrites the input of the merge before the merged layer would read it")
         changed = {n for n in inside if not isinstance(self._reading(n), Same)} | _scales(stretch)
-        self.replicas.check(changed, self._owner(inside | _scales(stretch)))
+        owner = self._owner(inside | _scales(stretch))
+        self.replicas.check(changed, owner)
+        self.findings.borders.check(inside, root, owner)
 
     def _owner(self, nodes: Iterable[fx.Node]) -> Call:
         """The innermost call that holds all nodes, and is no single layer."""

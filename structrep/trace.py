@@ -263,13 +263,24 @@ def _never_called(module: nn.Module, called: set[nn.Module]) -> Iterator[nn.Modu
             yield from _never_called(child, called)
 
 
-def _follow(traced: Traced, module: nn.Module, paths: dict[nn.Module, str], example: Example | None) -> _Tracer:
+def follow_method(model: nn.Module, path: str, method: str) -> list[Call] | None:
+    """The calls that a method of one of a model's modules makes, on a copy; None if it cannot be followed."""
+    twin = shallow_copy(model)
+    paths = {module: path for path, module in twin.named_modules()}
+    scratch = Traced(twin, {id(tensor): name for name, tensor in _named_tensors(paths)})
+    tracer = _follow(scratch, twin.get_submodule(path), paths, None, method)
+    return tracer.calls if tracer.stopped is None else None
+
+
+def _follow(
+    traced: Traced, module: nn.Module, paths: dict[nn.Module, str], example: Example | None, method: str = "forward"
+) -> _Tracer:
     """Trace, keeping whole one more function or module type after each failure, until all goes through or the root
     itself stops it."""
     opaque: set[type[nn.Module]] = set()
     whole: dict[FunctionType, tuple[str, Untraceable]] = {}
     while True:
-        tracer = _Tracer(module, paths, traced.names, opaque, whole.keys())
+        tracer = _Tracer(module, method, paths, traced.names, opaque, whole.keys())
         inputs = tracer.bind(example)
         try:
             with torch.no_grad(), tracer.watching():
@@ -351,6 +362,7 @@ class _Tracer(fx.Tracer):
     def __init__(
         self,
         module: nn.Module,
+        method: str,
         paths: dict[nn.Module, str],
         names: dict[int, str],
         opaque: Set[type[nn.Module]],
@@ -358,6 +370,7 @@ class _Tracer(fx.Tracer):
     ) -> None:
         super().__init__()
         self.module = module
+        self.method = method
         self.paths = paths
         self.opaque = opaque
         self.whole = whole
@@ -377,7 +390,7 @@ class _Tracer(fx.Tracer):
 
         Returns the tensors of the example, in the order of the placeholders.
         """
-        signature = inspect.signature(self.module.forward)
+        signature = inspect.signature(getattr(self.module, self.method))
         if example is None:
             required = [
                 p for p in signature.parameters.values()
@@ -396,7 +409,7 @@ class _Tracer(fx.Tracer):
         try:
             bound = signature.bind(*args, **kwargs)
         except TypeError as error:
-            raise BadInput(f"the model's forward{signature} does not take the example inputs: {error}") from error
+            raise BadInput(f"the model's {self.method}{signature} does not take the example inputs: {error}") from error
         tensors: list[Tensor] = []
 
         def slot(leaf: Any) -> Any:
@@ -417,8 +430,8 @@ class _Tracer(fx.Tracer):
         )
 
         def enter() -> list[fx.Proxy]:
-            result = self.call_module(self.module, self.module.forward, args, kwargs)
-            return list(proxies(result))
+            function = getattr(self.module, self.method)
+            return list(proxies(self._record(self.module, function, args, kwargs, False, self.method, function)))
 
         return enter, []
 

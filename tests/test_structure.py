@@ -25,6 +25,7 @@ ORDER = [
     "intercept",
     "trace",
     "absorb",
+    "borders",
     "search",
     "generated",
     "forward",

@@ -1,0 +1,99 @@
+"""Other forwards of a model give what they gave, also where they look at what forward merges across."""
+
+import pytest
+import torch
+from torch import nn
+
+import structrep
+from tests.models import relative_error, settled
+
+X = torch.randn(2, 4, 6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+class Block(nn.Sequential):
+    """Ends and starts with a convolution: two of them are a chain."""
+
+    def __init__(self):
+        super().__init__(nn.Conv2d(4, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)
+        self.blocks = nn.Sequential(nn.Sequential(Block(), Block()), nn.Sequential(Block(), Block()))
+        self.head = nn.Conv2d(4, 3, 1)
+
+    def forward_features(self, x):
+        return self.blocks(self.norm(self.stem(x)).relu())
+
+    def forward(self, x):
+        return self.head(self.forward_features(x))
+
+
+class Stages(Net):
+    """Values between stages, and the features."""
+
+    def forward_intermediates(self, x, indices=None):
+        x = self.norm(self.stem(x)).relu()
+        found = []
+        for index, stage in enumerate(self.blocks):
+            x = stage(x)
+            if indices is None or index in indices:
+                found.append(x)
+        return found
+
+
+class BeforeTheNorm(Net):
+    def forward_stem(self, x):
+        return self.stem(x)
+
+
+class Indirectly(Net):
+    """The blocks are handed to somebody."""
+
+    def forward_all(self, x):
+        x = self.norm(self.stem(x)).relu()
+        return torch.cat(list(running(x, self.blocks[0])), 1)
+
+
+def running(x, blocks):
+    for block in blocks:
+        x = block(x)
+        yield x
+
+
+class NotFollowed(Net):
+    def forward_some(self, x):
+        x = self.norm(self.stem(x)).relu()
+        for stage in self.blocks:
+            x = stage(x)
+            if float(x.sum()) > 1e9:
+                return x
+        return x
+
+
+@pytest.mark.parametrize(
+    ("make", "method", "convs"),
+    # ten convolutions; three pairs of them meet where nobody looks: within the two stages, and between
+    [(Net, "forward_features", 7), (Stages, "forward_intermediates", 8), (BeforeTheNorm, "forward_stem", 7),
+     (Indirectly, "forward_all", 9), (NotFollowed, "forward_some", 10)],
+)  # fmt: skip
+def test_other_forwards(make, method, convs):
+    model = settled(make())
+    deploy = structrep.reparameterize(model)
+    assert relative_error(deploy(X), model(X)) < 1e-12
+    mine, truth = getattr(deploy, method)(X), getattr(model, method)(X)
+    pairs = zip(mine, truth, strict=True) if isinstance(truth, list) else [(mine, truth)]
+    for one, two in pairs:
+        assert relative_error(one, two) < 1e-12
+    assert sum(isinstance(m, nn.Conv2d) for m in deploy.modules()) == convs
+    stays = [make in (BeforeTheNorm, NotFollowed)]
+    assert [isinstance(deploy.norm, nn.BatchNorm2d)] == stays
+
+
+def test_the_plan_says_which_method_stands_in_the_way():
+    plan = structrep.plan(settled(BeforeTheNorm()))
+    reasons = [r.reason for r in plan.refusals if r.kind == "Shared" and "norm" in r.layers]
+    assert len(reasons) == 1
+    assert "BeforeTheNorm.forward_stem may look at what stem gives" in reasons[0]
