@@ -4,7 +4,7 @@ JOBS ?= 2
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test test-thorough docs clean
+.PHONY: demo test test-thorough test-oldest docs clean
 
 demo: .venv/installed-demo
 	$(BIN)/python examples/demo.py
@@ -19,11 +19,15 @@ test: .venv/installed-test
 test-thorough: .venv/installed-test
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal --hypothesis-profile=thorough tests/test_laws.py
 
+# the suite on the oldest torch that pyproject.toml allows, in an environment of its own
+test-oldest: .venv-oldest/installed
+	.venv-oldest/bin/python -m pytest -n $(JOBS) --dist worksteal
+
 docs: .venv/installed-docs
 	$(BIN)/python -m mkdocs build --strict
 
 clean:
-	rm -rf .venv build dist site .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-oldest build dist site .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .PRECIOUS: .venv/installed-%
@@ -35,4 +39,11 @@ clean:
 .venv/made: pyproject.toml constraints.txt
 	rm -rf .venv
 	$(PYTHON) -m venv .venv
+	touch $@
+
+.venv-oldest/installed: pyproject.toml constraints.txt constraints-oldest.txt
+	rm -rf .venv-oldest
+	$(PYTHON) -m venv .venv-oldest
+	{ grep -Ev '^torch(vision)?==' constraints.txt; cat constraints-oldest.txt; } > .venv-oldest/constraints.txt
+	.venv-oldest/bin/python -m pip --disable-pip-version-check install --quiet -c .venv-oldest/constraints.txt -e '.[test]'
 	touch $@
