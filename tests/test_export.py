@@ -1,0 +1,81 @@
+"""Deploy models on their way out: ONNX, run by onnxruntime, and compiled by inductor."""
+
+import shutil
+import warnings
+
+import numpy as np
+import onnxruntime
+import pytest
+import timm
+import torch
+from others.cases import NETWORKS
+from torch import nn
+
+import structrep
+from structrep.blocks import RepVGGBlock2d
+from tests.models import settled
+from tests.test_absorb import Attention, Mixed
+from tests.test_tracing import PadsItself
+from tests.test_transposed import Up
+
+
+class Padded(nn.Module):
+    """A forward with a function in it that was kept whole."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = PadsItself(3, 8, 3, 2, bias=False), nn.BatchNorm2d(8)
+
+    def forward(self, x):
+        return self.norm(self.conv(x)).relu()
+
+
+def blocks():
+    return nn.Sequential(RepVGGBlock2d(3, 8, 3, padding=1), nn.ReLU(), RepVGGBlock2d(8, 8, 3, 2, 1))
+
+
+MODELS = {
+    **{case.name: (case.make, (3, 12, 10)) for case in NETWORKS},
+    "blocks": (blocks, (3, 9, 8)),
+    "attention": (Attention, (4, 6, 5)),
+    "mixed": (Mixed, (4, 6, 5)),
+    "padded": (Padded, (3, 9, 8)),
+    "up": (Up, (6, 5, 4)),
+    "repghostnet": (lambda: timm.create_model("repghostnet_050"), (3, 64, 64)),
+}
+
+
+def converted(name):
+    make, size = MODELS[name]
+    model = settled(make()).float()
+    return model, structrep.reparameterize(model), torch.randn(2, *size, generator=torch.Generator().manual_seed(0))
+
+
+def first(output):
+    return next(iter(structrep.proof.tensors(output)))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_onnx(name, tmp_path):
+    """What onnxruntime makes of the exported deploy model is what the model gives."""
+    model, deploy, x = converted(name)
+    path = tmp_path / "deploy.onnx"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(deploy, (x,), path, dynamo=True, verbose=False)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    found = session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
+    with torch.no_grad():
+        truth = first(model(x)).numpy()
+    assert np.abs(found - truth).max() <= 1e-4 * np.abs(truth).max()
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+@pytest.mark.parametrize("name", ["blocks", "attention"])
+def test_inductor(name):
+    """torch.compile with its own code generator."""
+    model, deploy, x = converted(name)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        found, truth = torch.compile(deploy)(x), model(x)
+    assert float((found - truth).abs().max()) <= 1e-5 * float(truth.abs().max())
