@@ -118,7 +118,14 @@ def _sized(function: Callable[..., Any], kind: str, target: Any, record: Record)
             return record(kind, target, args, kwargs)
         return function(*args, **kwargs)
 
+    call.__dict__["watched"] = function
     return call
+
+
+def unwatched(function: Callable[..., Any]) -> Callable[..., Any]:
+    """What a function is outside of `traced_sizes`: torch itself looks up a tensor's methods, and finds these."""
+    found: Callable[..., Any] = getattr(function, "watched", function)
+    return found
 
 
 @contextlib.contextmanager

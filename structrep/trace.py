@@ -37,6 +37,7 @@ from structrep.intercept import (
     stopping_function,
     traced_sizes,
     traced_values_are_tensors,
+    unwatched,
 )
 from structrep.values import alike, holds_tensor, is_traced, proxies, snapshot
 
@@ -642,6 +643,7 @@ class _Constants(TorchFunctionMode):
         kwargs = kwargs or {}
         if is_traced((args, kwargs)):
             return func(*args, **kwargs)
+        func = unwatched(func)
         name = getattr(func, "__name__", "")
         if name == "__set__" and id(args[0]) in self.tracer.names:  # `weight.data = ...`, at every call
             self.tracer.reached.setdefault(self.tracer.names[id(args[0])], set()).add(self.tracer.stack[-1])

@@ -1,7 +1,9 @@
 """Forwards that stock torch.fx cannot follow, or follows wrongly: each merges and stays right, or is left as it is."""
 
 import builtins
+import inspect
 import math
+import pickle
 import random
 
 import pytest
@@ -330,3 +332,25 @@ def test_a_convolution_that_pads_itself_and_is_called_twice_stays():
 
     model, x = settled(Twice()), torch.randn(2, 3, 8, 7, dtype=torch.float64)
     assert relative_error(structrep.reparameterize(model)(x), model(x)) < 1e-12
+
+
+class Reshapes(nn.Module):
+    """Parameters in a dict; one is reshaped by a method that the trace watches."""
+
+    def __init__(self):
+        super().__init__()
+        self.p = nn.ParameterDict({"w": torch.randn(3, 3, 3, 3), "v": torch.randn(3, 3, 1, 1), "b": torch.randn(3)})
+
+    def forward(self, x):
+        y = F.conv2d(x, self.p["w"], self.p["b"], padding=1) + F.conv2d(x, self.p["v"])
+        return torch.maximum(y, self.p["b"].abs().view(-1, 1, 1).expand(3, 1, 1))
+
+
+def test_what_is_computed_from_parameters_is_written_as_it_was():
+    model = settled(Reshapes())
+    deploy = pickle.loads(pickle.dumps(structrep.reparameterize(model)))
+    x = torch.randn(2, 3, 5, 5, dtype=torch.float64)
+    assert relative_error(deploy(x), model(x)) < 1e-12
+    assert ".view(-1, 1, 1)" in inspect.getsource(type(deploy).forward)
+    exported = torch.export.export(deploy, (x,)).module()
+    assert relative_error(exported(x), model(x)) < 1e-12
