@@ -51,9 +51,9 @@ class Borders:
                         raise Shared(f"{call.path or 'the model'}.{call.method} gives back a value inside the merge")
                     continue
                 for around in owner.chain():
-                    self._check_methods(around, call, node)
+                    self._check_methods(around, call)
 
-    def _check_methods(self, around: Call, call: Call, node: fx.Node) -> None:
+    def _check_methods(self, around: Call, call: Call) -> None:
         """Raise if another forward of a module around looks at what a call of one of its parts gives."""
         part = call.path[len(around.path) :].lstrip(".").partition(".")[0]
         cls = type(around.module)
@@ -64,8 +64,11 @@ class Borders:
             if (around.module, name) in self.traced.calls or (runs is not None and part not in runs):
                 continue
             calls = self._calls(around.path, name)
+            usual = [_readers(one.result) for one in self.traced.calls[call.module, call.method]]
             seen = calls is None or any(
-                one.path == call.path and one.method == "forward" and not _readers(one.result) <= _readers(node)
+                one.path == call.path
+                and one.method == "forward"
+                and not any(_readers(one.result) <= readers for readers in usual)
                 for one in calls
             )
             if seen:

@@ -63,6 +63,24 @@ def running(x, blocks):
         yield x
 
 
+class DropsTwice(nn.Module):
+    """One dropout for two places, as in timm's MLPs: what reads it differs from call to call."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.drop = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1), nn.Dropout()
+        self.scale = nn.Parameter(torch.randn(4, 1, 1))
+
+    def forward(self, x):
+        return self.scale * self.drop(self.b(self.drop(self.a(x).relu())))
+
+
+class Scaled(Stages):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.Sequential(DropsTwice(), DropsTwice())
+
+
 class NotFollowed(Net):
     def forward_some(self, x):
         x = self.norm(self.stem(x)).relu()
@@ -77,7 +95,7 @@ class NotFollowed(Net):
     ("make", "method", "convs"),
     # ten convolutions; three pairs of them meet where nobody looks: within the two stages, and between
     [(Net, "forward_features", 7), (Stages, "forward_intermediates", 8), (BeforeTheNorm, "forward_stem", 7),
-     (Indirectly, "forward_all", 9), (NotFollowed, "forward_some", 10)],
+     (Scaled, "forward_intermediates", 6), (Indirectly, "forward_all", 9), (NotFollowed, "forward_some", 10)],
 )  # fmt: skip
 def test_other_forwards(make, method, convs):
     model = settled(make())
@@ -88,6 +106,8 @@ def test_other_forwards(make, method, convs):
     for one, two in pairs:
         assert relative_error(one, two) < 1e-12
     assert sum(isinstance(m, nn.Conv2d) for m in deploy.modules()) == convs
+    if make is Scaled:
+        assert deploy.blocks[0].scale is None
     stays = [make in (BeforeTheNorm, NotFollowed)]
     assert [isinstance(deploy.norm, nn.BatchNorm2d)] == stays
 
