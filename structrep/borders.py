@@ -3,7 +3,8 @@
 `forward` may run one block after another, and a convolution at the end of the first merge with one at the start of the
 second. Another method, say `forward_intermediates`, may give back what stands between. So for every merge the methods
 of the modules around are looked through whose name says that they are forwards too: those that run a part of the merge,
-by their source, are followed.
+by their source, are followed. Left out are those for a converted model (`forward_fuse`, `forward_deploy`), which run a
+convolution and leave out its norm because that is merged by then.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class Borders:
                 if isinstance(call.result, fx.Proxy):
                     self.given[call.result.node].append(call)
         self.others: dict[type, dict[str, FunctionType]] = {}
-        self.followed: dict[tuple[str, str], list[Call] | None] = {}
+        self.followed: dict[tuple[nn.Module, str], list[Call] | None] = {}
 
     def check(self, inside: set[fx.Node], root: fx.Node, owner: Call) -> None:
         """Raise if some value that would vanish is one that another forward gives back or looks at.
@@ -47,7 +48,7 @@ class Borders:
                 if call is owner or owner not in call.chain():
                     continue
                 if call.method != "forward":
-                    if call.method.startswith("forward_"):
+                    if _is_forward(call.method):
                         raise Shared(f"{call.path or 'the model'}.{call.method} gives back a value inside the merge")
                     continue
                 for around in owner.chain():
@@ -63,7 +64,7 @@ class Borders:
             runs = _runs(function)
             if (around.module, name) in self.traced.calls or (runs is not None and part not in runs):
                 continue
-            calls = self._calls(around.path, name)
+            calls = self._calls(around, name)
             usual = [_readers(one.result) for one in self.traced.calls[call.module, call.method]]
             seen = calls is None or any(
                 one.path == call.path
@@ -77,10 +78,11 @@ class Borders:
                     f"be there"
                 )
 
-    def _calls(self, path: str, method: str) -> list[Call] | None:
-        if (path, method) not in self.followed:
-            self.followed[path, method] = follow_method(self.traced.model, path, method)
-        return self.followed[path, method]
+    def _calls(self, around: Call, method: str) -> list[Call] | None:
+        key = (around.module, method)
+        if key not in self.followed:
+            self.followed[key] = follow_method(around.module, around.path, method)
+        return self.followed[key]
 
 
 def _readers(value: Any) -> set[tuple[str, str, str]]:
@@ -91,12 +93,17 @@ def _readers(value: Any) -> set[tuple[str, str, str]]:
     return {(u.op, str(u.target), u.meta["call"].path if u.meta["call"] else "") for u in node.users}
 
 
+def _is_forward(name: str) -> bool:
+    converted = ("fuse", "deploy", "reparam", "merge", "switch")
+    return name.startswith("forward_") and not any(word in name for word in converted)
+
+
 def _other_forwards(cls: type) -> dict[str, FunctionType]:
     """Methods that are forwards by their name, as they are inherited."""
     found: dict[str, FunctionType] = {}
     for base in reversed(cls.__mro__):
         if base.__module__.partition(".")[0] != "torch":
-            named = {name: f for name, f in vars(base).items() if name.startswith("forward_")}
+            named = {name: f for name, f in vars(base).items() if _is_forward(name)}
             found |= {name: function for name, function in named.items() if isinstance(function, FunctionType)}
     return found
 

@@ -186,10 +186,25 @@ class Forward:
             self.env[proxy.node] = access
 
     def _relative(self, path: str) -> str:
+        """The path of a module or tensor, as the module whose forward this is has it."""
         prefix = f"{self.call.path}." if self.call.path else ""
-        if not path.startswith(prefix):
+        return path[len(prefix) :] if path.startswith(prefix) else self._other_name(path)
+
+    def _other_name(self, path: str) -> str:
+        """What is held in several places, an activation that all blocks share for instance, is known by the first."""
+        parent, _, name = path.rpartition(".")
+        holder = self.traced.model.get_submodule(parent)
+        held: Any = getattr(holder, name, None)
+        module = self.call.module
+        known = (
+            *module.named_modules(remove_duplicate=False),
+            *module.named_parameters(remove_duplicate=False),
+            *module.named_buffers(remove_duplicate=False),
+        )
+        found: str | None = next((other for other, value in known if value is held and held is not None), None)
+        if found is None:
             raise Unreadable(f"{self.call.path} uses {path}, which is not below it")
-        return path[len(prefix) :]
+        return found
 
     def _has(self, node: fx.Node) -> bool:
         return node in self.env or node.op == "get_attr"

@@ -264,12 +264,12 @@ def _never_called(module: nn.Module, called: set[nn.Module]) -> Iterator[nn.Modu
             yield from _never_called(child, called)
 
 
-def follow_method(model: nn.Module, path: str, method: str) -> list[Call] | None:
-    """The calls that a method of one of a model's modules makes, on a copy; None if it cannot be followed."""
-    twin = shallow_copy(model)
-    paths = {module: path for path, module in twin.named_modules()}
+def follow_method(module: nn.Module, path: str, method: str) -> list[Call] | None:
+    """The calls that a method of a module makes, on a copy; None if it cannot be followed."""
+    twin = shallow_copy(module)
+    paths = {part: ".".join(filter(None, (path, name))) for name, part in twin.named_modules()}
     scratch = Traced(twin, {id(tensor): name for name, tensor in _named_tensors(paths)})
-    tracer = _follow(scratch, twin.get_submodule(path), paths, None, method)
+    tracer = _follow(scratch, twin, paths, None, method)
     return tracer.calls if tracer.stopped is None else None
 
 

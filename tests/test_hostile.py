@@ -379,3 +379,33 @@ def test_a_norm_that_stays_says_what_it_stands_between():
     (refusal,) = structrep.plan(settled(PreActivation())).refusals
     assert (refusal.kind, refusal.layers) == ("Isolated", ("norm",))
     assert "it scales what sigmoid gives, which add reads too, for relu" in refusal.reason
+
+
+ACT = nn.SiLU()
+
+
+class SharesItsActivation(nn.Module):
+    """As ultralytics' RepConv: one activation, held by the class, in every block."""
+
+    act_of_all = ACT
+
+    def __init__(self, tied=None):
+        super().__init__()
+        self.act = self.act_of_all
+        self.c, self.d = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1)
+        self.gain = tied if tied is not None else nn.Parameter(torch.rand(4, 1, 1))
+
+    def forward(self, x):
+        return torch.maximum(self.act(self.c(x) + self.d(x)), self.gain)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_module_and_a_parameter_held_by_several_blocks(inplace):
+    first = SharesItsActivation()
+    model = settled(nn.Sequential(first, SharesItsActivation(first.gain), SharesItsActivation(first.gain)))
+    truth = model(X)
+    deploy = structrep.reparameterize(model, inplace=inplace)
+    assert relative_error(deploy(X), truth) < 1e-12
+    assert [block.d for block in deploy] == [None] * 3
+    assert deploy[1].act is deploy[0].act
+    assert deploy[2].gain is deploy[0].gain

@@ -63,6 +63,27 @@ def running(x, blocks):
         yield x
 
 
+class Yolo(nn.Module):
+    """As ultralytics' Conv: a forward for after the norm was folded."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn, self.act = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.SiLU()
+
+    def forward(self, x):
+        return self.act(self.bn(self.conv(x)))
+
+    def forward_fuse(self, x):
+        return self.act(self.conv(x))
+
+
+def test_a_forward_for_the_converted_model_is_none_that_stands_in_the_way():
+    model = settled(Yolo())
+    deploy = structrep.reparameterize(model)
+    assert isinstance(deploy.bn, nn.Identity)
+    assert relative_error(deploy.forward_fuse(X), model(X)) < 1e-12
+
+
 class DropsTwice(nn.Module):
     """One dropout for two places, as in timm's MLPs: what reads it differs from call to call."""
 
