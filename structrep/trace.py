@@ -284,7 +284,7 @@ def _follow(
         tracer = _Tracer(module, method, paths, traced.names, opaque, whole.keys())
         inputs = tracer.bind(example)
         try:
-            with torch.no_grad(), tracer.watching():
+            with torch.no_grad(), _unchanged(module), tracer.watching():
                 tracer.trace(_Root(module))
         except StructrepError:
             raise
@@ -312,6 +312,19 @@ def _follow(
         if inputs:
             _infer_shapes(tracer.graph, inputs)
         return tracer
+
+
+@contextlib.contextmanager
+def _unchanged(model: nn.Module) -> Iterator[None]:
+    """Give modules back the attributes they had: a forward may write traced values to itself, and be traced again."""
+    before = {module: snapshot(module.__dict__) for module in model.modules()}
+    try:
+        yield
+    finally:
+        for module, attributes in before.items():
+            if not alike(attributes, module.__dict__):
+                module.__dict__.clear()
+                module.__dict__.update(attributes)
 
 
 def _fold_constants(tracer: _Tracer) -> None:

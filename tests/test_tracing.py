@@ -354,3 +354,26 @@ def test_what_is_computed_from_parameters_is_written_as_it_was():
     assert ".view(-1, 1, 1)" in inspect.getsource(type(deploy).forward)
     exported = torch.export.export(deploy, (x,)).module()
     assert relative_error(exported(x), model(x)) < 1e-12
+
+
+class Retried(nn.Module):
+    """Writes to itself before something stops the trace: the second attempt must not see what the first one wrote."""
+
+    def __init__(self):
+        super().__init__()
+        self.mean = torch.randn(1, 3, 1, 1)
+        self.a, self.b = nn.Conv2d(3, 3, 1), SamePadded()
+        self.last = nn.Conv2d(4, 3, 1)
+
+    def forward(self, x):
+        self.mean = self.mean.type_as(x)
+        return self.last(self.b(self.a((x - self.mean) * 2.0))) / 2.0 + self.mean
+
+
+def test_an_attempt_leaves_nothing_to_the_next():
+    model = settled(Retried())
+    x = torch.randn(2, 3, 5, 5, dtype=torch.float64)
+    deploy = structrep.reparameterize(model)
+    truth = model(x)
+    assert relative_error(deploy(x), truth) < 1e-12
+    assert torch.is_tensor(deploy.mean)
