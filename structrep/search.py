@@ -330,7 +330,9 @@ class _Search:
         taken: list[Segment] = []
         for segment in self._walk(root, None):
             taken.insert(0, segment)
-            if segment.term.op != "one" and self._leak(taken) is None:
+            first = segment.term.layer
+            cut = first is not None and first.kind == "slice"  # a layer of all channels costs more than one of some
+            if segment.term.op != "one" and not cut and self._leak(taken) is None:
                 stretches.append(list(taken))
             if len(taken) == FARTHEST:
                 break
