@@ -77,6 +77,8 @@ def _by_branches(node: fx.Node, scale: Layer, readings: Readings) -> Absorption 
     assert scale.source is not None
     concat = _maker(scale.source, readings)
     stacked = readings.get(concat)
+    if scale.in_channels is None:
+        return None  # one number for all
     if not isinstance(stacked, Stack) or stacked.dim != 1 or _users(concat, readings) != [node]:
         return None
     behind: dict[fx.Node, Layer] = {}

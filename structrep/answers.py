@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from structrep.ranks import channels, rank
+from structrep.ranks import channels, rank, torch_name
 
 Span = tuple[int | None, int | None, int | None, int | None]
 
@@ -24,7 +24,7 @@ def spared(frame: FrameType) -> bool | None:
     """What the condition that a frame is evaluating must be for the code not to raise; None if neither way raises."""
     positions = list(frame.f_code.co_positions())[frame.f_lasti // 2]
     for branch in _raising(frame.f_code.co_filename):
-        wanted = not _ends_in_raise(branch.body)
+        wanted = not _only_raises(branch.body)
         answer = _answer(branch.test, (positions[0], positions[1], positions[2], positions[3]), wanted)
         if answer is not None:
             return answer
@@ -33,26 +33,36 @@ def spared(frame: FrameType) -> bool | None:
 
 @functools.lru_cache(64)
 def _raising(filename: str) -> tuple[ast.If, ...]:
-    """The branches of a file of which one way raises and the other does not."""
+    """The branches of a file of which one way raises and the other does not; what is raised is not caught there."""
     try:
         tree = ast.parse("".join(linecache.getlines(filename)))
     except SyntaxError:
         return ()
-    branches = [node for node in ast.walk(tree) if isinstance(node, ast.If)]
-    return tuple(b for b in branches if _ends_in_raise(b.body) != _ends_in_raise(b.orelse))
+    tried = {inner for node in ast.walk(tree) if isinstance(node, ast.Try) for inner in ast.walk(node)}
+    branches = [node for node in ast.walk(tree) if isinstance(node, ast.If) and node not in tried]
+    return tuple(b for b in branches if _only_raises(b.body) != _only_raises(b.orelse))
 
 
-def _ends_in_raise(body: list[ast.stmt]) -> bool:
-    return bool(body) and isinstance(body[-1], ast.Raise)
+def _only_raises(body: list[ast.stmt]) -> bool:
+    leaves = (ast.Return, ast.Break, ast.Continue, ast.Yield, ast.YieldFrom)
+    return (
+        bool(body)
+        and isinstance(body[-1], ast.Raise)
+        and not any(isinstance(node, leaves) for statement in body for node in ast.walk(statement))
+    )
+
+
+_PLAIN = (ast.Eq, ast.NotEq, ast.Lt, ast.LtE, ast.Gt, ast.GtE)
 
 
 def _answer(test: ast.expr, span: Span, wanted: bool) -> bool | None:
-    """What the part of a condition at `span` must be, for the whole to be as wanted."""
+    """What the part of a condition at `span` must be, for the whole to be as wanted; None if it may be either."""
     if (test.lineno, test.end_lineno, test.col_offset, test.end_col_offset) == span:
-        return wanted
+        one_question = isinstance(test, ast.Compare) and len(test.ops) == 1 and isinstance(test.ops[0], _PLAIN)
+        return wanted if one_question else None
     if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
         return _answer(test.operand, span, not wanted)
-    if isinstance(test, ast.BoolOp):
+    if isinstance(test, ast.BoolOp) and isinstance(test.op, ast.And) == wanted:  # all parts must be so
         found = (_answer(part, span, wanted) for part in test.values)
         return next((answer for answer in found if answer is not None), None)
     return None
@@ -60,7 +70,7 @@ def _answer(test: ast.expr, span: Span, wanted: bool) -> bool | None:
 
 def length(node: fx.Node) -> int | None:
     """How many items a value has that is not a tensor; None if shapes do not say."""
-    name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
+    name = torch_name(node)
     args, source = node.args, node.args[0] if node.args else None
     if not isinstance(source, fx.Node):
         return None

@@ -72,6 +72,9 @@ class Forward:
         source = code.src.strip().replace("def forward(", f"def {call.method}(", 1) + "\n"
         source = source.replace(f"self.{_ITSELF}", "self")
         function = next(c for c in compile(source, call.method, "exec").co_consts if isinstance(c, CodeType))
+        unused = {"device"} if "device(type=" not in source else set()  # written code always knows some names
+        if clash := sorted((code.globals.keys() - unused) & set(function.co_varnames[: function.co_argcount])):
+            raise Unreadable(f"an argument named {clash[0]} clashes with what written code uses")
         names = {name: value for name, value in code.globals.items() if name in function.co_names}
         self.method = Method.of(call.method, source, names)
         try:
@@ -90,8 +93,6 @@ class Forward:
             default = () if star or parameter.default is parameter.empty else (parameter.default,)
             if default and not _is_literal(default[0]):
                 raise Unreadable(f"the default of argument {name} is no literal: {default[0]!r}")
-            if name in ("self", "torch", "operator"):
-                raise Unreadable(f"an argument named {name} clashes with what written code uses")
             node = self.graph.placeholder(star + name, None, *default)
             if name in bound.arguments:
                 self._accept(bound.arguments[name], node, name, default == (None,))
@@ -256,8 +257,14 @@ class Forward:
         if isinstance(value, slice):
             return slice(*(self._rebuild(v) for v in (value.start, value.stop, value.step)))
         if is_dataclass(value) and not isinstance(value, type):
+            if not isinstance(value, dict) and (
+                hasattr(value, "__post_init__") or not all(f.init for f in fields(value))
+            ):
+                raise Unreadable(f"a {type(value).__name__} is more than its fields, and cannot be written as code")
             given = {f.name: self._rebuild(getattr(value, f.name)) for f in fields(value)}
             return self.graph.call_function(type(value), (), given)
+        if isinstance(value, (tuple, list)) and not _is_plain(type(value)):
+            raise Unreadable(f"a {type(value).__name__} may be more than its items, and cannot be written as code")
         if isinstance(value, tuple):
             parts = [self._rebuild(item) for item in value]
             return self.graph.call_function(type(value), tuple(parts)) if hasattr(value, "_fields") else tuple(parts)
@@ -270,6 +277,11 @@ class Forward:
                 f"{self.call.path or 'the model'} passes a {type(value).__name__}, which cannot be written as code"
             )
         return value
+
+
+def _is_plain(cls: type) -> bool:
+    """Whether a list or tuple type has no code of its own."""
+    return cls in (list, tuple, torch.Size) or (cls.__mro__[1] is tuple and hasattr(cls, "_fields"))
 
 
 def _is_literal(value: Any) -> bool:

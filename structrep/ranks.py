@@ -16,7 +16,7 @@ _ELEMENTWISE = {
     *("add", "iadd", "radd", "sub", "isub", "rsub", "mul", "imul", "rmul", "truediv", "itruediv", "div", "neg", "pow"),
     *("relu", "relu6", "leaky_relu", "gelu", "silu", "mish", "elu", "celu", "selu", "sigmoid", "tanh", "exp", "clamp"),
     *("hardswish", "hardsigmoid", "hardtanh", "softmax", "softplus", "dropout", "contiguous", "clone", "detach", "to"),
-    *("reshape_as", "view_as", "expand_as", "matmul", "bmm", "scaled_dot_product_attention"),
+    *("reshape_as", "view_as", "expand_as", "scaled_dot_product_attention"),
     *("float", "half", "linear", "layer_norm", "batch_norm", "transpose", "swapaxes", "roll", "flip", "type_as"),
     *("cat", "concat", "concatenate", "chunk", "split", "tensor_split", "split_with_sizes"),
 }
@@ -61,15 +61,20 @@ def channels(node: fx.Node) -> int | None:
             if isinstance(module, nn.modules.batchnorm._NormBase):
                 return module.num_features
             same = type(module).__module__ in ("torch.nn.modules.activation", "torch.nn.modules.dropout")
-            if not same or isinstance(module, nn.MultiheadAttention) or source is None:
+            if not same or isinstance(module, (nn.MultiheadAttention, nn.GLU)) or source is None:
                 return None
-        elif source is None or (str(node.target) if node.op == "call_method" else _name(node)).strip("_") not in _ACTS:
+        elif source is None or torch_name(node).strip("_") not in _ACTS:
             return None
         node = source
 
 
-def _name(node: fx.Node) -> str:
-    return getattr(node.target, "__name__", "")
+def torch_name(node: fx.Node) -> str:
+    """What torch calls the operation that a node is; "" for functions of others."""
+    if node.op == "call_method":
+        return str(node.target)
+    module = getattr(node.target, "__module__", None) or ""
+    own = module.partition(".")[0] in ("torch", "_operator", "builtins", "") and not node.meta.get("unfollowed")
+    return getattr(node.target, "__name__", "") if own else ""
 
 
 def _source(node: fx.Node) -> fx.Node | None:
@@ -86,25 +91,27 @@ def _rank(node: fx.Node, source: fx.Node | None) -> int | None:
         return _of_module(node.meta["call"].module, given)
     if node.op not in ("call_function", "call_method"):
         return None
-    name = (str(node.target) if node.op == "call_method" else _name(node)).strip("_")
+    name = torch_name(node).strip("_")
     rest: tuple[Any, ...] = node.args[1:]
     if match := _OF_DIMS.fullmatch(name):
         return int(match[4]) + 2
     if name in ("view", "reshape", "permute"):
-        return len(rest[0]) if len(rest) == 1 and isinstance(rest[0], (list, tuple)) else len(rest)
+        sizes = rest[0] if len(rest) == 1 and isinstance(rest[0], (list, tuple)) else rest
+        unknown = node.kwargs or not sizes or (len(rest) == 1 and isinstance(rest[0], fx.Node))
+        return None if unknown else len(sizes)
     if name == "flatten":
         start = node.kwargs.get("start_dim", rest[0] if rest else 0)
         end = node.kwargs.get("end_dim", rest[1] if len(rest) > 1 else -1)
         return _flattened(start, end, given)
     if name == "getitem":
-        piece = source is not None and (str(source.target) if source.op == "call_method" else _name(source)) in _PIECES
+        piece = source is not None and torch_name(source) in _PIECES
         return given if piece else _indexed(rest[0], given)
     if name in _REDUCTIONS:
         dims, keep = (
             node.kwargs.get("dim", rest[0] if rest else None),
-            node.kwargs.get("keepdim", len(rest) > 1 and rest[1]),
+            node.kwargs.get("keepdim", node.kwargs.get("keepdims", len(rest) > 1 and rest[1])),
         )
-        if given is None or dims is None:
+        if given is None or dims is None or (name in ("std", "var") and len(rest) > 1):
             return None
         gone = len(dims) if isinstance(dims, (list, tuple)) else 1
         return given if keep else given - gone
@@ -126,6 +133,10 @@ def _of_module(module: nn.Module, given: int | None) -> int | None:
     return given if keeps else None
 
 
+def _is_index(part: Any) -> bool:
+    return part is None or part is Ellipsis or (isinstance(part, (int, slice)) and not isinstance(part, bool))
+
+
 def _flattened(start: Any, end: Any, given: int | None) -> int | None:
     if not isinstance(start, int) or not isinstance(end, int):
         return None
@@ -136,6 +147,6 @@ def _flattened(start: Any, end: Any, given: int | None) -> int | None:
 
 def _indexed(index: Any, given: int | None) -> int | None:
     parts = index if isinstance(index, tuple) else (index,)
-    if given is None or not all(isinstance(part, (int, slice)) or part in (None, Ellipsis) for part in parts):
+    if given is None or not all(map(_is_index, parts)):
         return None
     return given - sum(isinstance(part, int) for part in parts) + sum(part is None for part in parts)

@@ -26,7 +26,7 @@ from torch import Tensor, fx, nn
 
 from structrep.algebra import Border, ConvMap, Geometry, Ints, Pads, swapped
 from structrep.errors import Unreadable
-from structrep.ranks import rank
+from structrep.ranks import rank, torch_name
 
 # --- what reading gives ---------------------------------------------------------------------------
 
@@ -668,7 +668,7 @@ def _(a: _Arguments) -> Layer | None:
 @_called(operator.getitem)
 def _(a: _Arguments) -> Layer | None:
     source, index = a.node.args
-    if isinstance(index, int) and isinstance(source, fx.Node):
+    if isinstance(index, int) and not isinstance(index, bool) and isinstance(source, fx.Node):
         return _piece(source, index)
     if not isinstance(index, tuple):
         return None
@@ -682,10 +682,11 @@ def _(a: _Arguments) -> Layer | None:
 
 def _piece(pieces: fx.Node, index: int) -> Layer | None:
     """One of the parts that `chunk` or `split` made."""
-    name = pieces.target if isinstance(pieces.target, str) else getattr(pieces.target, "__name__", "")
-    if name not in ("chunk", "split") or not isinstance(pieces.args[0], fx.Node):
-        return None
+    name = torch_name(pieces)
     a = _Arguments(pieces)
+    value = a(0, "input", a.node.kwargs.get("tensor"))
+    if name not in ("chunk", "split") or not isinstance(value, fx.Node):
+        return None
     size = a(1, "chunks" if name == "chunk" else "split_size_or_sections", a.node.kwargs.get("split_size"))
     dim = a(2, "dim", 0)
     if not isinstance(dim, int) or not (isinstance(size, int) or (name == "split" and _are_ints(size))):
@@ -697,7 +698,7 @@ def _piece(pieces: fx.Node, index: int) -> Layer | None:
         return slice(first, first + len(parts[index]))
 
     layer = slice_layer(dim, select, sum(size) if isinstance(size, (list, tuple)) else None)
-    return replace(layer, source=pieces.args[0], through=(pieces,))
+    return replace(layer, source=value, through=(pieces,))
 
 
 def _are_ints(value: Any) -> bool:
@@ -808,18 +809,19 @@ def _(a: _Arguments) -> Total | None:
     stacked = a(0, "input")
     if not isinstance(stacked, fx.Node) or stacked.target is not torch.stack or set(a.node.kwargs) - {"dim", "axis"}:
         return None
-    parts, dim = stacked.args[0], stacked.kwargs.get("dim", stacked.args[1] if len(stacked.args) > 1 else 0)
+    inner = _Arguments(stacked)
+    parts, dim = inner(0, "tensors"), inner(1, "dim", 0)
     over = a(1, "dim", a.node.kwargs.get("axis"))
     if not isinstance(parts, (list, tuple)) or over not in (dim, [dim], (dim,)) or len(a.node.args) > 2:
         return None
     plain = all(isinstance(p, fx.Node) and "value" not in p.meta for p in parts)
     share = 1.0 / len(parts) if a.node.target in (torch.mean, "mean") else 1.0
-    return Total(tuple((p, share) for p in parts), (stacked,)) if plain else None  # type: ignore[misc]
+    return Total(tuple((p, share) for p in parts), (stacked,)) if plain else None
 
 
 @_called(torch.flatten, "flatten")
 def _(a: _Arguments) -> Layer | None:
-    source, ends = a.node.args[0], (a(1, "start_dim", 0), a(2, "end_dim", -1))
+    source, ends = a(0, "input"), (a(1, "start_dim", 0), a(2, "end_dim", -1))
     return view_layer() if ends == (0, 1) and isinstance(source, fx.Node) and (rank(source) or 0) > 2 else None
 
 
@@ -907,6 +909,11 @@ def asks_shape(node: fx.Node) -> bool:
     )
 
 
+def asserts_rank(node: fx.Node) -> bool:
+    """Whether a node is asked for an assertion only, on what no merge changes: how many dims a value has, its type."""
+    return only_asserted(node) and not (node.target in ("size", "numel") or (asks_shape(node) and "shape" in node.args))
+
+
 def only_asserted(node: fx.Node) -> bool:
     """Whether a node is a question about a shape or type, asked for nothing but an assertion."""
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
@@ -917,8 +924,10 @@ def only_asserted(node: fx.Node) -> bool:
 
 
 def _asked(node: fx.Node) -> bool:
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return name in ("getattr", "size", "dim", *_COMPARES)
+    """Whether a node is part of a question about shapes or types."""
+    if asks_shape(node):
+        return True
+    return torch_name(node) in _COMPARES and all(map(_asked, node.all_input_nodes)) and bool(node.all_input_nodes)
 
 
 _COMPARES = ("eq", "ne", "ge", "gt", "le", "lt", "not_", "getitem", "mod", "floordiv")

@@ -195,13 +195,16 @@ class Draft:
             or call.method != "forward"
         ):
             return None
-        once = len(self.traced.calls[module, "forward"]) == 1 and len(next(iter(self._weight_nodes(node))).users) == 1
+        once = len(self.traced.calls[module, "forward"]) == 1 and self._alone(node)
         same = layer.shape(merged.in_channels, merged.dims) == merged
         return call.path if layer.weight is module._parameters["weight"] and once and same else None
 
-    def _weight_nodes(self, node: fx.Node) -> list[fx.Node]:
-        weight = node.meta["call"].module._parameters["weight"]
-        return [n for n in node.all_input_nodes if n.meta.get("value") is weight]
+    def _alone(self, node: fx.Node) -> bool:
+        """Whether the parameters that a node is given are of use to nothing else, not even to make constants of."""
+        held = [n for n in node.all_input_nodes if n.op == "get_attr"]
+        own = {id(n.meta["value"]) for n in held}
+        made = (n.meta["formula"] for trace in self.traced.traces for n in trace.nodes if n.meta.get("formula"))
+        return all(len(n.users) == 1 for n in held) and not any(id(t) in own for one in made for t in one.tensors)
 
     def _written_by(self, unit: Unit, merge: Merge, dead: bool = True) -> Call:
         """The innermost call that holds a unit, whose forward the unit vanishes from."""
@@ -327,7 +330,9 @@ class Draft:
                     formula = node.meta.get("formula")
                     held = {id(t) for t in formula.tensors} if formula else {id(node.meta["value"])}
                     (dead if self._only_dead(node) else alive).update(held)
-        return {self.traced.names[tensor] for tensor in dead - alive if tensor in self.traced.names}
+        called = {call.path for calls in self.traced.calls.values() for call in calls if call.leaf}
+        names = {self.traced.names[tensor] for tensor in dead - alive if tensor in self.traced.names}
+        return {name for name in names if name.rpartition(".")[0] not in called}
 
     def _only_dead(self, node: fx.Node) -> bool:
         """Whether a constant is of use to dead nodes alone, perhaps by way of other constants."""
@@ -414,6 +419,8 @@ def _refill(module: nn.Module, map_: ConvMap, bias: bool) -> bool:
     layer = read_module(module)
     assert layer is not None
     g = map_.geometry
+    if isinstance(module, nn.modules.conv._ConvTransposeNd) != g.transposed:
+        return False  # a transposed convolution of stride 1 becomes an ordinary one
     border = {"zeros": "constant"}.get(mode := getattr(module, "padding_mode", "zeros"), mode)
     if layer.shape(g.in_channels, g.dims) != g or (g.pads and border != map_.border) or bool(map_.fill.any()):
         return False

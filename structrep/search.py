@@ -46,6 +46,7 @@ from structrep.readers import (
     Total,
     aliases,
     asks_shape,
+    asserts_rank,
     hooks,
     mutates,
     only_asserted,
@@ -343,14 +344,15 @@ class _Search:
         inside = {node for segment in stretch for node in segment.nodes}
         for index, segment in enumerate(stretch):
             for node in segment.nodes:
-                users = [user for user in node.users if user not in inside and not only_asserted(user)]
+                users = [user for user in node.users if user not in inside and not asserts_rank(user)]
                 if node is stretch[-1].root or not users:
                     continue
                 # Before the merged layer stands its input, behind it its output: their shapes may be those asked for.
                 shape_stays = all(map(_keeps_shape, stretch[: index + 1])) or all(
                     map(_keeps_shape, stretch[index + 1 :])
                 )
-                if not (len(segment.nodes) == 1 and shape_stays and all(map(asks_shape, users))):
+                asked = all(asks_shape(user) or only_asserted(user) for user in users)
+                if not (len(segment.nodes) == 1 and shape_stays and asked):
                     return node
         return None
 
