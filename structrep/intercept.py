@@ -12,14 +12,14 @@ import contextlib
 import inspect
 import textwrap
 from collections.abc import Callable, Iterable, Iterator
-from types import FunctionType, TracebackType
+from types import FunctionType, ModuleType, TracebackType
 from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
-from structrep.values import is_traced, stand_in
+from structrep.values import Unknown, is_traced, proxies, stand_in
 
 Record = Callable[[str, Any, tuple[Any, ...], dict[str, Any]], Any]
 
@@ -54,6 +54,11 @@ def _exchanged(function: FunctionType, record: Record) -> Iterator[None]:
     def hook(*args: Any, **kwargs: Any) -> Any:
         if not is_traced((args, kwargs)):
             return original(*args, **kwargs)
+        if not _gives_something(original):
+            raise RuntimeError(f"{function.__name__} may give None, or nothing at all")
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, (list, dict, set)) and (not value or _holds_values(value)):
+                raise RuntimeError(f"{function.__name__} is given a {type(value).__name__}, which it may write to")
         for value in pytree.tree_leaves((args, kwargs)):
             if isinstance(value, nn.Module) and not _reads_settings_only(original, value, args, kwargs):
                 raise RuntimeError(f"{function.__name__} is given a module, which it may run")
@@ -80,6 +85,36 @@ def stopping_function(traceback: TracebackType | None, outermost: Callable[..., 
         inside |= frame.f_code is code
         traceback = traceback.tb_next
     return found
+
+
+def _gives_something(function: FunctionType) -> bool:
+    """Whether a function ends with a value, and no None, wherever it ends."""
+    try:
+        (body,) = ast.parse(textwrap.dedent(inspect.getsource(function))).body
+    except (OSError, TypeError, SyntaxError, ValueError):
+        return False
+    returns = [node for node in ast.walk(body) if isinstance(node, ast.Return)]
+    empty = any(r.value is None or (isinstance(r.value, ast.Constant) and r.value.value is None) for r in returns)
+    return bool(returns) and not empty and isinstance(body, ast.FunctionDef) and _always_ends(body.body)
+
+
+def _always_ends(body: list[ast.stmt]) -> bool:
+    """Whether statements end in a return or a raise, whichever way they go."""
+    last = body[-1]
+    if isinstance(last, ast.If):
+        return bool(last.orelse) and _always_ends(last.body) and _always_ends(last.orelse)
+    return isinstance(last, (ast.Return, ast.Raise)) or (isinstance(last, ast.With) and _always_ends(last.body))
+
+
+def _holds_values(container: Any) -> bool:
+    """Whether a container holds traced values other than sizes."""
+    for proxy in proxies(container):
+        try:
+            if isinstance(stand_in(proxy.node), Tensor):
+                return True
+        except Unknown:
+            return True
+    return False
 
 
 def _reads_settings_only(function: FunctionType, module: nn.Module, args: Any, kwargs: Any) -> bool:
@@ -136,7 +171,12 @@ def traced_values_are_tensors(model: nn.Module) -> Iterator[None]:
     """
 
     def is_instance(value: Any, kinds: Any) -> bool:
-        return isinstance(value, kinds) or (isinstance(value, fx.Proxy) and isinstance(stand_in(value.node), kinds))
+        if not isinstance(value, fx.Proxy):
+            return isinstance(value, kinds)
+        try:
+            return isinstance(stand_in(value.node), kinds)
+        except Unknown as reason:
+            raise value.tracer.refuse(TypeError(f"the type of {reason}")) from reason  # type: ignore[attr-defined]
 
     def is_tensor(value: Any) -> bool:
         return is_instance(value, Tensor)
@@ -160,8 +200,10 @@ def _namespaces(model: nn.Module) -> list[dict[str, Any]]:
             if isinstance(function, FunctionType) and not cls.__module__.startswith(("torch.", "builtins")):
                 space = function.__globals__
                 called = (space.get(name) for name in function.__code__.co_names)
-                for one in (function, *(f for f in called if isinstance(f, FunctionType))):
-                    found[id(one.__globals__)] = one.__globals__
+                for one in (function, *called):
+                    inner = one.__globals__ if isinstance(one, FunctionType) else getattr(one, "__dict__", None)
+                    if isinstance(one, (FunctionType, ModuleType)) and isinstance(inner, dict):
+                        found[id(inner)] = inner
     return [s for s in found.values() if not str(s.get("__name__", "")).startswith(("torch.", "structrep."))]
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from structrep.algebra import ConvMap
 from structrep.errors import BadInput, WrongMerge
 from structrep.ranks import rank
-from structrep.readers import Layer, constant, lower, only_asserted
+from structrep.readers import Layer, lower, only_asserted
 from structrep.registry import COEFFICIENT_ROUNDING
 from structrep.report import OutputRecord, Verification
 from structrep.search import Merge
@@ -222,7 +222,7 @@ class _Region:
             if "value" in node.meta:
                 held = node.meta["value"]
                 return held.detach().double() if isinstance(held, Tensor) and held.is_floating_point() else held
-            return values[node] if node in values else constant(node)  # the zeros that a sum starts from
+            return values[node]
 
         for node in self.nodes:
             if only_asserted(node):

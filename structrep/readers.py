@@ -535,8 +535,6 @@ def read_node(node: fx.Node) -> Reading | None:
 def constant(value: Any) -> Tensor | float | None:
     """The number or tensor that an argument is, if it does not depend on the input."""
     if isinstance(value, fx.Node):
-        if value.target is torch.zeros_like and len(value.users) == 1:
-            return 0  # what sums often start from
         value = value.meta.get("value")
         if isinstance(value, Tensor):
             return value
@@ -830,6 +828,11 @@ def _(a: _Arguments) -> Layer | None:
     return view_layer()
 
 
+@_called(torch.zeros_like)
+def _(a: _Arguments) -> Layer | None:
+    return scale_layer(0.0) if len(a.node.args) == 1 and not a.node.kwargs else None  # what sums often start from
+
+
 @_called(torch.clone, torch.detach, "contiguous", "clone", "detach")
 def _(a: _Arguments) -> Same:
     return Same(a(0, "input"))
@@ -882,22 +885,52 @@ _QUERIES = {"shape", "ndim", "dtype", "device", "is_cuda", "size", "dim", "numel
 
 
 def aliases(node: fx.Node) -> set[fx.Node]:
-    """A node and all values that may look at the same memory."""
+    """A node and all values that may look at the same memory: those made of it, and those of what it was made of."""
+    while (source := _viewed(node)) is not None:
+        node = source
     found, pending = {node}, [node]
     while pending:
         for user in pending.pop().users:
-            name = str(user.target) if user.op == "call_method" else getattr(user.target, "__name__", "")
-            module = user.meta["call"].module if user.op == "call_module" else None
-            views = name.strip("_") in _VIEWS or isinstance(module, (*_IDENTITIES, nn.Flatten, nn.Unflatten))
+            views = _is_view(user)
             if user not in found and (views or mutates(user) in found):
                 found.add(user)
                 pending.append(user)
     return found
 
 
+def _is_view(node: fx.Node) -> bool:
+    """Whether a node may give memory that it was given."""
+    if node.meta.get("unfollowed"):
+        return True
+    if node.op == "call_module":
+        return isinstance(node.meta["call"].module, (*_IDENTITIES, nn.Flatten, nn.Unflatten))
+    return torch_name(node).strip("_") in _VIEWS
+
+
+def _viewed(node: fx.Node) -> fx.Node | None:
+    """What a view is of."""
+    return next((n for n in node.all_input_nodes if "value" not in n.meta), None) if _is_view(node) else None
+
+
 _VIEWS = {
     *("view", "reshape", "flatten", "unflatten", "transpose", "permute", "squeeze", "unsqueeze", "expand", "expand_as"),
     *("getitem", "chunk", "split", "unbind", "narrow", "select", "detach", "contiguous", "view_as", "reshape_as", "to"),
+    *("type_as", "pos", "einsum", "unfold", "swapdims", "ravel", "moveaxis", "as_strided", "atleast_1d", "atleast_2d"),
+    *("atleast_3d", "broadcast_to", "broadcast_tensors", "cpu", "cuda", "alpha_dropout", "feature_dropout", "conj"),
+    *("feature_alpha_dropout", "dropout1d", "dropout2d", "dropout3d", "resolve_conj", "resolve_neg", "adjoint"),
+    *("split_with_sizes", "hsplit", "vsplit", "dsplit", "tensor_split", "unsafe_chunk", "unsafe_split", "sum_to_size"),
+    *(
+        "view_as_real",
+        "view_as_complex",
+        "real",
+        "imag",
+        "pixel_shuffle",
+        "pad",
+        "requires_grad",
+        "bfloat16",
+        "H",
+        "mH",
+    ),
     *("dropout", "type", "float", "double", "half", "swapaxes", "movedim", "T", "mT", "data", "getattr", "diagonal"),
 }
 

@@ -203,6 +203,9 @@ class Draft:
         """Whether the parameters that a node is given are of use to nothing else, not even to make constants of."""
         held = [n for n in node.all_input_nodes if n.op == "get_attr"]
         own = {id(n.meta["value"]) for n in held}
+        bias = node.meta["call"].module._parameters["bias"]
+        if bias is not None and id(bias) not in own:
+            return False  # it has another use
         made = (n.meta["formula"] for trace in self.traced.traces for n in trace.nodes if n.meta.get("formula"))
         return all(len(n.users) == 1 for n in held) and not any(id(t) in own for one in made for t in one.tensors)
 

@@ -345,8 +345,10 @@ class _Search:
         for index, segment in enumerate(stretch):
             for node in segment.nodes:
                 users = [user for user in node.users if user not in inside and not asserts_rank(user)]
-                if node is stretch[-1].root or not users:
+                if node is stretch[-1].root or not (users or node.meta.get("kept")):
                     continue
+                if node.meta.get("kept"):
+                    return node
                 # Before the merged layer stands its input, behind it its output: their shapes may be those asked for.
                 shape_stays = all(map(_keeps_shape, stretch[: index + 1])) or all(
                     map(_keeps_shape, stretch[index + 1 :])

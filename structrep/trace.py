@@ -27,6 +27,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.proxy import TraceError
 from torch.overrides import TorchFunctionMode
 
 from structrep import readers
@@ -286,6 +287,8 @@ def _follow(
         try:
             with torch.no_grad(), _unchanged(module), tracer.watching():
                 tracer.trace(_Root(module))
+            if tracer.refused is not None:
+                raise tracer.refused  # caught by the forward itself, which would do something else with a real value
         except StructrepError:
             raise
         except Exception as error:
@@ -332,7 +335,7 @@ def _fold_constants(tracer: _Tracer) -> None:
 
     `torch.eye(n, device=x.device)` is a constant; inputs are taken to be where the parameters are, and of their dtype.
     """
-    owner = next((t for t in tracer.module.parameters() if t.is_floating_point()), None)
+    owner = _owner(tracer.module)
     for node in tracer.graph.nodes:
         if node.op not in ("call_function", "call_method"):
             continue
@@ -356,6 +359,10 @@ def _fold_constants(tracer: _Tracer) -> None:
                 frozenset({str(name).strip("_")}).union(*(f.calls for f in formulas)),
                 tuple({id(t): t for t in (*stored, *(t for f in formulas for t in f.tensors))}.values()),
             )
+
+
+def _owner(module: nn.Module) -> Tensor | None:
+    return next((t for t in module.parameters() if t.is_floating_point()), None)
 
 
 def _first_line(error: Exception) -> str:
@@ -393,6 +400,7 @@ class _Tracer(fx.Tracer):
         self.called: set[nn.Module] = set()  # also those whose calls are constants
         self.stack: list[Call] = []
         self.stopped: Call | None = None
+        self.refused: Exception | None = None  # the first question that had no answer
         self.constants = _Constants(self)
         self.reached: dict[str, set[Call]] = {}
         self.count = 0
@@ -513,6 +521,8 @@ class _Tracer(fx.Tracer):
         drawn = random.getstate()
         try:
             result = run(*args, **kwargs)
+            if isinstance(result, Iterator):
+                raise RuntimeError("it gives an iterator, whose code runs later")
             if random.getstate() != drawn:
                 raise RuntimeError("it draws new random numbers at every call")
         except Exception:
@@ -526,8 +536,18 @@ class _Tracer(fx.Tracer):
         constant = not any(map(is_traced, (args, kwargs, result)))
         if parent and constant and parent.steps[-1] is call and self.calls[-1] is call:
             del parent.steps[-1], self.calls[-1]  # its origin says how it came about
+        if not leaf:
+            self._note_kept(call, attributes)
         call.mutates |= not alike((call.args, call.kwargs, attributes), (args, kwargs, {} if leaf else m.__dict__))
         return result
+
+    def _note_kept(self, call: Call, before: dict[str, Any]) -> None:
+        """Mark the traced values that a call has left in its module: they are looked at later."""
+        kept = {key: value for key, value in call.module.__dict__.items() if before.get(key) is not value}
+        for proxy in proxies(kept):
+            if isinstance(proxy, _Proxy):
+                proxy.node.meta["kept"] = True
+                call.mutates = True
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return (
@@ -554,7 +574,7 @@ class _Tracer(fx.Tracer):
             frame = frame.f_back
         answer = spared(frame) if frame is not None else None
         if answer is None:
-            return super().to_bool(obj)
+            raise self.refuse(TraceError("a condition that depends on the input"))
         holds = obj if answer else self.create_proxy("call_function", operator.not_, (obj,), {})
         self.create_proxy("call_function", torch._assert, (holds, "the forward raises for this input"), {})
         return answer
@@ -562,7 +582,15 @@ class _Tracer(fx.Tracer):
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
         """Called where a traced value is looped over or unpacked into a call."""
         count = length(obj.node)
-        return super().iter(obj) if count is None else (obj[index] for index in range(count))  # type: ignore[index]
+        if count is None:
+            raise self.refuse(TraceError("a loop over a value of which nothing tells how long it is"))
+        return (obj[index] for index in range(count))  # type: ignore[index]
+
+    def refuse(self, error: Exception) -> Exception:
+        """An error that stops the trace, also where the forward catches it."""
+        if self.refused is None and self.stack:
+            self.refused, self.stopped = error, self.stack[-1]
+        return error
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         node = super().create_node(*args, **kwargs)
@@ -614,7 +642,31 @@ class _Proxy(fx.Proxy):
 
     def __len__(self) -> int:
         count = length(self.node)
-        return super().__len__() if count is None else count
+        if count is None:
+            raise self._refuse(RuntimeError("the length of a value that nothing tells"))
+        return count
+
+    def __hash__(self) -> int:
+        raise self._refuse(TypeError("a value that depends on the input is used as a key"))
+
+    def __eq__(self, other: object) -> Any:
+        return self.tracer.create_proxy("call_function", operator.eq, (self, other), {})
+
+    def __str__(self) -> str:
+        raise self._refuse(TypeError("a value that depends on the input is written as text"))
+
+    def __format__(self, spec: str) -> str:
+        return repr(self)  # for the messages of assertions
+
+    def __int__(self) -> int:
+        raise self._refuse(TypeError("a number that depends on the input is needed"))
+
+    __float__ = __index__ = __complex__ = __int__
+
+    def _refuse(self, error: Exception) -> Exception:
+        tracer = self.tracer
+        assert isinstance(tracer, _Tracer)
+        return tracer.refuse(error)
 
     def __setitem__(self, index: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
@@ -622,6 +674,13 @@ class _Proxy(fx.Proxy):
 
 class _Attribute(fx.proxy.Attribute, _Proxy):
     """An attribute of a traced value; if it is called, a call of a method."""
+
+    def __str__(self) -> str:
+        if self.attr not in ("device", "dtype"):
+            return super().__str__()
+        assert isinstance(self.tracer, _Tracer)
+        owner = _owner(self.tracer.module)  # inputs are taken to be where the parameters are, and of their dtype
+        return super().__str__() if owner is None else str(getattr(owner, self.attr))
 
 
 def _augmented(function: Callable[[Any, Any], Any]) -> Callable[[_Proxy, Any], _Proxy]:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
+from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
+
+from structrep.ranks import torch_name
 
 
 def proxies(value: Any) -> Iterator[fx.Proxy]:
@@ -27,6 +30,23 @@ def proxies(value: Any) -> Iterator[fx.Proxy]:
     elif is_dataclass(value) and not isinstance(value, type):
         for f in fields(value):
             yield from proxies(getattr(value, f.name))
+    elif _is_record(value):
+        for item in vars(value).values():
+            yield from proxies(item)
+
+
+def _is_record(value: Any) -> bool:
+    """Whether a value is an object of somebody's own class that holds others by name."""
+    cls = type(value)
+    own = cls.__module__.partition(".")[0] not in (
+        "torch",
+        "builtins",
+        "functools",
+        "collections",
+        "numpy",
+        "structrep",
+    )
+    return own and hasattr(value, "__dict__") and not isinstance(value, (type, ModuleType, FunctionType, nn.Module))
 
 
 def is_traced(value: Any) -> bool:
@@ -59,26 +79,73 @@ def alike(before: Any, after: Any) -> bool:
     return before is after or (isinstance(before, fx.Proxy) and isinstance(after, fx.Proxy))
 
 
-_SHAPE_METHODS = {"size": torch.Size(), "dim": 0, "ndimension": 0, "numel": 0, "nelement": 0}
-_SHAPE_ATTRIBUTES = {"shape": torch.Size(), "ndim": 0}
+class Unknown(Exception):
+    """What type a traced value will be of."""
+
+
+_SIZES: dict[str, Any] = {
+    **{"size": torch.Size(), "dim": 0, "ndimension": 0, "numel": 0, "nelement": 0, "stride": (), "shape": torch.Size()},
+    **{"ndim": 0, "dtype": torch.float32, "device": torch.device("cpu"), "is_cuda": False, "requires_grad": False},
+    **{"layout": torch.strided, "is_floating_point": False, "is_complex": False, "itemsize": 0, "nbytes": 0},
+}
+_SEVERAL = {
+    *("chunk", "split", "split_with_sizes", "tensor_split", "unbind", "hsplit", "vsplit", "dsplit", "unsafe_chunk"),
+    *("unsafe_split", "broadcast_tensors", "meshgrid", "atleast_1d", "atleast_2d", "atleast_3d"),
+}
+_PERHAPS_SEVERAL = {
+    "max",
+    "min",
+    "median",
+    "mode",
+    "sort",
+    "topk",
+    "kthvalue",
+    "cummax",
+    "cummin",
+    "std_mean",
+    "unique",
+}
+_PERHAPS_SEVERAL |= {"var_mean", "aminmax", "frexp", "qr", "svd", "eigh", "slogdet", "where", "item", "tolist", "numpy"}
 _PROBE = torch.empty(0)
 
 
 def stand_in(node: fx.Node) -> Any:
-    """A value of the type that a node's will have: a size, a number, or (as nearly all are) a tensor."""
+    """A value of the type that a node's will have: a size, a number, a tuple, or (as most are) a tensor.
+
+    Raises:
+        Unknown: it may be of several.
+    """
     if "stand_in" not in node.meta:
         node.meta["stand_in"] = _stand_in(node)
     return node.meta["stand_in"]
 
 
 def _stand_in(node: fx.Node) -> Any:
-    if node.op == "call_method" and node.target in _SHAPE_METHODS:
-        return 0 if len(node.args) > 1 or node.kwargs else _SHAPE_METHODS[node.target]
+    name = torch_name(node)
+    if node.op == "call_module":
+        module = node.meta["call"].module
+        if node.meta["unfollowed"] or isinstance(module, (nn.RNNBase, nn.MultiheadAttention)) or not _is_torch(module):
+            raise Unknown(f"what {type(module).__name__} gives")
+    if node.meta.get("unfollowed") or name in _PERHAPS_SEVERAL:
+        raise Unknown(f"what {name or node.target} gives")
+    if name in _SEVERAL:
+        return ()
+    if node.op == "call_method" and name in _SIZES:
+        return 0 if name in ("size", "stride") and (len(node.args) > 1 or node.kwargs) else _SIZES[name]
     if node.target is getattr:
-        return _SHAPE_ATTRIBUTES.get(str(node.args[1]), _PROBE)
-    inputs = [stand_in(n) for n in node.all_input_nodes]
+        return _SIZES.get(str(node.args[1]), _PROBE)
+    inputs = [stand_in(n) for n in node.all_input_nodes if "value" not in n.meta]
+    if node.target is operator.getitem and inputs and isinstance(inputs[0], tuple):
+        sliced = isinstance(node.args[1], slice)
+        return inputs[0] if sliced else 0 if isinstance(inputs[0], torch.Size) else _PROBE
     if node.op != "call_function" or not inputs or any(isinstance(one, Tensor) for one in inputs):
         return _PROBE
-    if node.target is operator.getitem and isinstance(inputs[0], torch.Size):
-        return torch.Size() if isinstance(node.args[1], slice) else 0
+    if name in ("eq", "ne", "lt", "le", "gt", "ge", "not_", "contains"):
+        return False
+    if getattr(node.target, "__module__", None) != "_operator":
+        return _PROBE
     return 0.0 if node.target is operator.truediv or any(isinstance(one, float) for one in inputs) else 0
+
+
+def _is_torch(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("torch.nn")
