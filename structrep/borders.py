@@ -9,19 +9,14 @@ convolution and leave out its norm because that is merged by then.
 
 from __future__ import annotations
 
-import ast
-import builtins
-import functools
-import inspect
-import textwrap
 from collections import defaultdict
-from types import FunctionType
 from typing import Any
 
 from torch import fx, nn
 
 from structrep.errors import Shared
-from structrep.trace import Call, Traced, follow_method
+from structrep.sources import functions, mentions
+from structrep.trace import Call, Method, Traced, follow_method
 
 
 class Borders:
@@ -34,8 +29,9 @@ class Borders:
             for call in trace.calls:
                 if isinstance(call.result, fx.Proxy):
                     self.given[call.result.node].append(call)
-        self.others: dict[type, dict[str, FunctionType]] = {}
-        self.followed: dict[tuple[nn.Module, str], list[Call] | None] = {}
+        self.others: dict[type, list[str]] = {}
+        self.mentioned: dict[tuple[type, str], frozenset[str] | None] = {}
+        self.followed: dict[tuple[nn.Module, str], Method | None] = {}
 
     def check(self, inside: set[fx.Node], root: fx.Node, owner: Call) -> None:
         """Raise if some value that would vanish is one that another forward gives back or looks at.
@@ -43,42 +39,68 @@ class Borders:
         Raises:
             Shared: it is, or may be.
         """
-        for node in inside - {root}:
+        held = {str(n.target) for node in inside for n in node.all_input_nodes if n.op == "get_attr"}
+        for around in owner.chain() if held else ():
+            self._check_parameters(around, held)
+        for node in inside:
             for call in self.given.get(node, ()):
-                if call is owner or owner not in call.chain():
+                if call is owner or owner not in call.chain() or (node is root and not call.leaf):
                     continue
                 if call.method != "forward":
                     if _is_forward(call.method):
                         raise Shared(f"{call.path or 'the model'}.{call.method} gives back a value inside the merge")
                     continue
                 for around in owner.chain():
-                    self._check_methods(around, call)
+                    self._check_methods(around, call, node is root, inside)
 
-    def _check_methods(self, around: Call, call: Call) -> None:
-        """Raise if another forward of a module around looks at what a call of one of its parts gives."""
-        part = call.path[len(around.path) :].lstrip(".").partition(".")[0]
-        cls = type(around.module)
-        if cls not in self.others:
-            self.others[cls] = _other_forwards(cls)
-        for name, function in self.others[cls].items():
-            runs = _runs(function)
-            if (around.module, name) in self.traced.calls or (runs is not None and part not in runs):
+    def _check_parameters(self, around: Call, held: set[str]) -> None:
+        """Raise if another forward of a module around uses parameters that a merge takes from it."""
+        own = {name for name in held if name.rpartition(".")[0] == around.path}
+        for name in self._other_forwards(around.module) if own else ():
+            seen = self.mentioned[type(around.module), name]
+            if (around.module, name) in self.traced.calls:
                 continue
-            calls = self._calls(around, name)
-            usual = [_readers(one.result) for one in self.traced.calls[call.module, call.method]]
-            seen = calls is None or any(
-                one.path == call.path
-                and one.method == "forward"
-                and not any(_readers(one.result) <= readers for readers in usual)
-                for one in calls
-            )
-            if seen:
+            if seen is None or any(one.rpartition(".")[2] in seen for one in own):
+                method = self._follow(around, name)
+                if method is None or method.reached & own:
+                    raise Shared(f"{type(around.module).__name__}.{name} uses {' or '.join(sorted(own))} too")
+
+    def _check_methods(self, around: Call, call: Call, last: bool, inside: set[fx.Node]) -> None:
+        """Raise if another forward of a module around looks at what a call of one of its parts gives, or gives it
+        something else."""
+        part = call.path[len(around.path) :].lstrip(".").partition(".")[0]
+        for name in self._other_forwards(around.module):
+            seen = self.mentioned[type(around.module), name]
+            if (around.module, name) in self.traced.calls or (seen is not None and part not in seen):
+                continue
+            method = self._follow(around, name)
+            if method is None or self._differs(method, call, last, inside):
                 raise Shared(
                     f"{type(around.module).__name__}.{name} may look at what {call.path} gives, which would no longer "
                     f"be there"
                 )
 
-    def _calls(self, around: Call, method: str) -> list[Call] | None:
+    def _differs(self, method: Method, call: Call, last: bool, inside: set[fx.Node]) -> bool:
+        """Whether a method uses a part of a merge otherwise than `forward` does."""
+        usual = self.traced.calls[call.module, call.method]
+        calls = [one for one in method.calls if one.path == call.path and one.method == "forward"]
+        read = [_readers(one.result) for one in usual]
+        fed = [_feeders(one) for one in usual]
+        given = any(isinstance(p, fx.Proxy) and p.node in inside for p in call.args)
+        return (
+            any(path.startswith(f"{call.path}.") for path in method.reached)
+            or (not last and any(not any(_readers(one.result) <= some for some in read) for one in calls))
+            or (given and any(_feeders(one) not in fed for one in calls))
+        )
+
+    def _other_forwards(self, module: nn.Module) -> list[str]:
+        cls = type(module)
+        if cls not in self.others:
+            self.others[cls] = [name for name in functions(cls) if _is_forward(name)]
+            self.mentioned |= {(cls, name): mentions(cls, name) for name in self.others[cls]}
+        return self.others[cls]
+
+    def _follow(self, around: Call, method: str) -> Method | None:
         key = (around.module, method)
         if key not in self.followed:
             self.followed[key] = follow_method(around.module, around.path, method)
@@ -93,57 +115,12 @@ def _readers(value: Any) -> set[tuple[str, str, str]]:
     return {(u.op, str(u.target), u.meta["call"].path if u.meta["call"] else "") for u in node.users}
 
 
+def _feeders(call: Call) -> set[tuple[str, str, str]]:
+    """What makes that which a call is given, as it is called and where."""
+    nodes = [p.node for p in call.args if isinstance(p, fx.Proxy)]
+    return {(n.op, str(n.target), n.meta["call"].path if n.meta["call"] else "") for n in nodes}
+
+
 def _is_forward(name: str) -> bool:
     converted = ("fuse", "deploy", "reparam", "merge", "switch")
     return name.startswith("forward_") and not any(word in name for word in converted)
-
-
-def _other_forwards(cls: type) -> dict[str, FunctionType]:
-    """Methods that are forwards by their name, as they are inherited."""
-    found: dict[str, FunctionType] = {}
-    for base in reversed(cls.__mro__):
-        if base.__module__.partition(".")[0] != "torch":
-            named = {name: f for name, f in vars(base).items() if _is_forward(name)}
-            found |= {name: function for name, function in named.items() if isinstance(function, FunctionType)}
-    return found
-
-
-@functools.lru_cache(1024)
-def _runs(function: FunctionType) -> frozenset[str] | None:
-    """The attributes of its module that the code of a method calls, loops over to call, or hands on; None if it cannot
-    be read."""
-    arguments = function.__code__.co_varnames[: function.__code__.co_argcount]
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
-    except (OSError, TypeError, SyntaxError):
-        return None
-    itself = arguments[0] if arguments else ""
-    bound: dict[str, set[str]] = defaultdict(set)
-
-    def mentioned(expression: ast.AST) -> set[str]:
-        found: set[str] = set()
-        for part in ast.walk(expression):
-            if isinstance(part, ast.Attribute) and isinstance(part.value, ast.Name) and part.value.id == itself:
-                found.add(part.attr)
-            elif isinstance(part, ast.Name):
-                found |= bound[part.id]
-        return found
-
-    for _ in range(2):  # what is bound may come of what is bound further down
-        for node in ast.walk(tree):
-            if isinstance(node, (ast.For, ast.comprehension)):
-                targets, value = [node.target], node.iter
-            elif isinstance(node, ast.Assign):
-                targets, value = node.targets, node.value
-            else:
-                continue
-            for name in (n.id for target in targets for n in ast.walk(target) if isinstance(n, ast.Name)):
-                bound[name] |= mentioned(value)
-    found: set[str] = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Call):
-            if not (isinstance(node.func, ast.Attribute) and hasattr(nn.ModuleList, node.func.attr)):
-                found |= mentioned(node.func)
-            if not (isinstance(node.func, ast.Name) and hasattr(builtins, node.func.id)):
-                found |= {name for argument in node.args for name in mentioned(argument)}
-    return frozenset(found)

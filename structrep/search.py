@@ -17,6 +17,7 @@ from typing import Any
 
 import networkx as nx
 import torch
+import torch.utils._pytree as pytree
 from torch import fx, nn
 
 from structrep import cost
@@ -618,6 +619,14 @@ class Replicas:
         self.traced = traced
         self.prints: dict[Call, tuple[object, ...]] = {}
         self.unread = {path: _names_reached(traced.model.get_submodule(path)) for path in traced.untraced}
+        self.listed = {
+            part
+            for module in traced.model.modules()
+            for key, value in module.__dict__.items()
+            if key != "_modules"
+            for part in pytree.tree_leaves(value)
+            if isinstance(part, nn.Module)
+        }
 
     def bodies(self, of: Call) -> list[Call]:
         """All calls of the same forward that were followed."""
@@ -657,6 +666,8 @@ class Replicas:
 
     def _check_reach(self, call: Call, touched: set[Call]) -> None:
         """Raise where code that will stay uses what a merge takes from a module, other than by calling it."""
+        if call.module in self.listed:
+            raise Shared(f"{call.path} is also held in a list or attribute that is none of torch's")
         held = (*call.module._parameters, *call.module._buffers) if call.leaf else ()
         for name in held:
             for other in self.traced.reached.get(f"{call.path}.{name}", ()):

@@ -40,6 +40,7 @@ from structrep.intercept import (
     traced_values_are_tensors,
     unwatched,
 )
+from structrep.sources import taken_apart
 from structrep.values import alike, holds_tensor, is_traced, proxies, snapshot
 
 Example = Tensor | tuple[Any, ...] | Mapping[str, Any]
@@ -237,11 +238,11 @@ def _trace_below(
     seen.add(module)
     apart: list[nn.Module] = []
     if type(module).forward is nn.Module.forward:  # a container such as ModuleList
-        apart += module.children()
+        apart += _parts(module)
     else:
         tracer = _follow(traced, module, paths, example)
         if tracer.stopped is not None:
-            apart += module.children()
+            apart += _parts(module)
         else:
             traced.traces.append(Trace(paths[module], tracer.graph, tracer.calls[0], tracer.calls))
             seen.update(call.module for call in tracer.calls if call.module not in tracer.hooked)
@@ -249,7 +250,7 @@ def _trace_below(
                 if call.leaf and call.module in tracer.hooked:
                     apart.append(call.module)
                 elif call.leaf and type(call.module) in tracer.opaque:
-                    apart += call.module.children()
+                    apart += _parts(call.module)
             apart += _never_called(module, tracer.called)
     for child in apart:
         if child not in seen and not readers.knows(child):
@@ -259,19 +260,43 @@ def _trace_below(
 def _never_called(module: nn.Module, called: set[nn.Module]) -> Iterator[nn.Module]:
     """The topmost modules of which a trace has called no part: heads for training, branches for other arguments."""
     for child in module.children():
-        if called.isdisjoint(child.modules()):
-            yield child
-        else:
+        if not called.isdisjoint(child.modules()):
             yield from _never_called(child, called)
+    yield from (part for part in _parts(module) if called.isdisjoint(part.modules()))
 
 
-def follow_method(module: nn.Module, path: str, method: str) -> list[Call] | None:
-    """The calls that a method of a module makes, on a copy; None if it cannot be followed."""
+def _parts(module: nn.Module) -> Iterator[nn.Module]:
+    """The children of a module; the children of those that its code takes apart."""
+    apart = taken_apart(module)
+    for name, child in module.named_children():
+        if name in apart:
+            yield from child.children()
+        else:
+            yield child
+
+
+@dataclass(eq=False)
+class Method:
+    """What a method of a module was seen to do: its calls, and the paths of what it uses otherwise than by calling."""
+
+    calls: list[Call]
+    reached: set[str]
+
+
+def follow_method(module: nn.Module, path: str, method: str) -> Method | None:
+    """What a method of a module does, on a copy; None if it cannot be followed."""
     twin = shallow_copy(module)
     paths = {part: ".".join(filter(None, (path, name))) for name, part in twin.named_modules()}
     scratch = Traced(twin, {id(tensor): name for name, tensor in _named_tensors(paths)})
     tracer = _follow(scratch, twin, paths, None, method)
-    return tracer.calls if tracer.stopped is None else None
+    if tracer.stopped is not None:
+        return None
+    held = {
+        str(node.target)
+        for node in tracer.graph.nodes
+        if node.op == "get_attr" and any(user.meta["call"] is tracer.calls[0] for user in node.users)
+    }
+    return Method(tracer.calls, held | tracer.reached.keys())
 
 
 def _follow(
@@ -453,6 +478,8 @@ class _Tracer(fx.Tracer):
 
         def enter() -> list[fx.Proxy]:
             function = getattr(self.module, self.method)
+            if self.method in self.module.__dict__ and self.method != "forward":
+                function = function.args[-1]  # the method itself, not what watches it
             return list(proxies(self._record(self.module, function, args, kwargs, False, self.method, function)))
 
         return enter, []

@@ -22,6 +22,7 @@ ORDER = [
     "registry",
     "rules",
     "values",
+    "sources",
     "intercept",
     "trace",
     "absorb",
