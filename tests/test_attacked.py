@@ -1,0 +1,526 @@
+"""Programs that somebody wrote to break it, each of which did: the result equals the original, on every forward."""
+
+import contextlib
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import structrep
+from structrep.proof import tensors
+from tests.models import relative_error, settled
+
+X = torch.randn(2, 4, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+def conv(k=3, i=4, o=4, **options):
+    return nn.Conv2d(i, o, k, padding=k // 2, **options)
+
+
+class Two(nn.Module):
+    """Two convolutions, which some forward adds."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = conv(1), conv(1)
+
+    def both(self, x):
+        return self.a(x) + self.b(x)
+
+
+class Normed(nn.Module):
+    """A convolution and a norm, between which something looks."""
+
+    def __init__(self):
+        super().__init__()
+        self.c, self.n = conv(), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        return self.n(self.c(x))
+
+
+def check(model, *inputs, method="forward", inplace=False):
+    model = settled(model)
+    inputs = inputs or (X,)
+    again = [x.clone() if torch.is_tensor(x) else x for x in inputs]
+    truth = getattr(model, method)(*again)
+    deploy = structrep.reparameterize(model, inplace=inplace)
+    mine = getattr(deploy, method)(*[x.clone() if torch.is_tensor(x) else x for x in inputs])
+    assert type(mine) is type(truth)
+    pairs = list(zip(seen(mine), seen(truth), strict=True))
+    assert pairs
+    for one, two in pairs:
+        assert one.shape == two.shape
+        assert relative_error(one, two) < 1e-11
+    return deploy
+
+
+def seen(value):
+    return list(tensors(vars(value) if isinstance(value, SimpleNamespace) else value))
+
+
+# --- transposed convolutions of stride 1 are ordinary ones, and become ones ---------------------------
+
+
+@pytest.mark.parametrize("padding", [0, 1, 3])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_transposed_convolution_of_stride_1_and_a_norm(padding, inplace):
+    deploy = check(
+        nn.Sequential(nn.ConvTranspose2d(4, 4, 3, padding=padding), nn.BatchNorm2d(4), nn.ReLU()), inplace=inplace
+    )
+    assert isinstance(deploy[1], nn.Identity)
+
+
+# --- a convolution that uses its own parameters elsewhere ----------------------------------------------
+
+
+class BiasElsewhere(nn.Conv2d):
+    def forward(self, x):
+        return F.relu(F.conv2d(x, self.weight)) + self.bias.view(1, -1, 1, 1)
+
+
+class WeightElsewhere(nn.Conv2d):
+    def forward(self, x):
+        return F.relu(F.conv2d(x, self.weight, self.bias)) * self.weight.mean()
+
+
+@pytest.mark.parametrize("cls", [BiasElsewhere, WeightElsewhere])
+def test_parameters_used_twice(cls):
+    check(nn.Sequential(nn.BatchNorm2d(4), cls(4, 4, 1)))
+
+
+# --- values that leave otherwise than by the result ---------------------------------------------------
+
+
+class GivesAnObject(Normed):
+    def forward(self, x):
+        y = self.c(x)
+        return SimpleNamespace(y=y, z=self.n(y))
+
+
+class Keeps(Normed):
+    def forward(self, x):
+        self.feat = self.c(x)
+        return self.n(self.feat)
+
+
+class Lists(Normed):
+    def __init__(self):
+        super().__init__()
+        self.layers = [self.c, self.n]
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+@pytest.mark.parametrize("cls", [GivesAnObject, Keeps, Lists])
+def test_values_that_leave(cls):
+    deploy = check(cls())
+    if cls is Keeps:
+        model = settled(Keeps())
+        deploy = structrep.reparameterize(model)
+        model(X), deploy(X)
+        assert relative_error(deploy.feat, model.feat) < 1e-11
+
+
+# --- parts that code takes apart ----------------------------------------------------------------------
+
+
+class Loops(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.s = nn.Sequential(conv(), nn.BatchNorm2d(4), nn.ReLU())
+
+    def forward(self, x):
+        found = []
+        for layer in self.s:
+            x = layer(x)
+            found.append(x)
+            if x.mean() > 100:
+                break
+        return found[0]
+
+
+class Aliases(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.block = Normed()
+
+    def forward(self, x):
+        if x.mean() > 100:
+            return x
+        block = self.block
+        y = block.c(x)
+        return block.n(y) + y
+
+
+class Heads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.m, self.head = conv(), nn.Sequential(conv(), nn.BatchNorm2d(4))
+
+    def forward(self, x, aux=False):
+        y = self.m(x)
+        return self.head[0](y) if aux else y
+
+
+@pytest.mark.parametrize(("cls", "more"), [(Loops, ()), (Aliases, ()), (Heads, (True,))])
+def test_parts_that_code_takes_apart(cls, more):
+    check(cls(), X, *more)
+
+
+class Yields(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.s = nn.Sequential(conv(), nn.BatchNorm2d(4))
+
+    def forward(self, x):
+        for layer in self.s:
+            x = layer(x)
+            yield x
+
+
+def test_a_forward_that_yields():
+    model = settled(Yields())
+    for mine, truth in zip(structrep.reparameterize(model)(X), model(X), strict=True):
+        assert relative_error(mine, truth) < 1e-11
+
+
+# --- questions about traced values --------------------------------------------------------------------
+
+
+def maybe(x):
+    if x.max() > 1e6:
+        return x
+    return None
+
+
+def collect(found, x):
+    if x.max() < 1e6:
+        found.append(x)
+
+
+def split(x, n, dim=1):
+    if x.shape[2] == 6:
+        return x[:, ::2], x[:, 1::2]
+    return x[:, :n], x[:, n:]
+
+
+def first(x):
+    if x.max() > 1e6:
+        return x.relu()
+    return x[:, :2]
+
+
+def may_be_none(self, x):
+    y = self.both(x)
+    return y if maybe(x) is None else y * 3
+
+
+def device_as_text(self, x):
+    return self.both(x) * (2 if "cpu" in str(x.device) else 3)
+
+
+def as_a_key(self, x):
+    return self.both(x) * {torch.float64: 2.0}.get(x.dtype, 3.0)
+
+
+def several(self, x):
+    parts = self.both(x).relu().chunk(2, 1)
+    return torch.cat(parts, 1) if isinstance(parts, (tuple, list)) else parts
+
+
+def largest(self, x):
+    y = self.both(x).max(1)
+    return y[0] if isinstance(y, tuple) else y
+
+
+def caught_condition(self, x):
+    try:
+        k = 2.0 if x.mean() > -100 else 3.0
+    except Exception:
+        k = 5.0
+    return self.both(x) * k
+
+
+def caught_number(self, x):
+    k = 1
+    with contextlib.suppress(Exception):
+        k = int(x.shape[1])
+    return self.both(x) * k
+
+
+def collected(self, x):
+    found = []
+    collect(found, self.both(x))
+    return found
+
+
+def like_torchs(self, x):
+    return split(self.a(x), 2, 1)[0]
+
+
+def loses_nothing(self, x):
+    p = F.adaptive_avg_pool2d(x, 1)
+    return torch.zeros_like(x) + (self.a(p) + self.b(p))
+
+
+def viewed_by_shape(self, x):
+    return self.both(x) * len(x.view(x.shape).shape)
+
+
+def keepdims(self, x):
+    *_, h, _w = self.a(x).mean(1, keepdims=True).shape
+    return self.both(x) * h
+
+
+def a_number_of_all(self, x):
+    return torch.cat([self.a(x), self.b(x.relu())], 1) * 0.5
+
+
+def by_name(self, x):
+    y = torch.stack(tensors=[self.a(x), self.b(x)]).sum(0)
+    return torch.chunk(input=torch.flatten(input=y, start_dim=0, end_dim=1), chunks=2, dim=1)[0]
+
+
+def unused_slices(self, x):
+    self.a(x.relu())[:, 0:2][:, 0:2]
+    return self.b(x - x) - x
+
+
+def caught_raise(self, x):
+    y = self.both(x)
+    try:
+        if x.shape[2] < 8:
+            raise ValueError
+        return y
+    except ValueError:
+        return y * 2
+
+
+def may_return_first(self, x):
+    if x.shape[2] < 8:
+        if self.training is False:
+            return self.a(x)
+        raise ValueError
+    return self.both(x)
+
+
+def own_parameters(self, x):
+    return self.both(x) * sum(p.sum() for p in self.parameters())
+
+
+def named_device(self, x, device=None):
+    return self.both(x) + torch.zeros(x.shape[0], 1, 1, 1, device=torch.device("cpu"), dtype=x.dtype)
+
+
+def named_inf(self, x, inf=None):
+    return self.both(x).clamp(-float("inf"), 5.0)
+
+
+FORWARDS = [
+    may_be_none, device_as_text, as_a_key, several, largest, caught_condition, caught_number, collected, like_torchs,
+    loses_nothing, viewed_by_shape, keepdims, a_number_of_all, by_name, unused_slices, caught_raise, may_return_first,
+    own_parameters, named_device, named_inf,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("forward", FORWARDS, ids=[f.__name__ for f in FORWARDS])
+def test_forwards(forward):
+    check(type("Made", (Two,), {"forward": forward})())
+
+
+class Raises(Two):
+    def forward(self, x):
+        if x.dim() == 4 and x.shape[1] != 4:
+            raise ValueError("four channels, please")
+        if not (x.dim() == 3 or x.dim() == 4) or 0 < x.shape[1] < 3:
+            raise ValueError("more, please")
+        if x.dim() not in (3, 4) or not any([x.dim() == 3, x.dim() == 4]):
+            raise ValueError("dims, please")
+        return self.both(x)
+
+
+def test_conditions_whose_parts_may_be_either():
+    check(Raises())
+
+
+class AsksBetween(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = conv(3, 4, 8), conv(1, 8, 4)
+
+    def forward(self, x):
+        y = self.a(x)
+        if y.shape[1] != 8:
+            raise ValueError("eight channels, please")
+        return self.b(y)
+
+
+def test_a_shape_that_is_checked_in_the_middle():
+    check(AsksBetween())
+
+
+# --- views and what they are of -----------------------------------------------------------------------
+
+
+VIEWS = {
+    "type_as": lambda x: x.type_as(x),
+    "dropout2d": lambda x: F.dropout2d(x, 0.5, False),
+    "tensor_split": lambda x: x.tensor_split(2, 1)[0],
+    "kept whole": first,
+}
+BASES = {
+    "view": lambda x: x.view(2, 4, 6, 6),
+    "detach": lambda x: x.detach(),
+    "slice": lambda x: x[:, :],
+    "contiguous": lambda x: x.contiguous(),
+}
+
+
+class WritesToAView(Two):
+    def __init__(self, view):
+        super().__init__()
+        self.view = VIEWS[view]
+
+    def forward(self, x):
+        x = x * 1.5
+        view = self.view(x)
+        p = self.a(x)
+        view.mul_(2)
+        return p + self.b(x)
+
+
+class WritesToWhatAViewIsOf(Two):
+    def __init__(self, view):
+        super().__init__()
+        self.view = BASES[view]
+
+    def forward(self, x):
+        x = x * 1.5
+        z = self.view(x)
+        p = self.a(z)
+        x.mul_(2)
+        return p + self.b(z)
+
+
+@pytest.mark.parametrize(
+    ("cls", "view"), [*((WritesToAView, v) for v in VIEWS), *((WritesToWhatAViewIsOf, v) for v in BASES)]
+)
+def test_writes_by_way_of_views(cls, view):
+    check(cls(view))
+
+
+# --- results that are more than their parts ------------------------------------------------------------
+
+
+@dataclass
+class Doubles:
+    y: torch.Tensor
+
+    def __post_init__(self):
+        self.y = self.y * 2
+
+
+@dataclass
+class Counts:
+    y: torch.Tensor
+    n: int = field(init=False, default=3)
+
+
+class Own(tuple):
+    __slots__ = ()
+
+
+@pytest.mark.parametrize("make", [Doubles, Counts, lambda y: Own((y,))], ids=["post_init", "no_init", "tuple"])
+def test_results_with_code_of_their_own(make):
+    check(type("Made", (Two,), {"forward": lambda self, x: make(self.both(x))})())
+
+
+# --- other forwards -----------------------------------------------------------------------------------
+
+
+class ByHelper(Normed):
+    def _stem(self, x):
+        return self.c(x)
+
+    def forward_features(self, x):
+        return self._stem(x)
+
+
+class Decorated(Normed):
+    @torch.no_grad()
+    def forward_features(self, x):
+        return self.c(x)
+
+
+class ByGetattr(Normed):
+    def forward_features(self, x):
+        return getattr(self, "c")(x)  # noqa: B009
+
+
+class ByChildren(Normed):
+    def forward_features(self, x):
+        found = []
+        for module in self.children():
+            x = module(x)
+            found.append(x)
+        return found[0]
+
+
+class ByForward(Normed):
+    def forward_features(self, x):
+        return self.c.forward(x)
+
+
+class ByWeight(Normed):
+    def forward_features(self, x):
+        return F.conv2d(x, self.c.weight, self.c.bias, padding=1)
+
+
+def outside(module, x):
+    return module.c(x)
+
+
+class ByFunction(Normed):
+    def forward_features(self, x):
+        return outside(self, x)
+
+
+class ByIndex(nn.Sequential):
+    def __init__(self):
+        super().__init__(conv(), nn.BatchNorm2d(4))
+
+    def forward_features(self, x):
+        return self[0](x)
+
+
+class NormAlone(Normed):
+    def forward_features(self, y):
+        return self.n(y)
+
+
+class Weights(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.v, self.w = nn.Parameter(torch.randn(4, 4, 1, 1)), nn.Parameter(torch.randn(4, 4, 3, 3))
+
+    def forward(self, x):
+        return F.conv2d(F.conv2d(x, self.v), self.w, padding=1)
+
+    def forward_features(self, x):
+        return F.conv2d(x, self.v)
+
+
+@pytest.mark.parametrize(
+    "cls",
+    [ByHelper, Decorated, ByGetattr, ByChildren, ByForward, ByWeight, ByFunction, ByIndex, NormAlone, Weights],
+)
+def test_other_forwards(cls):
+    check(cls(), method="forward_features")
+    check(cls())
