@@ -55,7 +55,8 @@ def of_term(term: Term) -> Cost:
         if part.op == "leaf":
             assert part.layer is not None
             shape = part.layer.shape(channels, dims)
-            launched = int(part.layer.kind != "view")
+            computed = part.layer.formula is not None  # a kernel that is made again on every pass
+            launched = int(part.layer.kind != "view") + computed
             counted.setdefault(
                 id(part.layer), Cost(density * _work(part.layer, shape), part.layer.parameters, launched)
             )

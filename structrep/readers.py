@@ -552,7 +552,9 @@ def _placed(layer: Layer, node: fx.Node) -> Layer | None:
     computed = any(n.meta.get("value") is layer.weight and n.meta.get("formula") for n in node.all_input_nodes)
     if layer.weight is None or not computed:
         return replace(layer, source=inputs[0], node=node)
-    stored = {id(p): p.numel() for formula in formulas for p in formula.parameters}
+    plain = [n.meta["value"] for n in node.all_input_nodes if n.op == "get_attr" and not n.meta.get("formula")]
+    learned = [p for formula in formulas for p in formula.parameters]
+    stored = {id(p): p.numel() for p in (*learned, *(t for t in plain if isinstance(t, Tensor)))}
     whole = Formula(
         frozenset().union(*(f.calls for f in formulas)), tuple(t for formula in formulas for t in formula.tensors)
     )

@@ -6,6 +6,7 @@ import pickle
 import warnings
 
 import pytest
+import timm
 import torch
 from others.cases import BLOCKS, NETWORKS, Case
 from others.expandnet import HalfLinear, NonLinear, expand_cl
@@ -315,3 +316,13 @@ def test_stacked_branches_stay_equal():
     deploy = structrep.reparameterize(model)
     assert equal(deploy, model, noise(2, 4, 5, 6), noise(1, 4, 1, 1))
     assert executed(deploy, noise(2, 4, 5, 6))["norm"] == 0
+
+
+def test_a_standardized_kernel_with_a_gain_and_a_bias_is_computed_once():
+    """As in NF-ResNets (timm's ScaledStdConv2d): as many numbers afterwards, but none computed on every pass."""
+    model = randomised(nn.Sequential(timm.layers.ScaledStdConv2d(4, 4, 3, padding=1, bias=True), nn.ReLU()))
+    deploy = structrep.reparameterize(model)
+    x = noise(2, 4, 6, 5)
+    assert equal(deploy, model, x)
+    assert type(deploy[0]) is nn.Conv2d
+    assert executed(deploy, x)["norm"] == 0

@@ -12,6 +12,16 @@ from structrep.readers import Formula
 from structrep.registry import default
 
 
+def computed(formula: Formula) -> bool:
+    """Computed from parameters alone, whatever the formula."""
+    return True
+
+
+@default.law(Conv(formula=computed).named("conv"), source="what depends on parameters alone is a constant")
+def constant_kernel(conv: ConvMap) -> ConvMap:
+    return conv
+
+
 @default.law(
     Seq(Anything().named("map"), Affine().named("norm"), Optional(View())),
     source="associativity: scale and shift of the outputs",
@@ -40,13 +50,3 @@ def concat(branches: list[ConvMap]) -> ConvMap:
 @default.law(Seq(Anything().named("first"), Anything().named("second")), source="associativity: maps in a chain")
 def chain(first: ConvMap, second: ConvMap) -> ConvMap:
     return first >> second
-
-
-def computed(formula: Formula) -> bool:
-    """Computed from parameters alone, whatever the formula."""
-    return True
-
-
-@default.law(Conv(formula=computed).named("conv"), source="what depends on parameters alone is a constant")
-def constant_kernel(conv: ConvMap) -> ConvMap:
-    return conv
