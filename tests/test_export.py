@@ -62,7 +62,12 @@ def test_onnx(name, tmp_path):
     path = tmp_path / "deploy.onnx"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.onnx.export(deploy, (x,), path, dynamo=True, verbose=False)
+        try:
+            torch.onnx.export(deploy, (x,), path, dynamo=True, verbose=False)
+        except Exception:
+            with pytest.raises(Exception):  # noqa: B017, PT011
+                torch.onnx.export(model, (x,), path, dynamo=True, verbose=False)
+            pytest.skip("nor could the training-time model be exported")
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     found = session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
     with torch.no_grad():
