@@ -197,25 +197,28 @@ def table(lines: list[dict[str, Any]]) -> str:
         "# The zoo",
         "",
         "Models of timm and torchvision as they come, random weights and norm statistics, converted by "
-        "`structrep.plan(model).apply()` without example inputs. Made by `python benchmarks/zoo.py`.",
+        "`structrep.plan(model).apply()` without example inputs. Made by `python benchmarks/zoo.py`, on two shared cores."
+        " Convolutions, norms and additions are those that one forward pass runs; the error is the largest, relative to "
+        "the largest output, in float64 where the model has fewer than 30 million parameters, else in float32.",
         "",
         f"{len(lines)} models, {len(good)} equal to rounding and no dearer, "
         f"{sum('exception' in line for line in lines)} exceptions.",
         "",
         "| model | convs | norms | additions | multiply-adds | error "
-        "| timm leaves (convs, norms) | rules | why norms are left |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| timm leaves (convs, norms) | seconds | rules | why norms are left |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for line in sorted(lines, key=lambda one: str(one["model"])):
         if "exception" in line:
-            rows.append(f"| {line['model']} | | | | | {line['exception']} | | | |")
+            rows.append(f"| {line['model']} | | | | | {line['exception']} | | | | |")
             continue
         pairs = [f"{line[key][0]:,} → {line[key][1]:,}" for key in ("convs", "norms", "additions", "multiply_adds")]
         theirs = ", ".join(str(line["timm"].get(key, "fails")) for key in ("convs", "norms")) if "timm" in line else ""
         rules = ", ".join(f"{name} {count}" for name, count in line["rules"].items())
         left = ", ".join(f"{name} {count}" for name, count in line["norms_left"].items())
         flag = "" if line["holds"] else " **off**"
-        cells = [line["model"], *pairs, f"{line['error']:.0e}{flag}", theirs, rules, left]
+        error, seconds = f"{line['error']:.0e}{flag}", f"{line['seconds']:.1f}"
+        cells = [line["model"], *pairs, error, theirs, seconds, rules, left]
         rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows) + "\n"
 
