@@ -197,9 +197,10 @@ def table(lines: list[dict[str, Any]]) -> str:
         "# The zoo",
         "",
         "Models of timm and torchvision as they come, random weights and norm statistics, converted by "
-        "`structrep.plan(model).apply()` without example inputs. Made by `python benchmarks/zoo.py`, on two shared cores."
-        " Convolutions, norms and additions are those that one forward pass runs; the error is the largest, relative to "
-        "the largest output, in float64 where the model has fewer than 30 million parameters, else in float32.",
+        "`structrep.plan(model).apply()` without example inputs. Made by `python benchmarks/zoo.py`, on two shared "
+        "cores. Convolutions, norms and additions are those that one forward pass runs; the error is the largest, "
+        "relative to the largest output, in float64 where the model has fewer than 30 million parameters, else in "
+        "float32.",
         "",
         f"{len(lines)} models, {len(good)} equal to rounding and no dearer, "
         f"{sum('exception' in line for line in lines)} exceptions.",
