@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from structrep.algebra import ConvMap, Geometry
+from structrep.algebra import ConvMap
 from structrep.errors import Mutated, Refusal
-from structrep.readers import Layer, Reading, Same, Stack, aliases, asks_shape, mutates, only_asserted
+from structrep.readers import Layer, Reading, Same, Stack, aliases, asks_shape, diagonal_layer, only_asserted, writers
 
 Readings = Mapping[fx.Node, Reading]
 
@@ -60,11 +60,10 @@ def _by_readers(node: fx.Node, scale: Layer, readings: Readings) -> Absorption |
     if any(layer.weight is None or not layer.dims or layer.in_channels is None for layer in takers.values()):
         return None
     # As an identity the scale would give what it is given itself, which must not be written to until all have read it.
-    same, last = aliases(scale.source), max(taker.meta["index"] for taker in takers)
-    for user in {user for alias in same for user in alias.users}:
-        writes = mutates(user) in same or user.meta["unfollowed"]
-        if writes and node.meta["index"] < user.meta["index"] < last:
-            raise Mutated(f"{user.name} may overwrite what {node.name} is given before all have read it")
+    last = max(taker.meta["index"] for taker in takers)
+    for writer in writers(aliases(scale.source)):
+        if node.meta["index"] < writer.meta["index"] < last:
+            raise Mutated(f"{writer.name} may overwrite what {node.name} is given before all have read it")
     for layer in takers.values():
         assert layer.in_channels is not None
         assert layer.dims is not None
@@ -101,15 +100,17 @@ def _maker(node: fx.Node, readings: Readings) -> fx.Node:
     return node
 
 
-def _users(node: fx.Node, readings: Readings) -> list[fx.Node]:
-    """What reads a value, identities seen through, but for what asks for its shape."""
+def readers_of(node: fx.Node, readings: Readings) -> list[fx.Node]:
+    """What reads a value, identities seen through."""
     found = []
     for user in node.users:
-        if isinstance(readings.get(user), Same):
-            found += _users(user, readings)
-        elif not only_asserted(user) and not asks_shape(user):
-            found.append(user)
+        found += readers_of(user, readings) if isinstance(readings.get(user), Same) else [user]
     return found
+
+
+def _users(node: fx.Node, readings: Readings) -> list[fx.Node]:
+    """What reads a value, but for what asks for its shape."""
+    return [user for user in readers_of(node, readings) if not only_asserted(user) and not asks_shape(user)]
 
 
 def _channels(scale: Layer, first: int, count: int) -> Layer:
@@ -121,8 +122,4 @@ def _channels(scale: Layer, first: int, count: int) -> Layer:
         map_ = scale.load(whole, d)
         return ConvMap.scale(map_.kernel[first : first + c].flatten(), map_.bias[first : first + c], dims=d)
 
-    def shape(c: int, d: int) -> Geometry:
-        return Geometry(c, c, (1,) * d, groups=c)
-
-    parameters = scale.parameters * count // whole
-    return Layer(scale.kind, load, shape, count, count, scale.dims, parameters, scale.shifts)
+    return diagonal_layer(scale.kind, load, count, scale.dims, scale.parameters * count // whole)

@@ -6,8 +6,8 @@ A convolution, a batch norm, a skip, an average pool, a channel scale, a Linear 
 
 where x reads its `border` outside: a constant `fill` (0 unless said), or reflect, replicate, circular. A transposed
 convolution is the adjoint, of the same coefficients: input pixel p adds kernel[o, i, t] * x[i, p] to output pixel
-stride * p + dilation * t - lo. A training-time
-block is an expression over such maps and its deploy-time convolution is the value:
+stride * p + dilation * t - lo. A training-time block is an expression over such maps and its deploy-time convolution
+is the value:
 
     f + g            both on the same input, outputs added
     f >> g           g after f
@@ -509,12 +509,12 @@ class ConvMap:
         Decided from geometry, bias and fill alone: a tap whose coefficient happens to be zero counts as a tap.
         """
         f, g = self.geometry, other.geometry
-        if g.transposed and self.bias.any():
-            raise Inexact(
-                f"{other} adds up what it is given, in other numbers near the border and between strides, so the bias "
-                f"of {self} before it is none behind it"
-            )
         if g.transposed:
+            if self.bias.any():
+                raise Inexact(
+                    f"{other} adds up what it is given, in other numbers near the border and between strides, so the "
+                    f"bias of {self} before it is none behind it"
+                )
             return self.fill
         padded = [dim for dim, sides in enumerate(g.pad) if max(sides) > 0]
         if not padded:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from structrep.ranks import channels, rank, torch_name
+from structrep.ranks import argument, channels, rank, torch_name
 
 Span = tuple[int | None, int | None, int | None, int | None]
 
@@ -82,15 +82,11 @@ def length(node: fx.Node) -> int | None:
         known = whole is not None and all(isinstance(end, (int, type(None))) for end in ends)
         return len(range(whole)[args[1]]) if known else None  # type: ignore[arg-type]
     if name == "chunk":
-        return _chunks(source, _given(node, 1, "chunks", None), _given(node, 2, "dim", 0))
+        return _chunks(source, argument(node, 1, "chunks"), argument(node, 2, "dim", 0))
     if name == "split":
-        sizes = _given(node, 1, "split_size_or_sections", _given(node, 1, "split_size", None))
+        sizes = argument(node, 1, "split_size_or_sections", node.kwargs.get("split_size"))
         return len(sizes) if isinstance(sizes, (list, tuple)) else None
     return None
-
-
-def _given(node: fx.Node, place: int, name: str, default: Any) -> Any:
-    return node.kwargs.get(name, node.args[place] if len(node.args) > place else default)
 
 
 def _chunks(source: fx.Node, count: Any, dim: Any) -> int | None:

@@ -27,14 +27,6 @@ from structrep.values import is_traced
 _ITSELF = "structrep_itself"  # an attribute path for the module itself, for which graphs have none
 
 
-@dataclass(frozen=True)
-class Refilled:
-    """A functional convolution in the forward of a module that is one, which keeps its place and its parameters."""
-
-    base: fx.Node
-    module: str  # path of the module that holds `weight` and, from now on, `bias`
-
-
 @dataclass
 class Edits:
     """What changes in forwards, by node of the flat graph."""
@@ -42,7 +34,8 @@ class Edits:
     dead: set[fx.Node] = field(default_factory=set)
     replaced: dict[fx.Node, tuple[fx.Node, str]] = field(default_factory=dict)  # root -> base and path of the new layer
     bypassed: dict[fx.Node, fx.Node] = field(default_factory=dict)  # root -> base
-    refilled: dict[fx.Node, Refilled] = field(default_factory=dict)  # a call of a functional convolution
+    refilled: dict[fx.Node, tuple[fx.Node, str]] = field(default_factory=dict)  # a functional call in a convolution's
+    # own forward -> base and path of that convolution, which keeps its place and holds `weight` and `bias`
     owners: dict[Call, set[Call]] = field(default_factory=dict)  # whose forward changes -> calls to write out inside it
 
 
@@ -134,7 +127,7 @@ class Forward:
         if node.meta["autocast"]:
             raise Unreadable(f"{self.call.path or 'the model'} runs part of its forward under autocast")
         if node in self.edits.refilled:
-            self.env[node] = self._refilled(node, self.edits.refilled[node])
+            self.env[node] = self._refilled(node, *self.edits.refilled[node])
         elif node in self.edits.replaced:
             base, path = self.edits.replaced[node]
             self.env[node] = self.graph.call_module(self._relative(path), (self._load(base),))
@@ -150,17 +143,16 @@ class Forward:
             self.env[node] = self.graph.create_node(node.op, target, args, kwargs)
             self.env[node].meta["constant"] = "value" in node.meta
 
-    def _refilled(self, node: fx.Node, by: Refilled) -> fx.Node:
+    def _refilled(self, node: fx.Node, base: fx.Node, path: str) -> fx.Node:
         """The same call, with the parameters that its module will have."""
         weight, bias = (
-            self.graph.get_attr(self._relative(".".join(filter(None, (by.module, name)))))
-            for name in ("weight", "bias")
+            self.graph.get_attr(self._relative(".".join(filter(None, (path, name))))) for name in ("weight", "bias")
         )
         rest = fx.node.map_arg(node.args[3:], self._load)
         named = {k: v for k, v in node.kwargs.items() if k not in ("input", "weight", "bias")}
         kwargs = fx.node.map_arg(named, self._load)
         assert callable(node.target)
-        return self.graph.call_function(node.target, (self._load(by.base), weight, bias, *rest), kwargs)
+        return self.graph.call_function(node.target, (self._load(base), weight, bias, *rest), kwargs)
 
     def _unchanged(self, node: fx.Node) -> fx.Node | None:
         """What an arithmetic operation such as `x + 0` gives back as it is."""

@@ -7,10 +7,7 @@
 
 from __future__ import annotations
 
-import ast
 import contextlib
-import inspect
-import textwrap
 from collections.abc import Callable, Iterable, Iterator
 from types import FunctionType, ModuleType, TracebackType
 from typing import Any
@@ -19,6 +16,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
+from structrep.sources import gives_something, reads_settings_only
 from structrep.values import Unknown, is_traced, proxies, stand_in
 
 Record = Callable[[str, Any, tuple[Any, ...], dict[str, Any]], Any]
@@ -50,17 +48,18 @@ def _exchanged(function: FunctionType, record: Record) -> Iterator[None]:
     code, defaults = function.__code__, function.__kwdefaults__
     original = FunctionType(code, function.__globals__, function.__name__, function.__defaults__)
     original.__kwdefaults__ = defaults
+    something = gives_something(original)
 
     def hook(*args: Any, **kwargs: Any) -> Any:
         if not is_traced((args, kwargs)):
             return original(*args, **kwargs)
-        if not _gives_something(original):
+        if not something:
             raise RuntimeError(f"{function.__name__} may give None, or nothing at all")
         for value in (*args, *kwargs.values()):
             if isinstance(value, (list, dict, set)) and (not value or _holds_values(value)):
                 raise RuntimeError(f"{function.__name__} is given a {type(value).__name__}, which it may write to")
         for value in pytree.tree_leaves((args, kwargs)):
-            if isinstance(value, nn.Module) and not _reads_settings_only(original, value, args, kwargs):
+            if isinstance(value, nn.Module) and not reads_settings_only(original, value, args, kwargs):
                 raise RuntimeError(f"{function.__name__} is given a module, which it may run")
         return record("call_function", function, args, kwargs)
 
@@ -87,25 +86,6 @@ def stopping_function(traceback: TracebackType | None, outermost: Callable[..., 
     return found
 
 
-def _gives_something(function: FunctionType) -> bool:
-    """Whether a function ends with a value, and no None, wherever it ends."""
-    try:
-        (body,) = ast.parse(textwrap.dedent(inspect.getsource(function))).body
-    except (OSError, TypeError, SyntaxError, ValueError):
-        return False
-    returns = [node for node in ast.walk(body) if isinstance(node, ast.Return)]
-    empty = any(r.value is None or (isinstance(r.value, ast.Constant) and r.value.value is None) for r in returns)
-    return bool(returns) and not empty and isinstance(body, ast.FunctionDef) and _always_ends(body.body)
-
-
-def _always_ends(body: list[ast.stmt]) -> bool:
-    """Whether statements end in a return or a raise, whichever way they go."""
-    last = body[-1]
-    if isinstance(last, ast.If):
-        return bool(last.orelse) and _always_ends(last.body) and _always_ends(last.orelse)
-    return isinstance(last, (ast.Return, ast.Raise)) or (isinstance(last, ast.With) and _always_ends(last.body))
-
-
 def _holds_values(container: Any) -> bool:
     """Whether a container holds traced values other than sizes."""
     for proxy in proxies(container):
@@ -115,24 +95,6 @@ def _holds_values(container: Any) -> bool:
         except Unknown:
             return True
     return False
-
-
-def _reads_settings_only(function: FunctionType, module: nn.Module, args: Any, kwargs: Any) -> bool:
-    """Whether all that a function does with a module it is given is to read plain attributes: a stride, a padding."""
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
-        given = inspect.signature(function).bind(*args, **kwargs).arguments
-    except (OSError, TypeError, SyntaxError):
-        return False
-    names = {name for name, value in given.items() if value is module}
-    uses = [n for n in ast.walk(tree) if isinstance(n, ast.Name) and n.id in names]
-    reads = [
-        n.attr
-        for n in ast.walk(tree)
-        if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name) and n.value.id in names
-    ]
-    plain = (bool, int, float, str, tuple)
-    return bool(names) and len(uses) == len(reads) and all(isinstance(module.__dict__.get(a), plain) for a in reads)
 
 
 @contextlib.contextmanager

@@ -77,6 +77,11 @@ def torch_name(node: fx.Node) -> str:
     return getattr(node.target, "__name__", "") if own else ""
 
 
+def argument(node: fx.Node, place: int, name: str, default: Any = None) -> Any:
+    """An argument of a call by name or place, as the function's own signature has it."""
+    return node.kwargs.get(name, node.args[place] if len(node.args) > place else default)
+
+
 def _source(node: fx.Node) -> fx.Node | None:
     """The input whose rank matters."""
     inputs = [n for n in node.all_input_nodes if "value" not in n.meta]

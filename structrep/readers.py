@@ -26,7 +26,7 @@ from torch import Tensor, fx, nn
 
 from structrep.algebra import Border, ConvMap, Geometry, Ints, Pads, swapped
 from structrep.errors import Unreadable
-from structrep.ranks import rank, torch_name
+from structrep.ranks import argument, rank, torch_name
 
 # --- what reading gives ---------------------------------------------------------------------------
 
@@ -252,17 +252,7 @@ def conv_layer(
             weight.detach(), bias, stride=g.stride, pad=g.pad, dilation=g.dilation, groups=g.groups, border=border,
         )  # fmt: skip
 
-    return Layer(
-        "conv",
-        load,
-        lambda c, d: geometry,
-        geometry.in_channels,
-        geometry.out_channels,
-        dims,
-        _count(weight, bias),
-        bias is not None,
-        weight,
-    )
+    return _kernel_layer("conv", geometry, load, weight, bias)
 
 
 def conv_transpose_layer(
@@ -282,36 +272,32 @@ def conv_transpose_layer(
     if plain:
         reach = [d * (k - 1) for d, k in zip(steps, taps, strict=True)]
         pads = tuple((r - lo, r - hi) for r, (lo, hi) in zip(reach, pads, strict=True))
-    inputs, outputs = weight.shape[0], weight.shape[1] * groups
-    geometry = Geometry(inputs, outputs, taps, strides, steps, pads, groups, not plain)
+    geometry = Geometry(weight.shape[0], weight.shape[1] * groups, taps, strides, steps, pads, groups, not plain)
 
     def load(channels: int, dims: int) -> ConvMap:
         kernel = swapped(weight.detach(), groups)
         return ConvMap.of(geometry, kernel.flip(*range(2, kernel.ndim)) if plain else kernel, bias)
 
-    return Layer(
-        "conv",
-        load,
-        lambda c, d: geometry,
-        inputs,
-        outputs,
-        dims,
-        _count(weight, bias),
-        bias is not None,
-        weight,
-    )
+    return _kernel_layer("conv", geometry, load, weight, bias)
 
 
 def linear_layer(weight: Tensor, bias: Tensor | None) -> Layer:
     """y = W x + b on the last dimension."""
     geometry = Geometry(weight.shape[1], weight.shape[0])
+    return _kernel_layer("linear", geometry, lambda c, d: ConvMap(weight.detach(), bias), weight, bias)
+
+
+def _kernel_layer(
+    kind: str, geometry: Geometry, load: Callable[[int, int], ConvMap], weight: Tensor, bias: Tensor | None
+) -> Layer:
+    """A layer of which a kernel says all that is open in others."""
     return Layer(
-        "linear",
-        lambda c, d: ConvMap(weight.detach(), bias),
+        kind,
+        load,
         lambda c, d: geometry,
-        weight.shape[1],
-        weight.shape[0],
-        0,
+        geometry.in_channels,
+        geometry.out_channels,
+        geometry.dims,
         _count(weight, bias),
         bias is not None,
         weight,
@@ -591,7 +577,7 @@ class _Arguments:
         self.node = node
 
     def __call__(self, place: int, name: str, default: Any = None) -> Any:
-        return self.node.kwargs.get(name, self.node.args[place] if len(self.node.args) > place else default)
+        return argument(self.node, place, name, default)
 
     def tensor(self, place: int, name: str) -> Tensor | None:
         value = self(place, name)
@@ -900,6 +886,12 @@ def aliases(node: fx.Node) -> set[fx.Node]:
     return found
 
 
+def writers(same: set[fx.Node]) -> set[fx.Node]:
+    """What overwrites one of some values, or may: what could not be followed may write to what it is given."""
+    users = {user for alias in same for user in alias.users}
+    return {user for user in users if mutates(user) in same or user.meta["unfollowed"]}
+
+
 def _is_view(node: fx.Node) -> bool:
     """Whether a node may give memory that it was given."""
     if node.meta.get("unfollowed"):
@@ -921,18 +913,8 @@ _VIEWS = {
     *("atleast_3d", "broadcast_to", "broadcast_tensors", "cpu", "cuda", "alpha_dropout", "feature_dropout", "conj"),
     *("feature_alpha_dropout", "dropout1d", "dropout2d", "dropout3d", "resolve_conj", "resolve_neg", "adjoint"),
     *("split_with_sizes", "hsplit", "vsplit", "dsplit", "tensor_split", "unsafe_chunk", "unsafe_split", "sum_to_size"),
-    *(
-        "view_as_real",
-        "view_as_complex",
-        "real",
-        "imag",
-        "pixel_shuffle",
-        "pad",
-        "requires_grad",
-        "bfloat16",
-        "H",
-        "mH",
-    ),
+    *("view_as_real", "view_as_complex", "real", "imag", "pixel_shuffle", "pad", "requires_grad", "bfloat16"),
+    *("H", "mH"),
     *("dropout", "type", "float", "double", "half", "swapaxes", "movedim", "T", "mT", "data", "getattr", "diagonal"),
 }
 

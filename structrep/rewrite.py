@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 from structrep.algebra import ConvMap
 from structrep.blocks import STAND_INS
 from structrep.errors import Refusal
-from structrep.forward import Edits, Forward, Refilled
+from structrep.forward import Edits, Forward
 from structrep.generated import install
 from structrep.guards import Features2d
 from structrep.pattern import ONE, geometry
@@ -140,6 +140,8 @@ class Draft:
         self.replicas = replicas
         self.refused: list[tuple[Merge, Refusal]] = []
         self.merges = list(merges)
+        made = (n.meta["formula"] for trace in traced.traces for n in trace.nodes if n.meta.get("formula"))
+        self.computed_from = {id(tensor) for formula in made for tensor in formula.tensors}
         while True:
             self._decide()
             if not (failed := self._write()):
@@ -162,7 +164,7 @@ class Draft:
                     owner = self._written_by(unit, merge, dead=kept is None)
                     if kept is not None:
                         self.homes[merge] = (kept, "")
-                        self.edits.refilled[unit.root] = Refilled(unit.base, kept)
+                        self.edits.refilled[unit.root] = (unit.base, kept)
                     elif unit is host:
                         name = self._new_name(owner, merge)
                         self.homes[merge] = (owner.path, name)
@@ -187,17 +189,13 @@ class Draft:
         call, node = unit.root.meta["call"], unit.root
         layer, merged = unit.segments[0].term.layer, geometry(merge.term)
         module = call.module
-        if len(unit.nodes) > 1 or layer is None or layer.formula or not isinstance(module, STAND_INS):
+        written = len(unit.nodes) == 1 and node.op == "call_function" and call.method == "forward"
+        if not written or not isinstance(module, STAND_INS) or not {"weight", "bias"} <= module._parameters.keys():
             return None
-        if (
-            node.op != "call_function"
-            or not {"weight", "bias"} <= module._parameters.keys()
-            or call.method != "forward"
-        ):
+        if layer is None or layer.formula or layer.weight is not module._parameters["weight"]:
             return None
         once = len(self.traced.calls[module, "forward"]) == 1 and self._alone(node)
-        same = layer.shape(merged.in_channels, merged.dims) == merged
-        return call.path if layer.weight is module._parameters["weight"] and once and same else None
+        return call.path if once and layer.shape(merged.in_channels, merged.dims) == merged else None
 
     def _alone(self, node: fx.Node) -> bool:
         """Whether the parameters that a node is given are of use to nothing else, not even to make constants of."""
@@ -206,8 +204,7 @@ class Draft:
         bias = node.meta["call"].module._parameters["bias"]
         if bias is not None and id(bias) not in own:
             return False  # it has another use
-        made = (n.meta["formula"] for trace in self.traced.traces for n in trace.nodes if n.meta.get("formula"))
-        return all(len(n.users) == 1 for n in held) and not any(id(t) in own for one in made for t in one.tensors)
+        return all(len(n.users) == 1 for n in held) and own.isdisjoint(self.computed_from)
 
     def _written_by(self, unit: Unit, merge: Merge, dead: bool = True) -> Call:
         """The innermost call that holds a unit, whose forward the unit vanishes from."""
@@ -284,11 +281,9 @@ class Draft:
         if host.module is not None and host.block is None and _refill(self._at(host.module.path), map_, bias):
             return
         kernels = [layer for segment in host.segments for layer in segment.term.leaves() if layer.weight is not None]
-        learned = [p for k in kernels for p in (k.formula.parameters if k.formula else (k.weight,))]
+        learned = [tensor for layer in kernels for tensor in _kernels(layer)]
         assert kernels[0].weight is not None
-        layer = lower(
-            map_, kernels[0].weight, bias=bias, requires_grad=any(p is not None and p.requires_grad for p in learned)
-        )
+        layer = lower(map_, kernels[0].weight, bias=bias, requires_grad=any(p.requires_grad for p in learned))
         if host.module is not None:
             self._swap(host.module.path, layer)
             return
@@ -317,10 +312,13 @@ class Draft:
 
     def _bury(self) -> None:
         """Set to None the modules and parameters that only dead nodes used."""
-        dead = {self._at(call.path) for call in self._dead_calls()} | self._idle_holders()
+        if not self.edits.owners:
+            return
+        tensors = self._dead_tensors()
+        dead = {self._at(call.path) for call in self._dead_calls()} | self._idle_holders(tensors)
         for owner in self.edits.owners:
             self._bury_below(self._at(owner.path), dead)
-        for name in self._dead_tensors() if self.edits.owners else ():
+        for name in tensors:
             self._drop_tensor(name)
 
     def _dead_tensors(self) -> set[str]:
@@ -344,9 +342,8 @@ class Draft:
             for user in node.users
         )
 
-    def _idle_holders(self) -> set[nn.Module]:
+    def _idle_holders(self, dead: set[str]) -> set[nn.Module]:
         """Modules that nothing called, which only held tensors that are dead now."""
-        dead = self._dead_tensors()
         homes = {name.rpartition(".")[0] for name in dead}
         called = {module for module, _ in self.traced.calls}
         holders = ((path, self.traced.model.get_submodule(path)) for path in homes)

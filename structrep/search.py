@@ -8,9 +8,6 @@ if it is not dearer than what it replaces, and if the algebra finds it exact.
 
 from __future__ import annotations
 
-import ast
-import inspect
-import textwrap
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
@@ -21,7 +18,7 @@ import torch.utils._pytree as pytree
 from torch import fx, nn
 
 from structrep import cost
-from structrep.absorb import Absorption, absorptions
+from structrep.absorb import Absorption, absorptions, readers_of
 from structrep.algebra import ConvMap
 from structrep.borders import Borders
 from structrep.cost import Cost
@@ -49,14 +46,15 @@ from structrep.readers import (
     asks_shape,
     asserts_rank,
     hooks,
-    mutates,
     only_asserted,
     pad_module,
     padding_of,
     read_node,
     scale_layer,
+    writers,
 )
 from structrep.registry import Registry, Rule
+from structrep.sources import names_reached
 from structrep.trace import Call, Example, Trace, Traced, trace
 
 FARTHEST = 32  # how many dominators back a merge may reach
@@ -342,11 +340,11 @@ class _Search:
 
     def _leak(self, stretch: list[Segment]) -> fx.Node | None:
         """A node that would vanish but is used elsewhere."""
-        inside = {node for segment in stretch for node in segment.nodes}
+        inside = set(_nodes(stretch))
         for index, segment in enumerate(stretch):
             for node in segment.nodes:
                 users = [user for user in node.users if user not in inside and not asserts_rank(user)]
-                if node is stretch[-1].root or not (users or node.meta.get("kept")):
+                if node is stretch[-1].root:
                     continue
                 if node.meta.get("kept"):
                     return node
@@ -355,7 +353,7 @@ class _Search:
                     map(_keeps_shape, stretch[index + 1 :])
                 )
                 asked = all(asks_shape(user) or only_asserted(user) for user in users)
-                if not (len(segment.nodes) == 1 and shape_stays and asked):
+                if users and not (len(segment.nodes) == 1 and shape_stays and asked):
                     return node
         return None
 
@@ -424,7 +422,7 @@ class _Search:
 
     def _whole_families(self, stretch: list[Segment]) -> bool:
         """Whether a stretch cuts through nothing that a family merges."""
-        inside = {node for segment in stretch for node in segment.nodes}
+        inside = set(_nodes(stretch))
         return all(inside.issuperset(s.nodes) for n in inside if n in self.families for s in self.families[n][1])
 
     def _settle(self, root: fx.Node) -> Merge | None:
@@ -435,7 +433,7 @@ class _Search:
         return self._merge(stretch, *self._price(stretch))
 
     def _merge(self, stretch: list[Segment], before: Cost, after: Cost, law: Rule | None = None) -> Merge:
-        inside = {node for segment in stretch for node in segment.nodes}
+        inside = set(_nodes(stretch))
         families = [(rule, part) for root, (rule, part) in self.families.items() if root in inside]
         named = list(dict.fromkeys(rule for rule, _ in families))
         if law and not any(len(part) == len(stretch) for _, part in families):
@@ -499,11 +497,10 @@ class _Search:
     def _check(self, stretch: list[Segment]) -> None:
         """Raise unless the stretch can be cut out of the graph and of the modules that it is written in."""
         base, root = stretch[0].base, stretch[-1].root
-        inside = {node for segment in stretch for node in segment.nodes}
+        inside = set(_nodes(stretch))
         same = aliases(base)
         readers = [user for alias in same for user in alias.users]
-        # What could not be followed may write to what it is given.
-        for writer in {user for user in readers if mutates(user) in same or user.meta["unfollowed"]}:
+        for writer in writers(same):
             at = self.place[writer]
             if writer in inside and any(self.place[other] > at for other in readers if other not in inside):
                 raise Mutated(f"{writer.name} overwrites the input of the merge, which is read again later")
@@ -540,24 +537,18 @@ class _Search:
             norm = isinstance(reading, Layer) and reading.kind == "norm" and node not in covered
             if norm and _layer_of(node) not in told:
                 source = _inputs(reading)[0]
-                others = [user for user in self._readers(source) if user is not node and not only_asserted(user)]
+                ours, everyone = (readers_of(one, self.readings) for one in (node, source))
+                others = [user for user in everyone if user is not node and not only_asserted(user)]
                 also = f", which {_listed(others)} {'reads' if len(others) == 1 else 'read'} too," if others else ""
                 self._miss(
                     [node],
                     "-",
                     "norm",
                     Isolated(
-                        f"it scales what {_named(source)} gives{also} for {_listed(self._readers(node))}: there is no "
+                        f"it scales what {_named(source)} gives{also} for {_listed(ours)}: there is no "
                         f"convolution or Linear beside it that is its alone"
                     ),
                 )
-
-    def _readers(self, node: fx.Node) -> list[fx.Node]:
-        """What reads a value, identities seen through."""
-        found = []
-        for user in node.users:
-            found += self._readers(user) if isinstance(self.readings.get(user), Same) else [user]
-        return found
 
 
 def _layer_of(node: fx.Node) -> str:
@@ -618,7 +609,7 @@ class Replicas:
     def __init__(self, traced: Traced) -> None:
         self.traced = traced
         self.prints: dict[Call, tuple[object, ...]] = {}
-        self.unread = {path: _names_reached(traced.model.get_submodule(path)) for path in traced.untraced}
+        self.unread = {path: names_reached(traced.model.get_submodule(path)) for path in traced.untraced}
         self.listed = {
             part
             for module in traced.model.modules()
@@ -685,16 +676,6 @@ class Replicas:
         if call not in self.prints:
             self.prints[call] = tuple(_marks(call))
         return self.prints[call]
-
-
-def _names_reached(module: nn.Module) -> frozenset[str]:
-    """Attributes of attributes that the code of a module's class mentions, where that code can be read."""
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(type(module))))
-    except (OSError, TypeError, SyntaxError):
-        return frozenset()
-    deep = (n for n in ast.walk(tree) if isinstance(n, ast.Attribute) and not isinstance(n.value, ast.Name))
-    return frozenset(n.attr for n in deep)
 
 
 def _marks(call: Call) -> Iterator[object]:

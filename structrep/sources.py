@@ -1,4 +1,4 @@
-"""What the code of a module's class does with the parts of the module, where that code can be read."""
+"""What code does with the modules that it is given, and a class with the parts of its module, by its source."""
 
 from __future__ import annotations
 
@@ -22,16 +22,66 @@ def functions(cls: type) -> dict[str, FunctionType]:
     return found
 
 
-@functools.lru_cache(4096)
-def _tree(function: Callable[..., Any]) -> tuple[ast.AST, str] | None:
-    """The syntax of a method, and what it calls its module; None if that cannot be read."""
+def syntax(source: Any) -> ast.stmt | None:
+    """The definition of a function or class; None if it cannot be read."""
     try:
-        (body,) = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(function)))).body
+        (definition,) = ast.parse(textwrap.dedent(inspect.getsource(source))).body
     except (OSError, TypeError, SyntaxError, ValueError):
         return None
+    return definition
+
+
+def _tree(function: Callable[..., Any]) -> tuple[ast.AST, str] | None:
+    """The syntax of a method, and what it calls its module; None if that cannot be read."""
+    body = syntax(inspect.unwrap(function))
     if not isinstance(body, (ast.FunctionDef, ast.AsyncFunctionDef)) or not body.args.args:
         return None
     return body, body.args.args[0].arg
+
+
+def names_reached(module: nn.Module) -> frozenset[str]:
+    """Attributes of attributes that the code of a module's class mentions, where that code can be read."""
+    definition = syntax(type(module))
+    nodes = ast.walk(definition) if definition else ()
+    return frozenset(n.attr for n in nodes if isinstance(n, ast.Attribute) and not isinstance(n.value, ast.Name))
+
+
+def gives_something(function: FunctionType) -> bool:
+    """Whether a function ends with a value, and no None, wherever it ends."""
+    body = syntax(function)
+    if not isinstance(body, ast.FunctionDef):
+        return False
+    returns = [node for node in ast.walk(body) if isinstance(node, ast.Return)]
+    empty = any(r.value is None or (isinstance(r.value, ast.Constant) and r.value.value is None) for r in returns)
+    return bool(returns) and not empty and _always_ends(body.body)
+
+
+def _always_ends(body: list[ast.stmt]) -> bool:
+    """Whether statements end in a return or a raise, whichever way they go."""
+    last = body[-1]
+    if isinstance(last, ast.If):
+        return bool(last.orelse) and _always_ends(last.body) and _always_ends(last.orelse)
+    return isinstance(last, (ast.Return, ast.Raise)) or (isinstance(last, ast.With) and _always_ends(last.body))
+
+
+def reads_settings_only(function: FunctionType, module: nn.Module, args: Any, kwargs: Any) -> bool:
+    """Whether all that a function does with a module it is given is to read plain attributes: a stride, a padding."""
+    tree = syntax(function)
+    if tree is None:
+        return False
+    try:
+        given = inspect.signature(function).bind(*args, **kwargs).arguments
+    except TypeError:
+        return False
+    names = {name for name, value in given.items() if value is module}
+    uses = [n for n in ast.walk(tree) if isinstance(n, ast.Name) and n.id in names]
+    reads = [
+        n.attr
+        for n in ast.walk(tree)
+        if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name) and n.value.id in names
+    ]
+    plain = (bool, int, float, str, tuple)
+    return bool(names) and len(uses) == len(reads) and all(isinstance(module.__dict__.get(a), plain) for a in reads)
 
 
 def _attribute(node: ast.AST, itself: str) -> bool:

@@ -545,12 +545,12 @@ class _Tracer(fx.Tracer):
         self.called.add(m)
         self.stack.append(call)
         attributes = {} if leaf else snapshot(m.__dict__)
-        drawn = random.getstate()
+        drawn = None if leaf else random.getstate()  # a leaf only makes a node
         try:
             result = run(*args, **kwargs)
             if isinstance(result, Iterator):
                 raise RuntimeError("it gives an iterator, whose code runs later")
-            if random.getstate() != drawn:
+            if not leaf and random.getstate() != drawn:
                 raise RuntimeError("it draws new random numbers at every call")
         except Exception:
             self.stopped = self.stopped or call

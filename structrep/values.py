@@ -37,15 +37,8 @@ def proxies(value: Any) -> Iterator[fx.Proxy]:
 
 def _is_record(value: Any) -> bool:
     """Whether a value is an object of somebody's own class that holds others by name."""
-    cls = type(value)
-    own = cls.__module__.partition(".")[0] not in (
-        "torch",
-        "builtins",
-        "functools",
-        "collections",
-        "numpy",
-        "structrep",
-    )
+    library = type(value).__module__.partition(".")[0]
+    own = library not in ("torch", "builtins", "functools", "collections", "numpy", "structrep")
     return own and hasattr(value, "__dict__") and not isinstance(value, (type, ModuleType, FunctionType, nn.Module))
 
 
@@ -93,19 +86,9 @@ _SEVERAL = {
     *("unsafe_split", "broadcast_tensors", "meshgrid", "atleast_1d", "atleast_2d", "atleast_3d"),
 }
 _PERHAPS_SEVERAL = {
-    "max",
-    "min",
-    "median",
-    "mode",
-    "sort",
-    "topk",
-    "kthvalue",
-    "cummax",
-    "cummin",
-    "std_mean",
-    "unique",
+    *("max", "min", "median", "mode", "sort", "topk", "kthvalue", "cummax", "cummin", "std_mean", "var_mean", "unique"),
+    *("aminmax", "frexp", "qr", "svd", "eigh", "slogdet", "where", "item", "tolist", "numpy"),
 }
-_PERHAPS_SEVERAL |= {"var_mean", "aminmax", "frexp", "qr", "svd", "eigh", "slogdet", "where", "item", "tolist", "numpy"}
 _PROBE = torch.empty(0)
 
 
