@@ -3,13 +3,18 @@
 `forward` may run one block after another, and a convolution at the end of the first merge with one at the start of the
 second. Another method, say `forward_intermediates`, may give back what stands between. So for every merge the methods
 of the modules around are looked through whose name says that they are forwards too: those that run a part of the merge,
-by their source, are followed. Left out are those for a converted model (`forward_fuse`, `forward_deploy`), which run a
-convolution and leave out its norm because that is merged by then.
+by their source, are followed; and so are forwards with a flag that is not as it is by default
+(`forward(x, pre_logits=True)`). Left out are those for a converted model (`forward_fuse`, `forward_deploy`), which run
+a convolution and leave out its norm because that is merged by then.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import FunctionType
 from typing import Any
 
 from torch import fx, nn
@@ -17,6 +22,21 @@ from torch import fx, nn
 from structrep.errors import Shared
 from structrep.sources import functions, mentions
 from structrep.trace import Call, Method, Traced, follow_method
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way to run a module: a method, and the flags that are not as they are by default."""
+
+    method: str
+    flags: tuple[tuple[str, bool], ...] = ()
+
+    def __str__(self) -> str:
+        return (
+            f"{self.method}({', '.join(f'{name}={value}' for name, value in self.flags)})"
+            if self.flags
+            else self.method
+        )
 
 
 class Borders:
@@ -29,9 +49,9 @@ class Borders:
             for call in trace.calls:
                 if isinstance(call.result, fx.Proxy):
                     self.given[call.result.node].append(call)
-        self.others: dict[type, list[str]] = {}
+        self.others: dict[type, list[Variant]] = {}
         self.mentioned: dict[tuple[type, str], frozenset[str] | None] = {}
-        self.followed: dict[tuple[nn.Module, str], Method | None] = {}
+        self.followed: dict[tuple[nn.Module, Variant], Method | None] = {}
 
     def check(self, inside: set[fx.Node], root: fx.Node, owner: Call) -> None:
         """Raise if some value that would vanish is one that another forward gives back or looks at.
@@ -56,28 +76,28 @@ class Borders:
     def _check_parameters(self, around: Call, held: set[str]) -> None:
         """Raise if another forward of a module around uses parameters that a merge takes from it."""
         own = {name for name in held if name.rpartition(".")[0] == around.path}
-        for name in self._other_forwards(around.module) if own else ():
-            seen = self.mentioned[type(around.module), name]
-            if (around.module, name) in self.traced.calls:
-                continue
-            if seen is None or any(one.rpartition(".")[2] in seen for one in own):
-                method = self._follow(around, name)
-                if method is None or method.reached & own:
-                    raise Shared(f"{type(around.module).__name__}.{name} uses {' or '.join(sorted(own))} too")
+        for variant in self._other_forwards(around) if own else ():
+            seen = self.mentioned[type(around.module), variant.method]
+            if variant.method != "forward" and (seen is None or any(one.rpartition(".")[2] in seen for one in own)):
+                method = self._follow(around, variant)
+                if method.reached & own if method else not variant.flags:
+                    raise Shared(f"{type(around.module).__name__}.{variant} uses {' or '.join(sorted(own))} too")
 
     def _check_methods(self, around: Call, call: Call, last: bool, inside: set[fx.Node]) -> None:
         """Raise if another forward of a module around looks at what a call of one of its parts gives, or gives it
         something else."""
         part = call.path[len(around.path) :].lstrip(".").partition(".")[0]
-        for name in self._other_forwards(around.module):
-            seen = self.mentioned[type(around.module), name]
-            if (around.module, name) in self.traced.calls or (seen is not None and part not in seen):
+        for variant in self._other_forwards(around):
+            seen = self.mentioned[type(around.module), variant.method]
+            if seen is not None and part not in seen:
                 continue
-            method = self._follow(around, name)
-            if method is None or self._differs(method, call, last, inside):
+            if variant.flags and any(node.meta["call"] is around and node.op != "call_module" for node in inside):
+                continue  # its forward is written anew, and then takes no other flags
+            method = self._follow(around, variant)
+            if self._differs(method, call, last, inside) if method else not variant.flags:
                 raise Shared(
-                    f"{type(around.module).__name__}.{name} may look at what {call.path} gives, which would no longer "
-                    f"be there"
+                    f"{type(around.module).__name__}.{variant} may look at what {call.path} gives, which would no "
+                    f"longer be there"
                 )
 
     def _differs(self, method: Method, call: Call, last: bool, inside: set[fx.Node]) -> bool:
@@ -93,18 +113,31 @@ class Borders:
             or (given and any(_feeders(one) not in fed for one in calls))
         )
 
-    def _other_forwards(self, module: nn.Module) -> list[str]:
-        cls = type(module)
+    def _other_forwards(self, around: Call) -> Iterator[Variant]:
+        """Other ways to run a module than those that were traced."""
+        cls = type(around.module)
         if cls not in self.others:
-            self.others[cls] = [name for name in functions(cls) if _is_forward(name)]
-            self.mentioned |= {(cls, name): mentions(cls, name) for name in self.others[cls]}
-        return self.others[cls]
+            known = functions(cls)
+            names = [name for name in known if name == "forward" or _is_forward(name)]
+            self.mentioned |= {(cls, name): mentions(cls, name) for name in names}
+            self.others[cls] = [one for name in names for one in _variants(name, known[name])]
+        for variant in self.others[cls]:
+            if variant.flags or (around.module, variant.method) not in self.traced.calls:
+                yield variant
 
-    def _follow(self, around: Call, method: str) -> Method | None:
-        key = (around.module, method)
+    def _follow(self, around: Call, variant: Variant) -> Method | None:
+        key = (around.module, variant)
         if key not in self.followed:
-            self.followed[key] = follow_method(around.module, around.path, method)
+            self.followed[key] = follow_method(around.module, around.path, variant.method, dict(variant.flags))
         return self.followed[key]
+
+
+def _variants(name: str, function: FunctionType) -> Iterator[Variant]:
+    """A method by its defaults, and with each of its flags turned."""
+    yield Variant(name)
+    for parameter in inspect.signature(function).parameters.values():
+        if isinstance(parameter.default, bool):
+            yield Variant(name, ((parameter.name, not parameter.default),))
 
 
 def _readers(value: Any) -> set[tuple[str, str, str]]:

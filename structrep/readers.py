@@ -287,6 +287,13 @@ def linear_layer(weight: Tensor, bias: Tensor | None) -> Layer:
     return _kernel_layer("linear", geometry, lambda c, d: ConvMap(weight.detach(), bias), weight, bias)
 
 
+def channel_mix_layer(weight: Tensor, matrix: Tensor, dims: int) -> Layer:
+    """A matrix (O, I), made of a weight, on the channels of a value with that many spatial dims."""
+    geometry = Geometry(matrix.shape[1], matrix.shape[0], (1,) * dims)
+    kernel = matrix.detach().reshape(*matrix.shape, *[1] * dims)
+    return _kernel_layer("conv" if dims else "linear", geometry, lambda c, d: ConvMap(kernel), weight, None)
+
+
 def _kernel_layer(
     kind: str, geometry: Geometry, load: Callable[[int, int], ConvMap], weight: Tensor, bias: Tensor | None
 ) -> Layer:
@@ -626,6 +633,42 @@ def _(a: _Arguments) -> Layer | None:
 def _(a: _Arguments) -> Layer | None:
     weight = a.tensor(1, "weight")
     return None if weight is None or weight.ndim != 2 else linear_layer(weight, a.tensor(2, "bias"))
+
+
+@_called(operator.matmul, torch.matmul, "matmul")
+def _(a: _Arguments) -> Layer | None:
+    left, right = a.pair()
+    before, behind = constant(left), constant(right)
+    if isinstance(behind, Tensor) and behind.ndim == 2:
+        return channel_mix_layer(behind, behind.T, 0)
+    batches = isinstance(before, Tensor) and before.ndim == 2 and isinstance(right, fx.Node) and rank(right) == 3
+    return channel_mix_layer(before, before, 1) if batches else None  # type: ignore[arg-type]
+
+
+@_called(torch.einsum)
+def _(a: _Arguments) -> Layer | None:
+    equation, *operands = a.node.args
+    if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
+        operands = list(operands[0])
+    weights = [index for index, operand in enumerate(operands) if isinstance(constant(operand), Tensor)]
+    if not isinstance(equation, str) or len(operands) != 2 or len(weights) != 1:
+        return None
+    weight = constant(operands[weights[0]])
+    given, _, result = equation.replace(" ", "").partition("->")
+    terms = given.split(",")
+    letters, value = terms[weights[0]], terms[1 - weights[0]]
+    assert isinstance(weight, Tensor)
+    mixed, made = set(letters) & set(value), set(letters) - set(value)
+    if not len(letters) == weight.ndim == len(mixed | made) == 2 or len(mixed) != 1:
+        return None
+    (channel,), (out,) = mixed, made
+    if value.replace(channel, out) != result or value.count(channel) != 1:
+        return None
+    matrix = weight if letters == out + channel else weight.T
+    if value.endswith(channel):
+        return channel_mix_layer(weight, matrix, 0)
+    plain = value.find(channel) == 1 and value.isalpha() and len(set(value)) == len(value)
+    return channel_mix_layer(weight, matrix, len(value) - 2) if plain and len(value) <= 5 else None
 
 
 @_called(F.batch_norm)

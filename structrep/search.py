@@ -54,7 +54,7 @@ from structrep.readers import (
     writers,
 )
 from structrep.registry import Registry, Rule
-from structrep.sources import names_reached
+from structrep.sources import names_reached, questions
 from structrep.trace import Call, Example, Trace, Traced, trace
 
 FARTHEST = 32  # how many dominators back a merge may reach
@@ -610,6 +610,7 @@ class Replicas:
         self.traced = traced
         self.prints: dict[Call, tuple[object, ...]] = {}
         self.unread = {path: names_reached(traced.model.get_submodule(path)) for path in traced.untraced}
+        self.asked = dict(_asked(traced.model))
         self.listed = {
             part
             for module in traced.model.modules()
@@ -659,6 +660,11 @@ class Replicas:
         """Raise where code that will stay uses what a merge takes from a module, other than by calling it."""
         if call.module in self.listed:
             raise Shared(f"{call.path} is also held in a list or attribute that is none of torch's")
+        if call.leaf and call.path in self.asked:
+            asker, what = self.asked[call.path]
+            raise Shared(
+                f"{asker or 'the model'} asks for {what} of {call.path} in its forward: a merge would change it"
+            )
         held = (*call.module._parameters, *call.module._buffers) if call.leaf else ()
         for name in held:
             for other in self.traced.reached.get(f"{call.path}.{name}", ()):
@@ -676,6 +682,18 @@ class Replicas:
         if call not in self.prints:
             self.prints[call] = tuple(_marks(call))
         return self.prints[call]
+
+
+def _asked(model: nn.Module) -> Iterator[tuple[str, tuple[str, str]]]:
+    """Paths of modules that a forward asks for more than to run: by whom, and for what."""
+    for path, module in model.named_modules():
+        for names in questions(module):
+            part: Any = module
+            *way, what = names
+            for name in way:
+                part = part._modules.get(name) if isinstance(part, nn.Module) else None
+            if part is not None and what not in part._modules:
+                yield ".".join(filter(None, (path, *way))), (path, what)
 
 
 def _marks(call: Call) -> Iterator[object]:

@@ -150,3 +150,53 @@ def _own_parts(function: FunctionType) -> frozenset[str] | None:
             harmless.add(node.operand)
     asked = (node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and _attribute(node, itself))
     return frozenset(n.attr for n in asked if isinstance(n.ctx, ast.Load) and n not in harmless)
+
+
+def questions(module: nn.Module) -> frozenset[tuple[str, ...]]:
+    """What the forward of a module, or a method that it calls, asks of its parts other than to run: their settings
+    (`self.norm.eps`), their types (`isinstance(self.norm, ...)`); each as the names on the way there."""
+    known, found, pending, seen = functions(type(module)), set[tuple[str, ...]](), ["forward"], set[str]()
+    while pending:
+        name = pending.pop()
+        if name in known and name not in seen:
+            seen.add(name)
+            asked, called = _own_questions(known[name])
+            found |= asked
+            pending += called
+    return frozenset(found)
+
+
+@functools.lru_cache(4096)
+def _own_questions(function: FunctionType) -> tuple[frozenset[tuple[str, ...]], frozenset[str]]:
+    """The questions that a method asks, and the names of its module's methods that it may call."""
+    read = _tree(function)
+    if read is None:
+        return frozenset(), frozenset()
+    tree, itself = read
+    asked: set[tuple[str, ...]] = set()
+    called: set[str] = set()
+    outermost = {node for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    outermost -= {node.value for node in outermost if isinstance(node.value, ast.Attribute)}
+    run = {node.func for node in ast.walk(tree) if isinstance(node, ast.Call)}
+    for node in outermost:
+        names = _names(node, itself)
+        if len(names) == 1:
+            called.add(names[0])
+        elif names and node not in run:
+            asked.add(names)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.args:
+            names = _names(node.args[0], itself)
+            if names and node.func.id in ("isinstance", "type", "hasattr", "getattr"):
+                asked.add((*names, node.func.id))
+    return frozenset(asked), frozenset(called)
+
+
+def _names(node: ast.AST, itself: str) -> tuple[str, ...]:
+    """("a", "b") of `self.a.b`; () of anything else."""
+    names: list[str] = []
+    inner = node
+    while isinstance(inner, ast.Attribute):
+        names.insert(0, inner.attr)
+        inner = inner.value
+    return tuple(names) if isinstance(inner, ast.Name) and inner.id == itself else ()

@@ -283,12 +283,12 @@ class Method:
     reached: set[str]
 
 
-def follow_method(module: nn.Module, path: str, method: str) -> Method | None:
-    """What a method of a module does, on a copy; None if it cannot be followed."""
+def follow_method(module: nn.Module, path: str, method: str, flags: Mapping[str, bool]) -> Method | None:
+    """What a method of a module does, called with some flags, on a copy; None if it cannot be followed."""
     twin = shallow_copy(module)
     paths = {part: ".".join(filter(None, (path, name))) for name, part in twin.named_modules()}
     scratch = Traced(twin, {id(tensor): name for name, tensor in _named_tensors(paths)})
-    tracer = _follow(scratch, twin, paths, None, method)
+    tracer = _follow(scratch, twin, paths, None, method, flags)
     if tracer.stopped is not None:
         return None
     held = {
@@ -300,7 +300,12 @@ def follow_method(module: nn.Module, path: str, method: str) -> Method | None:
 
 
 def _follow(
-    traced: Traced, module: nn.Module, paths: dict[nn.Module, str], example: Example | None, method: str = "forward"
+    traced: Traced,
+    module: nn.Module,
+    paths: dict[nn.Module, str],
+    example: Example | None,
+    method: str = "forward",
+    flags: Mapping[str, bool] | None = None,
 ) -> _Tracer:
     """Trace, keeping whole one more function or module type after each failure, until all goes through or the root
     itself stops it."""
@@ -308,7 +313,7 @@ def _follow(
     whole: dict[FunctionType, tuple[str, Untraceable]] = {}
     while True:
         tracer = _Tracer(module, method, paths, traced.names, opaque, whole.keys())
-        inputs = tracer.bind(example)
+        inputs = tracer.bind(example, flags or {})
         try:
             with torch.no_grad(), _unchanged(module), tracer.watching():
                 tracer.trace(_Root(module))
@@ -432,8 +437,8 @@ class _Tracer(fx.Tracer):
         self.names = names
         self.tensor_nodes: dict[int, fx.Node] = {}
 
-    def bind(self, example: Example | None) -> list[Tensor]:
-        """Decide what the forward is called with: placeholders for tensors, the defaults for the rest.
+    def bind(self, example: Example | None, flags: Mapping[str, bool]) -> list[Tensor]:
+        """Decide what the forward is called with: placeholders for tensors, some flags, the defaults for the rest.
 
         Returns the tensors of the example, in the order of the placeholders.
         """
@@ -450,7 +455,7 @@ class _Tracer(fx.Tracer):
             if not positional and any(p.kind is p.VAR_POSITIONAL for p in signature.parameters.values()):
                 positional = (_Slot("input"),)  # a wrapper that hands on what it is given
             named = {p.name: _Slot(p.name) for p in required if p.kind is p.KEYWORD_ONLY}
-            self.arguments: tuple[tuple[Any, ...], dict[str, Any]] = (positional, named)
+            self.arguments: tuple[tuple[Any, ...], dict[str, Any]] = (positional, {**named, **flags})
             return []
         args, kwargs = as_arguments(example)
         try:

@@ -524,3 +524,32 @@ class Weights(nn.Module):
 def test_other_forwards(cls):
     check(cls(), method="forward_features")
     check(cls())
+
+
+class AsksItsLayers(nn.Module):
+    """Forwards that go by what their layers are, which a merge changes."""
+
+    def __init__(self, question):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(4, 4, 1, bias=False), nn.BatchNorm2d(4)
+        self.question = question
+
+    def forward(self, x):
+        x = self.norm(self.conv(x))
+        return x * 2 if self._holds() else x
+
+    def _holds(self):
+        if self.question == "bias":
+            return self.conv.bias is None
+        if self.question == "type":
+            return isinstance(self.norm, nn.BatchNorm2d)
+        return self.norm.eps > 0
+
+
+@pytest.mark.parametrize("question", ["bias", "type", "eps"])
+def test_layers_that_a_forward_asks_about_stay(question):
+    model = settled(AsksItsLayers(question))
+    x = torch.randn(1, 4, 3, 3, dtype=torch.float64)
+    plan = structrep.plan(model)
+    assert relative_error(plan.apply()(x), model(x)) < 1e-14
+    assert {refusal.kind for refusal in plan.refusals} == {"Shared"}

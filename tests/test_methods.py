@@ -138,3 +138,69 @@ def test_the_plan_says_which_method_stands_in_the_way():
     reasons = [r.reason for r in plan.refusals if r.kind == "Shared" and "norm" in r.layers]
     assert len(reasons) == 1
     assert "BeforeTheNorm.forward_stem may look at what stem gives" in reasons[0]
+
+
+class Early(Net):
+    """Gives back what stands between the stem and its norm, if asked to."""
+
+    def forward(self, x, stem_only: bool = False):
+        x = self.stem(x)
+        if stem_only:
+            return x
+        return self.head(self.blocks(self.norm(x).relu()))
+
+
+class Outer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = Early()
+
+    def forward(self, x, stem_only=False):
+        return self.inner(x, stem_only=stem_only)
+
+
+@pytest.mark.parametrize("make", [Early, Outer])
+def test_a_flag_that_gives_back_what_stands_in_a_merge_keeps_it_from_being_done(make):
+    model = settled(make())
+    deploy = structrep.reparameterize(model)
+    for flag in (False, True):
+        assert relative_error(deploy(X, stem_only=flag), model(X, stem_only=flag)) < 1e-14
+    assert sum(isinstance(m, nn.BatchNorm2d) for m in deploy.modules()) == 1  # that of the stem
+
+
+class Verbose(nn.Module):
+    """A flag in a forward that is written anew: it is an error to turn it then, not a reason to merge nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x, apart=False):
+        a, b = self.a(x), self.b(x)
+        return (a, b) if apart else a + b
+
+
+def test_a_forward_that_is_written_anew_refuses_other_flags():
+    model = settled(Verbose())
+    deploy = structrep.reparameterize(model)
+    assert relative_error(deploy(X), model(X)) < 1e-14
+    assert sum(isinstance(m, nn.Conv2d) for m in deploy.modules()) == 1
+    with pytest.raises(ValueError, match="apart"):
+        deploy(X, apart=True)
+
+
+class Unfollowable(Net):
+    """A flag whose forward depends on values: it says nothing against the merges."""
+
+    def forward(self, x, probe=False):
+        if probe and x.sum() > 0:
+            x = -x
+        return super().forward(x)
+
+
+def test_a_flag_that_cannot_be_followed_keeps_nothing_from_being_merged():
+    model = settled(Unfollowable())
+    deploy = structrep.reparameterize(model)
+    for flag in (False, True):
+        assert relative_error(deploy(X, probe=flag), model(X, probe=flag)) < 1e-14
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in deploy.modules())

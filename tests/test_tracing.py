@@ -377,3 +377,62 @@ def test_an_attempt_leaves_nothing_to_the_next():
     truth = model(x)
     assert relative_error(deploy(x), truth) < 1e-12
     assert torch.is_tensor(deploy.mean)
+
+
+class Products(nn.Module):
+    """Layers written as products of matrices, with a Linear or a convolution behind."""
+
+    def __init__(self, dims, write):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(5, 4))
+        self.behind = (nn.Linear, nn.Conv1d, nn.Conv2d)[dims](5, 4, *[1] * bool(dims))
+        self.write = write
+
+    def forward(self, x):
+        return self.behind(self.write(x, self.weight))
+
+
+PRODUCTS = {
+    "x @ w.T": (0, lambda x, w: x @ w.t()),
+    "matmul": (0, lambda x, w: torch.matmul(x, w.T)),
+    "x.matmul": (0, lambda x, w: x.matmul(w.transpose(0, 1))),
+    "...c,oc": (0, lambda x, w: torch.einsum("...c,oc->...o", x, w)),
+    "oc,bc": (0, lambda x, w: torch.einsum("oc, bc -> bo", w, x)),
+    "bcl,oc": (1, lambda x, w: torch.einsum("bcl,oc->bol", x, w)),
+    "co,bchw": (2, lambda x, w: torch.einsum("co,bchw->bohw", w.t(), x)),
+}
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_products_with_matrices_are_layers(name):
+    dims, write = PRODUCTS[name]
+    model = Products(dims, write).double().eval()
+    x = torch.randn(2, 4, *(7, 6)[:dims], dtype=torch.float64)
+    deploy = structrep.reparameterize(model)
+    assert relative_error(deploy(x), model(x)) < 1e-14
+    assert sum(p.numel() for p in deploy.parameters()) == 4 * 4 + 4
+
+
+@pytest.mark.parametrize(
+    ("equation", "value", "weight"),
+    [
+        ("bcc,oc->bo", (2, 4, 4), (5, 4)),  # a diagonal
+        ("bchw,oh->bcow", (2, 4, 5, 5), (3, 5)),  # on rows
+        ("bchw,oc->bhwo", (2, 4, 3, 3), (5, 4)),  # channels moved
+        ("bc,bc->bc", (2, 4), (2, 4)),  # one by one
+    ],
+)
+def test_other_products_are_left(equation, value, weight):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(weight))
+
+        def forward(self, x):
+            return torch.einsum(equation, x, self.weight) * 2
+
+    model = Net().double().eval()
+    x = torch.randn(value, dtype=torch.float64)
+    plan = structrep.plan(model)
+    assert not plan.merges
+    assert torch.equal(plan.apply()(x), model(x))
