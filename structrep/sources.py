@@ -178,11 +178,11 @@ def _own_questions(function: FunctionType) -> tuple[frozenset[tuple[str, ...]], 
     outermost = {node for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     outermost -= {node.value for node in outermost if isinstance(node.value, ast.Attribute)}
     run = {node.func for node in ast.walk(tree) if isinstance(node, ast.Call)}
-    for node in outermost:
-        names = _names(node, itself)
+    for attribute in outermost:
+        names = _names(attribute, itself)
         if len(names) == 1:
             called.add(names[0])
-        elif names and node not in run:
+        elif names and attribute not in run:
             asked.add(names)
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.args:
