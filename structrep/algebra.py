@@ -39,6 +39,7 @@ from torch import Tensor
 from structrep.errors import Incompatible, Inexact, Unreadable
 
 Border = Literal["constant", "reflect", "replicate", "circular"]
+Rigour = Literal["exact", "padded", "inside"]  # how the border law is kept, see `ConvMap.then`
 Ints = tuple[int, ...]
 Pads = tuple[tuple[int, int], ...]
 
@@ -209,6 +210,12 @@ class Geometry:
             math.gcd(self.groups, other.groups),
         )
 
+    def widened(self, overhang: Ints) -> Geometry:
+        """The same taps with more padding behind them, up to that overhang: the same on all inputs where that gives no
+        more output pixels."""
+        pad = tuple((lo, hi + new - old) for (lo, hi), new, old in zip(self.pad, overhang, self.overhang, strict=True))
+        return replace(self, pad=pad)
+
     def concat(self, other: Geometry) -> Geometry:
         """Outputs stacked: the frame of a sum; dense, for stacked groups are no groups."""
         frame = replace(self, out_channels=1, groups=1) + replace(other, out_channels=1, groups=1)
@@ -348,8 +355,29 @@ class ConvMap:
             return self
         if not isinstance(other, ConvMap):
             return NotImplemented
+        return self.then(other)
+
+    def then(self, other: ConvMap, rigour: Rigour = "exact") -> ConvMap:
+        """`self >> other`, and what to do where the border law forbids it.
+
+        Args:
+            rigour: "exact" raises. "padded" looks for a constant per input channel that this map turns into what
+                `other` reads outside, W fill + b = other.fill, and has the result pad with it. "inside" lets the result
+                differ where `other` reads outside its input.
+
+        Raises:
+            Incompatible: channels or spatial dims do not fit.
+            Inexact: the border law forbids it, and there is no such constant, or none that float64 can tell.
+        """
         geometry = self.geometry >> other.geometry
-        return self._then(other, geometry, self._fill_before(other))
+        try:
+            fill = self._fill_before(other)
+        except Inexact:
+            solved = self._solved_fill(other) if rigour != "exact" else None
+            if solved is None and rigour != "inside":
+                raise
+            fill = self.fill if solved is None else solved
+        return self._then(other, geometry, fill)
 
     def __rrshift__(self, other: int) -> ConvMap:
         return self if other == 1 else NotImplemented
@@ -417,6 +445,14 @@ class ConvMap:
         if self.geometry + frame != frame:
             raise Incompatible(f"the frame {frame} does not hold {self.geometry}; their sum would")
         return ConvMap.of(frame, self._framed(frame), self.bias, like=self)
+
+    def shifted(self, shift: Tensor) -> ConvMap:
+        """The map that makes of x - shift what this one makes of x; `shift` is (I,), for a constant border."""
+        bias = self.bias + _channel_mix(self.kernel, shift, self.geometry.groups)
+        g = self.geometry
+        return ConvMap(
+            self.kernel, bias, stride=g.stride, pad=g.pad, dilation=g.dilation, groups=g.groups, fill=self.fill - shift
+        )
 
     # --- evaluation --------------------------------------------------------------------------------------------------
 
@@ -531,13 +567,11 @@ class ConvMap:
                     f"along spatial dim {moved[0]}: padding belongs on the first of two convolutions"
                 )
             return self.fill  # copies of pixels: what is pointwise commutes with them, bias and all
-        for dim in padded:
-            (lo, hi), reach, before, (_, after) = f.pad[dim], f.reach[dim], g.nearest[dim], g.pad[dim]
-            if (before > 0 and lo + f.stride[dim] * before <= reach) or (after > 0 and hi < reach):
-                raise Inexact(
-                    f"{other} reads {_reading(other)} outside its input along spatial dim {dim}, but there {self} "
-                    f"still sees real pixels: padding belongs on the first of two convolutions, or on a pointwise one"
-                )
+        if (dim := self._sees_pixels(other)) is not None:
+            raise Inexact(
+                f"{other} reads {_reading(other)} outside its input along spatial dim {dim}, but there {self} "
+                f"still sees real pixels: padding belongs on the first of two convolutions, or on a pointwise one"
+            )
         fill = self.fill
         if f.diagonal and not self.bias.any():
             scale = self.kernel.flatten()
@@ -553,6 +587,32 @@ class ConvMap:
             )
         return fill
 
+    def _solved_fill(self, other: ConvMap) -> Tensor | None:
+        """What this map would have to read outside to give what `other` reads there; None if there is no such thing."""
+        f, g = self.geometry, other.geometry
+        if f.transposed or g.transposed or f.pads or other.border != "constant" or self._sees_pixels(other) is not None:
+            return None
+        mixed = self.kernel.reshape(f.groups, f.out_channels // f.groups, -1, math.prod(f.kernel)).sum(-1)
+        wanted = (other.fill - self.bias).reshape(f.groups, -1, 1)
+        # On the CPU, whose solver is the one that takes matrices of any rank.
+        found: Tensor = torch.linalg.lstsq(mixed.cpu(), wanted.cpu(), driver="gelsd").solution.to(mixed)
+        if _same(found, found.mean(), found.abs()):
+            found = torch.full_like(found, float(found.mean()))  # one constant for all, which layers can pad with
+        spread = torch.bmm(mixed.abs(), found.abs()).flatten()
+        outside = torch.bmm(mixed, found).flatten()
+        size = self.bias.abs() + other.fill.abs()
+        if not _same(outside, wanted.flatten(), size + spread) or _peak(spread) > CANCELLATION * _peak(size):
+            return None
+        return found.flatten()
+
+    def _sees_pixels(self, other: ConvMap) -> int | None:
+        """A spatial dim along which this map still reads real pixels where `other` reads outside its output."""
+        for dim, ((lo, hi), (_, after)) in enumerate(zip(self.geometry.pad, other.geometry.pad, strict=True)):
+            reach, stride, before = self.geometry.reach[dim], self.geometry.stride[dim], other.geometry.nearest[dim]
+            if (before > 0 and lo + stride * before <= reach) or (after > 0 and hi < reach):
+                return dim
+        return None
+
     def _common_border(self, other: ConvMap) -> ConvMap:
         """Whichever of the two says what is read outside; raises if both do and differ."""
         if not other.geometry.pads:
@@ -567,7 +627,12 @@ class ConvMap:
             )
         return other
 
+    def widened(self, overhang: Ints) -> ConvMap:
+        """See `Geometry.widened`."""
+        return ConvMap.of(self.geometry.widened(overhang), self.kernel, self.bias, like=self)
 
+
+CANCELLATION = 64.0  # a pad may cost six bits of the bias that it stands for, and no more
 ROUNDING = 64 * torch.finfo(torch.float64).eps  # two routes to one number, relative to its size
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from structrep.algebra import Geometry
+from structrep.algebra import ConvMap, Geometry
 from structrep.pattern import Term, _dims, geometry
 from structrep.readers import Layer
 
@@ -43,6 +43,13 @@ def numbers(g: Geometry) -> int:
 def of_map(g: Geometry, bias: bool = True) -> Cost:
     """A term's cost after it became one layer."""
     return Cost(of_layer(g), numbers(g) + bias * g.out_channels, 1)
+
+
+def of_border(map_: ConvMap) -> Cost:
+    """What a pad before a map takes that stays a layer of its own; a shift, where channels read different constants."""
+    g = map_.geometry
+    shifts = g.in_channels * bool((map_.fill != map_.fill[0]).any())
+    return Cost(shifts * math.prod(g.stride), shifts, 1)
 
 
 def of_term(term: Term) -> Cost:

@@ -9,8 +9,9 @@ from torch import nn
 
 from structrep import search
 from structrep.errors import BadInput, Refusal, StructrepError, VerificationError
+from structrep.layers import Sizes
 from structrep.pattern import geometry
-from structrep.proof import dtype_of, prove, run, verify
+from structrep.proof import border, dtype_of, prove, run, verify
 from structrep.registry import Registry, Rule, resolve
 from structrep.report import MergeRecord, PlanRecord, RefusalRecord, as_text, plan_tables
 from structrep.rewrite import Draft, without
@@ -44,6 +45,11 @@ class Plan:
             )
             for m in self._missed
         )
+
+    @property
+    def inexact(self) -> bool:
+        """Whether some merge differs from the model at the border, as the user allowed."""
+        return any(merge.fit.rigour == "inside" for merge in self._draft.merges)
 
     @property
     def record(self) -> PlanRecord:
@@ -93,16 +99,23 @@ class Plan:
         self._missed.append(Missed(merge.owner.path or "(root)", merge.rules[-1], str(merge.term), reason))
 
 
-def plan(model: nn.Module, example_inputs: Example | None = None, *, rules: Rules = None) -> Plan:
+def plan(
+    model: nn.Module,
+    example_inputs: Example | None = None,
+    *,
+    rules: Rules = None,
+    inexact_borders: str | Iterable[str] = (),
+) -> Plan:
     """Find every merge in a model, and say of the others why not. The model is not changed.
 
     Args:
         model: any module in eval mode. What torch wraps around a model to train or compile it (DataParallel,
             DistributedDataParallel, `torch.compile`) is seen through: the plan is for the model inside.
         example_inputs: a tensor, a tuple of positional or a mapping of keyword arguments; tells shapes, which some
-        merges
-            need.
+            merges need.
         rules: a registry, or names of registered rules and rules; all registered ones by default.
+        inexact_borders: names of modules, or globs, whose merges may differ where they read outside their input, if
+            nothing else helps; the plan says of each how many output pixels differ and by how much.
 
     Raises:
         TrainingMode: a norm has no fixed scale yet.
@@ -117,7 +130,8 @@ def plan(model: nn.Module, example_inputs: Example | None = None, *, rules: Rule
     if example_inputs is not None:
         device = next((t.device for t in model.parameters()), torch.device("cpu"))
         run(model, example_inputs, device, dtype_of(model))
-    return Plan(model, search.find(model, example_inputs, registry))
+    globs = (inexact_borders,) if isinstance(inexact_borders, str) else tuple(inexact_borders)
+    return Plan(model, search.find(model, example_inputs, registry, globs))
 
 
 def reparameterize(
@@ -125,28 +139,28 @@ def reparameterize(
     example_inputs: Example | None = None,
     *,
     rules: Rules = None,
+    inexact_borders: str | Iterable[str] = (),
     inplace: bool = False,
     verify: bool = True,
 ) -> nn.Module:
     """The equal model with every branch merged: the same class, methods and names, fewer layers.
 
     Args:
-        model, example_inputs, rules: as for `plan`.
+        model, example_inputs, rules, inexact_borders: as for `plan`.
         inplace: change the model itself instead of a copy.
         verify: prove every merge on its region in float64 and, with example inputs, the whole model against its
-        float64 self.
+            float64 self; the latter not if a border is inexact because you allowed it.
 
     Raises:
         VerificationError: the deploy model is farther from the truth than rounding explains; with `inplace`, the
-        model is
-            then as it was.
+            model is then as it was.
         TrainingMode, Uninitialized, Sharded, UnknownRule, BadInput: as for `plan`.
     """
     model = unwrapped(model)
-    planned = plan(model, example_inputs, rules=rules)
+    planned = plan(model, example_inputs, rules=rules, inexact_borders=inexact_borders)
     if verify:
         planned.prove()
-    if not (verify and example_inputs is not None):
+    if not verify or example_inputs is None or planned.inexact:
         return planned.apply(inplace)
     deploy = planned.apply()
     _demand(model, deploy, example_inputs)
@@ -186,6 +200,9 @@ def _demand(model: nn.Module, deploy: nn.Module, example_inputs: Example) -> Non
 def _record(merge: Merge, where: str) -> MergeRecord:
     shape = geometry(merge.term)
     taps = "x".join(map(str, shape.kernel))
+    sizes = ""
+    if merge.sizes is not None:
+        sizes = f"holds for inputs of {Sizes(*merge.sizes).extra_repr()}"
     return MergeRecord(
         where=where,
         rules=merge.rules,
@@ -194,4 +211,8 @@ def _record(merge: Merge, where: str) -> MergeRecord:
         after=f"conv {taps}" if taps else "linear",
         multiply_adds=(merge.before.multiply_adds, merge.after.multiply_adds),
         parameters=(merge.before.parameters, merge.after.parameters),
+        largest=merge.fit.largest,
+        border=str(border(merge)) if merge.fit.rigour == "inside" else merge.fit.remedy,
+        sizes=sizes,
+        notes=merge.fit.notes,
     )

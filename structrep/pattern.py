@@ -23,7 +23,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 from torch import fx
 
 from structrep import algebra
-from structrep.algebra import ConvMap, Geometry
+from structrep.algebra import ConvMap, Geometry, Ints, Rigour
 from structrep.errors import Incompatible, Unreadable
 from structrep.ranks import rank
 from structrep.readers import Formula, Layer
@@ -40,6 +40,7 @@ class Term:
     layer: Layer | None = None
     node: fx.Node | None = None  # where it was written: an addition, a concatenation
     dim: int = 1  # of a concat
+    size: Ints | None = None  # spatial size of the example at the input of a sum or concat
 
     def leaves(self) -> Iterator[Layer]:
         if self.layer is not None:
@@ -69,25 +70,26 @@ def seq(parts: Sequence[Term]) -> Term:
     return ONE if not flat else flat[0] if len(flat) == 1 else Term("seq", tuple(flat))
 
 
-def total(parts: Sequence[Term], node: fx.Node | None = None) -> Term:
+def total(parts: Sequence[Term], node: fx.Node | None = None, size: Ints | None = None) -> Term:
     """Branches added; nested sums are flattened."""
     flat = [item for part in parts for item in (part.parts if part.op == "sum" else (part,))]
-    return Term("sum", tuple(flat), node=node)
+    return Term("sum", tuple(flat), node=node, size=size)
 
 
-def stack(parts: Sequence[Term], node: fx.Node | None = None, dim: int = 1) -> Term:
+def stack(parts: Sequence[Term], node: fx.Node | None = None, dim: int = 1, size: Ints | None = None) -> Term:
     """Branches stacked on the channels."""
-    return Term("concat", tuple(parts), node=node, dim=dim)
+    return Term("concat", tuple(parts), node=node, dim=dim, size=size)
 
 
 T = TypeVar("T", ConvMap, Geometry)
 
 
-def value(term: Term, channels: int | None = None, dims: int | None = None) -> ConvMap:
+def value(term: Term, channels: int | None = None, dims: int | None = None, rigour: Rigour = "exact") -> ConvMap:
     """The map a term computes.
 
     Args:
         channels, dims: input channels and spatial dims, for terms whose layers leave them open.
+        rigour: how the border law is kept, see `ConvMap.then`.
 
     Raises:
         Inexact, Incompatible, Unreadable: it is not one map, or not known which.
@@ -96,11 +98,19 @@ def value(term: Term, channels: int | None = None, dims: int | None = None) -> C
     def load(layer: Layer, c: int, d: int) -> ConvMap:
         return layer.load(c, d)
 
-    return _evaluate(term, load, ConvMap.identity, algebra.concat, channels, dims)
+    def then(first: ConvMap, second: ConvMap) -> ConvMap:
+        return first.then(second, rigour)
+
+    return _evaluate(term, load, ConvMap.identity, then, algebra.concat, channels, dims, [])
 
 
 def geometry(term: Term, channels: int | None = None, dims: int | None = None) -> Geometry:
     """The geometry of `value(term)`, without touching a weight."""
+    return _geometry(term, channels, dims, [])
+
+
+def _geometry(term: Term, channels: int | None, dims: int | None, widened: list[Term]) -> Geometry:
+    """See `geometry`; notes the sums whose branches are of one size for the example only."""
 
     def one(c: int, d: int) -> Geometry:
         return Geometry(c, c, (1,) * d, groups=c)
@@ -111,16 +121,18 @@ def geometry(term: Term, channels: int | None = None, dims: int | None = None) -
     def shape(layer: Layer, c: int, d: int) -> Geometry:
         return layer.shape(c, d)
 
-    return _evaluate(term, shape, one, join, channels, dims)
+    return _evaluate(term, shape, one, Geometry.__rshift__, join, channels, dims, widened)
 
 
 def _evaluate(
     term: Term,
     read: Callable[[Layer, int, int], T],
     one: Callable[[int, int], T],
+    then: Callable[[T, T], T],
     join: Callable[[list[T]], T],
     channels: int | None,
     dims: int | None,
+    widened: list[Term],
 ) -> T:
     """The value of a term over maps or over geometries: the same expression either way."""
     dims = _dims(term, dims)
@@ -142,9 +154,12 @@ def _evaluate(
         if part.op == "seq":
             result = walk(part.parts[0], c)
             for item in part.parts[1:]:
-                result = result >> walk(item, result.out_channels)
+                result = then(result, walk(item, result.out_channels))
             return result
         branches = [walk(branch, c) for branch in part.parts]
+        if (aligned := _aligned(branches, part.size)) is not branches:
+            branches = aligned
+            widened.append(part)
         if part.op == "sum":
             return reduce(lambda a, b: a + b, branches)
         _check_concat_dim(part, dims)
@@ -157,6 +172,31 @@ def _evaluate(
         return walk(term, found)
     finally:
         known.clear()  # two functions that call each other are a cycle, and would keep every map until it is collected
+
+
+def _aligned(branches: list[T], size: Ints | None) -> list[T]:
+    """Branches whose outputs are of one size for the example, made to be so for all inputs."""
+    shapes = list(map(_shape, branches))
+    first = shapes[0]
+    if size is None or not all((s.dims, s.stride, s.transposed) == (len(size), first.stride, False) for s in shapes):
+        return branches
+    if len({s.overhang for s in shapes}) == 1 or len({s.output_size(size) for s in shapes}) > 1:
+        return branches
+    overhang = tuple(map(max, *(shape.overhang for shape in shapes)))
+    return [branch.widened(overhang) for branch in branches]
+
+
+def _shape(of: ConvMap | Geometry) -> Geometry:
+    return of if isinstance(of, Geometry) else of.geometry
+
+
+def sized(term: Term) -> Literal["any", "period", "size"]:
+    """Whether a term is one map for inputs of any size, for those that differ from the example's by multiples of its
+    stride, or for the example's alone."""
+    found = {layer.sized for layer in term.leaves()}
+    widened: list[Term] = []
+    _geometry(term, None, None, widened)
+    return "size" if "size" in found else "period" if widened or "period" in found else "any"
 
 
 def _check_concat_dim(term: Term, dims: int) -> None:

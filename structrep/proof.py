@@ -15,12 +15,12 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
-from structrep.algebra import ConvMap
+from structrep.algebra import ConvMap, Geometry
 from structrep.errors import BadInput, WrongMerge
 from structrep.ranks import rank
 from structrep.readers import Layer, lower, only_asserted
 from structrep.registry import COEFFICIENT_ROUNDING
-from structrep.report import OutputRecord, Verification
+from structrep.report import BorderRecord, OutputRecord, Verification
 from structrep.search import Merge
 from structrep.trace import Example, as_arguments, shallow_copy
 
@@ -156,52 +156,107 @@ def dtype_of(model: nn.Module) -> torch.dtype:
 def prove(merge: Merge) -> None:
     """Run the stretch of the traced graph and the merged layer on random float64 input of odd and tiny sizes.
 
-    The layer that is run is the one that would be written, its pads as a module has them.
+    The layer that is run is the one that would be written, its pads as a module has them. Where the user allowed
+    another border, only output pixels are compared that are made of nothing outside the input.
 
     Raises:
         WrongMerge: they differ, or there was no size that the stretch itself accepts.
     """
     map_ = merge.value()
-    region, layer = _Region(merge), lower(map_, map_.kernel)
-    generator = torch.Generator().manual_seed(0)
+    both = _Both(merge, map_)
     proved = False
-    for size in _sizes(map_):
-        shape = (2, map_.geometry.in_channels, *size)
-        if not size:  # a Linear's input has any number of dims before the last
-            shape = (*range(2, 1 + max(2, rank(merge.base) or 0)), map_.geometry.in_channels)
-        x = torch.randn(shape, dtype=torch.float64, generator=generator).to(map_.kernel.device)
-        with torch.no_grad():
-            try:
-                before = region(x)
-            except (RuntimeError, ValueError):
-                continue  # too small for the layers as they were
-            try:
-                after = layer(x)
-            except RuntimeError as reason:
-                raise WrongMerge(f"the merged layer does not take an input of {size} pixels: {reason}") from reason
-        proved = True
+    for size in _sizes(merge, map_):
+        compared = both(size)
+        if compared is None:
+            continue  # too small for the layers as they were
+        before, after = compared
         if before.shape != after.shape:
             raise WrongMerge(
                 f"on an input of {size} pixels the layers give {tuple(before.shape)}, merged {tuple(after.shape)}"
             )
+        if merge.fit.rigour == "inside":
+            before, after = (value[_inside(map_.geometry, size)] for value in (before, after))
+        proved = proved or bool(before.numel())
         error = relative_error(after, before)
         if error > COEFFICIENT_ROUNDING:
             raise WrongMerge(
                 f"on an input of {size} pixels the merged layer is off by {error:.1e}, relative to the largest output"
             )
     if not proved:
-        raise WrongMerge(f"the layers take no input of {' or '.join(map(str, _sizes(map_)))} pixels to be compared on")
+        sizes = " or ".join(map(str, _sizes(merge, map_)))
+        raise WrongMerge(f"the layers take no input of {sizes} pixels to be compared on")
 
 
-def _sizes(map_: ConvMap) -> list[tuple[int, ...]]:
-    """The smallest input with an output, and an odd larger one, different in every dim."""
+def border(merge: Merge) -> BorderRecord:
+    """How far a merge is off where it reads outside its input, on random input of the example's size, or one of 32."""
+    map_ = merge.value()
+    size = merge.base.meta.get("shape", ())[2:] or tuple(max(32, n) for n in _sizes(merge, map_)[-1])
+    compared = _Both(merge, map_)(size)
+    assert compared is not None
+    before, after = compared
+    peak = before.abs().max()
+    off = ((after - before).abs() > COEFFICIENT_ROUNDING * peak).flatten(0, 1).any(0)
+    return BorderRecord(
+        size=size, pixels=int(off.sum()), of=off.numel(), error=float((after - before).abs().max() / peak)
+    )
+
+
+def _inside(g: Geometry, size: tuple[int, ...]) -> tuple[slice, ...]:
+    """The output pixels that are made of nothing outside the input."""
+    places = []
+    for n, (lo, _), step, reach in zip(size, g.pad, g.stride, g.reach, strict=True):
+        places.append(slice(-(-max(0, lo) // step), max(0, (n - 1 - reach + lo) // step + 1)))
+    return (slice(None), slice(None), *places)
+
+
+class _Both:
+    """The stretch of the graph and the merged layer, on the same random input of some spatial size."""
+
+    def __init__(self, merge: Merge, map_: ConvMap) -> None:
+        self.region, self.layer = _Region(merge), lower(map_, map_.kernel)
+        self.map = map_
+        self.dims = rank(merge.base) or 0
+        self.generator = torch.Generator().manual_seed(0)
+
+    def __call__(self, size: tuple[int, ...]) -> tuple[Tensor, Tensor] | None:
+        """Both outputs; None if the stretch takes no input of that size.
+
+        Raises:
+            WrongMerge: the merged layer takes none.
+        """
+        channels = self.map.geometry.in_channels
+        shape = (2, channels, *size)
+        if not size:  # a Linear's input has any number of dims before the last
+            shape = (*range(2, 1 + max(2, self.dims)), channels)
+        x = torch.randn(shape, dtype=torch.float64, generator=self.generator).to(self.map.kernel.device)
+        with torch.no_grad():
+            try:
+                before = self.region(x)
+            except (RuntimeError, ValueError):
+                return None
+            try:
+                return before, self.layer(x)
+            except RuntimeError as reason:
+                raise WrongMerge(f"the merged layer does not take an input of {size} pixels: {reason}") from reason
+
+
+def _sizes(merge: Merge, map_: ConvMap) -> list[tuple[int, ...]]:
+    """The smallest input with an output, and an odd larger one, different in every dim; or what a merge holds for."""
     g = map_.geometry
+    if not g.dims:
+        return [()]
     copied = map_.border != "constant"
     least = [
         1 + max(0, -(-over // step)) if g.transposed else max(1, 1 - over, (max(pad) + 1) * copied)
         for over, pad, step in zip(g.overhang, g.pad, g.stride, strict=True)
     ]
-    return [tuple(least), tuple(n + 4 + index for index, n in enumerate(least))] if g.dims else [()]
+    if merge.sizes is not None:
+        known, period = merge.sizes
+        if not all(period):
+            return [known]
+        return [known, tuple(n + step for n, step in zip(known, period, strict=True))]
+    room = sum(g.reach) * (merge.fit.rigour == "inside")
+    return [tuple(least), tuple(n + 4 + index + room for index, n in enumerate(least))]
 
 
 class _Region:

@@ -18,7 +18,7 @@ import math
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,7 @@ from torch import Tensor, fx, nn
 
 from structrep.algebra import Border, ConvMap, Geometry, Ints, Pads, swapped
 from structrep.errors import Unreadable
+from structrep.layers import Shift
 from structrep.ranks import argument, rank, torch_name
 
 # --- what reading gives ---------------------------------------------------------------------------
@@ -58,6 +59,9 @@ class Layer:
         formula: how that kernel was computed, if it is no parameter itself.
         source, node: in a graph, the node that feeds it and the node that it is.
         through: nodes between the two.
+        sized: whether it is that map for inputs of any size, for those that differ from the example by multiples of its
+            stride, or for the example's alone.
+        dead: counts channels of a norm whose variance is lost in its eps, whose scale says nothing of the data.
     """
 
     kind: str
@@ -73,6 +77,8 @@ class Layer:
     source: fx.Node | None = None
     node: fx.Node | None = None
     through: tuple[fx.Node, ...] = ()
+    sized: Literal["any", "period", "size"] = "any"
+    dead: Callable[[], int] = lambda: 0
 
     def __str__(self) -> str:
         if self.weight is None:
@@ -191,13 +197,15 @@ def _(norm: nn.BatchNorm2d) -> Layer:
     return norm_layer(norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps, norm.training, dims)
 
 
-@_reads(nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
-def _(pool: nn.AvgPool2d) -> Layer | None:
-    dims = {nn.AvgPool1d: 1, nn.AvgPool2d: 2, nn.AvgPool3d: 3}[next(t for t in type(pool).__mro__ if t in _MODULES)]
-    return pool_layer(
-        dims, pool.kernel_size, pool.stride, pool.padding, pool.ceil_mode, pool.count_include_pad,
-        getattr(pool, "divisor_override", None),
-    )  # fmt: skip
+_POOLS: dict[type[nn.Module], int] = {
+    nn.AvgPool1d: 1, nn.AvgPool2d: 2, nn.AvgPool3d: 3,
+    nn.AdaptiveAvgPool1d: 1, nn.AdaptiveAvgPool2d: 2, nn.AdaptiveAvgPool3d: 3,
+}  # fmt: skip
+
+
+@_reads(*_POOLS)
+def _(pool: nn.Module) -> None:
+    return None  # what it is may depend on its input's size: see `_read_pool`
 
 
 @_reads(nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d, nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d)
@@ -218,6 +226,11 @@ def _(pad: nn.ReplicationPad2d) -> Layer:
 @_reads(nn.CircularPad1d, nn.CircularPad2d, nn.CircularPad3d)
 def _(pad: nn.CircularPad2d) -> Layer:
     return pad_layer(pad.padding, "circular")
+
+
+@_reads(Shift)
+def _(shift: Shift) -> Layer | None:
+    return scale_layer(1.0, shift.shift)
 
 
 # --- layers from their numbers --------------------------------------------------------------------
@@ -341,7 +354,8 @@ def norm_layer(
         shift = -mean.double() * scale
         return ConvMap.scale(scale, shift if bias is None else bias.detach().double() + shift, dims=dims)
 
-    return diagonal_layer("norm", load, mean.numel(), dims, _count(mean, var, weight, bias))
+    layer = diagonal_layer("norm", load, mean.numel(), dims, _count(mean, var, weight, bias))
+    return replace(layer, dead=lambda: int((var < eps).sum()))
 
 
 def diagonal_layer(
@@ -360,15 +374,26 @@ def pool_layer(
     kernel: int | Sequence[int],
     stride: int | Sequence[int] | None,
     padding: int | Sequence[int],
-    ceil_mode: bool,
-    count_include_pad: bool,
-    divisor: int | None,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor: int | None = None,
+    size: Sequence[int] | None = None,
 ) -> Layer | None:
-    """An average pool, where each window divides by the same number."""
+    """An average pool, where each window divides by the same number.
+
+    Args:
+        size: spatial size of an example; `ceil_mode` is nothing where windows fit that size exactly.
+    """
     taps, pads = _each(kernel, dims), _each(padding, dims)
-    if ceil_mode or (any(pads) and not count_include_pad):
+    if any(pads) and not count_include_pad:
         return None
     steps = _each(taps if stride in (None, ()) else stride, dims)
+    if ceil_mode and (
+        size is None
+        or len(size) != dims
+        or any((n + 2 * p - k) % s for n, p, k, s in zip(size, pads, taps, steps, strict=True))
+    ):
+        return None
 
     def shape(c: int, d: int) -> Geometry:
         return Geometry(c, c, taps, steps, (), tuple((p, p) for p in pads), c)
@@ -377,7 +402,21 @@ def pool_layer(
         kernel = torch.full((c, 1, *taps), 1.0 / (divisor or math.prod(taps)), dtype=torch.float64)
         return ConvMap.of(shape(c, d), kernel)
 
-    return Layer("pool", load, shape, None, None, dims)
+    return Layer("pool", load, shape, None, None, dims, sized="period" if ceil_mode else "any")
+
+
+def adaptive_pool_layer(
+    dims: int, output: int | Sequence[int | None] | None, size: Sequence[int] | None
+) -> Layer | None:
+    """An adaptive average pool of an input whose size is known and divides into that of the output."""
+    if size is None or len(size) != dims:
+        return None
+    wanted: Sequence[int | None] = output if isinstance(output, (list, tuple)) else (output,) * dims  # type: ignore[assignment]
+    outputs = [n if out is None else out for n, out in zip(size, wanted, strict=True)]
+    if any(n % out for n, out in zip(size, outputs, strict=True)) or list(size) == outputs:
+        return None
+    pool = pool_layer(dims, [n // out for n, out in zip(size, outputs, strict=True)], None, 0)
+    return replace(pool, sized="size") if pool else None
 
 
 def pad_layer(sides: Sequence[int], border: Border, value: float = 0.0) -> Layer:
@@ -569,8 +608,26 @@ def _read_call(node: fx.Node) -> Reading | None:
     if isinstance(module, _IDENTITIES):
         inert = isinstance(module, nn.Identity) or not module.training or getattr(module, "p", 1) == 0
         return Same(node.args[0]) if inert else None
-    layer = read_module(module)
+    layer = _read_pool(module, _size(node.args[0])) or read_module(module)
     return _placed(layer, node) if layer else None
+
+
+def _read_pool(pool: Any, size: Ints | None) -> Layer | None:
+    dims = next((_POOLS[base] for base in type(pool).__mro__ if base in _POOLS), None)
+    if dims is None:
+        return None
+    if isinstance(pool, nn.modules.pooling._AdaptiveAvgPoolNd):
+        return adaptive_pool_layer(dims, pool.output_size, size)
+    return pool_layer(
+        dims, pool.kernel_size, pool.stride, pool.padding, pool.ceil_mode, pool.count_include_pad,
+        getattr(pool, "divisor_override", None), size,
+    )  # fmt: skip
+
+
+def _size(node: Any) -> Ints | None:
+    """Spatial size of a value of the example, (N, C, *spatial)."""
+    shape = node.meta.get("shape", ()) if isinstance(node, fx.Node) else ()
+    return shape[2:] if len(shape) > 2 else None
 
 
 class _NotConstant(Exception):
@@ -683,7 +740,13 @@ def _(a: _Arguments) -> Layer | None:
     dims = {F.avg_pool1d: 1, F.avg_pool2d: 2, F.avg_pool3d: 3}[a.node.target]  # type: ignore[index]
     stride, padding = a(2, "stride"), a(3, "padding", 0)
     ceil, counted, divisor = a(4, "ceil_mode", False), a(5, "count_include_pad", True), a(6, "divisor_override")
-    return pool_layer(dims, a(1, "kernel_size"), stride, padding, ceil, counted, divisor)
+    return pool_layer(dims, a(1, "kernel_size"), stride, padding, ceil, counted, divisor, _size(a(0, "input")))
+
+
+@_called(F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)
+def _(a: _Arguments) -> Layer | None:
+    dims = next(d for d in (1, 2, 3) if torch_name(a.node) == f"adaptive_avg_pool{d}d")
+    return adaptive_pool_layer(dims, a(1, "output_size"), _size(a(0, "input")))
 
 
 @_called(F.pad)
@@ -1029,12 +1092,16 @@ def lower(map_: ConvMap, like: Tensor, *, bias: bool = True, requires_grad: bool
         bias: whether to keep a bias that is zero everywhere.
 
     Returns:
-        A Linear, a convolution, or a pad and a convolution where no convolution pads so itself.
+        A Linear, a convolution, or a pad or shift and a convolution where no convolution pads so itself.
 
     Raises:
         Unreadable: no layer pads as the map does.
     """
     g = map_.geometry
+    if not _uniform(map_.fill):
+        shift = Shift(-map_.fill.to(like.device, like.dtype), g.dims)
+        rest = lower(map_.shifted(map_.fill), like, requires_grad=requires_grad)
+        return nn.Sequential(shift, *(rest if isinstance(rest, nn.Sequential) else [rest]))
     has_bias = bias or bool(map_.bias.any())
     factory: dict[str, Any] = {"device": "meta", "dtype": like.dtype}
     padding = padding_of(map_)
@@ -1070,24 +1137,43 @@ def lower(map_: ConvMap, like: Tensor, *, bias: bool = True, requires_grad: bool
     return layer if padding is not None else nn.Sequential(pad_module(map_), layer)
 
 
+def _uniform(values: Tensor) -> bool:
+    return bool((values == values[0]).all())
+
+
+def remedy(map_: ConvMap) -> str:
+    """What a layer of its own does for a map's border, where no convolution does that itself; "" where one does.
+
+    Raises:
+        Unreadable: no layer does.
+    """
+    if not _uniform(map_.fill):
+        remedy(map_.shifted(map_.fill))
+        low, high = float(map_.fill.min()), float(map_.fill.max())
+        return f"its input less {low:.3g} to {high:.3g} per channel, for the border"
+    if padding_of(map_) is not None:
+        return ""
+    pad_module(map_)
+    value = f" with {float(map_.fill[0]):.3g}" if map_.fill.any() else ""
+    kind = "" if map_.border == "constant" else f" ({map_.border})"
+    return f"a pad of {map_.geometry.pad}{value}{kind} of its own"
+
+
 def pad_module(map_: ConvMap) -> nn.Module:
     """The pad of a map that no convolution does, as a layer of its own.
 
     Raises:
         Unreadable: no layer pads so.
     """
-    fill = torch.unique(map_.fill)
     if map_.geometry.transposed:
         raise Unreadable(
             f"no transposed convolution crops its output by {map_.geometry.pad}, and no pad does it before"
         )
-    if len(fill) > 1:
-        raise Unreadable("the merged layer would pad each channel with a different constant, and no layer does")
     if map_.border != "constant" and any(side < 0 for sides in map_.geometry.pad for side in sides):
         raise Unreadable(f"the merged layer would pad ({map_.border}) and then crop, and torch's pads crop first")
     sides = tuple(side for sides in reversed(map_.geometry.pad) for side in sides)
     module: nn.Module = _PADS[map_.border][map_.geometry.dims](
-        sides, *([fill.item()] if map_.border == "constant" else [])
+        sides, *([map_.fill[0].item()] if map_.border == "constant" else [])
     )
     return module
 

@@ -24,6 +24,26 @@ class MergeRecord(Record):
     after: str
     multiply_adds: tuple[float, float]  # per output pixel, before and after
     parameters: tuple[int, int]  # stored numbers, before and after
+    largest: tuple[float, float]  # largest coefficient of a kernel before, of the merged layer
+    border: str = ""  # what a layer of its own does for the border, or how far an inexact one is off
+    sizes: str = ""  # the input sizes that it holds for, if not for all
+    notes: tuple[str, ...] = ()  # what is to be known of its numbers: dead channels, half precision
+
+
+class BorderRecord(Record):
+    """How far a merge is off where it reads outside its input, relative to the largest output."""
+
+    size: tuple[int, ...]  # of the input, in pixels
+    pixels: int  # of the output, that differ in some channel
+    of: int
+    error: float
+
+    def __str__(self) -> str:
+        size = "x".join(map(str, self.size))
+        return (
+            f"inexact, as allowed: of an input of {size} pixels {self.pixels:,} of {self.of:,} output pixels differ, "
+            f"by up to {self.error:.1e} of the largest output"
+        )
 
 
 class RefusalRecord(Record):
@@ -125,6 +145,20 @@ def plan_tables(plan: PlanRecord) -> Iterable[Table]:
             f"{merge.parameters[0]:,} -> {merge.parameters[1]:,}",
         )
     yield merges
+    told = [
+        (merge.where, about, text)
+        for merge in plan.merges
+        for about, texts in (("border", [merge.border]), ("sizes", [merge.sizes]), ("numbers", merge.notes))
+        for text in texts
+        if text
+    ]
+    if told:
+        notes = Table(title=counted(len(told), "note"))
+        for heading in ("where", "about", "note"):
+            notes.add_column(heading)
+        for row in told:
+            notes.add_row(*row)
+        yield notes
     if plan.merges:
         sources = Table(title="sources")
         sources.add_column("rule")

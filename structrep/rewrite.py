@@ -23,7 +23,7 @@ from structrep.blocks import STAND_INS
 from structrep.errors import Refusal
 from structrep.forward import Edits, Forward
 from structrep.generated import install
-from structrep.guards import Features2d
+from structrep.layers import Features2d, Sizes
 from structrep.pattern import ONE, geometry
 from structrep.ranks import rank
 from structrep.readers import Layer, knows, lower, only_asserted, read_module
@@ -190,6 +190,8 @@ class Draft:
         layer, merged = unit.segments[0].term.layer, geometry(merge.term)
         module = call.module
         written = len(unit.nodes) == 1 and node.op == "call_function" and call.method == "forward"
+        if merge.fit.remedy or merge.sizes is not None:
+            return None  # what does that is a layer of its own
         if not written or not isinstance(module, STAND_INS) or not {"weight", "bias"} <= module._parameters.keys():
             return None
         if layer is None or layer.formula or layer.weight is not module._parameters["weight"]:
@@ -278,12 +280,15 @@ class Draft:
     def _place(self, merge: Merge) -> None:
         map_, host = merge.value(), self.hosts[merge]
         bias = any(layer.shifts for layer in merge.term.leaves())
-        if host.module is not None and host.block is None and _refill(self._at(host.module.path), map_, bias):
+        plain = host.module is not None and host.block is None and merge.sizes is None
+        if plain and _refill(self._at(host.module.path), map_, bias):  # type: ignore[union-attr]
             return
         kernels = [layer for segment in host.segments for layer in segment.term.leaves() if layer.weight is not None]
         learned = [tensor for layer in kernels for tensor in _kernels(layer)]
         assert kernels[0].weight is not None
         layer = lower(map_, kernels[0].weight, bias=bias, requires_grad=any(p.requires_grad for p in learned))
+        if merge.sizes is not None:
+            layer = nn.Sequential(Sizes(*merge.sizes), *(layer if isinstance(layer, nn.Sequential) else [layer]))
         if host.module is not None:
             self._swap(host.module.path, layer)
             return

@@ -8,6 +8,7 @@ if it is not dearer than what it replaces, and if the algebra finds it exact.
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
@@ -19,12 +20,13 @@ from torch import fx, nn
 
 from structrep import cost
 from structrep.absorb import Absorption, absorptions, readers_of
-from structrep.algebra import ConvMap
+from structrep.algebra import ConvMap, Ints, Rigour
 from structrep.borders import Borders
 from structrep.cost import Cost
 from structrep.errors import (
     Costlier,
     Hooked,
+    Inexact,
     Isolated,
     Mutated,
     Overflow,
@@ -35,7 +37,7 @@ from structrep.errors import (
     Uninitialized,
     Unreadable,
 )
-from structrep.pattern import ONE, Term, geometry, leaf, seq, stack, total, value
+from structrep.pattern import ONE, Term, geometry, leaf, seq, sized, stack, total, value
 from structrep.readers import (
     Layer,
     Reading,
@@ -47,9 +49,8 @@ from structrep.readers import (
     asserts_rank,
     hooks,
     only_asserted,
-    pad_module,
-    padding_of,
     read_node,
+    remedy,
     scale_layer,
     writers,
 )
@@ -71,6 +72,16 @@ class Segment:
     absorbed: tuple[Absorption, ...] = ()  # scales that the term does a part of
 
 
+@dataclass(frozen=True)
+class Fit:
+    """How a merged map fits into a layer of the dtype that it will have."""
+
+    rigour: Rigour = "exact"
+    remedy: str = ""  # what a layer of its own does for the border
+    largest: tuple[float, float] = (0.0, 0.0)  # largest coefficient of a kernel before, of any after
+    notes: tuple[str, ...] = ()  # what is to be told of the numbers
+
+
 @dataclass(eq=False)
 class Merge:
     """A stretch of the graph that becomes one layer."""
@@ -83,6 +94,7 @@ class Merge:
     before: Cost
     after: Cost
     trace: Trace
+    fit: Fit
 
     @property
     def base(self) -> fx.Node:
@@ -103,7 +115,16 @@ class Merge:
 
     def value(self) -> ConvMap:
         """The merged map, read from the weights as they are now."""
-        return value(self.term)
+        return value(self.term, rigour=self.fit.rigour)
+
+    @property
+    def sizes(self) -> tuple[Ints, Ints] | None:
+        """A spatial size of the input that it holds for, and by what another may differ; None if it holds for all."""
+        holds = sized(self.term)
+        if holds == "any":
+            return None
+        size: Ints = self.base.meta["shape"][2:]
+        return size, tuple(step if holds == "period" else 0 for step in geometry(self.term).stride)
 
 
 @dataclass(eq=False)
@@ -122,6 +143,7 @@ class Findings:
     """What planning a traced model gave."""
 
     traced: Traced
+    inexact_borders: tuple[str, ...] = ()  # globs: merges that touch such a layer may differ at the border
     merges: list[Merge] = field(default_factory=list)
     missed: list[Missed] = field(default_factory=list)
     replicas: Replicas = field(init=False)
@@ -131,14 +153,16 @@ class Findings:
         self.replicas, self.borders = Replicas(self.traced), Borders(self.traced)
 
 
-def find(model: nn.Module, example_inputs: Example | None, registry: Registry) -> Findings:
-    """Trace the model and find all its merges.
+def find(
+    model: nn.Module, example_inputs: Example | None, registry: Registry, inexact_borders: Iterable[str] = ()
+) -> Findings:
+    """Trace the model and find all its merges; those of layers that `inexact_borders` names may differ at the border.
 
     Raises:
         TrainingMode, Uninitialized, Sharded, BadInput: the model cannot be planned as it is.
     """
     check_ready(model)
-    findings = Findings(trace(model, example_inputs))
+    findings = Findings(trace(model, example_inputs), tuple(inexact_borders))
     for path, reason in findings.traced.untraced.items():
         findings.missed.append(Missed(path or "(root)", "-", "left as it is", reason))
     for function, (path, reason) in findings.traced.unfollowed.items():
@@ -219,7 +243,7 @@ class _Search:
                 self.taker_of.setdefault(taker, []).append(one)
         self.dominator = self._dominators()
         self.segments: dict[fx.Node, Segment | None] = {}
-        self.families: dict[fx.Node, tuple[Rule, list[Segment]]] = {}  # root of what a family merges
+        self.families: dict[fx.Node, tuple[Rule, list[Segment], Fit]] = {}  # root of what a family merges
         families = [rule for rule in self.registry if not rule.law]
         laws = [rule for rule in self.registry if rule.law]
         taken: set[fx.Node] = set()
@@ -305,7 +329,8 @@ class _Search:
             return None  # views stay where they are, and so must what they are views of
         if isinstance(reading, Total):
             nodes.update(dict.fromkeys(reading.through))
-        term = stack(branches, root, reading.dim) if isinstance(reading, Stack) else total(branches, root)
+        size = base.meta.get("shape", ())[2:] or None
+        term = stack(branches, root, reading.dim, size) if isinstance(reading, Stack) else total(branches, root, size)
         ordered = sorted(nodes, key=self.place.__getitem__)
         absorbed = dict.fromkeys(one for node in ordered for one in self.taker_of.get(node, ()))
         return Segment(base, root, term, (*ordered, root), tuple(absorbed))
@@ -357,7 +382,7 @@ class _Search:
                     return node
         return None
 
-    def _family(self, root: fx.Node, families: list[Rule]) -> tuple[Rule, list[Segment]] | None:
+    def _family(self, root: fx.Node, families: list[Rule]) -> tuple[Rule, list[Segment], Fit] | None:
         if self._is_addend(root):
             return None
         stretches = self._stretches(root)
@@ -369,11 +394,11 @@ class _Search:
                 try:
                     self._check(stretch)
                     self._price(stretch)
-                    self._fits(rule.merged(seq([segment.term for segment in stretch]), found), stretch)
+                    fit = self._fit(rule.merged(seq([segment.term for segment in stretch]), found), stretch)
                 except Refusal as reason:
                     self._miss(_nodes(stretch), rule.name, str(seq([s.term for s in stretch])), reason)
                     continue
-                return rule, stretch
+                return rule, stretch, fit
         return None
 
     def _is_addend(self, node: fx.Node) -> bool:
@@ -406,14 +431,39 @@ class _Search:
                 continue
             choices.append((before.multiply_adds - after.multiply_adds, len(choices), rule, stretch, before, after))
         for _, _, rule, stretch, before, after in sorted(choices, key=lambda choice: choice[:2], reverse=True):
-            term = seq([segment.term for segment in stretch])
             try:
-                self._fits(value(term), stretch)
+                fit = self._law_fit(stretch)
             except Refusal as reason:
-                self._miss(_nodes(stretch), rule.name, str(term), reason)
+                self._miss(_nodes(stretch), rule.name, str(seq([s.term for s in stretch])), reason)
                 continue
-            return self._merge(stretch, before, after, rule)
+            return self._merge(stretch, before, after, fit, rule)
         return None
+
+    def _law_fit(self, stretch: list[Segment]) -> Fit:
+        """How a stretch's value fits; where its border forbids one plain layer, with the remedy that helps.
+
+        Raises:
+            Refusal: it does not, whatever is done about the border.
+        """
+        term = seq([segment.term for segment in stretch])
+        forbidden: Inexact | None = None
+        for rigour in self._rigours(stretch):
+            try:
+                return self._fit(value(term, rigour=rigour), stretch, rigour)
+            except Inexact as reason:
+                forbidden = forbidden or reason
+        assert forbidden is not None
+        raise forbidden
+
+    def _rigours(self, stretch: list[Segment]) -> Iterator[Rigour]:
+        """How a border may be treated, best first."""
+        yield "exact"
+        if len(stretch) < 2 or not _has_kernel(stretch[0]):
+            return  # what a border takes is a pass over the input, and has to save a convolution
+        yield "padded"
+        paths = {path for node in _nodes(stretch) for path in (_path(node),) if path}
+        if any(fnmatch.fnmatchcase(path, glob) for path in paths for glob in self.findings.inexact_borders):
+            yield "inside"
 
     def _matters(self, miss: Missed) -> bool:
         """Whether a refusal is worth telling where a smaller merge was done: a family's, for more than the price."""
@@ -429,12 +479,12 @@ class _Search:
         """What a family merges and no law took further."""
         if root not in self.families:
             return None
-        _, stretch = self.families[root]
-        return self._merge(stretch, *self._price(stretch))
+        _, stretch, fit = self.families[root]
+        return self._merge(stretch, *self._price(stretch), fit)
 
-    def _merge(self, stretch: list[Segment], before: Cost, after: Cost, law: Rule | None = None) -> Merge:
+    def _merge(self, stretch: list[Segment], before: Cost, after: Cost, fit: Fit, law: Rule | None = None) -> Merge:
         inside = set(_nodes(stretch))
-        families = [(rule, part) for root, (rule, part) in self.families.items() if root in inside]
+        families = [(rule, part) for root, (rule, part, _) in self.families.items() if root in inside]
         named = list(dict.fromkeys(rule for rule, _ in families))
         if law and not any(len(part) == len(stretch) for _, part in families):
             named.append(law)
@@ -447,6 +497,7 @@ class _Search:
             before,
             after,
             self.trace,
+            fit,
         )
 
     # --- conditions -------------------------------------------------------------------------------
@@ -460,6 +511,8 @@ class _Search:
         term = seq([segment.term for segment in stretch])
         if not any(layer.weight is not None for layer in term.leaves()):
             raise Costlier(f"{term} holds no convolution or Linear: as one it would take more work than it does")
+        if sized(term) != "any" and not any(segment.term.op in ("sum", "concat") for segment in stretch):
+            raise Costlier(f"{term} would hold for inputs of some sizes only, and spares no branch")
         before, after = cost.of_term(term), cost.of_map(geometry(term), any(layer.shifts for layer in term.leaves()))
         if after.multiply_adds > before.multiply_adds:
             raise Costlier(
@@ -472,27 +525,32 @@ class _Search:
             )
         return before, after
 
-    def _fits(self, map_: ConvMap, stretch: list[Segment]) -> None:
-        """Raise where the merged map cannot be a layer, or would be no better as one.
+    def _fit(self, map_: ConvMap, stretch: list[Segment], rigour: Rigour = "exact") -> Fit:
+        """How the merged map fits into a layer.
 
         Raises:
             Overflow: a coefficient does not fit the dtype of the layers it replaces.
-            Costlier: a pad that no convolution does would stay a layer of its own, and nothing would be saved.
+            Unreadable: no layer pads so.
+            Costlier: what stays a layer of its own for the border takes what the merge would save.
         """
-        dtype = next(x.weight.dtype for segment in stretch for x in segment.term.leaves() if x.weight is not None)
+        leaves = [layer for segment in stretch for layer in segment.term.leaves()]
+        kernels = [layer.weight for layer in leaves if layer.weight is not None]
+        dtype = kernels[0].dtype
         if map_.magnitude > torch.finfo(dtype).max:
             raise Overflow(
                 f"a merged coefficient of {map_.magnitude:.3g} does not fit {str(dtype).removeprefix('torch.')}, whose "
                 f"largest value is {torch.finfo(dtype).max:.3g}: reparameterize the model in float32, or use bfloat16"
             )
-        if padding_of(map_) is None:
-            pad_module(map_)  # raises where no layer pads so
+        apart = remedy(map_)
         before, after = self._price(stretch)
+        if apart or map_.border != "constant":
+            after += cost.of_border(map_)
         saved = before.multiply_adds - after.multiply_adds + before.parameters - after.parameters
-        pads_apart = padding_of(map_) is None or map_.border != "constant"  # copied pixels are a pad of their own
-        if not saved and before.operations <= after.operations + pads_apart:
+        if saved < 0 or (not saved and before.operations <= after.operations):
             term = seq([segment.term for segment in stretch])
-            raise Costlier(f"{term} saves nothing: its pad is none that a convolution does, and would stay")
+            raise Costlier(f"{term} saves nothing: what its border takes, {apart or 'a copy of pixels'}, would stay")
+        largest = max(float(kernel.detach().abs().max()) for kernel in kernels), map_.magnitude
+        return Fit(rigour, apart, largest, tuple(_notes(map_, leaves, dtype)))
 
     def _check(self, stretch: list[Segment]) -> None:
         """Raise unless the stretch can be cut out of the graph and of the modules that it is written in."""
@@ -551,6 +609,25 @@ class _Search:
                 )
 
 
+def _notes(map_: ConvMap, leaves: Iterable[Layer], dtype: torch.dtype) -> Iterator[str]:
+    """What half precision, or a norm that saw no variance, does to the numbers of a merge."""
+    if dtype == torch.float16:
+        tiny = torch.finfo(dtype).smallest_normal
+        lost = sum(int(((t != 0) & (t.abs() < tiny)).sum()) for t in (map_.kernel, map_.bias))
+        if lost:
+            numbers = map_.kernel.numel() + len(map_.bias)
+            yield f"{lost} of {numbers} merged numbers are below float16's normal range, {tiny:.1e}"
+    for layer in leaves:
+        if dead := layer.dead():
+            norm = _path(layer.node) if layer.node else "a norm"
+            yield f"{norm}: {dead} of its channels have a variance below eps, dead in training and scaled by eps alone"
+
+
+def _path(node: fx.Node) -> str:
+    """The path of the module that a node is, or is written in."""
+    return node.meta["call"].path if node.meta["call"] else ""
+
+
 def _layer_of(node: fx.Node) -> str:
     """The path of the layer that a node is, or is written in."""
     call = node.meta["call"]
@@ -587,6 +664,10 @@ def _keeps_shape(segment: Segment) -> bool:
     """Whether a value is of the same shape after a segment as before, on every input."""
     layer = segment.term.layer
     return segment.term.op == "one" or (layer is not None and layer.kind in ("norm", "affine"))
+
+
+def _has_kernel(segment: Segment) -> bool:
+    return any(layer.weight is not None for layer in segment.term.leaves())
 
 
 def _says_something(term: Term) -> bool:

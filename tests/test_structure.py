@@ -13,7 +13,7 @@ ORDER = [
     "errors",
     "algebra",
     "blocks",
-    "guards",
+    "layers",
     "ranks",
     "answers",
     "readers",
