@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
-import torch
 from torch import nn
 
 from structrep import search
 from structrep.errors import BadInput, Refusal, StructrepError, VerificationError
 from structrep.layers import Sizes
 from structrep.pattern import geometry
-from structrep.proof import border, dtype_of, prove, run, verify
+from structrep.proof import accepts, border, prove, verify
 from structrep.registry import Registry, Rule, resolve
-from structrep.report import MergeRecord, PlanRecord, RefusalRecord, as_text, plan_tables
+from structrep.report import MergeRecord, PlanRecord, RefusalRecord, Verification, as_text, plan_tables
 from structrep.rewrite import Draft, without
 from structrep.search import Findings, Merge, Missed
 from structrep.trace import Example, own_copy
@@ -66,6 +66,20 @@ class Plan:
                 wrong.add(merge)
         if wrong:
             self._draft = Draft(self._draft.traced, self._draft.replicas, without(self._draft.merges, wrong))
+
+    def verify(self, example_inputs: Example, deploy: nn.Module | None = None, **how: Any) -> Verification:
+        """Compare the deploy model with the model, as `structrep.verify` does, and each merged layer on the way.
+
+        Args:
+            example_inputs: as for `structrep.verify`.
+            deploy: what `apply` gave; made anew by default.
+            how: device, dtype, autocast and so on, as for `structrep.verify`.
+
+        Raises:
+            BadInput: the model rejects the inputs.
+        """
+        merges = {self._draft.where(merge): merge for merge in self._draft.merges}
+        return verify(self._model, deploy or self.apply(), example_inputs, merges=merges, **how)
 
     def apply(self, inplace: bool = False) -> nn.Module:
         """The deploy model: the same class and names, with every merge done.
@@ -128,8 +142,7 @@ def plan(
     model = unwrapped(model)
     search.check_ready(model)
     if example_inputs is not None:
-        device = next((t.device for t in model.parameters()), torch.device("cpu"))
-        run(model, example_inputs, device, dtype_of(model))
+        accepts(model, example_inputs)
     globs = (inexact_borders,) if isinstance(inexact_borders, str) else tuple(inexact_borders)
     return Plan(model, search.find(model, example_inputs, registry, globs))
 
@@ -163,7 +176,7 @@ def reparameterize(
     if not verify or example_inputs is None or planned.inexact:
         return planned.apply(inplace)
     deploy = planned.apply()
-    _demand(model, deploy, example_inputs)
+    _demand(planned.verify(example_inputs, deploy))
     return planned.apply(inplace=True) if inplace else deploy
 
 
@@ -191,10 +204,13 @@ def unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
-def _demand(model: nn.Module, deploy: nn.Module, example_inputs: Example) -> None:
-    found = verify(model, deploy, example_inputs)
+def _demand(found: Verification) -> None:
     if not found.ok:
-        raise VerificationError(f"the deploy model differs from the training-time model by more than rounding\n{found}")
+        first = found.first_off
+        where = f"; the first merged layer that is off is {first.where} ({' + '.join(first.rules)})" if first else ""
+        raise VerificationError(
+            f"the deploy model differs from the training-time model by more than rounding{where}\n{found}"
+        )
 
 
 def _record(merge: Merge, where: str) -> MergeRecord:

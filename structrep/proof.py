@@ -8,7 +8,8 @@ its weights once.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,9 +21,9 @@ from structrep.errors import BadInput, WrongMerge
 from structrep.ranks import rank
 from structrep.readers import Layer, lower, only_asserted
 from structrep.registry import COEFFICIENT_ROUNDING
-from structrep.report import BorderRecord, OutputRecord, Verification
+from structrep.report import BorderRecord, OutputRecord, RegionRecord, Verification
 from structrep.search import Merge
-from structrep.trace import Example, as_arguments, shallow_copy
+from structrep.trace import Example, as_arguments, shallow_copy, trace
 
 SLACK = 8.0  # rounding errors of two equal models are alike, not equal
 
@@ -34,6 +35,11 @@ def verify(
     *,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    autocast: torch.dtype | None = None,
+    channels_last: bool = False,
+    tf32: bool = False,
+    seed: int = 0,
+    merges: Mapping[str, Merge] | None = None,
 ) -> Verification:
     """Compare a deploy model with its training-time model; neither is changed.
 
@@ -41,6 +47,11 @@ def verify(
         example_inputs: a tensor, a tuple of positional or a mapping of keyword arguments.
         device: where to run both; CUDA when there is one, else CPU.
         dtype: what to run both in; the reference's own by default. The truth is float64 always.
+        autocast: run both under autocast to this dtype.
+        channels_last: run both in that memory format.
+        tf32: let CUDA multiply float32 in TensorFloat-32.
+        seed: of what a model draws as it runs.
+        merges: by the path of each merged layer; `Plan.verify` gives those of the plan. Each is compared too.
 
     Returns:
         Errors of all outputs, relative to each output's largest value; `.ok` says whether they are rounding.
@@ -50,33 +61,53 @@ def verify(
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or dtype_of(reference)
+    merges = merges or {}
     # Weights that were cast to float32 when they were merged cannot be nearer the truth than that.
-    coarsest = max(dtype, dtype_of(deploy), key=lambda d: torch.finfo(d).eps)
-    with _tf32_off():
-        truth = run(reference, example_inputs, device, torch.float64)
-        ours = run(deploy, example_inputs, device, dtype)
+    coarsest = max(dtype, dtype_of(deploy), autocast or dtype, key=lambda d: torch.finfo(d).eps)
+    how = _How(device, dtype, autocast, channels_last, seed)
+    noisy = replace(how, dtype=max(dtype, dtype_of(deploy), key=lambda d: torch.finfo(d).eps))
+    exact = _How(device, torch.float64, None, False, seed)
+    with _tf32(tf32):
+        ours = _Run(deploy, example_inputs, how, watch=merges)
         # Merged weights are rounded once when they are stored. What that does to the original counts as its noise too.
-        theirs = [run(_rounded(reference, coarsest), example_inputs, device, coarsest)]
-        if coarsest != torch.float64:
-            theirs.append(run(reference, example_inputs, device, coarsest))
-    if len(truth) != len(ours):
-        raise BadInput(f"the training-time model gives {len(truth)} tensors, the deploy model {len(ours)}")
+        theirs = [_Run(_rounded(reference, coarsest), example_inputs, noisy)]
+        if noisy != exact:
+            theirs.append(_Run(reference, example_inputs, noisy))
+        truth = _Run(reference, example_inputs, exact)
+        at_truth, at_noise = (_regions(reference, example_inputs, one, merges) for one in (exact, noisy))
+    if len(truth.outputs) != len(ours.outputs):
+        raise BadInput(
+            f"the training-time model gives {len(truth.outputs)} tensors, the deploy model {len(ours.outputs)}"
+        )
     floor = 2 * torch.finfo(coarsest).eps  # one small sum may happen to be exact
     outputs = []
-    for index, (exact, mine, *rounded) in enumerate(zip(truth, ours, *theirs, strict=True)):
-        if exact.shape != mine.shape:
-            raise BadInput(f"output {index} has shape {tuple(exact.shape)} before and {tuple(mine.shape)} after")
-        noise = max(floor, *(relative_error(one, exact) for one in rounded))
+    for index, (right, mine) in enumerate(zip(truth.outputs, ours.outputs, strict=True)):
+        if right.shape != mine.shape:
+            raise BadInput(f"output {index} has shape {tuple(right.shape)} before and {tuple(mine.shape)} after")
+        noise = max(floor, *(relative_error(one.outputs[index], right) for one in theirs))
         outputs.append(
-            OutputRecord(name=f"{index}", shape=tuple(exact.shape), error=relative_error(mine, exact), noise=noise)
+            OutputRecord(name=f"{index}", shape=tuple(right.shape), error=relative_error(mine, right), noise=noise)
         )
+    # Rounding does not get less on the way, as a measure of it in one layer may.
+    regions, most = [], floor
+    for where, right in at_truth.items():
+        given = ours.watched.get(where)
+        if given is not None and given.shape == right.shape and where in at_noise:
+            most = max(most, relative_error(at_noise[where], right))
+            error = relative_error(given, right)
+            regions.append(RegionRecord(where=where, rules=merges[where].rules, error=error, noise=most))
     return Verification(
         device=_device_name(device),
-        dtype=str(dtype).removeprefix("torch."),
-        tf32=False,
+        dtype=_name(dtype),
+        autocast=_name(autocast) if autocast else None,
+        channels_last=channels_last,
+        tf32=tf32,
+        cudnn=_cudnn(device),
+        seed=seed,
         torch=torch.__version__,
         slack=SLACK,
         outputs=tuple(outputs),
+        regions=tuple(regions),
     )
 
 
@@ -92,29 +123,116 @@ def _rounded(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     return twin
 
 
-def run(model: nn.Module, example_inputs: Example, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
-    """All tensors that a copy of the model gives, in that dtype on that device; the model itself is left alone.
+@dataclass(frozen=True)
+class _How:
+    """How a model is run."""
+
+    device: torch.device
+    dtype: torch.dtype
+    autocast: torch.dtype | None = None
+    channels_last: bool = False
+    seed: int = 0
+
+    def model(self, model: nn.Module) -> nn.Module:
+        """A copy of a model, to run so."""
+        twin = shallow_copy(model).to(self.device, self.dtype)
+        return twin.to(memory_format=torch.channels_last) if self.channels_last else twin  # type: ignore[call-overload]
+
+    def inputs(self, example_inputs: Example) -> Any:
+        """Copies of the inputs, for a model may write to them."""
+
+        def moved(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor):
+                return leaf
+            one = leaf.detach().to(self.device, self.dtype if leaf.is_floating_point() else None, copy=True)
+            return one.contiguous(memory_format=torch.channels_last) if self.channels_last and one.ndim == 4 else one
+
+        return pytree.tree_map(moved, example_inputs)
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        cast = torch.autocast(self.device.type, self.autocast) if self.autocast else contextlib.nullcontext()
+        with torch.no_grad(), torch.random.fork_rng(), cast:
+            torch.manual_seed(self.seed)
+            yield
+
+
+class _Run:
+    """All tensors that a copy of a model gives, and what some of its modules gave at their first call; the model itself
+    is left alone.
 
     Raises:
         BadInput: the model rejects the inputs.
     """
 
-    def moved(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor):
-            return leaf
-        # a copy: a model may write to its input
-        return leaf.detach().to(device, dtype if leaf.is_floating_point() else None, copy=True)
+    def __init__(self, model: nn.Module, example_inputs: Example, how: _How, watch: Iterable[str] = ()) -> None:
+        args, kwargs = as_arguments(how.inputs(example_inputs))
+        twin = how.model(model)
+        self.watched: dict[str, Tensor] = {}
+        for path in watch:
+            twin.get_submodule("" if path == "(root)" else path).register_forward_hook(self._watch(path))
+        try:
+            with how.running():
+                result = twin(*args, **kwargs)
+        except Exception as error:
+            shapes = [tuple(x.shape) for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+            raise BadInput(f"{type(model).__name__} does not accept inputs of shape {shapes}: {error}") from error
+        self.outputs = list(tensors(result))
 
-    args, kwargs = pytree.tree_map(moved, as_arguments(example_inputs))
-    twin = shallow_copy(model).to(device, dtype)
-    try:
-        with torch.no_grad(), torch.random.fork_rng():
-            torch.manual_seed(0)
-            result = twin(*args, **kwargs)
-    except Exception as error:
-        shapes = [tuple(x.shape) for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        raise BadInput(f"{type(model).__name__} does not accept inputs of shape {shapes}: {error}") from error
-    return list(tensors(result))
+    def _watch(self, path: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            if path not in self.watched and isinstance(output, Tensor):
+                self.watched[path] = output.detach().clone()  # what comes next may write to it
+
+        return hook
+
+
+def accepts(model: nn.Module, example_inputs: Example) -> None:
+    """Run a copy of a model where it is.
+
+    Raises:
+        BadInput: the model rejects the inputs.
+    """
+    device = next((t.device for t in model.parameters()), torch.device("cpu"))
+    _Run(model, example_inputs, _How(device, dtype_of(model)))
+
+
+def _regions(
+    reference: nn.Module, example_inputs: Example, how: _How, merges: Mapping[str, Merge]
+) -> dict[str, Tensor]:
+    """What the stretches that were merged give as the training-time model runs, by where they were merged, in order."""
+    roots = {merge.root.name: where for where, merge in merges.items() if not merge.trace.path}
+    if not roots:
+        return {}
+    inputs = how.inputs(example_inputs)
+    traced = trace(how.model(reference), inputs)
+    found: dict[str, Tensor] = {}
+    values: dict[fx.Node, Any] = {}
+    given = iter([leaf for leaf in pytree.tree_leaves(as_arguments(inputs)) if isinstance(leaf, Tensor)])
+    with how.running():
+        for node in traced.traces[0].nodes:
+            if node.op == "placeholder":
+                values[node] = next(given)
+            elif node.op not in ("get_attr", "output"):
+                values[node] = computed(node, lambda one: one.meta["value"] if "value" in one.meta else values[one])
+                if node.name in roots:
+                    found[roots[node.name]] = values[node].detach().clone()
+            for used in node.all_input_nodes:
+                if list(used.users)[-1] is node:
+                    values.pop(used, None)
+    return found
+
+
+def computed(node: fx.Node, load: Callable[[fx.Node], Any], module: nn.Module | None = None) -> Any:
+    """What a node gives, its arguments loaded; `module` stands for the one that it calls."""
+    args: Any = fx.node.map_arg(node.args, load)
+    kwargs: Any = fx.node.map_arg(node.kwargs, load)
+    if node.op == "call_module":
+        return (module or node.meta["call"].module)(*args, **kwargs)
+    if node.op == "call_method":
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    assert callable(node.target)
+    return node.target(*args, **kwargs)
 
 
 def tensors(value: Any) -> Iterator[Tensor]:
@@ -282,24 +400,26 @@ class _Region:
         for node in self.nodes:
             if only_asserted(node):
                 continue
-            args: Any = fx.node.map_arg(node.args, load)
-            kwargs: Any = fx.node.map_arg(node.kwargs, load)
-            if node in self.before:
-                args = (_scaled(args[0], self.before[node]), *args[1:])
-            if node.op == "call_module":
-                module = node.meta["call"].module
-                if module not in self.modules:
-                    self.modules[module] = shallow_copy(module).double()
-                values[node] = self.modules[module](*args, **kwargs)
-            elif node.op == "call_method":
-                values[node] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
-            else:
-                assert callable(node.target)
-                values[node] = node.target(*args, **kwargs)
+            source = node.all_input_nodes[0] if node.all_input_nodes else None
+            scale = self.before.get(node)
+
+            def first_scaled(one: fx.Node, source: Any = source, scale: Layer | None = scale) -> Any:
+                return _scaled(load(one), scale) if scale is not None and one is source else load(one)
+
+            values[node] = computed(node, first_scaled, self._module(node))
             if node in self.behind:
                 values[node] = _scaled(values[node], self.behind[node])
         result: Tensor = values[self.merge.root]
         return result
+
+    def _module(self, node: fx.Node) -> nn.Module | None:
+        """The module that a node calls, in float64."""
+        if node.op != "call_module":
+            return None
+        module = node.meta["call"].module
+        if module not in self.modules:
+            self.modules[module] = shallow_copy(module).double()
+        return self.modules[module]
 
 
 def _scaled(x: Tensor, scale: Layer) -> Tensor:
@@ -307,13 +427,25 @@ def _scaled(x: Tensor, scale: Layer) -> Tensor:
 
 
 @contextlib.contextmanager
-def _tf32_off() -> Iterator[None]:
+def _tf32(on: bool) -> Iterator[None]:
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = on
     try:
         yield
     finally:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _cudnn(device: torch.device) -> str:
+    if device.type != "cuda":
+        return ""
+    cudnn = torch.backends.cudnn
+    version = cudnn.version()
+    return f"cuDNN {version}{', benchmark' * cudnn.benchmark}{', deterministic' * cudnn.deterministic}"
 
 
 def _device_name(device: torch.device) -> str:

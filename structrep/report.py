@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 from rich.console import Console
 from rich.table import Table
+
+WORST = 8  # merged layers that a table of a verification shows
 
 
 class Record(BaseModel):
@@ -65,17 +68,29 @@ class PlanRecord(Record):
     refusals: tuple[RefusalRecord, ...]
 
 
-class OutputRecord(Record):
-    """One output of a model against the float64 truth, relative to the output's largest value."""
+class ErrorRecord(Record):
+    """One value of a model against the float64 truth, relative to the value's largest number."""
 
-    name: str
-    shape: tuple[int, ...]
     error: float  # of the deploy model
     noise: float  # of the training-time model: its own rounding
 
     @property
     def ratio(self) -> float:
         return self.error / self.noise if self.noise else float("inf") if self.error else 0.0
+
+
+class OutputRecord(ErrorRecord):
+    """One output of a model, in order."""
+
+    name: str
+    shape: tuple[int, ...]
+
+
+class RegionRecord(ErrorRecord):
+    """What one merged layer gives as the whole model runs."""
+
+    where: str
+    rules: tuple[str, ...]
 
 
 class Verification(Record):
@@ -87,10 +102,15 @@ class Verification(Record):
 
     device: str
     dtype: str
+    autocast: str | None = None
+    channels_last: bool = False
     tf32: bool
+    cudnn: str  # version and settings; "" where it is not used
+    seed: int  # of what a model draws as it runs
     torch: str
     slack: float
     outputs: tuple[OutputRecord, ...]
+    regions: tuple[RegionRecord, ...] = ()  # from the input to the output
 
     @property
     def error(self) -> float:
@@ -104,25 +124,64 @@ class Verification(Record):
 
     @property
     def ok(self) -> bool:
-        return all(output.error <= self.slack * output.noise for output in self.outputs)
+        return all(map(self.holds, self.outputs))
+
+    @property
+    def first_off(self) -> RegionRecord | None:
+        """The first merged layer that is farther off than rounding explains."""
+        return next((region for region in self.regions if not self.holds(region)), None)
+
+    def holds(self, record: ErrorRecord) -> bool:
+        return record.error <= self.slack * record.noise
 
     def table(self) -> Table:
-        table = Table(
-            title=f"verified on {self.device}, {self.dtype}, TF32 {'on' if self.tf32 else 'off'}, torch {self.torch}"
-        )
-        for heading in ("output", "shape", "error", "rounding noise", "ratio", ""):
-            table.add_column(heading, justify="left" if heading in ("output", "shape") else "right")
-        for output in self.outputs:
-            holds = output.error <= self.slack * output.noise
-            table.add_row(
-                output.name,
-                "x".join(map(str, output.shape)),
-                f"{output.error:.1e}",
-                f"{output.noise:.1e}",
-                f"{output.ratio:.2f}",
-                "ok" if holds else "OFF",
-            )
+        how = [self.device, self.dtype, f"autocast {self.autocast}" if self.autocast else ""]
+        how += ["channels last" if self.channels_last else "", f"TF32 {'on' if self.tf32 else 'off'}", self.cudnn]
+        table = Table(title=f"verified on {', '.join(filter(None, how))}, torch {self.torch}")
+        for heading in ("value", "shape or rule", "error", "rounding noise", "ratio", ""):
+            table.add_column(heading, justify="left" if heading in ("value", "shape or rule") else "right")
+        worst = sorted(self.regions, key=lambda region: region.ratio, reverse=True)[:WORST]
+        rows: list[tuple[str, str, ErrorRecord]] = [
+            (f"output {one.name}", "x".join(map(str, one.shape)), one) for one in self.outputs
+        ]
+        rows += [(one.where, " + ".join(one.rules), one) for one in self.regions if one in worst]
+        for name, shape, one in rows:
+            verdict = "ok" if self.holds(one) else "OFF"
+            table.add_row(name, shape, f"{one.error:.1e}", f"{one.noise:.1e}", f"{one.ratio:.2f}", verdict)
+        if len(self.regions) > WORST:
+            table.caption = f"of {len(self.regions)} merged layers the {WORST} with the largest ratios"
         return table
+
+    def plot(self, ax: Any = None) -> Any:
+        """Error and noise of every merged layer, from the input to the output.
+
+        Args:
+            ax: matplotlib axes to draw on; new ones by default.
+
+        Returns:
+            The axes.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+        """
+        if ax is None:
+            from matplotlib import pyplot
+
+            ax = pyplot.figure(figsize=(8, 4), layout="constrained").add_subplot()
+        depth = range(1, len(self.regions) + 1)
+        ax.plot(depth, [region.noise for region in self.regions], label="rounding noise of the training-time model")
+        ax.plot(depth, [region.error for region in self.regions], label="error of the deploy model")
+        ax.plot(
+            depth,
+            [self.slack * region.noise for region in self.regions],
+            color="gray",
+            linestyle=":",
+            label=f"{self.slack:g} times the noise: the limit",
+        )
+        ax.set(yscale="log", xlabel="merged layer, from the input on", ylabel="largest error, relative")
+        ax.set_title(f"{self.device}, {self.autocast or self.dtype}")
+        ax.legend()
+        return ax
 
     def __str__(self) -> str:
         return as_text(self.table())
