@@ -4,7 +4,7 @@ JOBS ?= 2
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test test-thorough test-oldest docs clean
+.PHONY: demo test test-thorough test-oldest test-gpu fuzz docs clean
 
 demo: .venv/installed-demo
 	$(BIN)/python examples/demo.py
@@ -18,6 +18,15 @@ test: .venv/installed-test
 # the laws of the algebra, on at least 2,000 random examples each
 test-thorough: .venv/installed-test
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal --hypothesis-profile=thorough tests/test_laws.py
+
+# N random programs, converted and compared; the counts go to tests/fuzz/results.json
+N ?= 1000
+fuzz: .venv/installed-test
+	$(BIN)/python -m tests.fuzz $(N)
+
+# tests/gpu on a CUDA device, in the environment of PYTHON, whose torch is built for it; writes docs/gpu.md
+test-gpu:
+	$(PYTHON) -m pytest tests/gpu --gpu-page
 
 # the suite on the oldest torch that pyproject.toml allows, in an environment of its own
 test-oldest: .venv-oldest/installed

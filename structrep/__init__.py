@@ -5,7 +5,7 @@ deploy = structrep.reparameterize(model)
 
 from structrep import rules as _rules  # noqa: F401  registers the catalogue
 from structrep.algebra import ConvMap
-from structrep.driver import Plan, plan, reparameterize
+from structrep.driver import Plan, explain, plan, reparameterize
 from structrep.errors import Refusal, StructrepError, VerificationError
 from structrep.proof import verify
 from structrep.registry import Registry, Rule, rule
@@ -20,6 +20,7 @@ __all__ = [
     "StructrepError",
     "Verification",
     "VerificationError",
+    "explain",
     "plan",
     "reparameterize",
     "rule",

@@ -164,6 +164,10 @@ def explain(
     arg: Arguments = None,
     shape: Shapes = None,
     rules: Rules = None,
+    why: Annotated[
+        tuple[str, str] | None,
+        typer.Option(metavar="LAYER LAYER", help="Say of two layers, by name, why they do not merge."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show what convert would merge in a model, and of the rest why not."""
@@ -172,8 +176,11 @@ def explain(
         with _working("looking for merges"):
             plan = structrep.plan(model, inputs, rules=rules or None)
             plan.prove()
+            answer = plan.why(*why) if why else None
     if as_json:
-        print(plan.record.model_dump_json(indent=2))
+        print((answer or plan.record).model_dump_json(indent=2))
+    elif answer:
+        print(answer)
     else:
         _show(plan_tables(plan.record))
 

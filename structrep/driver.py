@@ -9,11 +9,12 @@ from torch import nn
 
 from structrep import search
 from structrep.errors import BadInput, Refusal, StructrepError, VerificationError
+from structrep.explain import refusal, why
 from structrep.layers import Sizes
 from structrep.pattern import geometry
 from structrep.proof import accepts, border, prove, verify
 from structrep.registry import Registry, Rule, resolve
-from structrep.report import MergeRecord, PlanRecord, RefusalRecord, Verification, as_text, plan_tables
+from structrep.report import Explanation, MergeRecord, PlanRecord, RefusalRecord, Verification, as_text, plan_tables
 from structrep.rewrite import Draft, without
 from structrep.search import Findings, Merge, Missed
 from structrep.trace import Example, own_copy
@@ -26,6 +27,7 @@ class Plan:
 
     def __init__(self, model: nn.Module, findings: Findings) -> None:
         self._model = model
+        self._findings = findings
         self._missed = list(findings.missed)
         self._draft = Draft(findings.traced, findings.replicas, findings.merges)
         for merge, reason in self._draft.refused:
@@ -39,12 +41,7 @@ class Plan:
 
     @property
     def refusals(self) -> tuple[RefusalRecord, ...]:
-        return tuple(
-            RefusalRecord(
-                where=m.where, rule=m.rule, what=m.what, kind=m.reason.kind, reason=str(m.reason), layers=m.layers
-            )
-            for m in self._missed
-        )
+        return tuple(map(refusal, self._missed))
 
     @property
     def inexact(self) -> bool:
@@ -101,6 +98,14 @@ class Plan:
         self._applied = inplace
         return self._draft.apply(self._model, release=True) if inplace else self._draft.apply(own_copy(self._model))
 
+    def why(self, first: str, second: str) -> Explanation:
+        """Why two layers, by their names, did not merge; or that they do.
+
+        Raises:
+            BadInput: the model has no module of that name.
+        """
+        return why(self._findings, [(self._draft.where(m), m) for m in self._draft.merges], first, second)
+
     def __str__(self) -> str:
         return as_text(*plan_tables(self.record))
 
@@ -145,6 +150,21 @@ def plan(
         accepts(model, example_inputs)
     globs = (inexact_borders,) if isinstance(inexact_borders, str) else tuple(inexact_borders)
     return Plan(model, search.find(model, example_inputs, registry, globs))
+
+
+def explain(
+    model: nn.Module, first: str, second: str, example_inputs: Example | None = None, *, rules: Rules = None
+) -> Explanation:
+    """Why two layers of a model, by their names, do not merge: what stands between them, which law forbids it and what
+    would help, what each family's pattern wants that is not there.
+
+    >>> print(structrep.explain(model, "layer1.0.conv1", "layer1.0.conv2"))
+
+    Raises:
+        BadInput: the model has no module of that name.
+        TrainingMode, Uninitialized, Sharded, UnknownRule: as for `plan`.
+    """
+    return plan(model, example_inputs, rules=rules).why(first, second)
 
 
 def reparameterize(

@@ -277,6 +277,10 @@ class Pattern:
         items = term.parts if term.op == "seq" else () if term.op == "one" else (term,)
         return next((found for taken, found in self.take(items) if taken == len(items)), None)
 
+    def miss(self, term: Term) -> str:
+        """What keeps a term from being of this form, as far as it goes."""
+        return f"{term} is not {self}"
+
     def take(self, items: tuple[Term, ...]) -> Iterator[tuple[int, Captures]]:
         """All ways to match a first stretch of a sequence: how many items, and the names."""
         for taken, found in self._take(items):
@@ -579,6 +583,19 @@ class Seq(_Combined):
             for more, rest in self._rest(parts[1:], items[taken:]):
                 yield taken + more, {**found, **rest}
 
+    def miss(self, term: Term) -> str:
+        items = term.parts if term.op == "seq" else (term,)
+        furthest = ""
+        for count in range(len(self.parts)):
+            reached = max((taken for taken, _ in self._rest(self.parts[:count], items)), default=None)
+            if reached is None:
+                break
+            where = f"behind {seq(items[:reached])}" if reached else "first"
+            found = items[reached] if reached < len(items) else "nothing"
+            furthest = f"{where} it wants {self.parts[count]}, and there is {found}"
+        whole = max((taken for taken, _ in self._rest(self.parts, items)), default=0)
+        return f"it ends before {items[whole]}" if whole else furthest
+
     def fits_nothing(self) -> bool:
         return all(part.fits_nothing() for part in self.parts)
 
@@ -593,6 +610,11 @@ class Sum(_Combined):
         if items and items[0].op == "sum":
             for found in _assign(self.parts, items[0].parts):
                 yield 1, found
+
+    def miss(self, term: Term) -> str:
+        if term.op != "sum":
+            return f"{term} is no sum of branches"
+        return _missing_branches(self.parts, term.parts)
 
     def fits_plain_conv(self) -> bool:
         return False  # a plain convolution is no sum, not even of one
@@ -645,11 +667,28 @@ class Concat(_Combined):
                 found |= captured
             yield 1, found
 
+    def miss(self, term: Term) -> str:
+        if term.op != "concat":
+            return f"{term} stacks no branches"
+        return _missing_branches(self.parts, term.parts)
+
     def fits_plain_conv(self) -> bool:
         return False
 
     def __str__(self) -> str:
         return _label(_joined(" | ", self.parts), self)
+
+
+def _missing_branches(patterns: tuple[Pattern, ...], branches: tuple[Term, ...]) -> str:
+    """Which branches are of no pattern, and which patterns are of no branch."""
+    inner = [p.part if isinstance(p, (Many, Optional)) else p for p in patterns]
+    strange = [b for b in branches if all(p.match(b) is None for p in inner)]
+    wanted = [
+        p for p, whole in zip(inner, patterns, strict=True)
+        if not isinstance(whole, Optional) and all(p.match(b) is None for b in branches)
+    ]  # fmt: skip
+    texts = [f"no branch is {p}" for p in wanted] + [f"branch {b} is none of its" for b in strange]
+    return "; ".join(texts) or f"it has {len(branches)} branches where {len(patterns)} are wanted"
 
 
 def conv_norm(kernel: Kernel | None = None) -> Pattern:

@@ -60,6 +60,23 @@ class RefusalRecord(Record):
     layers: tuple[str, ...] = ()
 
 
+class Explanation(Record):
+    """What became of two layers."""
+
+    first: str
+    second: str
+    merged: str = ""  # where, if they are
+    answer: str
+    refusals: tuple[RefusalRecord, ...] = ()  # of merges that would have held both
+    misses: dict[str, str] = {}  # rule -> what keeps it from matching
+
+    def __str__(self) -> str:
+        lines = [f"{self.first} and {self.second}: {self.answer}"]
+        lines += [f"  refused, {r.rule}, {r.what} ({r.kind}): {r.reason}" for r in self.refusals]
+        lines += [f"  {rule}: {miss}" for rule, miss in self.misses.items()]
+        return "\n".join(lines)
+
+
 class PlanRecord(Record):
     """A whole plan."""
 

@@ -146,6 +146,7 @@ class Findings:
     inexact_borders: tuple[str, ...] = ()  # globs: merges that touch such a layer may differ at the border
     merges: list[Merge] = field(default_factory=list)
     missed: list[Missed] = field(default_factory=list)
+    searches: list[Search] = field(default_factory=list)
     replicas: Replicas = field(init=False)
     borders: Borders = field(init=False)
 
@@ -168,7 +169,8 @@ def find(
     for function, (path, reason) in findings.traced.unfollowed.items():
         findings.missed.append(Missed(path or "(root)", "-", f"{function.__name__}() as it is", reason))
     for one in findings.traced.traces:
-        _Search(findings, one, registry).run()
+        findings.searches.append(Search(findings, one, registry))
+        findings.searches[-1].run()
     return findings
 
 
@@ -198,7 +200,7 @@ def check_ready(model: nn.Module) -> None:
                 )
 
 
-class _Search:
+class Search:
     """The merges of one graph."""
 
     def __init__(self, findings: Findings, trace_: Trace, registry: Registry) -> None:
@@ -301,7 +303,7 @@ class _Search:
         """What a node is; a scale that others have absorbed is nothing any more."""
         return Same(self.absorbed[node].source) if node in self.absorbed else self.readings.get(node)
 
-    def _segment(self, root: fx.Node) -> Segment | None:
+    def segment(self, root: fx.Node) -> Segment | None:
         if root not in self.segments:
             self.segments[root] = self._build(root)
         return self.segments[root]
@@ -338,7 +340,7 @@ class _Search:
     def _walk(self, node: fx.Node, base: fx.Node | None) -> Iterator[Segment]:
         """Segments from a node back to `base`, or as far as they go."""
         while node is not base:
-            segment = self._segment(node)
+            segment = self.segment(node)
             if segment is None:
                 return
             yield segment
@@ -357,13 +359,13 @@ class _Search:
             taken.insert(0, segment)
             first = segment.term.layer
             cut = first is not None and first.kind == "slice"  # a layer of all channels costs more than one of some
-            if segment.term.op != "one" and not cut and self._leak(taken) is None:
+            if segment.term.op != "one" and not cut and self.leak(taken) is None:
                 stretches.append(list(taken))
             if len(taken) == FARTHEST:
                 break
         return stretches
 
-    def _leak(self, stretch: list[Segment]) -> fx.Node | None:
+    def leak(self, stretch: list[Segment]) -> fx.Node | None:
         """A node that would vanish but is used elsewhere."""
         inside = set(_nodes(stretch))
         for index, segment in enumerate(stretch):
@@ -552,6 +554,25 @@ class _Search:
         largest = max(float(kernel.detach().abs().max()) for kernel in kernels), map_.magnitude
         return Fit(rigour, apart, largest, tuple(_notes(map_, leaves, dtype)))
 
+    def stretch(self, early: fx.Node, late: fx.Node) -> list[Segment] | None:
+        """The shortest stretch that ends at one node and holds another; None if none does."""
+        taken: list[Segment] = []
+        for segment in self._walk(late, None):
+            taken.insert(0, segment)
+            if early in segment.nodes:
+                return taken
+        return None
+
+    def demand(self, stretch: list[Segment]) -> None:
+        """Raise whatever keeps a stretch from being merged by a law.
+
+        Raises:
+            Refusal: it is not exact, dearer, or cannot be cut out.
+        """
+        self._check(stretch)
+        self._price(stretch)
+        self._law_fit(stretch)
+
     def _check(self, stretch: list[Segment]) -> None:
         """Raise unless the stretch can be cut out of the graph and of the modules that it is written in."""
         base, root = stretch[0].base, stretch[-1].root
@@ -603,7 +624,7 @@ class _Search:
                     "-",
                     "norm",
                     Isolated(
-                        f"it scales what {_named(source)} gives{also} for {_listed(ours)}: there is no "
+                        f"it scales what {named(source)} gives{also} for {_listed(ours)}: there is no "
                         f"convolution or Linear beside it that is its alone"
                     ),
                 )
@@ -646,7 +667,7 @@ def _scales(stretch: Iterable[Segment]) -> set[fx.Node]:
     return {one.node for segment in stretch for one in segment.absorbed}
 
 
-def _named(node: fx.Node) -> str:
+def named(node: fx.Node) -> str:
     """What a node is called in the user's code."""
     if node.op == "call_module":
         return str(node.target)
@@ -656,7 +677,7 @@ def _named(node: fx.Node) -> str:
 
 
 def _listed(nodes: list[fx.Node]) -> str:
-    names = sorted({_named(node) for node in nodes if node.op != "output"}) or ["the output"]
+    names = sorted({named(node) for node in nodes if node.op != "output"}) or ["the output"]
     return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 

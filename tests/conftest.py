@@ -51,8 +51,8 @@ def _import_torchvision() -> "torch.library.Library | None":
 _torchvision_ops = _import_torchvision()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available() or config.getoption("--device", default="cuda") != "cuda":
         return
     for item in items:
         if item.get_closest_marker("gpu"):

@@ -220,6 +220,13 @@ def test_explain_shows_refusals(here: Path) -> None:
     assert "Inexact" in result.stdout
 
 
+def test_explain_tells_of_two_layers_why_they_do_not_merge(here: Path) -> None:
+    result = run("explain", "nets:Border", "--why", "first", "second")
+    assert "first and second: (conv 1x1 -> conv 3x3) is not merged (Inexact)" in result.stdout
+    assert json.loads(run("explain", "nets:Border", "--why", "first", "second", "--json").stdout)["second"] == "second"
+    assert "no module named 'third'" in failed(2, "explain", "nets:Border", "--why", "first", "third")
+
+
 def test_several_inputs(here: Path) -> None:
     assert run("explain", "nets:Pair", "--shape", "2x3x8x8", "--shape", "2x5").exit_code == 0
     assert "Pair does not accept inputs" in failed(2, "explain", "nets:Pair", "--shape", "2x3x8x8", "--shape", "2x6")

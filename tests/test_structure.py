@@ -32,6 +32,7 @@ ORDER = [
     "forward",
     "rewrite",
     "report",
+    "explain",
     "proof",
     "driver",
     "cli",
