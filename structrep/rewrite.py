@@ -242,6 +242,11 @@ class Draft:
         """Change a model that has the names of the traced one; returns it, or what stands for it if it was itself a
         block."""
         self.model = model
+        self.places: dict[nn.Module, list[tuple[nn.Module, str]]] = {}  # who holds a module, under which name
+        for parent in model.modules():
+            for name, child in parent._modules.items():
+                if child is not None:
+                    self.places.setdefault(child, []).append((parent, name))
         held = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
         read = Counter(id(t) for merge in self.merges for layer in merge.term.leaves() for t in _kernels(layer))
         for merge in self.merges:
@@ -257,7 +262,9 @@ class Draft:
                 module.register_buffer(name, tensor.detach().clone(), persistent=False)
             install(module, forward.method)
         self._bury()
-        return self.model
+        deploy = self.model
+        del self.model, self.places  # a plan does not keep what it made
+        return deploy
 
     def _release(self, merge: Merge, held: Counter[int], read: Counter[int]) -> None:
         """Give back the memory of kernels that a merge was the last to read, before the next is made."""
@@ -308,10 +315,9 @@ class Draft:
         layer.train(old.training)
         if old is self.model:
             self.model = layer
-        for parent in list(self.model.modules()):
-            for name, child in parent._modules.items():
-                if child is old:
-                    parent._modules[name] = layer
+        self.places[layer] = self.places.pop(old, [])
+        for parent, name in self.places[layer]:
+            parent._modules[name] = layer
 
     # --- what is left over ------------------------------------------------------------------------
 

@@ -24,6 +24,7 @@ from structrep.algebra import ConvMap, Ints, Rigour
 from structrep.borders import Borders
 from structrep.cost import Cost
 from structrep.errors import (
+    BadInput,
     Costlier,
     Hooked,
     Inexact,
@@ -175,7 +176,13 @@ def find(
 
 
 def check_ready(model: nn.Module) -> None:
-    """Raise unless norms have fixed statistics and all parameters have values, here."""
+    """Raise unless norms have fixed statistics and all parameters have values, here.
+
+    Raises:
+        BadInput: a module is its own descendant.
+        TrainingMode, Uninitialized, Sharded: norms or parameters are not ready.
+    """
+    _check_tree(model, "", ())
     for path, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._NormBase) and module.training and module.track_running_stats:
             raise TrainingMode(
@@ -198,6 +205,17 @@ def check_ready(model: nn.Module) -> None:
                     f"{path + '.' if path else ''}{name} of {type(module).__name__} has no shape yet: "
                     f"run the model once on a batch, then try again"
                 )
+
+
+def _check_tree(module: nn.Module, path: str, around: tuple[nn.Module, ...]) -> None:
+    if module in around:
+        raise BadInput(
+            f"{path} is a module that holds it, so the model has no end, and torch's own eval(), to() and state_dict() "
+            f"do not return: keep such a reference out of the modules, self.__dict__['{path.rpartition('.')[2]}'] = ..."
+        )
+    for name, child in module._modules.items():
+        if child is not None and (child in around or child._modules):
+            _check_tree(child, f"{path}.{name}" if path else name, (*around, module))
 
 
 class Search:

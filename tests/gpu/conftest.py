@@ -13,8 +13,8 @@ import torch
 PAGE = Path(__file__).parents[2] / "docs" / "gpu.md"
 NONE = """# On the GPU
 
-`make test-gpu` runs the tests of `tests/gpu` on a CUDA device and writes this page: errors of every rule's example and of
-ten models in float32 (TF32 off and on), bfloat16, float16, channels last, compiled and as a CUDA graph, and latencies.
+`make test-gpu` runs the tests of `tests/gpu` on a CUDA device and writes this page: errors of every rule's example and
+of ten models in float32 (TF32 off and on), bfloat16, float16, channels last, compiled and as a CUDA graph, and times.
 
 No CUDA device could be had so far: nothing here was run on one.
 """
@@ -59,8 +59,8 @@ def page(found: Measured, device: torch.device) -> str:
         "",
         "## Errors",
         "",
-        "Largest error of an output, relative to its largest value, against the float64 truth: of the deploy model, and of "
-        "the training-time model by its own rounding in the same dtype. The limit is 8 times the latter.",
+        "Largest error of an output, relative to its largest value, against the float64 truth: of the deploy model, "
+        "and of the training-time model by its own rounding in the same dtype. The limit is 8 times the latter.",
         "",
         "| model | how | error | noise | ratio |",
         "| --- | --- | --- | --- | --- |",
