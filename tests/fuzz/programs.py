@@ -219,6 +219,8 @@ class Writer:
             return self.step(f"{x}[..., {crop}]")
         sides = [self.number(-1, 2) for _ in range(2 * self.dims)]
         mode = self.one(*PADS)
+        if mode == "circular":
+            sides = list(map(abs, sides))  # torch gives memory that it has not written where one side crops
         value = f", value={self.one(0.0, 0.0, 1.5)}" if mode == "constant" else ""
         return self.step(f"F.pad({x}, {sides}, mode={mode!r}{value})")
 
