@@ -419,8 +419,8 @@ def adaptive_pool_layer(
     return replace(pool, sized="size") if pool else None
 
 
-def pad_layer(sides: Sequence[int], border: Border, value: float = 0.0) -> Layer:
-    """An explicit pad or crop; `sides` as in `torch.nn.functional.pad`, last dim first.
+def pad_layer(sides: Sequence[int], border: Border, value: Tensor | float = 0.0) -> Layer:
+    """An explicit pad or crop; `sides` as in `torch.nn.functional.pad`, last dim first; `value` for all or (C,).
 
     Raises:
         Unreadable: it copies pixels on one side and crops another, which torch does in the other order than a map.
@@ -495,10 +495,11 @@ def slice_layer(dim: int, select: Callable[[int], slice], channels: int | None =
     return Layer("slice", load, lambda c, d: Geometry(c, len(kept(c, d)), (1,) * d), channels)
 
 
-def _tap_layer(kind: str, shape: Callable[[int, int], Geometry], border: Border, value: float) -> Layer:
+def _tap_layer(kind: str, shape: Callable[[int, int], Geometry], border: Border, value: Tensor | float) -> Layer:
     def load(c: int, d: int) -> ConvMap:
         g = shape(c, d)
-        return ConvMap(torch.ones(c, 1, *g.kernel, dtype=torch.float64), pad=g.pad, groups=c, fill=value, border=border)
+        fill = value.expand(c) if isinstance(value, Tensor) else value
+        return ConvMap(torch.ones(c, 1, *g.kernel, dtype=torch.float64), pad=g.pad, groups=c, fill=fill, border=border)
 
     return Layer(kind, load, shape)
 
@@ -754,7 +755,51 @@ def _(a: _Arguments) -> Layer | None:
     sides, mode, value = a(1, "pad"), a(2, "mode", "constant"), a(3, "value")
     if not _are_ints(sides) or isinstance(value, fx.Node):
         return None
-    return pad_layer(sides, mode, value or 0.0)
+    written = _written_border(a.node, sides)
+    if written is None:
+        return pad_layer(sides, mode, value or 0.0)
+    border, writes = written
+    source = a(0, "input")
+    return replace(pad_layer(sides, "constant", border), source=source, through=writes) if writes else None
+
+
+def _written_border(pad: fx.Node, sides: Sequence[int]) -> tuple[Tensor | float, tuple[fx.Node, ...]] | None:
+    """The constant that is written to the border of a padded value before anything reads it, one slice after another,
+    and the nodes that write it; none of them if they write anything else. None if nothing is written to it."""
+    writes = tuple(user for user in pad.users if user.target is operator.setitem and user.args[0] is pad)
+    if not writes:
+        return None
+    dims = len(sides) // 2
+    values = [constant(write.args[2]) for write in writes]
+    first = values[0]
+    same = all(v is not None and torch.equal(torch.as_tensor(v), torch.as_tensor(first)) for v in values)
+    last = max(write.meta["index"] for write in writes)
+    earlier = any(user.meta["index"] < last for user in pad.users if user not in writes)
+    covered = {_border_slice(write.args[1], dims) for write in writes}
+    wanted = {(dim, end, sides[2 * (dims - 1 - dim) + end]) for dim in range(dims) for end in (0, 1)}
+    if first is None or not same or earlier or min(sides) < 0 or covered != {one for one in wanted if one[2]}:
+        return 0.0, ()
+    if isinstance(first, Tensor):
+        wide = [axis - first.ndim for axis, size in enumerate(first.shape) if size != 1]
+        if wide not in ([], [-dims - 1]):
+            return 0.0, ()
+        first = first.detach().double().flatten()
+    return first, writes
+
+
+def _border_slice(index: Any, dims: int) -> tuple[int, int, int] | None:
+    """Spatial dim, side (0 low, 1 high) and width of an index that takes a border along one dim; None for others."""
+    parts = (index if isinstance(index, tuple) else (index,))[2:]
+    taken = [(dim, part) for dim, part in enumerate(parts) if part != slice(None)]
+    if len(taken) != 1 or not isinstance(taken[0][1], slice) or any(p != slice(None) for p in index[:2]):
+        return None
+    dim, part = taken[0]
+    start, stop = part.start, part.stop
+    if part.step not in (None, 1) or not all(isinstance(end, (int, type(None))) for end in (start, stop)):
+        return None
+    if stop is not None and stop > 0 and not start:
+        return dim, 0, stop
+    return (dim, 1, -start) if start is not None and start < 0 and stop is None else None
 
 
 @_called(operator.getitem)
@@ -1002,6 +1047,9 @@ def _is_view(node: fx.Node) -> bool:
     """Whether a node may give memory that it was given."""
     if node.meta.get("unfollowed"):
         return True
+    if node.target is F.pad:
+        sides = argument(node, 1, "pad")
+        return not (_are_ints(sides) and any(sides))  # a pad of something is a copy
     if node.op == "call_module":
         return isinstance(node.meta["call"].module, (*_IDENTITIES, nn.Flatten, nn.Unflatten))
     return torch_name(node).strip("_") in _VIEWS

@@ -16,7 +16,7 @@ from typing import Any
 import networkx as nx
 import torch
 import torch.utils._pytree as pytree
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from structrep import cost
 from structrep.absorb import Absorption, absorptions, readers_of
@@ -730,7 +730,9 @@ class Replicas:
         self.traced = traced
         self.prints: dict[Call, tuple[object, ...]] = {}
         self.unread = {path: names_reached(traced.model.get_submodule(path)) for path in traced.untraced}
-        self.asked = dict(_asked(traced.model))
+        self.asked: dict[str, list[tuple[str, str]]] = {}  # path -> forwards that ask it for something, and for what
+        for path, question in _asked(traced.model):
+            self.asked.setdefault(path, []).append(question)
         self.listed = {
             part
             for module in traced.model.modules()
@@ -765,8 +767,9 @@ class Replicas:
         if len(bodies) > 1 and not self.alike(bodies):
             raise Shared(f"{owner.path or 'the model'} is called {len(bodies)} times, and not always in the same way")
         touched = {call for node in inside for call in node.meta["call"].chain() if owner in call.chain()}
+        anew = {next(node.meta["call"].homes()) for node in inside if node.op != "call_module"}
         for call in touched - {owner}:
-            self._check_reach(call, touched)
+            self._check_reach(call, touched, anew, inside)
             if call.inlined:
                 continue  # written out in its caller
             calls = self.traced.calls[call.module, call.method]
@@ -776,19 +779,23 @@ class Replicas:
                     f"{call.path or 'the model'} is used {len(calls)} times: merged here, its other uses would change"
                 )
 
-    def _check_reach(self, call: Call, touched: set[Call]) -> None:
-        """Raise where code that will stay uses what a merge takes from a module, other than by calling it."""
+    def _check_reach(self, call: Call, touched: set[Call], anew: set[Call], inside: set[fx.Node]) -> None:
+        """Raise where code that will stay uses what a merge takes from a module, other than by calling it.
+
+        Args:
+            anew: calls whose forward will be written anew, without what vanishes.
+        """
         if call.module in self.listed:
             raise Shared(f"{call.path} is also held in a list or attribute that is none of torch's")
-        if call.leaf and call.path in self.asked:
-            asker, what = self.asked[call.path]
-            raise Shared(
-                f"{asker or 'the model'} asks for {what} of {call.path} in its forward: a merge would change it"
-            )
-        held = (*call.module._parameters, *call.module._buffers) if call.leaf else ()
-        for name in held:
+        for asker, what in self.asked.get(call.path, ()) if call.leaf else ():
+            if asker not in {one.path for one in anew}:
+                asks = f"{asker or 'the model'} asks for {what} of {call.path} in its forward"
+                raise Shared(f"{asks}: a merge would change it")
+        held = {**call.module._parameters, **call.module._buffers} if call.leaf else {}
+        for name, tensor in held.items():
             for other in self.traced.reached.get(f"{call.path}.{name}", ()):
-                raise Shared(f"{other.path or 'the model'} uses {call.path}.{name} itself")
+                if next(other.homes()) not in anew or self._needed(tensor, inside):
+                    raise Shared(f"{other.path or 'the model'} uses {call.path}.{name} itself")
         for other in self.traced.reached.get(call.path, ()):
             if other not in touched:
                 raise Shared(f"{other.path or 'the model'} reaches into {call.path}, which would no longer be there")
@@ -796,6 +803,16 @@ class Replicas:
         for path, names in self.unread.items():
             if name in names and path != parent and (not path or f"{parent}.".startswith(f"{path}.")):
                 raise Shared(f"{path or 'the model'}, whose forward cannot be followed, mentions .{name} of a child")
+
+    def _needed(self, tensor: Tensor | None, inside: set[fx.Node]) -> bool:
+        """Whether a constant made of a tensor is of use to a node that stays."""
+        for trace_ in self.traced.traces:
+            for node in trace_.graph.find_nodes(op="get_attr"):
+                formula = node.meta.get("formula")
+                made = formula.tensors if formula else (node.meta.get("value"),)
+                if any(one is tensor for one in made) and not inside.issuperset(node.users):
+                    return True
+        return False
 
     def fingerprint(self, call: Call) -> tuple[object, ...]:
         """What a call does, in terms of its inputs."""

@@ -536,7 +536,7 @@ class AsksItsLayers(nn.Module):
 
     def forward(self, x):
         x = self.norm(self.conv(x))
-        return x * 2 if self._holds() else x
+        return x.relu() if self._holds() else x
 
     def _holds(self):
         if self.question == "bias":
