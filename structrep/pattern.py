@@ -5,7 +5,7 @@ A `Term` is an expression over layers: `seq` (one after another), `sum` (branche
 
 A pattern is built from leaves and combinators:
 
-    Conv  Norm  Affine  Pad  Leaf  Identity  Anything   |   Seq  Sum  Concat  Optional  Many
+    Conv  Norm  Affine  Scalar  Pool  Pad  Leaf  Identity  Anything   |   Seq  Sum  Concat  Optional  Many
 
     Sum(conv_norm(spatial).named("dense"), Optional(Norm() | Identity()).named("skip"))
 
@@ -329,6 +329,11 @@ def spatial(kernel: tuple[int, ...]) -> bool:
     return not pointwise(kernel)
 
 
+def large(kernel: tuple[int, ...]) -> bool:
+    """More than 5 taps along some dim."""
+    return max(kernel, default=1) > 5
+
+
 def line(kernel: tuple[int, ...]) -> bool:
     """kx1 or 1xk, k > 1."""
     return sum(k > 1 for k in kernel) == 1 and len(kernel) > 1
@@ -354,15 +359,19 @@ class Conv(_One):
 
     Args:
         kernel: a predicate on the kernel size; None takes any.
+        depthwise: whether it must be, or must not be, one filter a channel; None takes either.
         formula: a predicate on how the kernel is computed from parameters, for families that live in weight space; None
             takes any kernel, computed or not.
     """
 
     kernel: Kernel | None = None
     formula: Callable[[Formula], bool] | None = None
+    depthwise: bool | None = None
 
     def accept(self, term: Term) -> Captures | None:
         if term.op != "leaf" or term.layer is None or term.layer.weight is None:
+            return None
+        if self.depthwise is not None and self.depthwise != _is_depthwise(term.layer):
             return None
         if self.kernel and not self.kernel(tuple(term.layer.weight.shape[2:])):
             return None
@@ -376,7 +385,41 @@ class Conv(_One):
     def __str__(self) -> str:
         kind = self.formula.__name__.replace("_", " ") if self.formula else ""
         shape = self.kernel.__name__ if self.kernel else ""
-        return _label(" ".join(word for word in (kind, shape, "conv") if word), self)
+        sort = {None: "", True: "depthwise", False: "dense"}[self.depthwise]
+        return _label(" ".join(word for word in (kind, shape, sort, "conv") if word), self)
+
+
+def _is_depthwise(layer: Layer) -> bool:
+    return layer.weight is not None and layer.weight.shape[1] == 1 and layer.in_channels not in (None, 1)
+
+
+@dataclass(eq=False)
+class Pool(_One):
+    """An average pool."""
+
+    def accept(self, term: Term) -> Captures | None:
+        return {} if term.op == "leaf" and term.layer is not None and term.layer.kind == "pool" else None
+
+    def fits_plain_conv(self) -> bool:
+        return False
+
+    def __str__(self) -> str:
+        return _label("pool", self)
+
+
+@dataclass(eq=False)
+class Scalar(_One):
+    """One number that scales or shifts all channels."""
+
+    def accept(self, term: Term) -> Captures | None:
+        layer = term.layer
+        return {} if layer is not None and layer.kind == "affine" and layer.in_channels is None else None
+
+    def fits_plain_conv(self) -> bool:
+        return False
+
+    def __str__(self) -> str:
+        return _label("scalar", self)
 
 
 @dataclass(eq=False)
@@ -517,11 +560,23 @@ class Optional(Pattern):
 
 @dataclass(eq=False)
 class Many(Pattern):
-    """One or more alike: stages in a sequence, branches in a sum or concat. Its name captures a list."""
+    """One or more: stages in a sequence, branches in a sum or concat. Its name captures a list.
+
+    Args:
+        least: how many there must be.
+        alike: whether the kernels of branches must be of one size.
+    """
 
     part: Pattern = field(default_factory=Leaf)
     least: int = 1
+    alike: bool = False
     repeats = True
+
+    def fits(self, branches: Sequence[Term]) -> bool:
+        """Whether these are branches that it takes, all of them."""
+        sizes = {tuple(x.weight.shape[2:]) for branch in branches for x in branch.leaves() if x.weight is not None}
+        enough = len(branches) >= self.least and not (self.alike and len(sizes) > 1)
+        return enough and all(self.part.match(branch) is not None for branch in branches)
 
     def take(self, items: tuple[Term, ...]) -> Iterator[tuple[int, Captures]]:
         for taken, pieces in self._pieces(items, 0):
@@ -639,7 +694,7 @@ def _assign(patterns: tuple[Pattern, ...], branches: tuple[Term, ...]) -> Iterat
             if isinstance(first, Optional):
                 yield from place(left[1:], free, found)
         elif many is not None:
-            if len(free) >= many.least and all(many.part.match(branch) is not None for branch in free):
+            if many.fits(free):
                 yield found if many.name is None else {**found, many.name: list(free)}
         elif not free:
             yield found
@@ -656,7 +711,7 @@ class Concat(_Combined):
         branches = items[0].parts
         if len(self.parts) == 1 and isinstance(self.parts[0], Many):
             many = self.parts[0]
-            if len(branches) >= many.least and all(many.part.match(b) is not None for b in branches):
+            if many.fits(branches):
                 yield 1, {} if many.name is None else {many.name: list(branches)}
         elif len(branches) == len(self.parts):
             found: Captures = {}
@@ -691,10 +746,10 @@ def _missing_branches(patterns: tuple[Pattern, ...], branches: tuple[Term, ...])
     return "; ".join(texts) or f"it has {len(branches)} branches where {len(patterns)} are wanted"
 
 
-def conv_norm(kernel: Kernel | None = None) -> Pattern:
+def conv_norm(kernel: Kernel | None = None, depthwise: bool | None = None) -> Pattern:
     """A convolution, and whatever scales and shifts follow it: the branch of nearly every paper. It may read a
     padded or cropped input, which only moves its taps."""
-    return Seq(Optional(Pad()), Conv(kernel), Optional(Affine()))
+    return Seq(Optional(Pad()), Conv(kernel, depthwise=depthwise), Optional(Affine()))
 
 
 def _label(text: str, pattern: Pattern) -> str:

@@ -22,10 +22,10 @@ def test_a_rule_merges_its_example_under_its_name(rule: Rule) -> None:
     assert [merge.rules for merge in plan.merges] == [(rule.name,)]
     assert [merge.sources for merge in plan.merges] == [(rule.source,)]
     deploy = plan.apply()
-    assert len(list(deploy.children())) == 1
-    assert type(deploy[0]) in (nn.Conv2d, nn.Linear)
-    width = next(p.shape[1] for p in deploy.parameters() if p.ndim > 1)
-    x = torch.randn(3, width, *([9, 7] if isinstance(deploy[0], nn.Conv2d) else []), dtype=torch.float64)
+    (layer,) = (module for module in deploy.modules() if list(module.parameters(recurse=False)))
+    assert type(layer) in (nn.Conv2d, nn.Linear)
+    width = layer.in_channels if isinstance(layer, nn.Conv2d) else layer.in_features
+    x = torch.randn(3, width, *([9, 7] if isinstance(layer, nn.Conv2d) else []), dtype=torch.float64)
     assert relative_error(deploy(x), model(x)) < 1e-13
 
 

@@ -1,4 +1,4 @@
-"""Training-time modules of the five families, made as the `nn.Conv{n}d` or `nn.Linear` they replace.
+"""Training-time modules of the published families, made as the `nn.Conv{n}d` or `nn.Linear` they replace.
 
 There is no merge code here: `structrep.reparameterize` reads these modules as it reads anybody's.
 """
@@ -7,26 +7,59 @@ from torch import nn
 
 from structrep.blocks._geometry import ConvBlock
 from structrep.blocks.acb import ACBlock2d
+from structrep.blocks.branches import Branches, LearnableAffine
+from structrep.blocks.dbb import DiverseBranchBlock1d, DiverseBranchBlock2d, DiverseBranchBlock3d
 from structrep.blocks.diracnet import DiracConv1d, DiracConv2d, DiracConv3d
 from structrep.blocks.doconv import DOConv1d, DOConv2d, DOConv3d
+from structrep.blocks.ecbsr import EdgeBlock2d
 from structrep.blocks.expandnet import ExpandConv1d, ExpandConv2d, ExpandConv3d, ExpandLinear
+from structrep.blocks.lora import LoRALinear
+from structrep.blocks.mobileone import MobileOneBlock1d, MobileOneBlock2d, MobileOneBlock3d
+from structrep.blocks.orepa import OREPA2d
+from structrep.blocks.qarepvgg import QARepVGGBlock1d, QARepVGGBlock2d, QARepVGGBlock3d
+from structrep.blocks.replknet import LargeKernelBlock2d
+from structrep.blocks.repmixer import RepMixer2d
 from structrep.blocks.repvgg import RepVGGBlock1d, RepVGGBlock2d, RepVGGBlock3d
 
 # What stands in the place of one plain layer, and gives it back when merged.
-STAND_INS: tuple[type[nn.Module], ...] = (ConvBlock, ExpandLinear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+STAND_INS: tuple[type[nn.Module], ...] = (
+    ConvBlock,
+    ExpandLinear,
+    LoRALinear,
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.Linear,
+)
 
 __all__ = [
     "ACBlock2d",
+    "Branches",
     "DOConv1d",
     "DOConv2d",
     "DOConv3d",
     "DiracConv1d",
     "DiracConv2d",
     "DiracConv3d",
+    "DiverseBranchBlock1d",
+    "DiverseBranchBlock2d",
+    "DiverseBranchBlock3d",
+    "EdgeBlock2d",
     "ExpandConv1d",
     "ExpandConv2d",
     "ExpandConv3d",
     "ExpandLinear",
+    "LargeKernelBlock2d",
+    "LearnableAffine",
+    "LoRALinear",
+    "MobileOneBlock1d",
+    "MobileOneBlock2d",
+    "MobileOneBlock3d",
+    "OREPA2d",
+    "QARepVGGBlock1d",
+    "QARepVGGBlock2d",
+    "QARepVGGBlock3d",
+    "RepMixer2d",
     "RepVGGBlock1d",
     "RepVGGBlock2d",
     "RepVGGBlock3d",

@@ -25,6 +25,7 @@ Device = torch.device | str | int | None
 
 CONV: dict[int, Callable[..., nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 NORM: dict[int, Callable[..., nn.Module]] = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+POOL: dict[int, Callable[..., nn.Module]] = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
 CONVOLVE: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 PAD_MODES = {"zeros": "constant", "reflect": "reflect", "replicate": "replicate", "circular": "circular"}
 
@@ -118,17 +119,24 @@ class ConvBlock(nn.Module):
         taps = zip(self.pads, self.dilation, self.kernel_size, strict=True)
         return tuple((lo - d * (k // 2), hi - d * (k - 1 - k // 2)) for (lo, hi), d, k in taps)
 
+    @property
+    def keeps_shape(self) -> bool:
+        """Whether the output has the shape of the input, each pixel where it was."""
+        same = self.in_channels == self.out_channels and self.stride == (1,) * self.dims
+        return same and not any(map(any, self.centre_pads))
+
     def padded(self, pads: Pads, explicit: bool = False) -> tuple[dict[str, nn.Module], Ints]:
         """The pads as an `nn.Conv{n}d`'s `padding` if that can say them, else as a `Pad` to put before it."""
         if all(lo == hi >= 0 for lo, hi in pads) and not explicit:
             return {}, tuple(lo for lo, _ in pads)
         return {"pad": Pad(pads, self.padding_mode)}, (0,) * self.dims
 
-    def norm(self, **factory: Any) -> nn.Module:
+    def norm(self, channels: int | None = None, **factory: Any) -> nn.Module:
+        """A norm of so many channels, those of the output by default."""
         dtype = factory["dtype"]
         if dtype is not None and dtype.is_complex:
             raise ValueError(f"dtype={dtype}: batch norm is for real numbers: give a floating-point dtype")
-        return NORM[self.dims](self.out_channels, **factory)
+        return NORM[self.dims](channels or self.out_channels, **factory)
 
     def branch(self, kernel: Ints, **factory: Any) -> nn.Sequential:
         """Conv and norm. Per dim, `kernel` has all of the block's taps, or one, which is the centre tap."""

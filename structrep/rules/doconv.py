@@ -17,8 +17,8 @@ CONTRACTIONS = {"einsum", "matmul", "bmm", "mm", "tensordot", "rmatmul"}
 
 
 def contracted(formula: Formula) -> bool:
-    """Two or more parameters contracted to a kernel, none normalised."""
-    return bool(formula.calls & CONTRACTIONS and not formula.calls & NORMS and len(formula.parameters) > 1)
+    """Two or three parameters contracted to a kernel, none normalised."""
+    return bool(formula.calls & CONTRACTIONS and not formula.calls & NORMS and 1 < len(formula.parameters) < 4)
 
 
 @rule(

@@ -1,0 +1,39 @@
+"""Branches of one input, added: what most published blocks are, whatever is in them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from structrep.blocks._geometry import Device
+
+
+class Branches(nn.Module):
+    """The sum of what some modules make of one input.
+
+    Raises ValueError if there are none.
+    """
+
+    def __init__(self, *branches: nn.Module) -> None:
+        super().__init__()
+        if not branches:
+            raise ValueError("there are no branches to add: give at least one module")
+        self.branches = nn.ModuleList(branches)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.branches[0](x)
+        for branch in self.branches[1:]:
+            y = y + branch(x)
+        return y
+
+
+class LearnableAffine(nn.Module):
+    """scale * x + shift, both one learned number for all channels, as PP-LCNetV3 puts it behind a block."""
+
+    def __init__(self, scale: float = 1.0, shift: float = 0.0, device: Device = None, dtype: torch.dtype | None = None):
+        super().__init__()
+        self.scale = nn.Parameter(torch.full((1,), scale, device=device, dtype=dtype))
+        self.shift = nn.Parameter(torch.full((1,), shift, device=device, dtype=dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * x + self.shift

@@ -1,0 +1,83 @@
+"""ECBSR: Edge-oriented Convolution Block for Real-time Super Resolution on Mobile Devices. Zhang et al., ACM Multimedia
+2021, doi:10.1145/3474085.3475291, section 3.2."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from structrep.blocks._geometry import ConvBlock, Device, Size
+
+SOBEL = ((1.0, 0.0, -1.0), (2.0, 0.0, -2.0), (1.0, 0.0, -1.0))
+LAPLACIAN = ((0.0, 1.0, 0.0), (1.0, -4.0, 1.0), (0.0, 1.0, 0.0))
+
+
+class EdgeBranch2d(nn.Module):
+    """A 1x1, padded with its bias, then a 3x3 that is learned, or a fixed filter with a scale and bias per channel.
+
+    Args:
+        fixed: (3, 3) numbers of the filter; None for a 3x3 that is learned.
+    """
+
+    filter: Tensor
+
+    def __init__(
+        self, in_channels: int, middle: int, out_channels: int, fixed: Tensor | None, device: Device,
+        dtype: torch.dtype | None,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.expand = nn.Conv2d(in_channels, middle, 1, **factory)
+        self.groups = 1 if fixed is None else out_channels
+        if fixed is None:
+            self.weight = nn.Parameter(torch.empty(out_channels, middle, 3, 3, **factory))
+            nn.init.kaiming_uniform_(self.weight, 5**0.5)
+        else:
+            self.scale = nn.Parameter(torch.randn(out_channels, 1, 1, 1, **factory) * 1e-3)
+            self.register_buffer("filter", fixed.to(device=device, dtype=dtype).expand(out_channels, 1, 3, 3).clone())
+        self.bias = nn.Parameter(torch.zeros(out_channels, **factory))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.expand(x)
+        border = self.expand.bias.reshape(-1, 1, 1)  # type: ignore[union-attr]
+        y = F.pad(y - border, (1, 1, 1, 1)) + border
+        weight = self.weight if self.groups == 1 else self.scale * self.filter
+        return F.conv2d(y, weight, self.bias, groups=self.groups)
+
+
+class EdgeBlock2d(ConvBlock):
+    """conv_3(x) + four branches of a 1x1 and a 3x3, Sobel in x and y, Laplacian, + x where the block keeps its shape.
+
+    Args:
+        depth: channels between the two steps of the learned branch, relative to `out_channels`.
+
+    Raises ValueError for anything but a 3x3 with padding 1, stride 1, one group and zeros: edges have no others.
+    """
+
+    dims = 2
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: Size, stride: Size = 1,
+        padding: Size | str = 0, dilation: Size = 1, groups: int = 1, bias: bool = True,
+        padding_mode: str = "zeros", device: Device = None, dtype: torch.dtype | None = None,
+        *, depth: float = 2.0,
+    ) -> None:  # fmt: skip
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode)
+        found = (self.kernel_size, self.stride, self.pads, self.dilation, groups, padding_mode)
+        if found != ((3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1), 1, "zeros"):
+            raise ValueError(f"an edge block is a 3x3 with padding 1 and nothing else, and this one is {found}")
+        sobel, laplacian = torch.tensor(SOBEL), torch.tensor(LAPLACIAN)
+        self.dense = nn.Conv2d(in_channels, out_channels, 3, padding=1, device=device, dtype=dtype)
+        kinds = [(int(depth * out_channels), None), *((out_channels, f) for f in (sobel, sobel.T, laplacian))]
+        self.edges = nn.ModuleList(
+            EdgeBranch2d(in_channels, middle, out_channels, fixed, device, dtype) for middle, fixed in kinds
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.dense(x)
+        for edge in self.edges:
+            y = y + edge(x)
+        return y + x if self.keeps_shape else y

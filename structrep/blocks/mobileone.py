@@ -1,0 +1,61 @@
+"""MobileOne: An Improved One millisecond Mobile Backbone, arXiv:2206.04040, section 3.2 and figure 3."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from structrep.blocks._geometry import ConvBlock, Device, Size, require_at_least
+
+
+class _MobileOneBlock(ConvBlock):
+    """norm(conv_k(x)), `branches` times, + norm(conv_1(x)) + norm(x), each with a norm of its own.
+
+    The 1x1 is there unless the kernel is itself 1x1, the last norm where the block keeps its shape: stride 1, as many
+    channels, and a padding that keeps the size.
+
+    Raises ValueError for arguments that `nn.Conv{n}d` could not work with, for fewer than one branch, and for a complex
+    dtype.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: Size, stride: Size = 1,
+        padding: Size | str = 0, dilation: Size = 1, groups: int = 1, bias: bool = True,
+        padding_mode: str = "zeros", device: Device = None, dtype: torch.dtype | None = None,
+        *, branches: int = 4,
+    ) -> None:  # fmt: skip
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode)
+        require_at_least(1, branches=branches)
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.dense = nn.ModuleList(self.branch(self.kernel_size, **factory) for _ in range(branches))
+        self.point: nn.Module | None = None
+        self.skip: nn.Module | None = None
+        if max(self.kernel_size) > 1:
+            self.point = self.branch((1,) * self.dims, **factory)
+        if self.keeps_shape:
+            self.skip = self.norm(**factory)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = sum(branch(x) for branch in self.dense)
+        if self.point is not None:
+            y = y + self.point(x)
+        if self.skip is not None:
+            y = y + self.skip(x)
+        return y
+
+
+class MobileOneBlock1d(_MobileOneBlock):
+    __doc__ = _MobileOneBlock.__doc__
+    dims = 1
+
+
+class MobileOneBlock2d(_MobileOneBlock):
+    __doc__ = _MobileOneBlock.__doc__
+    dims = 2
+
+
+class MobileOneBlock3d(_MobileOneBlock):
+    __doc__ = _MobileOneBlock.__doc__
+    dims = 3

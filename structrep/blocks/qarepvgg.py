@@ -1,0 +1,76 @@
+"""QARepVGG: Make RepVGG Greater Again: A Quantization-aware Approach, arXiv:2212.01593, section 4 and figure 3; and the
+depthwise form of RepViT, arXiv:2307.09283, section 3.2."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from structrep.blocks._geometry import CONV, POOL, ConvBlock, Device, Size
+
+
+class _QARepVGGBlock(ConvBlock):
+    """norm(norm(conv_k(x)) + conv_1(x) + x): only the large kernel has a norm of its own, and one follows the sum.
+
+    With groups=in_channels this is RepViT's depthwise block. x is there where the block keeps its shape.
+
+    Args:
+        pool: add an average pool of the kernel's size, undilated, as YOLOv6 does (arXiv:2209.02976).
+
+    Raises ValueError for arguments that `nn.Conv{n}d` could not work with, and for a complex dtype.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: Size, stride: Size = 1,
+        padding: Size | str = 0, dilation: Size = 1, groups: int = 1, bias: bool = True,
+        padding_mode: str = "zeros", device: Device = None, dtype: torch.dtype | None = None,
+        *, pool: bool = False,
+    ) -> None:  # fmt: skip
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode)
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.dense = self.branch(self.kernel_size, **factory)
+        pad, padding_ = self.padded(self.centre_pads)
+        conv = CONV[self.dims](
+            in_channels,
+            out_channels,
+            1,
+            self.stride,
+            padding_,
+            1,
+            groups,
+            bias=False,
+            padding_mode=padding_mode,
+            **factory,
+        )
+        self.point = nn.Sequential(*pad.values(), conv)
+        self.pool: nn.Module | None = None
+        if pool:
+            if not self.keeps_shape or self.padding_mode != "zeros" or isinstance(self.padding, str):
+                raise ValueError("an average beside the kernel needs equal channels, stride 1 and padding in numbers")
+            self.pool = POOL[self.dims](self.kernel_size, 1, self.padding)
+        self.after = self.norm(**factory)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.dense(x) + self.point(x)
+        if self.keeps_shape:
+            y = y + x
+        if self.pool is not None:
+            y = y + self.pool(x)
+        return self.after(y)  # type: ignore[no-any-return]
+
+
+class QARepVGGBlock1d(_QARepVGGBlock):
+    __doc__ = _QARepVGGBlock.__doc__
+    dims = 1
+
+
+class QARepVGGBlock2d(_QARepVGGBlock):
+    __doc__ = _QARepVGGBlock.__doc__
+    dims = 2
+
+
+class QARepVGGBlock3d(_QARepVGGBlock):
+    __doc__ = _QARepVGGBlock.__doc__
+    dims = 3

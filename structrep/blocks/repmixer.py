@@ -1,0 +1,45 @@
+"""RepMixer of FastViT: A Fast Hybrid Vision Transformer using Structural Reparameterization, arXiv:2303.14189, section
+3.2.1."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from structrep.blocks._geometry import ConvBlock, Device, Size
+
+
+class RepMixer2d(ConvBlock):
+    """x + scale * (norm(conv_k(x)) + norm(conv_1(x)) + norm(x) - norm(x)), depthwise as the paper has it with
+    groups=in_channels.
+
+    Args:
+        layer_scale: what `scale` starts from, per channel; None leaves it out.
+
+    Raises ValueError for arguments that `nn.Conv2d` could not work with, and where the block would not keep its shape.
+    """
+
+    dims = 2
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: Size, stride: Size = 1,
+        padding: Size | str = 0, dilation: Size = 1, groups: int = 1, bias: bool = True,
+        padding_mode: str = "zeros", device: Device = None, dtype: torch.dtype | None = None,
+        *, layer_scale: float | None = 1e-5,
+    ) -> None:  # fmt: skip
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode)
+        if not self.keeps_shape:
+            raise ValueError("a token mixer adds to its input: give equal channels, stride 1, and padding='same'")
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.dense = self.branch(self.kernel_size, **factory)
+        self.point = self.branch((1, 1), **factory)
+        self.skip, self.minus = self.norm(**factory), self.norm(**factory)
+        self.scale: nn.Parameter | None = None
+        if layer_scale is not None:
+            self.scale = nn.Parameter(torch.full((in_channels, 1, 1), layer_scale, **factory))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.dense(x) + self.point(x) + self.skip(x) - self.minus(x)
+        return x + (y if self.scale is None else self.scale * y)

@@ -1,0 +1,29 @@
+"""Diverse Branch Block: Building a Convolution as an Inception-like Unit. Ding et al., CVPR 2021, arXiv:2103.13425.
+
+Training time: four branches, each with a norm: k×k; 1x1; 1x1, norm, average; 1x1, norm, k×k. The norm between two steps
+is padded with what it makes of 0, so that each chain is one convolution (transforms I to VI, section 3.2).
+"""
+
+from structrep.algebra import ConvMap
+from structrep.blocks import DiverseBranchBlock2d
+from structrep.pattern import Affine, Conv, Identity, Optional, Pad, Pool, Seq, Sum, conv_norm, pointwise, spatial
+from structrep.registry import rule
+
+BORDER = Seq(Optional(Affine()), Optional(Pad()), Optional(Affine()))  # a norm, and a pad with what it makes of 0
+AVERAGE = Seq(Optional(Conv(pointwise)), BORDER, Pool(), Optional(Affine()))
+CHAIN = Seq(Conv(pointwise), BORDER, Conv(spatial), Optional(Affine()))
+
+
+@rule(
+    Sum(
+        conv_norm(spatial).named("dense"),
+        AVERAGE.named("average"),
+        Optional(CHAIN.named("chain")),
+        Optional(conv_norm(pointwise).named("point")),
+        Optional(Seq(Optional(Pad()), Affine() | Identity()).named("identity")),
+    ),
+    source="DBB, arXiv:2103.13425, section 3.3",
+    example=lambda: DiverseBranchBlock2d(8, 8, 3, padding=1),
+)
+def dbb(dense: ConvMap, average: ConvMap, chain: ConvMap, point: ConvMap, identity: ConvMap) -> ConvMap:
+    return dense + average + chain + point + identity

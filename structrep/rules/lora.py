@@ -1,0 +1,22 @@
+"""LoRA: Low-Rank Adaptation of Large Language Models. Hu et al., ICLR 2022, arXiv:2106.09685.
+
+Training time: a Linear, and a product of two thin ones, scaled, added (section 4.1): W + s B A. RepAdapter
+(arXiv:2302.08106) and other adapters in a row with a Linear are chains, which the law of that name merges.
+"""
+
+from structrep.algebra import ConvMap
+from structrep.blocks import LoRALinear
+from structrep.pattern import Affine, Conv, Optional, Seq, Sum, pointwise
+from structrep.registry import rule
+
+
+@rule(
+    Sum(
+        Conv(pointwise).named("base"),
+        Seq(Conv(pointwise), Conv(pointwise), Optional(Affine())).named("delta"),
+    ),
+    source="LoRA, arXiv:2106.09685, section 4.1",
+    example=lambda: LoRALinear(8, 6, rank=2),
+)
+def lora(base: ConvMap, delta: ConvMap) -> ConvMap:
+    return base + delta

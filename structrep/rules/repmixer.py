@@ -1,0 +1,31 @@
+"""FastViT: A Fast Hybrid Vision Transformer using Structural Reparameterization. Vasu et al., ICCV 2023,
+arXiv:2303.14189.
+
+Training time: x + scale * (mixer(x) - norm(x)), the mixer a MobileOne block (section 3.2.1, RepMixer). A minus is a
+scale of -1, a skip a Dirac kernel.
+"""
+
+from structrep.algebra import ConvMap
+from structrep.blocks import RepMixer2d
+from structrep.pattern import Affine, Identity, Many, Seq, Sum, conv_norm
+from structrep.registry import rule
+
+BRANCH = conv_norm() | Affine()
+
+
+@rule(
+    Sum(Identity().named("skip"), Seq(Sum(Many(BRANCH, least=2).named("mixer")), Affine().named("scale"))),
+    source="FastViT, arXiv:2303.14189, section 3.2.1",
+    example=lambda: RepMixer2d(8, 8, 3, padding=1, groups=8),
+)
+def repmixer(skip: ConvMap, mixer: list[ConvMap], scale: ConvMap) -> ConvMap:
+    return skip + (sum(mixer) >> scale)
+
+
+@rule(
+    Sum(Identity().named("skip"), Affine().named("minus"), Affine().named("plus"), Many(conv_norm()).named("mixer")),
+    source="FastViT, arXiv:2303.14189, section 3.2.1",
+    example=lambda: RepMixer2d(8, 8, 3, padding=1, groups=8, layer_scale=None),
+)
+def repmixer_unscaled(skip: ConvMap, minus: ConvMap, plus: ConvMap, mixer: list[ConvMap]) -> ConvMap:
+    return skip + minus + plus + sum(mixer)
