@@ -12,6 +12,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
+import structrep
 from structrep import blocks
 from structrep.blocks import (
     ACBlock2d,
@@ -33,7 +34,14 @@ DIRAC = {1: blocks.DiracConv1d, 2: DiracConv2d, 3: blocks.DiracConv3d}
 DO = {1: blocks.DOConv1d, 2: DOConv2d, 3: DOConv3d}
 EXPAND = {1: ExpandConv1d, 2: ExpandConv2d, 3: ExpandConv3d}
 ALL_2D = [RepVGGBlock2d, ACBlock2d, DiracConv2d, DOConv2d, ExpandConv2d]
-CONV_BLOCKS = [getattr(blocks, name) for name in blocks.__all__ if name != "ExpandLinear"]
+OTHERS = ("ExpandLinear", "LoRALinear", "Branches", "LearnableAffine")
+CONV_BLOCKS = [getattr(blocks, name) for name in blocks.__all__ if name not in OTHERS]
+# arguments for the blocks that do not take any
+WANTS = {
+    blocks.EdgeBlock2d: (2, 4, 3, 1, 1),
+    blocks.LargeKernelBlock2d: (2, 4, 5, 1, 2),
+    blocks.RepMixer2d: (2, 2, 3, 1, 1),
+}
 
 
 @st.composite
@@ -326,9 +334,9 @@ def test_compiles_whole(block):
     torch.testing.assert_close(torch.compile(module, backend="eager", fullgraph=True)(x), module(x))
 
 
-@pytest.mark.parametrize("block", [*CONV_BLOCKS, ExpandLinear])
+@pytest.mark.parametrize("block", [*CONV_BLOCKS, ExpandLinear, blocks.LoRALinear])
 def test_device_and_dtype_are_those_asked_for(block):
-    args = (2, 4) if block is ExpandLinear else (2, 4, 3)
+    args = WANTS.get(block, (2, 4, 3) if hasattr(block, "dims") else (2, 4))
     for module in (block(*args, device="meta", dtype=torch.bfloat16), block(*args, dtype=torch.bfloat16)):
         floats = [t for t in [*module.parameters(), *module.buffers()] if t.is_floating_point()]
         assert {t.dtype for t in floats} == {torch.bfloat16}
@@ -340,6 +348,67 @@ def test_device_and_dtype_are_those_asked_for(block):
             module.reset_parameters()
     x = torch.randn(2, 2, *[5] * getattr(block, "dims", 0))
     assert made(x).isfinite().all()
+
+
+BEYOND = [
+    (blocks.DiverseBranchBlock1d, "dbb", {"kernel_size": 5, "padding": 2, "stride": 2}),
+    (blocks.DiverseBranchBlock2d, "dbb", {"kernel_size": (3, 5), "padding": (1, 2), "groups": 2}),
+    (blocks.DiverseBranchBlock2d, "dbb", {"kernel_size": 2}),
+    (blocks.DiverseBranchBlock3d, "dbb", {"kernel_size": 3, "padding": "same"}),
+    (blocks.MobileOneBlock1d, "mobileone", {"kernel_size": 3, "padding": 1, "padding_mode": "reflect"}),
+    (blocks.MobileOneBlock2d, "mobileone", {"kernel_size": 3, "padding": 2, "dilation": 2, "branches": 2}),
+    (blocks.MobileOneBlock2d, "mobileone", {"kernel_size": (3, 1), "padding": (0, 0), "stride": 2, "groups": 4}),
+    (blocks.MobileOneBlock2d, "mobileone_pointwise", {"kernel_size": 1, "branches": 1}),
+    (blocks.MobileOneBlock3d, "mobileone", {"kernel_size": 3, "padding": "same"}),
+    (blocks.LargeKernelBlock2d, "replknet", {"kernel_size": 7, "padding": 3, "groups": 4}),
+    (blocks.LargeKernelBlock2d, "replknet", {"kernel_size": 9, "padding": 0, "stride": 2, "groups": 4}),
+    (blocks.LargeKernelBlock2d, "unireplknet", {"kernel_size": 9, "padding": 4, "groups": 4, "branches": "dilated"}),
+    (blocks.RepMixer2d, "repmixer", {"kernel_size": 7, "padding": 3, "groups": 4}),
+    (blocks.RepMixer2d, "repmixer_unscaled", {"kernel_size": (1, 11), "padding": (0, 5), "layer_scale": None}),
+    (blocks.QARepVGGBlock1d, "qarepvgg", {"kernel_size": 3, "padding": 1, "stride": 2}),
+    (blocks.QARepVGGBlock2d, "qarepvgg", {"kernel_size": 3, "padding": 1, "pool": True}),
+    (blocks.QARepVGGBlock2d, "repvit", {"kernel_size": 3, "padding": 1, "groups": 4}),
+    (blocks.QARepVGGBlock3d, "qarepvgg", {"kernel_size": 3, "padding": "same", "groups": 2}),
+    (blocks.EdgeBlock2d, "ecbsr", {"kernel_size": 3, "padding": 1}),
+    (blocks.EdgeBlock2d, "ecbsr", {"kernel_size": 3, "padding": "same", "depth": 0.5}),
+    (blocks.OREPA2d, "orepa", {"kernel_size": 3, "padding": 1, "groups": 2}),
+    (blocks.OREPA2d, "orepa", {"kernel_size": (5, 2), "stride": 2, "padding_mode": "circular", "padding": 1}),
+]
+
+
+@pytest.mark.parametrize(("block", "rule", "settings"), BEYOND)
+def test_a_block_stands_for_one_conv_of_its_arguments(block, rule, settings):
+    module = randomised(block(4, 4, **settings))
+    x = torch.randn(2, 4, *(11, 10, 9)[: block.dims], dtype=torch.float64)
+    plain = {k: v for k, v in settings.items() if k not in ("branches", "layer_scale", "pool", "depth")}
+    conv = CONV[block.dims](4, 4, **plain).double()
+    plan = structrep.plan(nn.Sequential(module))
+    assert [merge.rules[0] for merge in plan.merges] == [rule]
+    (deploy,) = plan.apply()
+    assert (deploy(x) - module(x)).abs().max() <= 1e-12 * module(x).abs().max()
+    assert deploy(x).shape == conv(x).shape
+    names = ("weight.shape", "stride", "dilation", "groups", "padding_mode")
+    have = deploy if isinstance(deploy, CONV[block.dims]) else deploy[-1]  # behind a pad that no conv does
+    assert have.weight.shape == conv.weight.shape
+    assert all(getattr(have, name) == getattr(conv, name) for name in names[1:-1])
+    module.train()(x).square().sum().backward()
+    assert all(p.grad is not None for p in module.parameters())
+
+
+def test_a_diverse_branch_block_starts_its_chain_as_the_identity():
+    block = blocks.DiverseBranchBlock2d(4, 6, 3, padding=1, groups=2)
+    x = torch.randn(1, 4, 5, 5)
+    torch.testing.assert_close(block.chain.conv(x), x)
+
+
+def test_an_adapter_starts_as_nothing_and_merges_to_one_linear():
+    block = blocks.LoRALinear(5, 7, rank=2, alpha=3.0)
+    x = torch.randn(3, 5)
+    torch.testing.assert_close(block(x), block.base(x))
+    block = randomised(block)
+    plan = structrep.plan(block)
+    assert [merge.rules for merge in plan.merges] == [("lora",)]
+    torch.testing.assert_close(plan.apply()(x.double()), block(x.double()))
 
 
 ERRORS = [
