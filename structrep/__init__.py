@@ -7,7 +7,9 @@ from structrep import rules as _rules  # noqa: F401  registers the catalogue
 from structrep.algebra import ConvMap
 from structrep.driver import Plan, explain, plan, reparameterize
 from structrep.errors import Refusal, StructrepError, VerificationError
+from structrep.probe import probe
 from structrep.proof import verify
+from structrep.readers import reader
 from structrep.registry import Registry, Rule, rule
 from structrep.report import Verification
 
@@ -22,6 +24,8 @@ __all__ = [
     "VerificationError",
     "explain",
     "plan",
+    "probe",
+    "reader",
     "reparameterize",
     "rule",
     "verify",

@@ -128,6 +128,13 @@ class Geometry:
             return tuple(max(0, (n - 1) * s - o + 1) for n, o, s in zip(size, self.overhang, self.stride, strict=True))
         return tuple(max(0, (n + o - 1) // s + 1) for n, o, s in zip(size, self.overhang, self.stride, strict=True))
 
+    def inside(self, values: Tensor, size: Sequence[int]) -> Tensor:
+        """Of outputs (N, O, *out) for inputs of a size, the pixels that are made of nothing outside the input."""
+        for dim, (n, (lo, _), step, reach) in enumerate(zip(size, self.pad, self.stride, self.reach, strict=True), 2):
+            first, stop = -(-max(0, lo) // step), max(0, (n - 1 - reach + lo) // step + 1)
+            values = values.narrow(dim, min(first, stop), max(0, min(stop, values.shape[dim]) - first))
+        return values
+
     def __add__(self, other: Geometry) -> Geometry:
         """The smallest frame that holds both maps' taps, on the coarsest lattice common to both.
 

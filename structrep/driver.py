@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
 
 from structrep import search
+from structrep.algebra import ConvMap
 from structrep.errors import BadInput, Refusal, StructrepError, VerificationError
 from structrep.explain import refusal, why
 from structrep.layers import Sizes
 from structrep.pattern import geometry
-from structrep.proof import accepts, border, prove, verify
+from structrep.probe import probe as find_map
+from structrep.proof import accepts, border, inputs_of, prove, verify
 from structrep.registry import Registry, Rule, resolve
 from structrep.report import Explanation, MergeRecord, PlanRecord, RefusalRecord, Verification, as_text, plan_tables
 from structrep.rewrite import Draft, without
@@ -124,6 +127,7 @@ def plan(
     *,
     rules: Rules = None,
     inexact_borders: str | Iterable[str] = (),
+    probe: str | Iterable[str] = (),
 ) -> Plan:
     """Find every merge in a model, and say of the others why not. The model is not changed.
 
@@ -135,6 +139,8 @@ def plan(
         rules: a registry, or names of registered rules and rules; all registered ones by default.
         inexact_borders: names of modules, or globs, whose merges may differ where they read outside their input, if
             nothing else helps; the plan says of each how many output pixels differ and by how much.
+        probe: names of layers, or globs, whose code cannot be read: what they are is found out by `structrep.probe`, on
+            inputs like those that the example inputs give them.
 
     Raises:
         TrainingMode: a norm has no fixed scale yet.
@@ -148,8 +154,40 @@ def plan(
     search.check_ready(model)
     if example_inputs is not None:
         accepts(model, example_inputs)
-    globs = (inexact_borders,) if isinstance(inexact_borders, str) else tuple(inexact_borders)
-    return Plan(model, search.find(model, example_inputs, registry, globs))
+    maps, refused = _probed(model, example_inputs, _globs(probe))
+    findings = search.find(model, example_inputs, registry, _globs(inexact_borders), maps)
+    findings.missed += refused
+    return Plan(model, findings)
+
+
+def _globs(names: str | Iterable[str]) -> tuple[str, ...]:
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+def _probed(
+    model: nn.Module, example_inputs: Example | None, globs: tuple[str, ...]
+) -> tuple[dict[str, ConvMap], list[Missed]]:
+    """The maps that the named layers were found to be, and why others were not.
+
+    Raises:
+        BadInput: there are no example inputs, or no layer of such a name.
+    """
+    if not globs:
+        return {}, []
+    if example_inputs is None:
+        raise BadInput("to probe a layer example_inputs are needed: they tell what it is given")
+    named = {path for path, _ in model.named_modules() if path}
+    for glob in globs:
+        if not fnmatch.filter(named, glob):
+            raise BadInput(f"the model has no module named {glob!r} to probe")
+    found: dict[str, ConvMap] = {}
+    refused: list[Missed] = []
+    for path, given in inputs_of(model, example_inputs, {p for glob in globs for p in fnmatch.filter(named, glob)}):
+        try:
+            found[path] = find_map(model.get_submodule(path), given)
+        except Refusal as reason:
+            refused.append(Missed(path, "-", "probed", reason, (path,)))
+    return found, refused
 
 
 def explain(
@@ -173,13 +211,14 @@ def reparameterize(
     *,
     rules: Rules = None,
     inexact_borders: str | Iterable[str] = (),
+    probe: str | Iterable[str] = (),
     inplace: bool = False,
     verify: bool = True,
 ) -> nn.Module:
     """The equal model with every branch merged: the same class, methods and names, fewer layers.
 
     Args:
-        model, example_inputs, rules, inexact_borders: as for `plan`.
+        model, example_inputs, rules, inexact_borders, probe: as for `plan`.
         inplace: change the model itself instead of a copy.
         verify: prove every merge on its region in float64 and, with example inputs, the whole model against its
             float64 self; the latter not if a border is inexact because you allowed it.
@@ -190,7 +229,7 @@ def reparameterize(
         TrainingMode, Uninitialized, Sharded, UnknownRule, BadInput: as for `plan`.
     """
     model = unwrapped(model)
-    planned = plan(model, example_inputs, rules=rules, inexact_borders=inexact_borders)
+    planned = plan(model, example_inputs, rules=rules, inexact_borders=inexact_borders, probe=probe)
     if verify:
         planned.prove()
     if not verify or example_inputs is None or planned.inexact:

@@ -67,6 +67,14 @@ class InvalidRule(StructrepError):
     """A rule was refused at registration."""
 
 
+class InvalidReader(StructrepError):
+    """A reader was refused at registration."""
+
+
+class BrokenRule(StructrepError):
+    """A rule does not do what it says, on its own examples."""
+
+
 class UnknownRule(StructrepError):
     """A rule was asked for by a name that is not registered."""
 

@@ -8,7 +8,7 @@ its weights once.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
-from structrep.algebra import ConvMap, Geometry
+from structrep.algebra import ConvMap
 from structrep.errors import BadInput, WrongMerge
 from structrep.ranks import rank
 from structrep.readers import Layer, lower, only_asserted
@@ -197,6 +197,24 @@ def accepts(model: nn.Module, example_inputs: Example) -> None:
     _Run(model, example_inputs, _How(device, dtype_of(model)))
 
 
+def inputs_of(model: nn.Module, example_inputs: Example, paths: Collection[str]) -> Iterator[tuple[str, Any]]:
+    """What some modules are given at their first call, for the example inputs."""
+    device = next((t.device for t in model.parameters()), torch.device("cpu"))
+    how = _How(device, dtype_of(model))
+    twin = how.model(model)
+    seen: dict[str, Any] = {}
+    for path in paths:
+
+        def note(module: nn.Module, args: Any, path: str = path) -> None:
+            seen.setdefault(path, args[0] if len(args) == 1 else None)
+
+        twin.get_submodule(path).register_forward_pre_hook(note)
+    args, kwargs = as_arguments(how.inputs(example_inputs))
+    with how.running():
+        twin(*args, **kwargs)
+    yield from seen.items()
+
+
 def _regions(
     reference: nn.Module, example_inputs: Example, how: _How, merges: Mapping[str, Merge]
 ) -> dict[str, Tensor]:
@@ -293,7 +311,7 @@ def prove(merge: Merge) -> None:
                 f"on an input of {size} pixels the layers give {tuple(before.shape)}, merged {tuple(after.shape)}"
             )
         if merge.fit.rigour == "inside":
-            before, after = (value[_inside(map_.geometry, size)] for value in (before, after))
+            before, after = (map_.geometry.inside(value, size) for value in (before, after))
         proved = proved or bool(before.numel())
         error = relative_error(after, before)
         if error > COEFFICIENT_ROUNDING:
@@ -317,14 +335,6 @@ def border(merge: Merge) -> BorderRecord:
     return BorderRecord(
         size=size, pixels=int(off.sum()), of=off.numel(), error=float((after - before).abs().max() / peak)
     )
-
-
-def _inside(g: Geometry, size: tuple[int, ...]) -> tuple[slice, ...]:
-    """The output pixels that are made of nothing outside the input."""
-    places = []
-    for n, (lo, _), step, reach in zip(size, g.pad, g.stride, g.reach, strict=True):
-        places.append(slice(-(-max(0, lo) // step), max(0, (n - 1 - reach + lo) // step + 1)))
-    return (slice(None), slice(None), *places)
 
 
 class _Both:

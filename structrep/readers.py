@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from structrep.algebra import Border, ConvMap, Geometry, Ints, Pads, swapped
-from structrep.errors import Unreadable
+from structrep.errors import InvalidReader, Unreadable
 from structrep.layers import Shift
 from structrep.ranks import argument, rank, torch_name
 
@@ -61,6 +61,7 @@ class Layer:
         through: nodes between the two.
         sized: whether it is that map for inputs of any size, for those that differ from the example by multiples of its
             stride, or for the example's alone.
+        probed: whether it was found out by what it does, not read.
         dead: counts channels of a norm whose variance is lost in its eps, whose scale says nothing of the data.
     """
 
@@ -78,6 +79,7 @@ class Layer:
     node: fx.Node | None = None
     through: tuple[fx.Node, ...] = ()
     sized: Literal["any", "period", "size"] = "any"
+    probed: bool = False
     dead: Callable[[], int] = lambda: 0
 
     def __str__(self) -> str:
@@ -115,6 +117,7 @@ Reading = Layer | Total | Stack | Same
 # --- modules --------------------------------------------------------------------------------------
 
 _MODULES: dict[type[nn.Module], Callable[[Any], Layer | None]] = {}
+PROBED = "structrep_probed"  # where a traced module keeps the map that it was found to be
 _IDENTITIES: tuple[type[nn.Module], ...] = (
     nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout,
 )  # fmt: skip
@@ -131,6 +134,8 @@ def _reads(*types: type[nn.Module]) -> Callable[[Callable[[Any], Layer | None]],
 
 def _reader(module: nn.Module) -> Callable[[Any], Layer | None] | None:
     """The reader written for the forward that this module really runs."""
+    if PROBED in module.__dict__:
+        return lambda probed: replace(map_layer(probed, probed.__dict__[PROBED]), probed=True)
     if "forward" in module.__dict__:
         return None
     for base in type(module).__mro__:
@@ -141,6 +146,58 @@ def _reader(module: nn.Module) -> Callable[[Any], Layer | None] | None:
             )
             return _MODULES.get(base, lambda _: None) if runs_it else None
     return None
+
+
+def reader(*types: type[nn.Module]) -> Callable[[Callable[[Any], ConvMap]], Callable[[Any], ConvMap]]:
+    """Decorator: a function that says which map a layer of these types is.
+
+    The layer's code is not looked at any more: the tracer keeps it whole. A subclass with a forward of its own is not
+    read so.
+
+    >>> @structrep.reader(MyConv)
+    ... def my_conv(layer):
+    ...     return ConvMap(layer.weight * layer.gain, layer.bias, pad=layer.padding)
+
+    Raises:
+        InvalidReader: there are no types, something is no module type, or a type is read already.
+    """
+    for type_ in types:
+        if not (isinstance(type_, type) and issubclass(type_, nn.Module)):  # type: ignore[redundant-expr]
+            raise InvalidReader(f"{type_!r} is no module type: give classes, as in @structrep.reader(MyConv)")
+        if type_ in _MODULES or type_ in _IDENTITIES:
+            raise InvalidReader(f"{type_.__module__}.{type_.__qualname__} is read already: one type, one reader")
+    if not types:
+        raise InvalidReader("a reader of nothing: give the module types that it reads, @structrep.reader(MyConv)")
+
+    def register(read: Callable[[Any], ConvMap]) -> Callable[[Any], ConvMap]:
+        _reads(*types)(lambda module: map_layer(module, read))
+        return read
+
+    return register
+
+
+def map_layer(module: nn.Module, read: Callable[[Any], ConvMap] | ConvMap) -> Layer:
+    """A layer that is a given map, or one that a function makes of it.
+
+    Raises:
+        Unreadable: the function gave something else.
+    """
+
+    def found() -> ConvMap:
+        map_ = read if isinstance(read, ConvMap) else read(module)
+        if not isinstance(map_, ConvMap):
+            raise Unreadable(f"the reader of {type(module).__name__} gave a {type(map_).__name__}, not a ConvMap")
+        return map_
+
+    map_ = found()
+    g = map_.geometry
+    stored = sum(p.numel() for p in module.parameters())
+    if g.diagonal:
+        return diagonal_layer("affine", lambda c, d: found(), g.in_channels, g.dims, stored)
+    like = next((p for p in module.parameters() if p.is_floating_point()), torch.empty(0))
+    weight = map_.kernel.to(like.device, like.dtype)
+    layer = _kernel_layer("conv" if g.dims else "linear", g, lambda c, d: found(), weight, map_.bias)
+    return replace(layer, parameters=stored)
 
 
 def knows(module: nn.Module) -> bool:

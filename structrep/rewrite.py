@@ -425,7 +425,9 @@ def _all_dead(module: nn.Module, dead: set[nn.Module]) -> bool:
 
 def _refill(module: nn.Module, map_: ConvMap, bias: bool) -> bool:
     """Give a plain layer new coefficients where it stands; False if the map does not have its geometry."""
-    if not {"weight", "bias"} <= set(module._parameters) or module._parameters["weight"] is None or not knows(module):
+    plain = isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)) and knows(module)
+    weight = module._parameters.get("weight")
+    if not plain or weight is None:
         return False
     layer = read_module(module)
     assert layer is not None
@@ -435,7 +437,6 @@ def _refill(module: nn.Module, map_: ConvMap, bias: bool) -> bool:
     border = {"zeros": "constant"}.get(mode := getattr(module, "padding_mode", "zeros"), mode)
     if layer.shape(g.in_channels, g.dims) != g or (g.pads and border != map_.border) or bool(map_.fill.any()):
         return False
-    weight = module._parameters["weight"]
     fresh = lower(map_, weight, bias=bias, requires_grad=weight.requires_grad)
     module._parameters["weight"], module._parameters["bias"] = (
         cast(nn.Parameter, fresh.weight),

@@ -9,7 +9,7 @@ if it is not dearer than what it replaces, and if the algebra finds it exact.
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
@@ -156,15 +156,22 @@ class Findings:
 
 
 def find(
-    model: nn.Module, example_inputs: Example | None, registry: Registry, inexact_borders: Iterable[str] = ()
+    model: nn.Module,
+    example_inputs: Example | None,
+    registry: Registry,
+    inexact_borders: Iterable[str] = (),
+    probed: Mapping[str, ConvMap] | None = None,
 ) -> Findings:
     """Trace the model and find all its merges; those of layers that `inexact_borders` names may differ at the border.
+
+    Args:
+        probed: layers by path that are taken to be those maps.
 
     Raises:
         TrainingMode, Uninitialized, Sharded, BadInput: the model cannot be planned as it is.
     """
     check_ready(model)
-    findings = Findings(trace(model, example_inputs), tuple(inexact_borders))
+    findings = Findings(trace(model, example_inputs, probed or {}), tuple(inexact_borders))
     for path, reason in findings.traced.untraced.items():
         findings.missed.append(Missed(path or "(root)", "-", "left as it is", reason))
     for function, (path, reason) in findings.traced.unfollowed.items():
@@ -657,6 +664,8 @@ def _notes(map_: ConvMap, leaves: Iterable[Layer], dtype: torch.dtype) -> Iterat
             numbers = map_.kernel.numel() + len(map_.bias)
             yield f"{lost} of {numbers} merged numbers are below float16's normal range, {tiny:.1e}"
     for layer in leaves:
+        if layer.probed:
+            yield f"{_path(layer.node) if layer.node else 'a layer'} was probed, not read"
         if dead := layer.dead():
             norm = _path(layer.node) if layer.node else "a norm"
             yield f"{norm}: {dead} of its channels have a variance below eps, dead in training and scaled by eps alone"

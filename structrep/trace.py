@@ -31,6 +31,7 @@ from torch.fx.proxy import TraceError
 from torch.overrides import TorchFunctionMode
 
 from structrep import readers
+from structrep.algebra import ConvMap
 from structrep.answers import length, spared
 from structrep.errors import BadInput, StructrepError, Untraceable
 from structrep.intercept import (
@@ -159,13 +160,20 @@ class Origin:
     kwargs: dict[str, Any]
 
 
-def trace(model: nn.Module, example_inputs: Example | None = None) -> Traced:
+def trace(
+    model: nn.Module, example_inputs: Example | None = None, probed: Mapping[str, ConvMap] | None = None
+) -> Traced:
     """Follow the model's forward, and where that stops, its parts.
+
+    Args:
+        probed: layers by path that are taken to be those maps.
 
     Raises:
         BadInput: the model rejects the example inputs.
     """
     twin = shallow_copy(model)
+    for path, map_ in (probed or {}).items():
+        twin.get_submodule(path).__dict__[readers.PROBED] = map_
     paths = {module: path for path, module in twin.named_modules()}
     traced = Traced(twin, {id(tensor): name for name, tensor in _named_tensors(paths)})
     _trace_below(traced, twin, paths, example_inputs, set())

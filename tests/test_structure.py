@@ -25,6 +25,7 @@ ORDER = [
     "sources",
     "intercept",
     "trace",
+    "probe",
     "absorb",
     "borders",
     "search",
