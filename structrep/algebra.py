@@ -128,10 +128,14 @@ class Geometry:
             return tuple(max(0, (n - 1) * s - o + 1) for n, o, s in zip(size, self.overhang, self.stride, strict=True))
         return tuple(max(0, (n + o - 1) // s + 1) for n, o, s in zip(size, self.overhang, self.stride, strict=True))
 
-    def inside(self, values: Tensor, size: Sequence[int]) -> Tensor:
-        """Of outputs (N, O, *out) for inputs of a size, the pixels that are made of nothing outside the input."""
-        for dim, (n, (lo, _), step, reach) in enumerate(zip(size, self.pad, self.stride, self.reach, strict=True), 2):
-            first, stop = -(-max(0, lo) // step), max(0, (n - 1 - reach + lo) // step + 1)
+    def inside(self, values: Tensor, size: Sequence[int], room: Sequence[int] | None = None) -> Tensor:
+        """Of outputs (N, O, *out) for inputs of a size, the pixels that are made of nothing outside the input, nor of
+        what lies nearer to its border than `room`."""
+        rooms = room or (0,) * self.dims
+        for dim, (n, (lo, _), step, reach, far) in enumerate(
+            zip(size, self.pad, self.stride, self.reach, rooms, strict=True), 2
+        ):
+            first, stop = -(-max(0, lo + far) // step), max(0, (n - 1 - reach + lo - far) // step + 1)
             values = values.narrow(dim, min(first, stop), max(0, min(stop, values.shape[dim]) - first))
         return values
 
@@ -370,7 +374,7 @@ class ConvMap:
         Args:
             rigour: "exact" raises. "padded" looks for a constant per input channel that this map turns into what
                 `other` reads outside, W fill + b = other.fill, and has the result pad with it. "inside" lets the result
-                differ where `other` reads outside its input.
+                differ where `other` reads outside its input, if what is there is constant.
 
         Raises:
             Incompatible: channels or spatial dims do not fit.
@@ -381,7 +385,9 @@ class ConvMap:
             fill = self._fill_before(other)
         except Inexact:
             solved = self._solved_fill(other) if rigour != "exact" else None
-            if solved is None and rigour != "inside":
+            transposed = self.geometry.transposed or other.geometry.transposed
+            copied = {self.border, other.border} != {"constant"}
+            if solved is None and (rigour != "inside" or transposed or copied):
                 raise
             fill = self.fill if solved is None else solved
         return self._then(other, geometry, fill)

@@ -4,8 +4,9 @@
 second. Another method, say `forward_intermediates`, may give back what stands between. So for every merge the methods
 of the modules around are looked through whose name says that they are forwards too: those that run a part of the merge,
 by their source, are followed; and so are forwards with a flag that is not as it is by default
-(`forward(x, pre_logits=True)`). Left out are those for a converted model (`forward_fuse`, `forward_deploy`), which run
-a convolution and leave out its norm because that is merged by then.
+(`forward(x, pre_logits=True)`), or given a tensor for what is None by default (`forward(x, mask)`). Left out are those
+for a converted model (`forward_fuse`, `forward_deploy`), which run a convolution and leave out its norm because that is
+merged by then.
 """
 
 from __future__ import annotations
@@ -26,10 +27,11 @@ from structrep.trace import Call, Method, Traced, follow_method
 
 @dataclass(frozen=True)
 class Variant:
-    """A way to run a module: a method, and the flags that are not as they are by default."""
+    """A way to run a module: a method, and the argument that is not as it is by default, a flag that is turned, or a
+    tensor (...) instead of None."""
 
     method: str
-    flags: tuple[tuple[str, bool], ...] = ()
+    flags: tuple[tuple[str, Any], ...] = ()
 
     def __str__(self) -> str:
         return (
@@ -51,6 +53,7 @@ class Borders:
                     self.given[call.result.node].append(call)
         self.others: dict[type, list[Variant]] = {}
         self.mentioned: dict[tuple[type, str], frozenset[str] | None] = {}
+        self.below: dict[nn.Module, frozenset[nn.Module]] = {}  # a module and what it holds
         self.followed: dict[tuple[nn.Module, Variant], Method | None] = {}
 
     def check(self, inside: set[fx.Node], root: fx.Node, owner: Call) -> None:
@@ -86,19 +89,26 @@ class Borders:
     def _check_methods(self, around: Call, call: Call, last: bool, inside: set[fx.Node]) -> None:
         """Raise if another forward of a module around looks at what a call of one of its parts gives, or gives it
         something else."""
-        part = call.path[len(around.path) :].lstrip(".").partition(".")[0]
+        parts = {name for name, child in around.module._modules.items() if child and self._holds(child, call.module)}
         for variant in self._other_forwards(around):
             seen = self.mentioned[type(around.module), variant.method]
-            if seen is not None and part not in seen:
+            if seen is not None and not parts & seen:
                 continue
             if variant.flags and any(node.meta["call"] is around and node.op != "call_module" for node in inside):
                 continue  # its forward is written anew, and then takes no other flags
+            if variant.flags and variant.flags[0][1] is ... and around is not call.parent:
+                continue  # what it is given can only matter where the value passes
             method = self._follow(around, variant)
             if self._differs(method, call, last, inside) if method else not variant.flags:
                 raise Shared(
                     f"{type(around.module).__name__}.{variant} may look at what {call.path} gives, which would no "
                     f"longer be there"
                 )
+
+    def _holds(self, module: nn.Module, part: nn.Module) -> bool:
+        if module not in self.below:
+            self.below[module] = frozenset(module.modules())
+        return part in self.below[module]
 
     def _differs(self, method: Method, call: Call, last: bool, inside: set[fx.Node]) -> bool:
         """Whether a method uses a part of a merge otherwise than `forward` does."""
@@ -133,11 +143,13 @@ class Borders:
 
 
 def _variants(name: str, function: FunctionType) -> Iterator[Variant]:
-    """A method by its defaults, and with each of its flags turned."""
+    """A method by its defaults, with each of its flags turned, and with a tensor for each None."""
     yield Variant(name)
     for parameter in inspect.signature(function).parameters.values():
         if isinstance(parameter.default, bool):
             yield Variant(name, ((parameter.name, not parameter.default),))
+        elif parameter.default is None:
+            yield Variant(name, ((parameter.name, ...),))
 
 
 def _readers(value: Any) -> set[tuple[str, str, str]]:

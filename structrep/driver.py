@@ -155,6 +155,8 @@ def plan(
     if example_inputs is not None:
         accepts(model, example_inputs)
     maps, refused = _probed(model, example_inputs, _globs(probe))
+    for glob in _globs(inexact_borders):
+        _named(model, glob)
     findings = search.find(model, example_inputs, registry, _globs(inexact_borders), maps)
     findings.missed += refused
     return Plan(model, findings)
@@ -162,6 +164,18 @@ def plan(
 
 def _globs(names: str | Iterable[str]) -> tuple[str, ...]:
     return (names,) if isinstance(names, str) else tuple(names)
+
+
+def _named(model: nn.Module, glob: str) -> list[str]:
+    """The modules of that name, or of names that match it.
+
+    Raises:
+        BadInput: there are none.
+    """
+    found = fnmatch.filter([path for path, _ in model.named_modules() if path], glob)
+    if not found:
+        raise BadInput(f"the model has no module named {glob!r}")
+    return found
 
 
 def _probed(
@@ -176,13 +190,10 @@ def _probed(
         return {}, []
     if example_inputs is None:
         raise BadInput("to probe a layer example_inputs are needed: they tell what it is given")
-    named = {path for path, _ in model.named_modules() if path}
-    for glob in globs:
-        if not fnmatch.filter(named, glob):
-            raise BadInput(f"the model has no module named {glob!r} to probe")
+    paths = {path for glob in globs for path in _named(model, glob)}
     found: dict[str, ConvMap] = {}
     refused: list[Missed] = []
-    for path, given in inputs_of(model, example_inputs, {p for glob in globs for p in fnmatch.filter(named, glob)}):
+    for path, given in inputs_of(model, example_inputs, paths):
         try:
             found[path] = find_map(model.get_submodule(path), given)
         except Refusal as reason:

@@ -25,6 +25,8 @@ def why(findings: Findings, merges: Iterable[tuple[str, Merge]], first: str, sec
     """
     for path in (first, second):
         _demand_module(findings, path)
+    if f"{first}.".startswith(f"{second}.") or f"{second}.".startswith(f"{first}."):
+        raise BadInput(f"{first} and {second} are one, or hold one another: name two layers, beside each other")
     found = [(search, _nodes(search, first), _nodes(search, second)) for search in findings.searches]
     for where, merge in merges:
         inside = {*merge.nodes, *(one.node for one in merge.absorbed)}
@@ -48,7 +50,7 @@ def why(findings: Findings, merges: Iterable[tuple[str, Merge]], first: str, sec
 
 
 def _demand_module(findings: Findings, path: str) -> None:
-    names = [name for name, _ in findings.traced.model.named_modules()]
+    names = [name for name, _ in findings.traced.model.named_modules() if name]
     if path not in names:
         near = difflib.get_close_matches(path, names, 3)
         hint = f": did you mean {' or '.join(near)}?" if near else ""

@@ -1,8 +1,32 @@
 """Layers of a deploy model that torch has none of: those that hold it to what its merges were made for, and a shift."""
 
-from __future__ import annotations
-
+import torch
+import torch.fx
 from torch import Tensor, nn
+
+
+@torch.fx.wrap
+def demand_features(input: Tensor) -> Tensor:
+    """Raise unless a value is (N, C)."""
+    if input.ndim != 2:
+        raise ValueError(
+            f"a batch norm was folded into a Linear here, for values of shape (N, C); this one has shape "
+            f"{input.shape}: reparameterize with example_inputs of that shape"
+        )
+    return input
+
+
+@torch.fx.wrap
+def demand_size(input: Tensor, size: list[int], period: list[int]) -> Tensor:
+    """Raise unless a value's spatial size is one that a merge holds for."""
+    found = input.shape[-len(size) :]
+    for n, known, step in zip(found, size, period):  # noqa: B905 TorchScript knows no strict=
+        if n != known and (step == 0 or (n - known) % step != 0):
+            raise ValueError(
+                f"branches were merged here for inputs of {size} pixels, or {period} more or less, and this one is "
+                f"{found}: reparameterize with example_inputs of that size"
+            )
+    return input
 
 
 class Features2d(nn.Identity):
@@ -13,16 +37,13 @@ class Features2d(nn.Identity):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        if input.ndim != 2:
-            raise ValueError(
-                f"a batch norm was folded into a Linear here, for values of shape (N, C); this one has shape "
-                f"{tuple(input.shape)}: reparameterize with example_inputs of that shape"
-            )
-        return input
+        return demand_features(input)
 
 
 class Sizes(nn.Module):
     """Stands before a merge that holds for some spatial sizes only: branches whose outputs are of one size there.
+
+    `torch.jit.trace` records what is done with one input, and so leaves the demand out; export and scripts keep it.
 
     Args:
         size: a spatial size for which it holds.
@@ -34,17 +55,10 @@ class Sizes(nn.Module):
 
     def __init__(self, size: tuple[int, ...], period: tuple[int, ...]) -> None:
         super().__init__()
-        self.size, self.period = tuple(size), tuple(period)
+        self.size, self.period = list(size), list(period)
 
     def forward(self, input: Tensor) -> Tensor:
-        found = input.shape[-len(self.size) :]
-        for n, size, period in zip(found, self.size, self.period, strict=True):
-            if n != size and (not period or (n - size) % period):
-                raise ValueError(
-                    f"branches were merged here for inputs of {self.extra_repr()}; this one is "
-                    f"{'x'.join(map(str, found))}: reparameterize with example_inputs of that size"
-                )
-        return input
+        return demand_size(input, self.size, self.period)
 
     def extra_repr(self) -> str:
         size, period = ("x".join(map(str, each)) for each in (self.size, self.period))

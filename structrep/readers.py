@@ -287,7 +287,7 @@ def _(pad: nn.CircularPad2d) -> Layer:
 
 @_reads(Shift)
 def _(shift: Shift) -> Layer | None:
-    return scale_layer(1.0, shift.shift)
+    return scale_layer(1.0, shift.get_buffer("shift"))
 
 
 # --- layers from their numbers --------------------------------------------------------------------
@@ -617,9 +617,13 @@ def read_node(node: fx.Node) -> Reading | None:
         reading = reader(_Arguments(node))
     except (_NotConstant, TypeError):  # a size that depends on the input
         return None
-    if isinstance(reading, Layer):
-        return _placed(reading, node)
-    return reading
+    if not isinstance(reading, Layer):
+        return reading
+    known = rank(reading.source or node.all_input_nodes[0]) if reading.kind == "affine" else None
+    held = [n.meta["value"].ndim for n in node.all_input_nodes if isinstance(n.meta.get("value"), Tensor)]
+    if known is not None and max(held, default=0) > known:
+        return None  # it adds dims
+    return _placed(reading, node)
 
 
 def constant(value: Any) -> Tensor | float | None:

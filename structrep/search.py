@@ -538,8 +538,14 @@ class Search:
         term = seq([segment.term for segment in stretch])
         if not any(layer.weight is not None for layer in term.leaves()):
             raise Costlier(f"{term} holds no convolution or Linear: as one it would take more work than it does")
-        if sized(term) != "any" and not any(segment.term.op in ("sum", "concat") for segment in stretch):
-            raise Costlier(f"{term} would hold for inputs of some sizes only, and spares no branch")
+        if sized(term) != "any":
+            if not any(segment.term.op in ("sum", "concat") for segment in stretch):
+                raise Costlier(f"{term} would hold for inputs of some sizes only, and spares no branch")
+            for call in stretch[-1].root.meta["call"].chain():
+                if len(self.traced.calls[call.module, call.method]) > 1:
+                    raise Shared(
+                        f"{call.path} is called more than once, and {term} holds for inputs of some sizes only"
+                    )
         before, after = cost.of_term(term), cost.of_map(geometry(term), any(layer.shifts for layer in term.leaves()))
         if after.multiply_adds > before.multiply_adds:
             raise Costlier(
@@ -575,7 +581,10 @@ class Search:
         saved = before.multiply_adds - after.multiply_adds + before.parameters - after.parameters
         if saved < 0 or (not saved and before.operations <= after.operations):
             term = seq([segment.term for segment in stretch])
-            raise Costlier(f"{term} saves nothing: what its border takes, {apart or 'a copy of pixels'}, would stay")
+            border = apart or ("a copy of pixels" if map_.border != "constant" else "")
+            raise Costlier(
+                f"{term} saves nothing" + (f": what its border takes, {border}, would stay" if border else "")
+            )
         largest = max(float(kernel.detach().abs().max()) for kernel in kernels), map_.magnitude
         return Fit(rigour, apart, largest, tuple(_notes(map_, leaves, dtype)))
 
@@ -838,8 +847,14 @@ def _asked(model: nn.Module) -> Iterator[tuple[str, tuple[str, str]]]:
             *way, what = names
             for name in way:
                 part = part._modules.get(name) if isinstance(part, nn.Module) else None
-            if part is not None and what not in part._modules:
-                yield ".".join(filter(None, (path, *way))), (path, what)
+            if part is None:
+                continue
+            where = ".".join(filter(None, (path, *way)))
+            if what == "*":
+                for name, _ in part.named_modules():
+                    yield ".".join(filter(None, (where, name))), (path, "what it is")
+            elif what not in part._modules:
+                yield where, (path, what)
 
 
 def _marks(call: Call) -> Iterator[object]:
@@ -865,5 +880,6 @@ def _marks(call: Call) -> Iterator[object]:
     yield repr(structure((call.args, call.kwargs)))
     for node in call.nodes():
         args, kwargs = fx.node.map_arg(node.args, mark), fx.node.map_arg(node.kwargs, mark)
-        yield (node.op, str(node.target), repr(args), repr(kwargs), mark(node))
+        dims = len(node.meta["shape"]) if "shape" in node.meta else None  # a merge may go by it
+        yield (node.op, str(node.target), repr(args), repr(kwargs), mark(node), dims)
     yield repr(structure(call.result))

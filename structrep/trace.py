@@ -291,8 +291,9 @@ class Method:
     reached: set[str]
 
 
-def follow_method(module: nn.Module, path: str, method: str, flags: Mapping[str, bool]) -> Method | None:
-    """What a method of a module does, called with some flags, on a copy; None if it cannot be followed."""
+def follow_method(module: nn.Module, path: str, method: str, flags: Mapping[str, Any]) -> Method | None:
+    """What a method of a module does, called with some flags (... is a tensor), on a copy; None if it cannot be
+    followed."""
     twin = shallow_copy(module)
     paths = {part: ".".join(filter(None, (path, name))) for name, part in twin.named_modules()}
     scratch = Traced(twin, {id(tensor): name for name, tensor in _named_tensors(paths)})
@@ -313,7 +314,7 @@ def _follow(
     paths: dict[nn.Module, str],
     example: Example | None,
     method: str = "forward",
-    flags: Mapping[str, bool] | None = None,
+    flags: Mapping[str, Any] | None = None,
 ) -> _Tracer:
     """Trace, keeping whole one more function or module type after each failure, until all goes through or the root
     itself stops it."""
@@ -445,7 +446,7 @@ class _Tracer(fx.Tracer):
         self.names = names
         self.tensor_nodes: dict[int, fx.Node] = {}
 
-    def bind(self, example: Example | None, flags: Mapping[str, bool]) -> list[Tensor]:
+    def bind(self, example: Example | None, flags: Mapping[str, Any]) -> list[Tensor]:
         """Decide what the forward is called with: placeholders for tensors, some flags, the defaults for the rest.
 
         Returns the tensors of the example, in the order of the placeholders.
@@ -463,7 +464,8 @@ class _Tracer(fx.Tracer):
             if not positional and any(p.kind is p.VAR_POSITIONAL for p in signature.parameters.values()):
                 positional = (_Slot("input"),)  # a wrapper that hands on what it is given
             named = {p.name: _Slot(p.name) for p in required if p.kind is p.KEYWORD_ONLY}
-            self.arguments: tuple[tuple[Any, ...], dict[str, Any]] = (positional, {**named, **flags})
+            more = {name: _Slot(name) if value is ... else value for name, value in flags.items()}
+            self.arguments: tuple[tuple[Any, ...], dict[str, Any]] = (positional, {**named, **more})
             return []
         args, kwargs = as_arguments(example)
         try:
@@ -502,6 +504,9 @@ class _Tracer(fx.Tracer):
     ) -> Any:
         if m not in self.paths:  # held outside the module tree: a part of whoever calls it
             return forward(*args, **kwargs)
+        if type(m).__call__ is not nn.Module.__call__ and self.stack:
+            self.stopped = self.stack[-1]
+            raise RuntimeError(f"{type(m).__name__} does more than its forward when it is called")
         leaf = bool(self.stack) and self.is_leaf_module(m, self.paths[m])
         if leaf and not is_traced((args, kwargs)):
             leaf = False  # it depends on constants alone

@@ -9,7 +9,7 @@ from torch import nn
 
 import structrep
 from structrep.algebra import ConvMap
-from structrep.errors import Inexact
+from structrep.errors import BadInput, Inexact
 from tests.models import relative_error, settled
 
 X = torch.randn(2, 4, 7, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -98,7 +98,9 @@ def test_a_convolution_with_a_forward_of_its_own_gets_its_pad_too():
 
 def test_an_inexact_border_is_done_only_where_it_is_allowed_and_says_how_far_it_is_off():
     model = chain(nn.Conv2d(4, 8, 1), nn.Conv2d(8, 4, 3, padding=1))
-    assert not structrep.plan(model, inexact_borders="2").merges
+    assert not structrep.plan(model, inexact_borders=()).merges
+    with pytest.raises(BadInput, match="no module named '2'"):
+        structrep.plan(model, inexact_borders="2")
     plan = structrep.plan(model, X, inexact_borders=["1"])
     plan.prove()
     (merge,) = plan.merges

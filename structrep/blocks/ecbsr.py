@@ -34,11 +34,20 @@ class EdgeBranch2d(nn.Module):
         self.groups = 1 if fixed is None else out_channels
         if fixed is None:
             self.weight = nn.Parameter(torch.empty(out_channels, middle, 3, 3, **factory))
+        else:
+            self.fixed = fixed
+            self.scale = nn.Parameter(torch.empty(out_channels, 1, 1, 1, **factory))
+            self.register_buffer("filter", torch.empty(out_channels, 1, 3, 3, **factory))
+        self.bias = nn.Parameter(torch.empty(out_channels, **factory))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.bias)
+        if self.groups == 1:
             nn.init.kaiming_uniform_(self.weight, 5**0.5)
         else:
-            self.scale = nn.Parameter(torch.randn(out_channels, 1, 1, 1, **factory) * 1e-3)
-            self.register_buffer("filter", fixed.to(device=device, dtype=dtype).expand(out_channels, 1, 3, 3).clone())
-        self.bias = nn.Parameter(torch.zeros(out_channels, **factory))
+            nn.init.normal_(self.scale, std=1e-3)
+            self.filter.copy_(self.fixed)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.expand(x)
