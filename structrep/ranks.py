@@ -5,8 +5,9 @@ Convolutions, pools and norms of a known dimensionality are taken to see batches
 
 from __future__ import annotations
 
+import operator
 import re
-from typing import Any
+from typing import Any, cast
 
 from torch import fx, nn
 
@@ -63,6 +64,10 @@ def channels(node: fx.Node) -> int | None:
             same = type(module).__module__ in ("torch.nn.modules.activation", "torch.nn.modules.dropout")
             if not same or isinstance(module, (nn.MultiheadAttention, nn.GLU)) or source is None:
                 return None
+        elif node.target is operator.getitem and isinstance(node.args[1], tuple) and len(node.args[1]) > 1:
+            batch, some = cast("tuple[Any, Any]", node.args[1][:2])
+            first = isinstance(some, slice) and batch == slice(None) and not some.start and some.step in (None, 1)
+            return some.stop if first and isinstance(some.stop, int) and some.stop > 0 else None
         elif source is None or torch_name(node).strip("_") not in _ACTS:
             return None
         node = source

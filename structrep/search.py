@@ -27,6 +27,7 @@ from structrep.errors import (
     BadInput,
     Costlier,
     Hooked,
+    Incompatible,
     Inexact,
     Isolated,
     Mutated,
@@ -39,6 +40,7 @@ from structrep.errors import (
     Unreadable,
 )
 from structrep.pattern import ONE, Term, geometry, leaf, seq, sized, stack, total, value
+from structrep.ranks import channels
 from structrep.readers import (
     Layer,
     Reading,
@@ -619,6 +621,9 @@ class Search:
                 raise Mutated(f"{writer.name} overwrites the input of the merge, which is read again later")
             if writer not in inside and at < self.place[root] and any(self.place[n] < at for n in inside):
                 raise Mutated(f"{writer.name} overwrites the input of the merge before the merged layer would read it")
+        given, wanted = channels(base), geometry(seq([segment.term for segment in stretch])).in_channels
+        if given not in (None, wanted) and any(layer.dims for s in stretch for layer in s.term.leaves()):
+            raise Incompatible(f"a value of {given} channels is spread over {wanted} by a scale, which no layer does")
         changed = {n for n in inside if not isinstance(self._reading(n), Same)} | _scales(stretch)
         owner = self._owner(inside | _scales(stretch))
         self.replicas.check(changed, owner)

@@ -409,3 +409,21 @@ def test_a_module_and_a_parameter_held_by_several_blocks(inplace):
     assert [block.d for block in deploy] == [None] * 3
     assert deploy[1].act is deploy[0].act
     assert deploy[2].gain is deploy[0].gain
+
+
+class Spreads(nn.Module):
+    """One channel, scaled by a number for each of two: what a scale per channel looks like, and is not."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale, self.conv = nn.Parameter(torch.randn(2, 1, 1)), nn.Conv2d(2, 2, 1)
+
+    def forward(self, x):
+        return self.conv(x[:, :1] * self.scale)
+
+
+@pytest.mark.parametrize("example", [False, True])
+def test_a_scale_that_spreads_one_channel_over_several(example):
+    model, x = Spreads().double().eval(), torch.randn(2, 2, 3, 3, dtype=torch.float64)
+    deploy = structrep.reparameterize(model, x if example else None)
+    assert torch.equal(deploy(x), model(x))
