@@ -169,7 +169,7 @@ def questions(module: nn.Module) -> frozenset[tuple[str, ...]]:
             seen.add(name)
             asked, used = _own_questions(known[name])
             found |= asked
-            pending += used
+            pending += known if "*" in used else used
     return frozenset(found)
 
 
@@ -178,7 +178,7 @@ _WALKS = {"modules", "children", "named_modules", "named_children", "parameters"
 
 @functools.lru_cache(4096)
 def _own_questions(function: FunctionType) -> tuple[frozenset[tuple[str, ...]], frozenset[str]]:
-    """The questions that a method asks, and the names of its module's attributes that it may call."""
+    """The questions that a method asks, and the names of its module's attributes that it may call; "*" for any."""
     read = _tree(function)
     if read is None:
         return frozenset(), frozenset()
@@ -215,6 +215,7 @@ def _own_questions(function: FunctionType) -> tuple[frozenset[tuple[str, ...]], 
             names = _names(one, others) or ()
             if isinstance(node, ast.Call) and not names and isinstance(one, ast.Name) and one.id == itself:
                 names = _named_attribute(node)
+                used.add("*")  # what it is handed to may use anything
             if names:
                 asked.add((*names, "what it is"))
     return frozenset(asked), frozenset(used)

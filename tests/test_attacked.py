@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import structrep
+from structrep.errors import BadInput
 from structrep.proof import tensors
 from tests.models import relative_error, settled
 
@@ -553,3 +554,220 @@ def test_layers_that_a_forward_asks_about_stay(question):
     plan = structrep.plan(model)
     assert relative_error(plan.apply()(x), model(x)) < 1e-14
     assert {refusal.kind for refusal in plan.refusals} == {"Shared"}
+
+
+# --- questions and other ways to call --------------------------------------------------------------------------------
+
+
+class Asking(nn.Module):
+    """Forwards that go by what a layer is, each asking in another way; a merge would change the answer."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(4, 4, 1, bias=False), nn.BatchNorm2d(4)
+        self.layers = nn.ModuleList([self.conv])
+        self.how = how
+
+    @property
+    def bare(self):
+        return self.conv.bias is None
+
+    def helper(self, layer):
+        return layer.bias is None
+
+    def forward(self, x):
+        y = self.norm(self.conv(x))
+        return y.relu() if getattr(self, f"by_{self.how}")() else y
+
+    def by_alias(self):
+        conv = self.conv
+        return conv.bias is None
+
+    def by_property(self):
+        return self.bare
+
+    def by_children(self):
+        return any(isinstance(m, nn.BatchNorm2d) for m in self.children())
+
+    def by_parameters(self):
+        return len(list(self.conv.parameters())) == 1
+
+    def by_helper(self):
+        return self.helper(self.conv)
+
+    def by_getattr(self):
+        return getattr(self, "conv").bias is None  # noqa: B009
+
+    def by_match(self):
+        match self.norm:
+            case nn.BatchNorm2d():
+                return True
+        return False
+
+
+@pytest.mark.parametrize("how", ["alias", "property", "children", "parameters", "helper", "getattr", "match"])
+def test_questions_asked_in_passing(how):
+    model, x = settled(Asking(how)), torch.randn(1, 4, 3, 3, dtype=torch.float64)
+    assert relative_error(structrep.reparameterize(model)(x), model(x)) < 1e-14
+
+
+class Masked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+
+    def forward(self, x, mask=None):
+        x = self.conv(x)
+        if mask is not None:
+            x = x * mask
+        return self.norm(x)
+
+
+def test_an_argument_that_is_none_by_default_may_be_a_tensor():
+    model, x = settled(Masked()), torch.randn(1, 4, 3, 3, dtype=torch.float64)
+    mask = torch.rand(1, 1, 3, 3, dtype=torch.float64)
+    deploy = structrep.reparameterize(model)
+    assert relative_error(deploy(x, mask), model(x, mask)) < 1e-14
+    assert relative_error(deploy(x), model(x)) < 1e-14
+
+
+class TwoNames(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+        self.layers = nn.ModuleList([self.conv, self.norm])
+
+    def forward_features(self, x):
+        return self.layers[0](x)
+
+    def forward(self, x):
+        return self.norm(self.conv(x))
+
+
+def test_a_layer_with_two_names_in_another_forward():
+    model, x = settled(TwoNames()), torch.randn(1, 4, 3, 3, dtype=torch.float64)
+    deploy = structrep.reparameterize(model)
+    assert relative_error(deploy.forward_features(x), model.forward_features(x)) < 1e-14
+
+
+class Called(nn.Conv2d):
+    """Does more than its forward when it is called."""
+
+    def __call__(self, x):
+        return super().__call__(x) * 2 + 1
+
+
+def test_a_call_that_does_more_than_the_forward():
+    model = settled(nn.Sequential(Called(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)))
+    x = torch.randn(1, 4, 3, 3, dtype=torch.float64)
+    assert relative_error(structrep.reparameterize(model)(x), model(x)) < 1e-14
+
+
+class Sized(nn.Module):
+    """Two branches whose sizes agree for even inputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.pool = nn.Conv2d(4, 4, 3, 2, 1), nn.AvgPool2d(2, 2, ceil_mode=True)
+
+    def forward(self, x):
+        return self.conv(x) + self.pool(x)
+
+
+class Twice(nn.Module):
+    """One block on two sizes: what holds for the first need not for the second."""
+
+    def __init__(self):
+        super().__init__()
+        self.block = Sized()
+
+    def forward(self, x):
+        return self.block(x).mean(), self.block(x[..., 1:, 1:]).mean()
+
+
+class TwiceByMethod(Sized):
+    def block(self, x):
+        return self.conv(x) + self.pool(x)
+
+    def forward(self, x):
+        return self.block(x).mean(), self.block(x[..., 1:, 1:]).mean()
+
+
+@pytest.mark.parametrize("make", [Twice, TwiceByMethod])
+def test_a_block_that_is_called_with_two_sizes(make):
+    model, x = settled(make()), torch.randn(1, 4, 8, 8, dtype=torch.float64)
+    deploy = structrep.reparameterize(model, x)
+    for one, other in zip(deploy(x), model(x), strict=True):
+        assert relative_error(one, other) < 1e-13
+
+
+# --- verdicts --------------------------------------------------------------------------------------------------------
+
+
+def test_verify_says_so_where_there_is_nothing_to_compare():
+    class Counts(nn.Module):
+        def forward(self, x):
+            return x.shape[0]
+
+    with pytest.raises(BadInput, match="no tensor that could be compared"):
+        structrep.verify(Counts(), Counts(), torch.ones(1, 2))
+
+
+def test_verify_of_a_model_that_draws_random_numbers():
+    class Noisy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            return self.norm(self.conv(x)) + torch.randn_like(x)
+
+    model, x = settled(Noisy()).float(), torch.randn(1, 4, 3, 3)
+    deploy = structrep.reparameterize(model, x)
+    deploy.conv.weight.data *= 1.5
+    assert not structrep.verify(model, deploy, x).ok
+
+
+def test_verify_of_complex_values():
+    class Complex(nn.Module):
+        def __init__(self, factor):
+            super().__init__()
+            self.factor = factor
+
+        def forward(self, x):
+            return torch.complex(x, self.factor * x)
+
+    x = torch.randn(1, 4)
+    assert structrep.verify(Complex(1.0), Complex(1.0), x).ok
+    assert not structrep.verify(Complex(1.0), Complex(2.0), x).ok
+
+
+def test_channels_last_in_three_dims():
+    model, x = settled(nn.Sequential(nn.Conv3d(2, 3, 3), nn.BatchNorm3d(3))).float(), torch.randn(1, 2, 5, 5, 5)
+    assert structrep.verify(model, structrep.reparameterize(model), x, channels_last=True).ok
+
+
+def test_a_bias_before_a_transposed_convolution_is_no_border():
+    model = settled(nn.Sequential(nn.Conv2d(4, 8, 1), nn.ConvTranspose2d(8, 4, 4, 2, 1)))
+    assert not structrep.plan(model, inexact_borders="*").merges
+
+
+def test_an_output_that_is_made_of_pads_alone_is_no_proof_against_a_merge():
+    torch.manual_seed(0)
+    model = settled(nn.Sequential(nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1, stride=2, padding=1, bias=False)))
+    plan = structrep.plan(model)
+    assert plan.merges
+    plan.prove()
+    assert plan.merges
+
+
+def test_layers_of_a_deploy_model_can_be_scripted_and_traced_by_others():
+    torch.manual_seed(0)
+    x = torch.randn(1, 4, 8, 8, dtype=torch.float64)
+    shift = settled(nn.Sequential(nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 3, padding=1)))
+    for model in (shift, settled(Sized()), settled(nn.Sequential(nn.Flatten(), nn.Linear(256, 4), nn.BatchNorm1d(4)))):
+        deploy = structrep.reparameterize(model, x)
+        truth = model(x)
+        assert relative_error(torch.fx.symbolic_trace(deploy)(x), truth) < 1e-13
+        if not isinstance(model, Sized):  # whose forward is written anew, in terms that scripts do not know
+            assert relative_error(torch.jit.script(deploy)(x), truth) < 1e-13
