@@ -13,7 +13,7 @@ from structrep.algebra import ConvMap
 from structrep.errors import BadInput, Refusal, StructrepError, VerificationError
 from structrep.explain import refusal, why
 from structrep.layers import Sizes
-from structrep.pattern import geometry
+from structrep.pattern import Term, geometry
 from structrep.probe import probe as find_map
 from structrep.proof import accepts, border, inputs_of, prove, verify
 from structrep.registry import Registry, Rule, resolve
@@ -45,6 +45,11 @@ class Plan:
     @property
     def refusals(self) -> tuple[RefusalRecord, ...]:
         return tuple(map(refusal, self._missed))
+
+    @property
+    def terms(self) -> tuple[Term, ...]:
+        """What is merged, as expressions over layers, in the order of `merges`."""
+        return tuple(merge.term for merge in self._draft.merges)
 
     @property
     def inexact(self) -> bool:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from importlib import metadata
 
 from torch import nn
 
@@ -35,6 +36,8 @@ class Rule:
             absent optional stage is 1, a repeated part is a list.
         source: paper and section, or the law.
         example: makes a small module of this structure, in eval mode or not; for tests and the catalogue.
+        counter_examples: what is nearly of this structure and must not be merged to it: the kind of the refusal, or ""
+            where the pattern is to pass it by, and what makes the module.
         law: whether it holds for every term; laws come after all families.
     """
 
@@ -43,6 +46,7 @@ class Rule:
     merge: Merge
     source: str
     example: Callable[[], nn.Module] | None = None
+    counter_examples: tuple[tuple[str, Callable[[], nn.Module]], ...] = ()
     law: bool = False
 
     def merged(self, term: Term, found: Captures) -> ConvMap:
@@ -131,7 +135,13 @@ class Registry:
         return rule
 
     def rule(
-        self, pattern: Pattern, *, source: str, name: str | None = None, example: Callable[[], nn.Module] | None = None
+        self,
+        pattern: Pattern,
+        *,
+        source: str,
+        name: str | None = None,
+        example: Callable[[], nn.Module] | None = None,
+        counter_examples: Iterable[tuple[str, Callable[[], nn.Module]]] = (),
     ) -> Callable[[Merge], Merge]:
         """Decorator: register a merge function under its own name.
 
@@ -142,7 +152,7 @@ class Registry:
         """
 
         def register(merge: Merge) -> Merge:
-            self.add(Rule(name or merge.__name__, pattern, merge, source, example))
+            self.add(Rule(name or merge.__name__, pattern, merge, source, example, tuple(counter_examples)))
             return merge
 
         return register
@@ -186,6 +196,32 @@ class Registry:
 
 
 default = Registry()
+RULES, READERS = "structrep.rules", "structrep.readers"  # groups of entry points
+_loaded: set[str] = set()
+
+
+def load_plugins() -> None:
+    """Import, once, what installed packages contribute: entry points of the groups `structrep.rules` and
+    `structrep.readers`. Each is a module, whose decorators register what is in it, or a `Rule` or `Registry`.
+
+    One that cannot be loaded is told by a warning that names it and its package; the rest goes on.
+    """
+    for group in (RULES, READERS):
+        for point in metadata.entry_points(group=group):
+            if point.value in _loaded:
+                continue
+            _loaded.add(point.value)
+            try:
+                found = point.load()
+                for one in found if isinstance(found, Registry) else [found] if isinstance(found, Rule) else ():
+                    default.add(one)
+            except Exception as error:
+                package = point.dist.name if point.dist else "an installed package"
+                warnings.warn(
+                    f"{group} of {package}, {point.name} = {point.value}, could not be loaded and is left out: "
+                    f"{type(error).__name__}: {error}",
+                    stacklevel=3,
+                )
 
 
 def resolve(rules: Registry | Iterable[str | Rule] | None) -> Registry:
@@ -194,6 +230,7 @@ def resolve(rules: Registry | Iterable[str | Rule] | None) -> Registry:
     Raises:
         UnknownRule: a name that is not in the default registry.
     """
+    load_plugins()
     if rules is None:
         return default
     if isinstance(rules, Registry):
@@ -201,6 +238,13 @@ def resolve(rules: Registry | Iterable[str | Rule] | None) -> Registry:
     return default.select([rules] if isinstance(rules, (str, Rule)) else rules)
 
 
-def rule(pattern: Pattern, *, source: str, name: str | None = None, example: Any = None) -> Callable[[Merge], Merge]:
+def rule(
+    pattern: Pattern,
+    *,
+    source: str,
+    name: str | None = None,
+    example: Callable[[], nn.Module] | None = None,
+    counter_examples: Iterable[tuple[str, Callable[[], nn.Module]]] = (),
+) -> Callable[[Merge], Merge]:
     """Decorator: register a merge function in the default registry; see `Registry.rule`."""
-    return default.rule(pattern, source=source, name=name, example=example)
+    return default.rule(pattern, source=source, name=name, example=example, counter_examples=counter_examples)

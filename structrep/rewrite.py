@@ -26,7 +26,7 @@ from structrep.generated import install
 from structrep.layers import Features2d, Sizes
 from structrep.pattern import ONE, geometry
 from structrep.ranks import rank
-from structrep.readers import Layer, knows, lower, only_asserted, read_module
+from structrep.readers import Layer, hooks, knows, lower, only_asserted, read_module
 from structrep.search import Merge, Replicas, Segment
 from structrep.trace import Call, Traced
 from structrep.values import proxies
@@ -107,7 +107,9 @@ def _block_at(segments: list[Segment]) -> tuple[Call | None, int]:
     """The largest block that the first segments are all of, and how many they are."""
     first = segments[0].nodes[0].meta["call"]
     for call in reversed(list(first.chain())):
-        if call.leaf or call.method != "forward" or not isinstance(call.module, STAND_INS) or call.parent is None:
+        if call.leaf or call.method != "forward" or not isinstance(call.module, STAND_INS) or hooks(call.module):
+            continue
+        if call.parent is None:
             continue
         inner = [s for s in segments if all(call.holds(n) for n in s.nodes)]
         count = len(inner)

@@ -621,9 +621,13 @@ class Search:
                 raise Mutated(f"{writer.name} overwrites the input of the merge, which is read again later")
             if writer not in inside and at < self.place[root] and any(self.place[n] < at for n in inside):
                 raise Mutated(f"{writer.name} overwrites the input of the merge before the merged layer would read it")
-        given, wanted = channels(base), geometry(seq([segment.term for segment in stretch])).in_channels
-        if given not in (None, wanted) and any(layer.dims for s in stretch for layer in s.term.leaves()):
-            raise Incompatible(f"a value of {given} channels is spread over {wanted} by a scale, which no layer does")
+        given = channels(base)
+        if given is not None and any(layer.dims for segment in stretch for layer in segment.term.leaves()):
+            wanted = geometry(seq([segment.term for segment in stretch])).in_channels
+            if given != wanted:
+                raise Incompatible(
+                    f"a value of {given} channels is spread over {wanted} by a scale, and no layer does so"
+                )
         changed = {n for n in inside if not isinstance(self._reading(n), Same)} | _scales(stretch)
         owner = self._owner(inside | _scales(stretch))
         self.replicas.check(changed, owner)
@@ -855,8 +859,8 @@ def _asked(model: nn.Module) -> Iterator[tuple[str, tuple[str, str]]]:
             if part is None:
                 continue
             where = ".".join(filter(None, (path, *way)))
-            if what == "*":
-                for name, _ in part.named_modules():
+            if what in ("*", "+"):
+                for name, _ in part.named_children() if what == "+" else part.named_modules():
                     yield ".".join(filter(None, (where, name))), (path, "what it is")
             elif what not in part._modules:
                 yield where, (path, what)

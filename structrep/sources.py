@@ -155,7 +155,7 @@ def _own_parts(function: FunctionType) -> frozenset[str] | None:
 def questions(module: nn.Module) -> frozenset[tuple[str, ...]]:
     """What the forward of a module, or what it calls of its own, asks of its parts other than to run: their settings
     (`self.norm.eps`), their types (`isinstance(self.norm, ...)`), or hands them to somebody; each as the names on the
-    way there. A way that ends in "*" is to all that is below."""
+    way there. A way that ends in "+" is to all its parts, in "*" to all that is below."""
     cls = type(module)
     known = functions(cls)
     for base in cls.__mro__[: cls.__mro__.index(nn.Module)]:
@@ -195,10 +195,13 @@ def _own_questions(function: FunctionType) -> tuple[frozenset[tuple[str, ...]], 
     outermost = {node for node in nodes if isinstance(node, ast.Attribute)}
     outermost -= {node.value for node in outermost if isinstance(node.value, ast.Attribute)}
     run = {node.func for node in nodes if isinstance(node, ast.Call)}
+    loops = [node for node in nodes if isinstance(node, ast.For) and _only_calls(node, nodes, run)]
+    plain_loops = {loop.iter.func for loop in loops if isinstance(loop.iter, ast.Call)}
     for attribute in outermost:
         names = _names(attribute, others) or ()
         if names and names[-1] in _WALKS and attribute in run:
-            asked.add((*names[:-1], "*"))
+            if attribute not in plain_loops:
+                asked.add((*names[:-1], "+" if "children" in names[-1] else "*"))
         elif len(names) == 1:
             used.add(names[0])
         elif names and not (attribute in run and names[-1] == "forward"):
@@ -215,10 +218,17 @@ def _own_questions(function: FunctionType) -> tuple[frozenset[tuple[str, ...]], 
             names = _names(one, others) or ()
             if isinstance(node, ast.Call) and not names and isinstance(one, ast.Name) and one.id == itself:
                 names = _named_attribute(node)
-                used.add("*")  # what it is handed to may use anything
+                used |= set() if names else {"*"}  # what it is handed to may use anything
             if names:
                 asked.add((*names, "what it is"))
     return frozenset(asked), frozenset(used)
+
+
+def _only_calls(loop: ast.For, nodes: list[ast.AST], run: set[ast.expr]) -> bool:
+    """Whether a loop over what a call gives does no more with each than to call it: `for block in self.children()`."""
+    target = loop.target
+    uses = {n for n in nodes if isinstance(n, ast.Name) and isinstance(target, ast.Name) and n.id == target.id}
+    return isinstance(loop.iter, ast.Call) and bool(uses) and uses - {target} <= run
 
 
 _GEOMETRY = {"stride", "padding", "kernel_size", "dilation", "groups", "padding_mode"}

@@ -36,6 +36,7 @@ ORDER = [
     "explain",
     "proof",
     "driver",
+    "testing",
     "cli",
     "__main__",
 ]
