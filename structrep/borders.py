@@ -113,7 +113,7 @@ class Borders:
     def _differs(self, method: Method, call: Call, last: bool, inside: set[fx.Node]) -> bool:
         """Whether a method uses a part of a merge otherwise than `forward` does."""
         usual = self.traced.calls[call.module, call.method]
-        calls = [one for one in method.calls if one.path == call.path and one.method == "forward"]
+        calls = method.forwards.get(call.path, [])
         read = [_readers(one.result) for one in usual]
         fed = [_feeders(one) for one in usual]
         given = any(isinstance(p, fx.Proxy) and p.node in inside for p in call.args)
@@ -132,7 +132,8 @@ class Borders:
             self.mentioned |= {(cls, name): mentions(cls, name) for name in names}
             self.others[cls] = [one for name in names for one in _variants(name, known[name])]
         for variant in self.others[cls]:
-            if variant.flags or (around.module, variant.method) not in self.traced.calls:
+            # what forward runs with its defaults is looked at with others; what it does not run, with its defaults
+            if bool(variant.flags) == ((around.module, variant.method) in self.traced.calls):
                 yield variant
 
     def _follow(self, around: Call, variant: Variant) -> Method | None:

@@ -289,6 +289,12 @@ class Method:
 
     calls: list[Call]
     reached: set[str]
+    forwards: dict[str, list[Call]] = field(default_factory=dict)  # calls of modules, by their paths
+
+    def __post_init__(self) -> None:
+        for call in self.calls:
+            if call.method == "forward":
+                self.forwards.setdefault(call.path, []).append(call)
 
 
 def follow_method(module: nn.Module, path: str, method: str, flags: Mapping[str, Any]) -> Method | None:
