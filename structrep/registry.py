@@ -49,6 +49,11 @@ class Rule:
     counter_examples: tuple[tuple[str, Callable[[], nn.Module]], ...] = ()
     law: bool = False
 
+    @property
+    def comes_along(self) -> bool:
+        """Whether it is one of structrep's own, which give way to those of users."""
+        return self.merge.__module__.startswith("structrep.rules.")
+
     def merged(self, term: Term, found: Captures) -> ConvMap:
         """The merge function's value, proved against the term's own.
 
@@ -85,7 +90,7 @@ def channels_of(term: Term, channels: int) -> int | None:
 
 @dataclass
 class Registry:
-    """An ordered collection of rules; earlier ones are tried first, laws last.
+    """An ordered collection of rules: yours are tried before those that come along, laws last, else earlier ones first.
 
     Iterating gives the rules in the order in which they are tried.
     """
@@ -167,7 +172,7 @@ class Registry:
         return register
 
     def __iter__(self) -> Iterator[Rule]:
-        return iter(sorted(self._rules.values(), key=lambda rule: rule.law))
+        return iter(sorted(self._rules.values(), key=lambda rule: (rule.law, rule.comes_along)))
 
     def __len__(self) -> int:
         return len(self._rules)

@@ -10,7 +10,7 @@ from structrep.pattern import Affine, Conv, Identity, Optional, Pad, Pool, Seq, 
 from structrep.registry import rule
 
 BORDER = Seq(Optional(Affine()), Optional(Pad()), Optional(Affine()))  # a norm, and a pad with what it makes of 0
-AVERAGE = Seq(Optional(Conv(pointwise)), BORDER, Pool(), Optional(Affine()))
+AVERAGE = Seq(Optional(Conv(pointwise)), BORDER, Pool(), Affine())
 CHAIN = Seq(Conv(pointwise), BORDER, Conv(spatial), Optional(Affine()))
 
 
