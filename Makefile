@@ -32,7 +32,8 @@ test-gpu:
 test-oldest: .venv-oldest/installed
 	.venv-oldest/bin/python -m pytest -n $(JOBS) --dist worksteal
 
-docs: .venv/installed-docs
+docs: .venv/installed-docs .venv/installed-test
+	$(BIN)/python docs/make_catalogue.py
 	$(BIN)/python -m mkdocs build --strict
 
 clean:
