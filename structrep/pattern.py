@@ -84,12 +84,19 @@ def stack(parts: Sequence[Term], node: fx.Node | None = None, dim: int = 1, size
 T = TypeVar("T", ConvMap, Geometry)
 
 
-def value(term: Term, channels: int | None = None, dims: int | None = None, rigour: Rigour = "exact") -> ConvMap:
+def value(
+    term: Term,
+    channels: int | None = None,
+    dims: int | None = None,
+    rigour: Rigour = "exact",
+    at: dict[int, int] | None = None,
+) -> ConvMap:
     """The map a term computes.
 
     Args:
         channels, dims: input channels and spatial dims, for terms whose layers leave them open.
         rigour: how the border law is kept, see `ConvMap.then`.
+        at: notes how many channels there are before each layer, by the id of its term.
 
     Raises:
         Inexact, Incompatible, Unreadable: it is not one map, or not known which.
@@ -101,7 +108,7 @@ def value(term: Term, channels: int | None = None, dims: int | None = None, rigo
     def then(first: ConvMap, second: ConvMap) -> ConvMap:
         return first.then(second, rigour)
 
-    return _evaluate(term, load, ConvMap.identity, then, algebra.concat, channels, dims, [])
+    return _evaluate(term, load, ConvMap.identity, then, algebra.concat, channels, dims, [], at)
 
 
 def geometry(term: Term, channels: int | None = None, dims: int | None = None) -> Geometry:
@@ -133,6 +140,7 @@ def _evaluate(
     channels: int | None,
     dims: int | None,
     widened: list[Term],
+    at: dict[int, int] | None = None,
 ) -> T:
     """The value of a term over maps or over geometries: the same expression either way."""
     dims = _dims(term, dims)
@@ -148,6 +156,8 @@ def _evaluate(
             return one(c, dims)
         if part.op == "leaf":
             assert part.layer is not None
+            if at is not None:
+                at.setdefault(id(part), c)
             if part.layer.in_channels not in (None, c):
                 raise Incompatible(f"a value of {c} channels meets a layer of {part.layer.in_channels}")
             return read(part.layer, c, dims)
@@ -243,6 +253,11 @@ def _in_channels(term: Term) -> int | None:
                 return found
         return None
     return next((found for part in term.parts if (found := _in_channels(part)) is not None), None)
+
+
+def channels_at(term: Term, at: dict[int, int]) -> int | None:
+    """How many channels there are before a part of a term that was evaluated."""
+    return at.get(id(term)) or next((c for part in term.parts if (c := channels_at(part, at)) is not None), None)
 
 
 def _keeps_channels(term: Term) -> bool:

@@ -285,6 +285,11 @@ def _(pad: nn.CircularPad2d) -> Layer:
     return pad_layer(pad.padding, "circular")
 
 
+@_reads(nn.LeakyReLU)
+def _(curve: nn.LeakyReLU) -> Layer | None:
+    return scale_layer(1.0) if curve.negative_slope == 1 else None  # VanillaNet's, at the end of its training
+
+
 @_reads(Shift)
 def _(shift: Shift) -> Layer | None:
     return scale_layer(1.0, shift.get_buffer("shift"))
@@ -1031,6 +1036,20 @@ def _(a: _Arguments) -> Layer | None:
 @_called(torch.zeros_like)
 def _(a: _Arguments) -> Layer | None:
     return scale_layer(0.0) if len(a.node.args) == 1 and not a.node.kwargs else None  # what sums often start from
+
+
+@_called(F.leaky_relu)
+def _(a: _Arguments) -> Same | None:
+    return Same(a(0, "input")) if a(1, "negative_slope", 0.01) == 1 else None
+
+
+@_called("to", "type_as")
+def _(a: _Arguments) -> Same | None:
+    """A value with the dtype or on the device of another one of the same model, which it has already."""
+    like = a(1, "other" if a.node.target == "type_as" else "dtype", a.node.kwargs.get("device"))
+    asked = isinstance(like, fx.Node) and like.target is getattr and like.args[1] in ("dtype", "device")
+    alone = len(a.node.args) + len(a.node.kwargs) == 2
+    return Same(a(0, "input")) if alone and (asked or a.node.target == "type_as") else None
 
 
 @_called(torch.clone, torch.detach, "contiguous", "clone", "detach")

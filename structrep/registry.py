@@ -17,7 +17,7 @@ from torch import nn
 
 from structrep.algebra import ConvMap
 from structrep.errors import InvalidRule, UnknownRule, WrongMerge
-from structrep.pattern import Captures, Pattern, Term, arguments, value
+from structrep.pattern import Captures, Pattern, Term, arguments, channels_at, value
 
 Merge = Callable[..., ConvMap]
 
@@ -61,13 +61,16 @@ class Rule:
             WrongMerge: coefficients differ, or the function does not return a map.
             Inexact, Incompatible, Unreadable: from the algebra.
         """
-        truth = value(term)
+        at: dict[int, int] = {}
+        truth = value(term, at=at)
         if self.law:
             return truth
         channels, dims = truth.geometry.in_channels, truth.geometry.dims
-        result = self.merge(
-            **arguments(self.pattern, found, lambda part: value(part, channels_of(part, channels), dims))
-        )
+
+        def read(part: Term) -> ConvMap:
+            return value(part, channels_at(part, at) or channels, dims)
+
+        result = self.merge(**arguments(self.pattern, found, read))
         if not isinstance(result, ConvMap):
             raise WrongMerge(
                 f"the merge function of rule {self.name!r} returned {type(result).__name__}, not a ConvMap"
@@ -79,13 +82,6 @@ class Rule:
                 f"{gap:.1e}; its merge function does not compute its pattern"
             )
         return result
-
-
-def channels_of(term: Term, channels: int) -> int | None:
-    """The channel count to evaluate a captured part with: its own where it has one, else that of the whole input."""
-    from structrep.pattern import _in_channels
-
-    return None if _in_channels(term) is not None else channels
 
 
 @dataclass

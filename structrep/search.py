@@ -794,7 +794,7 @@ class Replicas:
         if len(bodies) > 1 and not self.alike(bodies):
             raise Shared(f"{owner.path or 'the model'} is called {len(bodies)} times, and not always in the same way")
         touched = {call for node in inside for call in node.meta["call"].chain() if owner in call.chain()}
-        anew = {next(node.meta["call"].homes()) for node in inside if node.op != "call_module"}
+        anew = {_place(next(node.meta["call"].homes())) for node in inside if node.op != "call_module"}
         for call in touched - {owner}:
             self._check_reach(call, touched, anew, inside)
             if call.inlined:
@@ -806,22 +806,22 @@ class Replicas:
                     f"{call.path or 'the model'} is used {len(calls)} times: merged here, its other uses would change"
                 )
 
-    def _check_reach(self, call: Call, touched: set[Call], anew: set[Call], inside: set[fx.Node]) -> None:
+    def _check_reach(self, call: Call, touched: set[Call], anew: set[tuple[str, str]], inside: set[fx.Node]) -> None:
         """Raise where code that will stay uses what a merge takes from a module, other than by calling it.
 
         Args:
-            anew: calls whose forward will be written anew, without what vanishes.
+            anew: the paths and methods that will be written anew, without what vanishes.
         """
         if call.module in self.listed:
             raise Shared(f"{call.path} is also held in a list or attribute that is none of torch's")
         for asker, what in self.asked.get(call.path, ()) if call.leaf else ():
-            if asker not in {one.path for one in anew}:
+            if asker not in {path for path, _ in anew}:
                 asks = f"{asker or 'the model'} asks for {what} of {call.path} in its forward"
                 raise Shared(f"{asks}: a merge would change it")
         held = {**call.module._parameters, **call.module._buffers} if call.leaf else {}
         for name, tensor in held.items():
             for other in self.traced.reached.get(f"{call.path}.{name}", ()):
-                if next(other.homes()) not in anew or self._needed(tensor, inside):
+                if _place(next(other.homes())) not in anew or self._needed(tensor, inside):
                     raise Shared(f"{other.path or 'the model'} uses {call.path}.{name} itself")
         for other in self.traced.reached.get(call.path, ()):
             if other not in touched:
@@ -846,6 +846,11 @@ class Replicas:
         if call not in self.prints:
             self.prints[call] = tuple(_marks(call))
         return self.prints[call]
+
+
+def _place(call: Call) -> tuple[str, str]:
+    """Whose method a call is of; the same for every trace."""
+    return call.path, call.method
 
 
 def _asked(model: nn.Module) -> Iterator[tuple[str, tuple[str, str]]]:

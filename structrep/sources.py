@@ -210,7 +210,8 @@ def _own_questions(function: FunctionType) -> tuple[frozenset[tuple[str, ...]], 
         given: list[ast.expr] = []
         if isinstance(node, ast.Call):
             helper = function.__globals__.get(node.func.id) if isinstance(node.func, ast.Name) else None
-            given = [arg for place, arg in enumerate(node.args) if not _asks_for_geometry(helper, place)]
+            plain = isinstance(helper, FunctionType)
+            given = [arg for place, arg in enumerate(node.args) if not (plain and _asks_for_geometry(helper, place))]
             given += [keyword.value for keyword in node.keywords]
         elif isinstance(node, ast.Match):
             given = [node.subject]
@@ -235,9 +236,9 @@ _GEOMETRY = {"stride", "padding", "kernel_size", "dilation", "groups", "padding_
 
 
 @functools.lru_cache(4096)
-def _asks_for_geometry(function: Any, place: int) -> bool:
+def _asks_for_geometry(function: FunctionType, place: int) -> bool:
     """Whether all that a function asks of an argument is how a convolution moves, as one that computes pads does."""
-    tree = syntax(function) if isinstance(function, FunctionType) else None
+    tree = syntax(function)
     if not isinstance(tree, ast.FunctionDef) or place >= len(tree.args.args):
         return False
     name = tree.args.args[place].arg

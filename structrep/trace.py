@@ -623,12 +623,29 @@ class _Tracer(fx.Tracer):
         frame = inspect.currentframe()
         while frame is not None and frame.f_globals.get("__name__") in (__name__, fx.proxy.__name__):
             frame = frame.f_back
+        asked = self._dtype_asked(obj.node)
+        if asked is not None:
+            return asked
         answer = spared(frame) if frame is not None else None
         if answer is None:
             raise self.refuse(TraceError("a condition that depends on the input"))
         holds = obj if answer else self.create_proxy("call_function", operator.not_, (obj,), {})
         self.create_proxy("call_function", torch._assert, (holds, "the forward raises for this input"), {})
         return answer
+
+    def _dtype_asked(self, node: fx.Node) -> bool | None:
+        """The answer to `x.dtype == torch.float32`; None to other questions. Inputs are taken to be of the dtype of the
+        parameters."""
+        owner = _owner(self.module)
+        if node.target not in (operator.eq, operator.ne) or owner is None or len(node.args) != 2:
+            return None
+        found = [
+            owner.dtype if isinstance(one, fx.Node) and one.target is getattr and one.args[1] == "dtype" else one
+            for one in node.args
+        ]
+        if not all(isinstance(one, torch.dtype) for one in found):
+            return None
+        return (found[0] == found[1]) == (node.target is operator.eq)
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
         """Called where a traced value is looped over or unpacked into a call."""
