@@ -12,7 +12,7 @@ import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
 from types import CodeType
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.utils._pytree as pytree
@@ -20,7 +20,7 @@ from torch import Tensor, fx
 
 from structrep.errors import Unreadable
 from structrep.generated import Method
-from structrep.readers import Same, aliases, mutates, only_asserted, read_node
+from structrep.readers import Same, aliases, asks_kind, counts_sizes, mutates, only_asserted, read_node
 from structrep.trace import Call, Traced, storage
 from structrep.values import is_traced
 
@@ -135,8 +135,12 @@ class Forward:
             self.env[node] = self._load(self.edits.bypassed[node])
         elif isinstance(same := self._unchanged(node), fx.Node):
             self.env[node] = self._load(same)
-        elif node in self.edits.dead or (only_asserted(node) and not all(self._has(n) for n in node.all_input_nodes)):
+        elif asks_kind(node) and not self._has(cast(fx.Node, node.args[0])):
+            self.env[node] = self.graph.call_function(getattr, (next(iter(self.env.values())), node.args[1]))
+        elif node in self.edits.dead:
             return
+        elif (only_asserted(node) or counts_sizes(node)) and not all(self._has(n) for n in node.all_input_nodes):
+            return  # of sizes that are no longer there; whoever would need them says so
         else:
             target = self._relative(str(node.target)) if node.op == "call_module" else node.target
             args, kwargs = fx.node.map_arg(node.args, self._load), fx.node.map_arg(node.kwargs, self._load)

@@ -21,7 +21,7 @@ from structrep.algebra import ConvMap
 from structrep.errors import BadInput, WrongMerge
 from structrep.pattern import geometry
 from structrep.ranks import rank
-from structrep.readers import Layer, lower, only_asserted
+from structrep.readers import Layer, counts_sizes, lower, only_asserted
 from structrep.registry import COEFFICIENT_ROUNDING
 from structrep.report import BorderRecord, OutputRecord, RegionRecord, Verification
 from structrep.search import Merge
@@ -439,6 +439,10 @@ class _Region:
             if "value" in node.meta:
                 held = node.meta["value"]
                 return held.detach().double() if isinstance(held, Tensor) and held.is_floating_point() else held
+            if node not in values and counts_sizes(node):
+                values[node] = computed(node, load)
+            if node not in values:
+                raise WrongMerge(f"it goes by {node.name}, which is no part of it, so it cannot be run apart")
             return values[node]
 
         for node in self.nodes:

@@ -853,6 +853,36 @@ def _written_border(pad: fx.Node, sides: Sequence[int]) -> tuple[Tensor | float,
     return first, writes
 
 
+def _stacked_border(parts: Sequence[fx.Node], dim: int) -> Layer | None:
+    """A value between constants that are the same for all pixels, `cat([v.expand(...), y, v.expand(...)], 2)`."""
+    spread = {part: found for part in parts if (found := _spread(part, dim)) is not None}
+    inner = [part for part in parts if part not in spread]
+    if len(inner) != 1 or not spread:
+        return None
+    (value, _, dims), *others = spread.values()
+    if any(not torch.equal(value, other) or dims != more for other, _, more in others):
+        return None
+    at = parts.index(inner[0])
+    widths = [sum(spread[part][1] for part in some) for some in (parts[:at], parts[at + 1 :])]
+    sides = [0] * (2 * dims)
+    last = 2 * (dims + 1 - dim % (dims + 2))  # as F.pad has it, last dim first
+    sides[last : last + 2] = widths
+    return replace(pad_layer(sides, "constant", value), source=inner[0], through=tuple(spread))
+
+
+def _spread(node: fx.Node, dim: int) -> tuple[Tensor, int, int] | None:
+    """A constant per channel that is repeated over all pixels, (C,), over how many along a dim, and spatial dims."""
+    value = constant(node.args[0]) if torch_name(node) == "expand" else None
+    sizes = node.args[1:] if len(node.args) != 2 or isinstance(node.args[1], (int, fx.Node)) else node.args[1]
+    if not isinstance(value, Tensor) or not isinstance(sizes, (list, tuple)) or not 3 <= len(sizes) <= 5:
+        return None
+    width, wide = sizes[dim], [axis - value.ndim for axis, size in enumerate(value.shape) if size != 1]
+    spatial = dim % len(sizes) >= 2
+    if not spatial or not isinstance(width, int) or width < 1 or wide not in ([], [1 - len(sizes)]):
+        return None
+    return value.detach().double().flatten(), width, len(sizes) - 2
+
+
 def _border_slice(index: Any, dims: int) -> tuple[int, int, int] | None:
     """Spatial dim, side (0 low, 1 high) and width of an index that takes a border along one dim; None for others."""
     parts = (index if isinstance(index, tuple) else (index,))[2:]
@@ -981,10 +1011,12 @@ def _(a: _Arguments) -> Layer | None:
 
 
 @_called(torch.cat, torch.concat, torch.concatenate)
-def _(a: _Arguments) -> Stack | Same | None:
+def _(a: _Arguments) -> Stack | Same | Layer | None:
     parts, dim = a(0, "tensors"), a(1, "dim", 0)
     if not isinstance(parts, (list, tuple)) or not all(isinstance(p, fx.Node) and "value" not in p.meta for p in parts):
         return None
+    if isinstance(dim, int) and (padded := _stacked_border(parts, dim)) is not None:
+        return padded
     if len(parts) == 1:
         return Same(parts[0])
     return Stack(tuple(parts), dim) if isinstance(dim, int) else None
@@ -1047,7 +1079,7 @@ def _(a: _Arguments) -> Same | None:
 def _(a: _Arguments) -> Same | None:
     """A value with the dtype or on the device of another one of the same model, which it has already."""
     like = a(1, "other" if a.node.target == "type_as" else "dtype", a.node.kwargs.get("device"))
-    asked = isinstance(like, fx.Node) and like.target is getattr and like.args[1] in ("dtype", "device")
+    asked = isinstance(like, fx.Node) and asks_kind(like)
     alone = len(a.node.args) + len(a.node.kwargs) == 2
     return Same(a(0, "input")) if alone and (asked or a.node.target == "type_as") else None
 
@@ -1158,6 +1190,20 @@ def asks_shape(node: fx.Node) -> bool:
     return (node.target is getattr and node.args[1] in _QUERIES) or (
         node.op == "call_method" and node.target in _QUERIES
     )
+
+
+def asks_kind(node: fx.Node) -> bool:
+    """Whether a node is a question about a value's dtype or device, which all values of a model have in common."""
+    return node.target is getattr and node.args[1] in ("dtype", "device")
+
+
+def counts_sizes(node: fx.Node) -> bool:
+    """Whether a node is a size of a value, or a number made of sizes."""
+    made = torch_name(node) in _SIZE_ARITHMETIC and any("value" not in n.meta for n in node.all_input_nodes)
+    return asks_shape(node) or (made and all(counts_sizes(n) for n in node.all_input_nodes if "value" not in n.meta))
+
+
+_SIZE_ARITHMETIC = {"getitem", "add", "sub", "mul", "floordiv", "mod", "neg"}
 
 
 def asserts_rank(node: fx.Node) -> bool:

@@ -48,8 +48,10 @@ from structrep.readers import (
     Stack,
     Total,
     aliases,
+    asks_kind,
     asks_shape,
     asserts_rank,
+    counts_sizes,
     hooks,
     only_asserted,
     read_node,
@@ -397,7 +399,7 @@ class Search:
         inside = set(_nodes(stretch))
         for index, segment in enumerate(stretch):
             for node in segment.nodes:
-                users = [user for user in node.users if user not in inside and not asserts_rank(user)]
+                users = [user for user in node.users if user not in inside and not _vanishes(user, inside)]
                 if node is stretch[-1].root:
                     continue
                 if node.meta.get("kept"):
@@ -734,6 +736,18 @@ def _keeps_shape(segment: Segment) -> bool:
 
 def _has_kernel(segment: Segment) -> bool:
     return any(layer.weight is not None for layer in segment.term.leaves())
+
+
+def _vanishes(user: fx.Node, inside: set[fx.Node]) -> bool:
+    """Whether a question about a value is of no use to anything that stays, or has its answer elsewhere too."""
+    return asserts_rank(user) or asks_kind(user) or _sizes_inside(user, inside)
+
+
+def _sizes_inside(node: fx.Node, inside: set[fx.Node]) -> bool:
+    """Whether a node is a size that only what vanishes goes by."""
+    if not counts_sizes(node) or not node.users:
+        return False
+    return all(user in inside or _sizes_inside(user, inside) for user in node.users)
 
 
 def _says_something(term: Term) -> bool:

@@ -219,7 +219,8 @@ def _own_questions(function: FunctionType) -> tuple[frozenset[tuple[str, ...]], 
             names = _names(one, others) or ()
             if isinstance(node, ast.Call) and not names and isinstance(one, ast.Name) and one.id == itself:
                 names = _named_attribute(node)
-                used |= set() if names else {"*"}  # what it is handed to may use anything
+                if not names and isinstance(node.func, ast.Name) and node.func.id == "getattr":
+                    used.add("*")
             if names:
                 asked.add((*names, "what it is"))
     return frozenset(asked), frozenset(used)

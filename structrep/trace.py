@@ -17,7 +17,7 @@ import functools
 import inspect
 import operator
 import random
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from types import FunctionType
@@ -147,7 +147,9 @@ class Traced:
 
     def note_reach(self, tracer: _Tracer) -> None:
         for path, calls in tracer.reached.items():
-            self.reached.setdefault(path, set()).update(calls)
+            used = {call for call in calls if tracer.fetched[path, call] > tracer.asked[path, call]}
+            if used:
+                self.reached.setdefault(path, set()).update(used)
 
 
 @dataclass(eq=False)
@@ -448,6 +450,8 @@ class _Tracer(fx.Tracer):
         self.refused: Exception | None = None  # the first question that had no answer
         self.constants = _Constants(self)
         self.reached: dict[str, set[Call]] = {}
+        self.fetched: Counter[tuple[str, Call]] = Counter()  # how often a forward looked up what is not its own
+        self.asked: Counter[tuple[str, Call]] = Counter()  # and asked it for no more than its dtype or device
         self.count = 0
         self.names = names
         self.tensor_nodes: dict[int, fx.Node] = {}
@@ -613,6 +617,7 @@ class _Tracer(fx.Tracer):
         path = self.names.get(id(attr_val)) if isinstance(attr_val, Tensor) else self.paths.get(attr_val)
         if path and self.stack and path.rpartition(".")[0] != self.stack[-1].path:
             self.reached.setdefault(path, set()).add(self.stack[-1])
+            self.fetched[path, self.stack[-1]] += 1
         return attr_val
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
@@ -786,7 +791,11 @@ class _Constants(TorchFunctionMode):
         func = unwatched(func)
         name = getattr(func, "__name__", "")
         if name == "__set__" and id(args[0]) in self.tracer.names:  # `weight.data = ...`, at every call
-            self.tracer.reached.setdefault(self.tracer.names[id(args[0])], set()).add(self.tracer.stack[-1])
+            path, call = self.tracer.names[id(args[0])], self.tracer.stack[-1]
+            self.tracer.reached.setdefault(path, set()).add(call)
+            self.tracer.fetched[path, call] += 1
+        if name == "__get__" and func.__self__.__name__ in ("dtype", "device") and id(args[0]) in self.tracer.names:
+            self.tracer.asked[self.tracer.names[id(args[0])], self.tracer.stack[-1]] += 1
         if name in RANDOM:
             raise RuntimeError(f"torch.{name} draws new numbers at every call")
         writes = bool(args) and isinstance(args[0], Tensor) and _in_place(name)

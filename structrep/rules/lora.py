@@ -6,17 +6,17 @@ Training time: a Linear, and a product of two thin ones, scaled, added (section 
 
 from structrep.algebra import ConvMap
 from structrep.blocks import LoRALinear
-from structrep.pattern import Affine, Conv, Optional, Seq, Sum, pointwise
+from structrep.pattern import Affine, Conv, Many, Optional, Seq, Sum, pointwise
 from structrep.registry import rule
 
 
 @rule(
     Sum(
         Conv(pointwise).named("base"),
-        Seq(Conv(pointwise), Conv(pointwise), Optional(Affine())).named("delta"),
+        Many(Seq(Conv(pointwise), Conv(pointwise), Optional(Affine()))).named("deltas"),
     ),
     source="LoRA, arXiv:2106.09685, section 4.1",
     example=lambda: LoRALinear(8, 6, rank=2),
 )
-def lora(base: ConvMap, delta: ConvMap) -> ConvMap:
-    return base + delta
+def lora(base: ConvMap, deltas: list[ConvMap]) -> ConvMap:
+    return base + sum(deltas)
