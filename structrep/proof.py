@@ -390,7 +390,7 @@ class _Both:
                 x = torch.randn(shape, dtype=torch.float64, generator=self.generator).to(self.map.kernel.device)
                 try:
                     before = self.region(x)
-                except (RuntimeError, ValueError):
+                except (RuntimeError, ValueError, IndexError):
                     continue
                 try:
                     return before, self.layer(x)

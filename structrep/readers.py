@@ -1065,6 +1065,92 @@ def _(a: _Arguments) -> Layer | None:
     return view_layer()
 
 
+@_called(torch.transpose, torch.permute, torch.swapaxes, "transpose", "permute", "swapaxes")
+def _(a: _Arguments) -> Layer | None:
+    """Norms and scales on dim 1 between two transpositions are a scale of the last dim, as RepBN's is of a token."""
+    if not _swaps_last_two(a.node):
+        return None
+    inner = _swapped(a.node.args[0], {})
+    if inner is None:
+        return None
+    load, first, through, shows_rank = inner
+    if first is None or not (shows_rank or _is_permute(first)) or len(through) == 1:
+        return None
+    (source,) = first.all_input_nodes
+
+    def scale(c: int, d: int) -> ConvMap:
+        if d:
+            raise Unreadable("a scale of the last dim, of values whose channels are on dim 1")
+        map_ = load(c)
+        return ConvMap.scale(map_.kernel.flatten(), map_.bias, dims=0)
+
+    layer = diagonal_layer("affine", scale, None, 0, 0)
+    return replace(layer, source=source, through=tuple(through))
+
+
+_Scale = tuple[Callable[[int], ConvMap], fx.Node | None, dict[fx.Node, None], bool]
+
+
+def _swapped(node: Any, known: dict[fx.Node, _Scale | None]) -> _Scale | None:
+    """A value as a scale per channel of a transposed one: that scale, the transposition, the nodes on the way from it,
+    and whether something on the way takes values of three dims only."""
+    if not isinstance(node, fx.Node):
+        return None
+    if node not in known:
+        known[node] = None  # a value that is made of itself is none
+        known[node] = _swapped_step(node, known)
+    return known[node]
+
+
+def _swapped_step(node: fx.Node, known: dict[fx.Node, _Scale | None]) -> _Scale | None:
+    if _swaps_last_two(node):
+        return (lambda c: ConvMap.identity(c, 1)), node, {node: None}, False
+    if torch_name(node) in ("transpose", "permute", "swapaxes"):
+        return None
+    reading = read_node(node)
+    if isinstance(reading, Same):
+        return _behind(_swapped(reading.source, known), node, lambda map_, c: map_, False)
+    if isinstance(reading, Layer) and reading.kind in ("norm", "affine") and not reading.through:
+        layer = reading
+        three = node.op == "call_module" and isinstance(node.meta["call"].module, nn.BatchNorm1d)
+        inner = _swapped(reading.source, known)
+        return _behind(inner, node, lambda map_, c: map_ >> layer.load(c, 1), three)
+    if isinstance(reading, Total) and not reading.through:
+        parts = [(_swapped(part, known), sign) for part, sign in reading.parts]
+        found = [part for part, _ in parts if part is not None]
+        if len(found) < len(parts) or len({part[1] for part in found}) != 1:
+            return None
+
+        def load(c: int) -> ConvMap:
+            maps = [part[0](c) * sign for part, sign in parts if part is not None]
+            return sum(maps[1:], maps[0])
+
+        through = dict.fromkeys((*(one for part in found for one in part[2]), node))
+        return load, found[0][1], through, any(part[3] for part in found)
+    return None
+
+
+def _behind(inner: _Scale | None, node: fx.Node, then: Callable[[ConvMap, int], ConvMap], three: bool) -> _Scale | None:
+    if inner is None:
+        return None
+    load, first, through, known = inner
+    return (lambda c: then(load(c), c)), first, {**through, node: None}, known or three
+
+
+def _is_permute(node: fx.Node) -> bool:
+    return torch_name(node) == "permute"
+
+
+def _swaps_last_two(node: fx.Node) -> bool:
+    """Whether a node exchanges the last two of three dims."""
+    name = torch_name(node)
+    places: Any = node.args[1:]
+    if name in ("transpose", "swapaxes"):
+        return set(places) in ({1, 2}, {-1, -2}, {1, -1}, {-2, 2})
+    places = places[0] if len(places) == 1 and isinstance(places[0], (list, tuple)) else places
+    return name == "permute" and tuple(places) in ((0, 2, 1), (0, -1, -2), (0, -1, 1))
+
+
 @_called(torch.zeros_like)
 def _(a: _Arguments) -> Layer | None:
     return scale_layer(0.0) if len(a.node.args) == 1 and not a.node.kwargs else None  # what sums often start from

@@ -621,6 +621,8 @@ class Search:
             at = self.place[writer]
             if writer in inside and any(self.place[other] > at for other in readers if other not in inside):
                 raise Mutated(f"{writer.name} overwrites the input of the merge, which is read again later")
+            if writer in inside and any(alias.op == "placeholder" for alias in same):
+                raise Mutated(f"{writer.name} writes to what the model is given, which its caller may look at again")
             if writer not in inside and at < self.place[root] and any(self.place[n] < at for n in inside):
                 raise Mutated(f"{writer.name} overwrites the input of the merge before the merged layer would read it")
         given = channels(base)

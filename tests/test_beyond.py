@@ -124,3 +124,48 @@ class LocalName(nn.Module):
 def test_a_local_name_that_is_a_dict_outside():
     model, x = LocalName().double().eval(), torch.randn(1, 4, 3, 3, dtype=torch.float64)
     assert relative_error(structrep.reparameterize(model)(x), model(x)) < 1e-13
+
+
+class RepBN(nn.Module):
+    """A batch norm and a share of its input, on tokens: arXiv:2405.11582."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.bn, self.alpha = nn.BatchNorm1d(channels), nn.Parameter(torch.tensor([0.7]))
+
+    def forward(self, x):
+        x = x.transpose(1, 2)
+        x = self.bn(x) + self.alpha * x
+        return x.transpose(1, 2)
+
+
+@pytest.mark.parametrize("example", [False, True])
+@pytest.mark.parametrize("make", [
+    lambda: nn.Sequential(RepBN(8), nn.Linear(8, 8)),
+    lambda: nn.Sequential(nn.Linear(8, 8), RepBN(8)),
+    lambda: nn.Sequential(RepBN(8), nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8), RepBN(8), nn.Linear(8, 8)),
+])  # fmt: skip
+def test_a_norm_of_tokens_goes_into_a_linear(make, example):
+    torch.manual_seed(0)
+    model, x = settled(make()), torch.randn(2, 5, 8, dtype=torch.float64)
+    deploy = structrep.reparameterize(model, x if example else None)
+    assert relative_error(deploy(x), model(x)) < 1e-13
+    assert not any(isinstance(m, nn.BatchNorm1d) for m in deploy.modules())
+    with pytest.raises((RuntimeError, IndexError)):
+        model(x[0])
+
+
+class Half(nn.Module):
+    def __init__(self, dims):
+        super().__init__()
+        self.bn, self.linear, self.dims = nn.BatchNorm1d(8), nn.Linear(8, 8), dims
+
+    def forward(self, x):
+        return self.linear(self.bn(x.transpose(*self.dims)).relu().transpose(1, 2))
+
+
+def test_a_norm_of_tokens_with_a_curve_behind_it_stays():
+    model, x = settled(Half((1, 2))), torch.randn(2, 5, 8, dtype=torch.float64)
+    deploy = structrep.reparameterize(model)
+    assert relative_error(deploy(x), model(x)) < 1e-13
+    assert isinstance(deploy.bn, nn.BatchNorm1d)

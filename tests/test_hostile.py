@@ -427,3 +427,23 @@ def test_a_scale_that_spreads_one_channel_over_several(example):
     model, x = Spreads().double().eval(), torch.randn(2, 2, 3, 3, dtype=torch.float64)
     deploy = structrep.reparameterize(model, x if example else None)
     assert torch.equal(deploy(x), model(x))
+
+
+class WritesToItsInput(nn.Module):
+    def __init__(self, part):
+        super().__init__()
+        self.conv, self.part = nn.Conv2d(4, 4, 1), part
+
+    def forward(self, x):
+        y = x[:, :4] if self.part else x
+        y += y
+        return self.conv(y)
+
+
+@pytest.mark.parametrize("part", [False, True])
+def test_what_is_written_to_the_input_goes_on_being_written(part):
+    model = WritesToItsInput(part).double().eval()
+    deploy = structrep.reparameterize(model)
+    mine, theirs = X.clone(), X.clone()
+    assert relative_error(deploy(mine), model(theirs)) < 1e-14
+    assert torch.equal(mine, theirs)

@@ -40,10 +40,14 @@ def main() -> None:
             counts["merges"] += merges
             progress.advance(bar)
 
-        run()
-    known = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
-    known.append({"seed": start, "torch": torch.__version__, **counts, "failures": 0})
-    RESULTS.write_text(json.dumps(known, indent=1) + "\n")
+        failures = 1
+        try:
+            run()
+            failures = 0
+        finally:
+            known = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+            known.append({"seed": start, "torch": torch.__version__, **counts, "failures": failures})
+            RESULTS.write_text(json.dumps(known, indent=1) + "\n")
     print(f"{counts['programs']:,} programs, {counts['with merges']:,} with merges, no failure; seed {start}")
 
 
