@@ -671,7 +671,10 @@ class _Tracer(fx.Tracer):
         node.meta["autocast"] = torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
         call = node.meta["call"] = self.stack[-1] if self.stack else None
         node.meta["unfollowed"] = node.target in self.whole or (
-            node.op == "call_module" and call is not None and type(call.module) in self.opaque
+            node.op == "call_module"
+            and call is not None
+            and type(call.module) in self.opaque
+            and not readers.knows(call.module)
         )
         self.count += 1
         if self.stack and node.op != "get_attr":
