@@ -30,9 +30,12 @@ class Plan:
 
     def __init__(self, model: nn.Module, findings: Findings) -> None:
         self._model = model
+        self._draft = Draft(findings.traced, findings.replicas, findings.merges)
+        while self._draft.unwritable.keys() - findings.unwritable.keys():  # what stands apart from them may merge still
+            findings = search.without_writing(findings, {**findings.unwritable, **self._draft.unwritable})
+            self._draft = Draft(findings.traced, findings.replicas, findings.merges)
         self._findings = findings
         self._missed = list(findings.missed)
-        self._draft = Draft(findings.traced, findings.replicas, findings.merges)
         for merge, reason in self._draft.refused:
             self._refuse(merge, reason)
         self._applied = False

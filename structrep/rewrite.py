@@ -27,7 +27,7 @@ from structrep.layers import Features2d, Sizes
 from structrep.pattern import ONE, geometry
 from structrep.ranks import rank
 from structrep.readers import Layer, hooks, knows, lower, only_asserted, read_module
-from structrep.search import Merge, Replicas, Segment
+from structrep.search import Merge, Replicas, Segment, place
 from structrep.trace import Call, Traced
 from structrep.values import proxies
 
@@ -141,6 +141,7 @@ class Draft:
         self.traced = traced
         self.replicas = replicas
         self.refused: list[tuple[Merge, Refusal]] = []
+        self.unwritable: dict[tuple[str, str], Refusal] = {}  # methods that cannot be written anew, by path and name
         self.merges = list(merges)
         made = (n.meta["formula"] for trace in traced.traces for n in trace.nodes if n.meta.get("formula"))
         self.computed_from = {id(tensor) for formula in made for tensor in formula.tensors}
@@ -229,6 +230,7 @@ class Draft:
             try:
                 self.forwards[owner] = Forward(self.traced, self.edits, owner, written_out)
             except Refusal as reason:
+                self.unwritable[place(owner)] = reason
                 failed.update(dict.fromkeys(self.owned[owner], reason))
         return failed
 

@@ -149,6 +149,7 @@ class Findings:
 
     traced: Traced
     inexact_borders: tuple[str, ...] = ()  # globs: merges that touch such a layer may differ at the border
+    unwritable: Mapping[tuple[str, str], Refusal] = field(default_factory=dict)  # methods that cannot be written anew
     merges: list[Merge] = field(default_factory=list)
     missed: list[Missed] = field(default_factory=list)
     searches: list[Search] = field(default_factory=list)
@@ -176,6 +177,16 @@ def find(
     """
     check_ready(model)
     findings = Findings(trace(model, example_inputs, probed or {}), tuple(inexact_borders))
+    return _search(findings, registry)
+
+
+def without_writing(found: Findings, unwritable: Mapping[tuple[str, str], Refusal]) -> Findings:
+    """What is found if some methods, by path and name, are left as they are written."""
+    (registry, *_) = (search.registry for search in found.searches)
+    return _search(Findings(found.traced, found.inexact_borders, unwritable), registry)
+
+
+def _search(findings: Findings, registry: Registry) -> Findings:
     for path, reason in findings.traced.untraced.items():
         findings.missed.append(Missed(path or "(root)", "-", "left as it is", reason))
     for function, (path, reason) in findings.traced.unfollowed.items():
@@ -633,6 +644,12 @@ class Search:
                     f"a value of {given} channels is spread over {wanted} by a scale, and no layer does so"
                 )
         changed = {n for n in inside if not isinstance(self._reading(n), Same)} | _scales(stretch)
+        for node in changed:
+            if (
+                node.op != "call_module"
+                and (where := place(next(node.meta["call"].homes()))) in self.findings.unwritable
+            ):
+                raise Unreadable(str(self.findings.unwritable[where]))
         owner = self._owner(inside | _scales(stretch))
         self.replicas.check(changed, owner)
         self.findings.borders.check(inside, root, owner)
@@ -810,7 +827,7 @@ class Replicas:
         if len(bodies) > 1 and not self.alike(bodies):
             raise Shared(f"{owner.path or 'the model'} is called {len(bodies)} times, and not always in the same way")
         touched = {call for node in inside for call in node.meta["call"].chain() if owner in call.chain()}
-        anew = {_place(next(node.meta["call"].homes())) for node in inside if node.op != "call_module"}
+        anew = {place(next(node.meta["call"].homes())) for node in inside if node.op != "call_module"}
         for call in touched - {owner}:
             self._check_reach(call, touched, anew, inside)
             if call.inlined:
@@ -837,7 +854,7 @@ class Replicas:
         held = {**call.module._parameters, **call.module._buffers} if call.leaf else {}
         for name, tensor in held.items():
             for other in self.traced.reached.get(f"{call.path}.{name}", ()):
-                if _place(next(other.homes())) not in anew or self._needed(tensor, inside):
+                if place(next(other.homes())) not in anew or self._needed(tensor, inside):
                     raise Shared(f"{other.path or 'the model'} uses {call.path}.{name} itself")
         for other in self.traced.reached.get(call.path, ()):
             if other not in touched:
@@ -864,7 +881,7 @@ class Replicas:
         return self.prints[call]
 
 
-def _place(call: Call) -> tuple[str, str]:
+def place(call: Call) -> tuple[str, str]:
     """Whose method a call is of; the same for every trace."""
     return call.path, call.method
 

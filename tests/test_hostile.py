@@ -447,3 +447,26 @@ def test_what_is_written_to_the_input_goes_on_being_written(part):
     mine, theirs = X.clone(), X.clone()
     assert relative_error(deploy(mine), model(theirs)) < 1e-14
     assert torch.equal(mine, theirs)
+
+
+class WritesToItself(nn.Module):
+    """Its forward cannot be written anew; what is inside its parts merges all the same."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.block = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.Sequential()
+        self.register_buffer("mean", torch.randn(1, 4, 1, 1))
+        self.shift = 0.5
+
+    def forward(self, x):
+        self.mean = self.mean * 1
+        return self.norm(self.conv((x - self.shift) * 255.0))
+
+
+def test_a_merge_that_cannot_be_written_leaves_the_smaller_ones():
+    model = settled(WritesToItself())
+    plan = structrep.plan(model)
+    deploy = plan.apply()
+    assert relative_error(deploy(X), model(X)) < 1e-13
+    assert not isinstance(deploy.norm, nn.BatchNorm2d)
+    assert any("changes its arguments or itself" in refusal.reason for refusal in plan.refusals)
