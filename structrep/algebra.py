@@ -459,6 +459,10 @@ class ConvMap:
             raise Incompatible(f"the frame {frame} does not hold {self.geometry}; their sum would")
         return ConvMap.of(frame, self._framed(frame), self.bias, like=self)
 
+    def widened(self, overhang: Ints) -> ConvMap:
+        """See `Geometry.widened`."""
+        return ConvMap.of(self.geometry.widened(overhang), self.kernel, self.bias, like=self)
+
     def shifted(self, shift: Tensor) -> ConvMap:
         """The map that makes of x - shift what this one makes of x; `shift` is (I,), for a constant border."""
         bias = self.bias + _channel_mix(self.kernel, shift, self.geometry.groups)
@@ -639,10 +643,6 @@ class ConvMap:
                 f"{_reading(other, worst)}: pad both alike"
             )
         return other
-
-    def widened(self, overhang: Ints) -> ConvMap:
-        """See `Geometry.widened`."""
-        return ConvMap.of(self.geometry.widened(overhang), self.kernel, self.bias, like=self)
 
 
 CANCELLATION = 64.0  # a pad may cost six bits of the bias that it stands for, and no more

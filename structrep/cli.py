@@ -145,7 +145,7 @@ def rules_(as_json: AsJson = False) -> None:
             RuleRecord(
                 name=rule.name, kind="law" if rule.law else "family", pattern=str(rule.pattern), source=rule.source
             )
-            for rule in registry.default
+            for rule in registry.resolve(None)
         )
     )
     if as_json:

@@ -165,9 +165,7 @@ def plan(
     maps, refused = _probed(model, example_inputs, _globs(probe))
     for glob in _globs(inexact_borders):
         _named(model, glob)
-    findings = search.find(model, example_inputs, registry, _globs(inexact_borders), maps)
-    findings.missed += refused
-    return Plan(model, findings)
+    return Plan(model, search.find(model, example_inputs, registry, _globs(inexact_borders), maps, refused))
 
 
 def _globs(names: str | Iterable[str]) -> tuple[str, ...]:
@@ -292,7 +290,7 @@ def _demand(found: Verification) -> None:
 
 
 def _record(merge: Merge, where: str) -> MergeRecord:
-    shape = geometry(merge.term)
+    shape, (before, after) = geometry(merge.term), merge.fit.costs
     taps = "x".join(map(str, shape.kernel))
     sizes = ""
     if merge.sizes is not None:
@@ -303,8 +301,8 @@ def _record(merge: Merge, where: str) -> MergeRecord:
         sources=merge.sources,
         before=str(merge.term),
         after=f"conv {taps}" if taps else "linear",
-        multiply_adds=(merge.before.multiply_adds, merge.after.multiply_adds),
-        parameters=(merge.before.parameters, merge.after.parameters),
+        multiply_adds=(before.multiply_adds, after.multiply_adds),
+        parameters=(before.parameters, after.parameters),
         largest=merge.fit.largest,
         border=str(border(merge)) if merge.fit.rigour == "inside" else merge.fit.remedy,
         sizes=sizes,

@@ -111,7 +111,7 @@ def _between(search: Search, ones: list[fx.Node], others: list[fx.Node]) -> tupl
 
 def _chain(search: Search, graph: nx.DiGraph, early: fx.Node, late: fx.Node) -> tuple[str, Term | None]:
     way = (nx.descendants(graph, early) & nx.ancestors(graph, late)) | {early, late}
-    unread = [node for node in search.nodes if node in way and node not in search.readings and "value" not in node.meta]
+    unread = _unread(search, way)
     if unread:
         return f"{_told(unread)} between them, which is no linear map that structrep reads", None
     stretch = search.stretch(early, late)
@@ -127,7 +127,7 @@ def _parallel(search: Search, graph: nx.DiGraph, early: fx.Node, late: fx.Node) 
     if meeting is None or meeting.op == "output":
         return "they are on paths that never meet: nothing adds or stacks what they give", None
     way = nx.ancestors(graph, meeting) & (nx.descendants(graph, early) | nx.descendants(graph, late) | {early, late})
-    unread = [n for n in search.nodes if n in way and n not in search.readings and "value" not in n.meta]
+    unread = _unread(search, way)
     if meeting not in search.readings:
         return f"their paths meet in {named(meeting)}, which neither adds nor stacks them", None
     if unread:
@@ -136,6 +136,11 @@ def _parallel(search: Search, graph: nx.DiGraph, early: fx.Node, late: fx.Node) 
     if segment is None or not {early, late} <= set(segment.nodes):
         return f"their paths meet in {named(meeting)}, but do not start from one value", None
     return _stretch(search, [segment])
+
+
+def _unread(search: Search, way: set[fx.Node]) -> list[fx.Node]:
+    """What of some nodes is no linear map, in order."""
+    return [node for node in search.nodes if node in way and node not in search.readings and "value" not in node.meta]
 
 
 def _reaches(graph: nx.DiGraph, sources: Iterable[fx.Node], node: fx.Node) -> bool:

@@ -137,7 +137,7 @@ def _kernel(layer: _Layer, shape: Ints) -> tuple[Tensor, Geometry]:
     strides, dilations, pads = [], [], []
     for dim in range(dims):
         others = [d for d in range(dims) if d != dim]
-        along = taken.any(dim=others[0]) if len(others) == 1 else taken.amax(dim=others) if others else taken
+        along = taken.amax(dim=others) if others else taken
         places_ = along.nonzero().flatten().tolist() or [middle[dim]]
         stride, overhang = _stride(layer, shape, dim)
         first, last = places_[0], places_[-1]
@@ -188,9 +188,8 @@ def _groups(kernel: Tensor) -> int:
     """The largest number of groups of which a dense kernel (O, I, *K) has no coefficient between two."""
     outputs, inputs = kernel.shape[:2]
     used = kernel.reshape(outputs, inputs, -1).abs().amax(2) > EXACT * kernel.abs().max()
-    for groups in range(math.gcd(outputs, inputs), 1, -1):
-        if outputs % groups or inputs % groups:
-            continue
+    most = math.gcd(outputs, inputs)
+    for groups in (g for g in range(most, 1, -1) if most % g == 0):
         blocks = used.unflatten(0, (groups, -1)).unflatten(2, (groups, -1)).any(1).any(2)  # (G, G)
         if not bool((blocks & ~torch.eye(groups, dtype=torch.bool)).any()):
             return groups

@@ -20,12 +20,12 @@ from torch import Tensor, fx, nn
 from structrep.algebra import ConvMap
 from structrep.errors import BadInput, WrongMerge
 from structrep.pattern import geometry
-from structrep.ranks import rank
+from structrep.ranks import rank, spatial_size
 from structrep.readers import Layer, counts_sizes, lower, only_asserted
 from structrep.registry import COEFFICIENT_ROUNDING
 from structrep.report import BorderRecord, OutputRecord, RegionRecord, Verification
 from structrep.search import Merge
-from structrep.trace import Example, as_arguments, shallow_copy, trace
+from structrep.trace import Example, as_arguments, computed, shallow_copy, trace
 
 SLACK = 8.0  # rounding errors of two equal models are alike, not equal
 
@@ -139,6 +139,11 @@ class _How:
     channels_last: bool = False
     seed: int = 0
 
+    @classmethod
+    def of(cls, model: nn.Module) -> _How:
+        """Where a model is, and in its dtype."""
+        return cls(next((t.device for t in model.parameters()), torch.device("cpu")), dtype_of(model))
+
     def model(self, model: nn.Module) -> nn.Module:
         """A copy of a model, to run so."""
         twin = shallow_copy(model).to(self.device, self.dtype)
@@ -208,14 +213,12 @@ def accepts(model: nn.Module, example_inputs: Example) -> None:
     Raises:
         BadInput: the model rejects the inputs.
     """
-    device = next((t.device for t in model.parameters()), torch.device("cpu"))
-    _Run(model, example_inputs, _How(device, dtype_of(model)))
+    _Run(model, example_inputs, _How.of(model))
 
 
 def inputs_of(model: nn.Module, example_inputs: Example, paths: Collection[str]) -> Iterator[tuple[str, Any]]:
     """What some modules are given at their first call, for the example inputs."""
-    device = next((t.device for t in model.parameters()), torch.device("cpu"))
-    how = _How(device, dtype_of(model))
+    how = _How.of(model)
     twin = how.model(model)
     seen: dict[str, Any] = {}
     for path in paths:
@@ -254,18 +257,6 @@ def _regions(
                 if list(used.users)[-1] is node:
                     values.pop(used, None)
     return found
-
-
-def computed(node: fx.Node, load: Callable[[fx.Node], Any], module: nn.Module | None = None) -> Any:
-    """What a node gives, its arguments loaded; `module` stands for the one that it calls."""
-    args: Any = fx.node.map_arg(node.args, load)
-    kwargs: Any = fx.node.map_arg(node.kwargs, load)
-    if node.op == "call_module":
-        return (module or node.meta["call"].module)(*args, **kwargs)
-    if node.op == "call_method":
-        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-    assert callable(node.target)
-    return node.target(*args, **kwargs)
 
 
 def tensors(value: Any) -> Iterator[Tensor]:
@@ -346,7 +337,7 @@ def prove(merge: Merge) -> None:
 def border(merge: Merge) -> BorderRecord:
     """How far a merge is off where it reads outside its input, on random input of the example's size, or one of 32."""
     map_ = merge.value()
-    size = merge.base.meta.get("shape", ())[2:] or tuple(max(32, n) for n in _sizes(merge, map_)[-1])
+    size = spatial_size(merge.base) or tuple(max(32, n) for n in _sizes(merge, map_)[-1])
     compared = _Both(merge, map_)(size)
     if compared is None:
         raise BadInput(f"{merge.term} takes no input of {size} pixels, so its border cannot be looked at")

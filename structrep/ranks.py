@@ -73,6 +73,11 @@ def channels(node: fx.Node) -> int | None:
         node = source
 
 
+def spatial_size(node: fx.Node) -> tuple[int, ...] | None:
+    """Spatial size of a value of the example, (N, C, *spatial); None if there is no example, or it has none."""
+    return node.meta.get("shape", ())[2:] or None
+
+
 def torch_name(node: fx.Node) -> str:
     """What torch calls the operation that a node is; "" for functions of others."""
     if node.op == "call_method":

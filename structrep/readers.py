@@ -27,7 +27,7 @@ from torch import Tensor, fx, nn
 from structrep.algebra import Border, ConvMap, Geometry, Ints, Pads, swapped
 from structrep.errors import InvalidReader, Unreadable
 from structrep.layers import Shift
-from structrep.ranks import argument, rank, torch_name
+from structrep.ranks import argument, rank, spatial_size, torch_name
 
 # --- what reading gives ---------------------------------------------------------------------------
 
@@ -675,7 +675,7 @@ def _read_call(node: fx.Node) -> Reading | None:
     if isinstance(module, _IDENTITIES):
         inert = isinstance(module, nn.Identity) or not module.training or getattr(module, "p", 1) == 0
         return Same(node.args[0]) if inert else None
-    layer = _read_pool(module, _size(node.args[0])) or read_module(module)
+    layer = _read_pool(module, spatial_size(node.args[0])) or read_module(module)
     return _placed(layer, node) if layer else None
 
 
@@ -689,12 +689,6 @@ def _read_pool(pool: Any, size: Ints | None) -> Layer | None:
         dims, pool.kernel_size, pool.stride, pool.padding, pool.ceil_mode, pool.count_include_pad,
         getattr(pool, "divisor_override", None), size,
     )  # fmt: skip
-
-
-def _size(node: Any) -> Ints | None:
-    """Spatial size of a value of the example, (N, C, *spatial)."""
-    shape = node.meta.get("shape", ()) if isinstance(node, fx.Node) else ()
-    return shape[2:] if len(shape) > 2 else None
 
 
 class _NotConstant(Exception):
@@ -718,6 +712,11 @@ class _Arguments:
         if not isinstance(found, Tensor):
             raise _NotConstant
         return found
+
+    @property
+    def size(self) -> Ints | None:
+        """Spatial size of the input, for the example."""
+        return spatial_size(self.node.all_input_nodes[0])
 
     def pair(self, other: str = "other") -> tuple[Any, Any]:
         return self(0, "input"), self(1, other)
@@ -807,13 +806,13 @@ def _(a: _Arguments) -> Layer | None:
     dims = {F.avg_pool1d: 1, F.avg_pool2d: 2, F.avg_pool3d: 3}[a.node.target]  # type: ignore[index]
     stride, padding = a(2, "stride"), a(3, "padding", 0)
     ceil, counted, divisor = a(4, "ceil_mode", False), a(5, "count_include_pad", True), a(6, "divisor_override")
-    return pool_layer(dims, a(1, "kernel_size"), stride, padding, ceil, counted, divisor, _size(a(0, "input")))
+    return pool_layer(dims, a(1, "kernel_size"), stride, padding, ceil, counted, divisor, a.size)
 
 
 @_called(F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)
 def _(a: _Arguments) -> Layer | None:
     dims = next(d for d in (1, 2, 3) if torch_name(a.node) == f"adaptive_avg_pool{d}d")
-    return adaptive_pool_layer(dims, a(1, "output_size"), _size(a(0, "input")))
+    return adaptive_pool_layer(dims, a(1, "output_size"), a.size)
 
 
 @_called(F.pad)

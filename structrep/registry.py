@@ -207,11 +207,9 @@ def load_plugins() -> None:
 
     One that cannot be loaded is told by a warning that names it and its package; the rest goes on.
     """
-    for group in (RULES, READERS):
+    for group in {RULES, READERS} - _loaded:
+        _loaded.add(group)
         for point in metadata.entry_points(group=group):
-            if point.value in _loaded:
-                continue
-            _loaded.add(point.value)
             try:
                 found = point.load()
                 for one in found if isinstance(found, Registry) else [found] if isinstance(found, Rule) else ():

@@ -27,7 +27,7 @@ from structrep.layers import Features2d, Sizes
 from structrep.pattern import ONE, geometry
 from structrep.ranks import rank
 from structrep.readers import Layer, hooks, knows, lower, only_asserted, read_module
-from structrep.search import Merge, Replicas, Segment, place
+from structrep.search import Merge, Replicas, Segment, site
 from structrep.trace import Call, Traced
 from structrep.values import proxies
 
@@ -230,7 +230,7 @@ class Draft:
             try:
                 self.forwards[owner] = Forward(self.traced, self.edits, owner, written_out)
             except Refusal as reason:
-                self.unwritable[place(owner)] = reason
+                self.unwritable[site(owner)] = reason
                 failed.update(dict.fromkeys(self.owned[owner], reason))
         return failed
 

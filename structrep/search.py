@@ -40,7 +40,7 @@ from structrep.errors import (
     Unreadable,
 )
 from structrep.pattern import ONE, Term, geometry, leaf, seq, sized, stack, total, value
-from structrep.ranks import channels
+from structrep.ranks import channels, spatial_size
 from structrep.readers import (
     Layer,
     Reading,
@@ -81,10 +81,11 @@ class Segment:
 class Fit:
     """How a merged map fits into a layer of the dtype that it will have."""
 
-    rigour: Rigour = "exact"
-    remedy: str = ""  # what a layer of its own does for the border
-    largest: tuple[float, float] = (0.0, 0.0)  # largest coefficient of a kernel before, of any after
-    notes: tuple[str, ...] = ()  # what is to be told of the numbers
+    costs: tuple[Cost, Cost]  # before and after, but for what the border takes
+    rigour: Rigour
+    remedy: str  # what a layer of its own does for the border
+    largest: tuple[float, float]  # largest coefficient of a kernel before, of any after
+    notes: tuple[str, ...]  # what is to be told of the numbers
 
 
 @dataclass(eq=False)
@@ -96,8 +97,6 @@ class Merge:
     term: Term
     segments: tuple[Segment, ...]  # from base to root
     owner: Call  # the innermost call that holds all of it
-    before: Cost
-    after: Cost
     trace: Trace
     fit: Fit
 
@@ -149,6 +148,7 @@ class Findings:
 
     traced: Traced
     inexact_borders: tuple[str, ...] = ()  # globs: merges that touch such a layer may differ at the border
+    beforehand: tuple[Missed, ...] = ()  # refusals from before the search
     unwritable: Mapping[tuple[str, str], Refusal] = field(default_factory=dict)  # methods that cannot be written anew
     merges: list[Merge] = field(default_factory=list)
     missed: list[Missed] = field(default_factory=list)
@@ -166,24 +166,26 @@ def find(
     registry: Registry,
     inexact_borders: Iterable[str] = (),
     probed: Mapping[str, ConvMap] | None = None,
+    beforehand: Iterable[Missed] = (),
 ) -> Findings:
     """Trace the model and find all its merges; those of layers that `inexact_borders` names may differ at the border.
 
     Args:
         probed: layers by path that are taken to be those maps.
+        beforehand: refusals that are there already.
 
     Raises:
         TrainingMode, Uninitialized, Sharded, BadInput: the model cannot be planned as it is.
     """
     check_ready(model)
-    findings = Findings(trace(model, example_inputs, probed or {}), tuple(inexact_borders))
+    findings = Findings(trace(model, example_inputs, probed or {}), tuple(inexact_borders), tuple(beforehand))
     return _search(findings, registry)
 
 
 def without_writing(found: Findings, unwritable: Mapping[tuple[str, str], Refusal]) -> Findings:
     """What is found if some methods, by path and name, are left as they are written."""
     (registry, *_) = (search.registry for search in found.searches)
-    return _search(Findings(found.traced, found.inexact_borders, unwritable), registry)
+    return _search(Findings(found.traced, found.inexact_borders, found.beforehand, unwritable), registry)
 
 
 def _search(findings: Findings, registry: Registry) -> Findings:
@@ -194,6 +196,7 @@ def _search(findings: Findings, registry: Registry) -> Findings:
     for one in findings.traced.traces:
         findings.searches.append(Search(findings, one, registry))
         findings.searches[-1].run()
+    findings.missed += findings.beforehand
     return findings
 
 
@@ -371,7 +374,7 @@ class Search:
             return None  # views stay where they are, and so must what they are views of
         if isinstance(reading, Total):
             nodes.update(dict.fromkeys(reading.through))
-        size = base.meta.get("shape", ())[2:] or None
+        size = spatial_size(base)
         term = stack(branches, root, reading.dim, size) if isinstance(reading, Stack) else total(branches, root, size)
         ordered = sorted(nodes, key=self.place.__getitem__)
         absorbed = dict.fromkeys(one for node in ordered for one in self.taker_of.get(node, ()))
@@ -430,15 +433,15 @@ class Search:
         stretches = self._stretches(root)
         for rule in families:
             for stretch in reversed(stretches):
-                found = rule.pattern.match(seq([segment.term for segment in stretch]))
+                found = rule.pattern.match(_term(stretch))
                 if found is None:
                     continue
                 try:
                     self._check(stretch)
-                    self._price(stretch)
-                    fit = self._fit(rule.merged(seq([segment.term for segment in stretch]), found), stretch)
+                    costs = self._price(stretch)
+                    fit = self._fit(rule.merged(_term(stretch), found), stretch, costs)
                 except Refusal as reason:
-                    self._miss(_nodes(stretch), rule.name, str(seq([s.term for s in stretch])), reason)
+                    self._miss(_nodes(stretch), rule.name, str(_term(stretch)), reason)
                     continue
                 return rule, stretch, fit
         return None
@@ -457,11 +460,11 @@ class Search:
 
     def _law(self, root: fx.Node, laws: list[Rule]) -> Merge | None:
         """The best exact merge that ends at root, by saving."""
-        choices: list[tuple[float, int, Rule, list[Segment], Cost, Cost]] = []
+        choices: list[tuple[float, int, Rule, list[Segment], tuple[Cost, Cost]]] = []
         for stretch in self._stretches(root):
             if not self._whole_families(stretch):
                 continue
-            term = seq([segment.term for segment in stretch])
+            term = _term(stretch)
             rule = next((law for law in laws if _says_something(term) and law.pattern.match(term) is not None), None)
             if rule is None:
                 continue
@@ -471,27 +474,28 @@ class Search:
             except Refusal as reason:
                 self._miss(_nodes(stretch), rule.name, str(term), reason)
                 continue
-            choices.append((before.multiply_adds - after.multiply_adds, len(choices), rule, stretch, before, after))
-        for _, _, rule, stretch, before, after in sorted(choices, key=lambda choice: choice[:2], reverse=True):
+            saved = before.multiply_adds - after.multiply_adds
+            choices.append((saved, len(choices), rule, stretch, (before, after)))
+        for _, _, rule, stretch, costs in sorted(choices, key=lambda choice: choice[:2], reverse=True):
             try:
-                fit = self._law_fit(stretch)
+                fit = self._law_fit(stretch, costs)
             except Refusal as reason:
-                self._miss(_nodes(stretch), rule.name, str(seq([s.term for s in stretch])), reason)
+                self._miss(_nodes(stretch), rule.name, str(_term(stretch)), reason)
                 continue
-            return self._merge(stretch, before, after, fit, rule)
+            return self._merge(stretch, fit, rule)
         return None
 
-    def _law_fit(self, stretch: list[Segment]) -> Fit:
+    def _law_fit(self, stretch: list[Segment], costs: tuple[Cost, Cost]) -> Fit:
         """How a stretch's value fits; where its border forbids one plain layer, with the remedy that helps.
 
         Raises:
             Refusal: it does not, whatever is done about the border.
         """
-        term = seq([segment.term for segment in stretch])
+        term = _term(stretch)
         forbidden: Inexact | None = None
         for rigour in self._rigours(stretch):
             try:
-                return self._fit(value(term, rigour=rigour), stretch, rigour)
+                return self._fit(value(term, rigour=rigour), stretch, costs, rigour)
             except Inexact as reason:
                 forbidden = forbidden or reason
         assert forbidden is not None
@@ -522,9 +526,9 @@ class Search:
         if root not in self.families:
             return None
         _, stretch, fit = self.families[root]
-        return self._merge(stretch, *self._price(stretch), fit)
+        return self._merge(stretch, fit)
 
-    def _merge(self, stretch: list[Segment], before: Cost, after: Cost, fit: Fit, law: Rule | None = None) -> Merge:
+    def _merge(self, stretch: list[Segment], fit: Fit, law: Rule | None = None) -> Merge:
         inside = set(_nodes(stretch))
         families = [(rule, part) for root, (rule, part, _) in self.families.items() if root in inside]
         named = list(dict.fromkeys(rule for rule, _ in families))
@@ -533,11 +537,9 @@ class Search:
         return Merge(
             tuple(rule.name for rule in named),
             tuple(rule.source for rule in named),
-            seq([segment.term for segment in stretch]),
+            _term(stretch),
             tuple(stretch),
             self._owner(inside | _scales(stretch)),
-            before,
-            after,
             self.trace,
             fit,
         )
@@ -550,7 +552,7 @@ class Search:
         Raises:
             Costlier: more multiply-adds or more stored numbers after than before.
         """
-        term = seq([segment.term for segment in stretch])
+        term = _term(stretch)
         if not any(layer.weight is not None for layer in term.leaves()):
             raise Costlier(f"{term} holds no convolution or Linear: as one it would take more work than it does")
         if sized(term) != "any":
@@ -573,7 +575,7 @@ class Search:
             )
         return before, after
 
-    def _fit(self, map_: ConvMap, stretch: list[Segment], rigour: Rigour = "exact") -> Fit:
+    def _fit(self, map_: ConvMap, stretch: list[Segment], costs: tuple[Cost, Cost], rigour: Rigour = "exact") -> Fit:
         """How the merged map fits into a layer.
 
         Raises:
@@ -590,18 +592,18 @@ class Search:
                 f"largest value is {torch.finfo(dtype).max:.3g}: reparameterize the model in float32, or use bfloat16"
             )
         apart = remedy(map_)
-        before, after = self._price(stretch)
+        before, after = costs
         if apart or map_.border != "constant":
             after += cost.of_border(map_)
         saved = before.multiply_adds - after.multiply_adds + before.parameters - after.parameters
         if saved < 0 or (not saved and before.operations <= after.operations):
-            term = seq([segment.term for segment in stretch])
+            term = _term(stretch)
             border = apart or ("a copy of pixels" if map_.border != "constant" else "")
             raise Costlier(
                 f"{term} saves nothing" + (f": what its border takes, {border}, would stay" if border else "")
             )
         largest = max(float(kernel.detach().abs().max()) for kernel in kernels), map_.magnitude
-        return Fit(rigour, apart, largest, tuple(_notes(map_, leaves, dtype)))
+        return Fit(costs, rigour, apart, largest, tuple(_notes(map_, leaves, dtype)))
 
     def stretch(self, early: fx.Node, late: fx.Node) -> list[Segment] | None:
         """The shortest stretch that ends at one node and holds another; None if none does."""
@@ -619,8 +621,7 @@ class Search:
             Refusal: it is not exact, dearer, or cannot be cut out.
         """
         self._check(stretch)
-        self._price(stretch)
-        self._law_fit(stretch)
+        self._law_fit(stretch, self._price(stretch))
 
     def _check(self, stretch: list[Segment]) -> None:
         """Raise unless the stretch can be cut out of the graph and of the modules that it is written in."""
@@ -638,17 +639,14 @@ class Search:
                 raise Mutated(f"{writer.name} overwrites the input of the merge before the merged layer would read it")
         given = channels(base)
         if given is not None and any(layer.dims for segment in stretch for layer in segment.term.leaves()):
-            wanted = geometry(seq([segment.term for segment in stretch])).in_channels
+            wanted = geometry(_term(stretch)).in_channels
             if given != wanted:
                 raise Incompatible(
                     f"a value of {given} channels is spread over {wanted} by a scale, and no layer does so"
                 )
         changed = {n for n in inside if not isinstance(self._reading(n), Same)} | _scales(stretch)
-        for node in changed:
-            if (
-                node.op != "call_module"
-                and (where := place(next(node.meta["call"].homes()))) in self.findings.unwritable
-            ):
+        for where in _written_in(changed):
+            if where in self.findings.unwritable:
                 raise Unreadable(str(self.findings.unwritable[where]))
         owner = self._owner(inside | _scales(stretch))
         self.replicas.check(changed, owner)
@@ -670,8 +668,7 @@ class Search:
         if (root, rule) not in self.refused:
             self.refused.add((root, rule))
             layers = tuple(dict.fromkeys(filter(None, map(_layer_of, nodes))))
-            where = root.meta["call"].path if root.meta["call"] else ""
-            self.missed.append((root, Missed(where or "(root)", rule, what, reason, layers)))
+            self.missed.append((root, Missed(_path(root) or "(root)", rule, what, reason, layers)))
 
     def _isolated(self, covered: set[fx.Node]) -> None:
         """Say of every norm that stays, and that no refusal is about, what it stands between."""
@@ -722,6 +719,10 @@ def _layer_of(node: fx.Node) -> str:
 
 
 _LAYERS = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.Linear)
+
+
+def _term(stretch: Iterable[Segment]) -> Term:
+    return seq([segment.term for segment in stretch])
 
 
 def _nodes(stretch: Iterable[Segment]) -> list[fx.Node]:
@@ -827,7 +828,7 @@ class Replicas:
         if len(bodies) > 1 and not self.alike(bodies):
             raise Shared(f"{owner.path or 'the model'} is called {len(bodies)} times, and not always in the same way")
         touched = {call for node in inside for call in node.meta["call"].chain() if owner in call.chain()}
-        anew = {place(next(node.meta["call"].homes())) for node in inside if node.op != "call_module"}
+        anew = _written_in(inside)
         for call in touched - {owner}:
             self._check_reach(call, touched, anew, inside)
             if call.inlined:
@@ -854,7 +855,7 @@ class Replicas:
         held = {**call.module._parameters, **call.module._buffers} if call.leaf else {}
         for name, tensor in held.items():
             for other in self.traced.reached.get(f"{call.path}.{name}", ()):
-                if place(next(other.homes())) not in anew or self._needed(tensor, inside):
+                if site(next(other.homes())) not in anew or self._needed(tensor, inside):
                     raise Shared(f"{other.path or 'the model'} uses {call.path}.{name} itself")
         for other in self.traced.reached.get(call.path, ()):
             if other not in touched:
@@ -881,9 +882,14 @@ class Replicas:
         return self.prints[call]
 
 
-def place(call: Call) -> tuple[str, str]:
+def site(call: Call) -> tuple[str, str]:
     """Whose method a call is of; the same for every trace."""
     return call.path, call.method
+
+
+def _written_in(nodes: Iterable[fx.Node]) -> set[tuple[str, str]]:
+    """The methods that some nodes are written in, which change if these vanish; a layer that is called is swapped."""
+    return {site(next(node.meta["call"].homes())) for node in nodes if node.op != "call_module"}
 
 
 def _asked(model: nn.Module) -> Iterator[tuple[str, tuple[str, str]]]:

@@ -74,14 +74,16 @@ def reads_settings_only(function: FunctionType, module: nn.Module, args: Any, kw
     except TypeError:
         return False
     names = {name for name, value in given.items() if value is module}
-    uses = [n for n in ast.walk(tree) if isinstance(n, ast.Name) and n.id in names]
-    reads = [
-        n.attr
-        for n in ast.walk(tree)
-        if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name) and n.value.id in names
-    ]
+    asked = _asked_of(names, tree)
     plain = (bool, int, float, str, tuple)
-    return bool(names) and len(uses) == len(reads) and all(isinstance(module.__dict__.get(a), plain) for a in reads)
+    return bool(names) and asked is not None and all(isinstance(module.__dict__.get(a), plain) for a in asked)
+
+
+def _asked_of(names: set[str], tree: ast.AST) -> list[str] | None:
+    """The attributes that code asks of what some names stand for; None if it does anything else with that."""
+    uses = [n for n in ast.walk(tree) if isinstance(n, ast.Name) and n.id in names]
+    asked = [n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and n.value in uses]
+    return asked if len(asked) == len(uses) else None
 
 
 def _attribute(node: ast.AST, itself: str) -> bool:
@@ -242,10 +244,8 @@ def _asks_for_geometry(function: FunctionType, place: int) -> bool:
     tree = syntax(function)
     if not isinstance(tree, ast.FunctionDef) or place >= len(tree.args.args):
         return False
-    name = tree.args.args[place].arg
-    uses = [node for node in ast.walk(tree) if isinstance(node, ast.Name) and node.id == name]
-    asked = [n for n in ast.walk(tree) if isinstance(n, ast.Attribute) and n.value in uses]
-    return len(uses) == len(asked) > 0 and all(attribute.attr in _GEOMETRY for attribute in asked)
+    asked = _asked_of({tree.args.args[place].arg}, tree)
+    return asked is not None and bool(asked) and _GEOMETRY.issuperset(asked)
 
 
 def _named_attribute(call: ast.Call) -> tuple[str, ...]:

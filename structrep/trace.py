@@ -386,20 +386,18 @@ def _fold_constants(tracer: _Tracer) -> None:
     for node in tracer.graph.nodes:
         if node.op not in ("call_function", "call_method"):
             continue
-        if node.target is getattr and node.args[1] in ("device", "dtype"):
+        if readers.asks_kind(node):
             if owner is not None:
                 node.meta["value"] = getattr(owner, node.args[1])
             continue
         inputs = node.all_input_nodes
         if not inputs or not all("value" in n.meta for n in inputs):
             continue
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["value"])
         name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
         if name in RANDOM or _in_place(str(name)):
             continue
         with torch.no_grad(), contextlib.suppress(Exception):
-            run = getattr(args[0], node.target) if isinstance(node.target, str) else node.target
-            node.meta["value"] = run(*(args[1:] if isinstance(node.target, str) else args), **kwargs)
+            node.meta["value"] = computed(node, lambda n: n.meta["value"])
             formulas = [n.meta["formula"] for n in inputs if n.meta.get("formula")]
             stored = [n.meta["value"] for n in inputs if n.op == "get_attr" and "formula" not in n.meta]
             node.meta["formula"] = readers.Formula(
@@ -880,6 +878,18 @@ def _named_tensors(paths: dict[nn.Module, str]) -> Iterator[tuple[str, Tensor]]:
                 yield f"{path}.{name}" if path else name, value
 
 
+def computed(node: fx.Node, load: Callable[[fx.Node], Any], module: nn.Module | None = None) -> Any:
+    """What a node gives, its arguments loaded; `module` stands for the one that it calls."""
+    args: Any = fx.node.map_arg(node.args, load)
+    kwargs: Any = fx.node.map_arg(node.kwargs, load)
+    if node.op == "call_module":
+        return (module or node.meta["call"].module)(*args, **kwargs)
+    if node.op == "call_method":
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    assert callable(node.target)
+    return node.target(*args, **kwargs)
+
+
 def _infer_shapes(graph: fx.Graph, inputs: list[Tensor]) -> None:
     """Note the shape of every node that can be followed without computing, in `meta["shape"]`."""
     given = iter(inputs)
@@ -892,14 +902,7 @@ def _infer_shapes(graph: fx.Graph, inputs: list[Tensor]) -> None:
                 elif node.op == "get_attr":
                     values[node] = node.meta["value"]
                 elif node.op != "output":
-                    args = fx.node.map_arg(node.args, values.__getitem__)
-                    kwargs = fx.node.map_arg(node.kwargs, values.__getitem__)
-                    if node.op == "call_module":
-                        values[node] = node.meta["call"].module(*args, **kwargs)
-                    elif node.op == "call_method":
-                        values[node] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
-                    else:
-                        values[node] = node.target(*args, **kwargs)
+                    values[node] = computed(node, values.__getitem__)
             except Exception:  # unknown from here on, which only makes the plan more careful
                 continue
             if isinstance(values.get(node), Tensor):

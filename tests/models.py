@@ -1,8 +1,9 @@
 """Small models and measures that several tests use."""
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from structrep.blocks import Branches
 from structrep.proof import relative_error
 
 __all__ = ["Branches", "relative_error", "settled"]
@@ -19,17 +20,3 @@ def settled(model: nn.Module, seed: int = 0) -> nn.Module:
                 module.weight.data.uniform_(0.5, 1.5, generator=generator)
                 module.bias.data.normal_(0, 0.5, generator=generator)
     return model.double().eval()
-
-
-class Branches(nn.Module):
-    """The sum of some modules of one input."""
-
-    def __init__(self, *branches: nn.Module) -> None:
-        super().__init__()
-        self.branches = nn.ModuleList(branches)
-
-    def forward(self, x: Tensor) -> Tensor:
-        total = self.branches[0](x)
-        for branch in self.branches[1:]:
-            total = total + branch(x)
-        return total

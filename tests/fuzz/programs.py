@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from tests.models import settled
+
 MODES = ("zeros", "zeros", "zeros", "reflect", "replicate", "circular")
 PADS = ("constant", "constant", "reflect", "replicate", "circular")
 CURVES = ("torch.relu({})", "torch.tanh({})", "F.gelu({})", "{}.sigmoid()", "{}.abs()")
@@ -72,16 +74,6 @@ class Program:
 
     def __repr__(self) -> str:
         return f"seed {self.seed}, inputs {self.shapes}\n{self.text}"
-
-
-def settled(model: nn.Module) -> nn.Module:
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._NormBase):
-            module.running_mean.normal_(0, 0.5)  # type: ignore[union-attr,operator]
-            module.running_var.uniform_(0.5, 2)  # type: ignore[union-attr,operator]
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias, 0, 0.5)
-    return model.double().eval()
 
 
 class Writer:

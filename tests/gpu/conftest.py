@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -88,9 +90,6 @@ def timed(device: torch.device) -> Callable[..., list[float]]:
     """Medians in milliseconds of some functions, run in turn."""
 
     def measure(*runs: Callable[[], Any], rounds: int = 30) -> list[float]:
-        import statistics
-        import time
-
         taken: list[list[float]] = [[] for _ in runs]
         for turn in range(rounds + 5):
             for times, run in zip(taken, runs, strict=True):
