@@ -105,6 +105,24 @@ def test_a_plan_probes_what_the_user_names_and_marks_it():
     assert not any(hasattr(module, "structrep_probed") for module in (*model.modules(), *deploy.modules()))
 
 
+class Counts(nn.Module):
+    """Writes to itself, so its forward cannot be written anew and the search is made a second time."""
+
+    def __init__(self):
+        super().__init__()
+        self.left, self.right, self.curve = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1), Opaque(nn.Tanh())
+
+    def forward(self, x):
+        self.seen = x
+        return self.curve(self.left(x) + self.right(x))
+
+
+def test_what_was_refused_to_be_probed_is_still_said_after_a_second_search():
+    plan = structrep.plan(settled(Counts()), torch.randn(1, 3, 6, 6, dtype=torch.float64), probe=["curve"])
+    assert not plan.merges
+    assert [refusal.where for refusal in plan.refusals if refusal.what == "probed"] == ["curve"]
+
+
 def test_probing_needs_inputs_and_a_layer():
     with pytest.raises(BadInput, match="example_inputs are needed"):
         structrep.plan(settled(Net()), probe="odd")
