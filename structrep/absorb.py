@@ -1,7 +1,9 @@
-"""Scales that no single neighbour can take, but all of several can.
+"""Scales that no single neighbour can take, but one behind a permute can, or all of several can.
 
 * A norm that several convolutions read (queries, keys and values of one norm) goes into each of them.
 * A norm behind a concatenation goes into the branches, each taking its own channels.
+* Between a scale and a layer that takes it, dims may be moved (Linear -> permute -> batch norm; layer norm -> window
+  partition -> Linear), as long as the channels are those of the layer.
 
 It is all of them or none: the norm itself becomes an identity.
 """
@@ -9,12 +11,14 @@ It is all of them or none: the norm itself becomes an identity.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import fx
 
 from structrep.algebra import ConvMap
 from structrep.errors import Mutated, Refusal
+from structrep.moves import axis_after, axis_before
+from structrep.ranks import rank
 from structrep.readers import Layer, Reading, Same, Stack, aliases, asks_shape, diagonal_layer, only_asserted, writers
 
 Readings = Mapping[fx.Node, Reading]
@@ -26,6 +30,7 @@ class Absorption:
 
     node: fx.Node
     source: fx.Node
+    through: tuple[fx.Node, ...]  # nodes between the two that the scale is made of
     before: Mapping[fx.Node, Layer]
     behind: Mapping[fx.Node, Layer]
 
@@ -33,42 +38,71 @@ class Absorption:
     def takers(self) -> frozenset[fx.Node]:
         return frozenset((*self.before, *self.behind))
 
+    @property
+    def nodes(self) -> tuple[fx.Node, ...]:
+        return *self.through, self.node
+
 
 def absorptions(readings: Readings) -> Iterator[Absorption | tuple[fx.Node, Refusal]]:
-    """All scales of a graph that several layers can take between them, and those that they cannot, with the reason."""
+    """All scales of a graph that other layers can take between them, and those that they cannot, with the reason."""
+    found: dict[fx.Node, Absorption] = {}
     for node, reading in readings.items():
         if isinstance(reading, Layer) and reading.kind in ("norm", "affine") and reading.source is not None:
+            inside = {*reading.through, node}
+            if any(user not in inside for part in reading.through for user in part.users):
+                continue
             try:
-                found = _by_branches(node, reading, readings) or _by_readers(node, reading, readings)
+                one = (
+                    _by_branches(node, reading, readings)
+                    or _by_maker(node, reading, readings, found)
+                    or _by_readers(node, reading, readings)
+                )
             except Refusal as reason:
                 yield node, reason
-            else:
-                if found is not None:
-                    yield found
+                continue
+            if one is not None:
+                found[node] = one
+                yield one
 
 
 def _by_readers(node: fx.Node, scale: Layer, readings: Readings) -> Absorption | None:
-    """All that reads the scale is a convolution that may do it first."""
+    """All that reads the scale, perhaps with its dims moved, is a layer that may do it first."""
     assert scale.source is not None
     feeding = _maker(scale.source, readings)
     known = readings.get(feeding)
-    if isinstance(known, Layer) and known.weight is not None and _users(feeding, readings) == [node]:
+    if isinstance(known, Layer) and known.weight is not None and _alone(feeding, node, scale, readings):
         return None  # that layer takes it alone
-    takers = {user: layer for user in _users(node, readings) if isinstance(layer := readings.get(user), Layer)}
-    if len(takers) < 2 or len(takers) < len(_users(node, readings)):
-        return None
-    if any(layer.weight is None or not layer.dims or layer.in_channels is None for layer in takers.values()):
+    takers: dict[fx.Node, Layer] = {}
+    pending, moved = [(user, _axis(node, scale)) for user in _users(node, readings)], False
+    while pending:
+        user, axis = pending.pop()
+        layer = readings.get(user)
+        if isinstance(layer, Layer) and layer.weight is not None:
+            if layer.in_channels is None or layer.dims is None or user in takers:
+                return None
+            if axis != -(layer.dims + 1) and (axis is not None or (scale.kind == "norm" and not layer.dims)):
+                return None
+            takers[user] = layer
+        elif axis is not None and (new := axis_after(user, axis)) is not None:
+            pending += [(other, new) for other in _users(user, readings)]
+            moved = True
+        else:
+            return None
+    if len(takers) < 2 - moved:
         return None
     # As an identity the scale would give what it is given itself, which must not be written to until all have read it.
     last = max(taker.meta["index"] for taker in takers)
     for writer in writers(aliases(scale.source)):
         if node.meta["index"] < writer.meta["index"] < last:
             raise Mutated(f"{writer.name} may overwrite what {node.name} is given before all have read it")
-    for layer in takers.values():
+    before: dict[fx.Node, Layer] = {}
+    for taker, layer in takers.items():
         assert layer.in_channels is not None
         assert layer.dims is not None
-        scale.load(layer.in_channels, layer.dims) >> layer.load(layer.in_channels, layer.dims)  # raises if inexact
-    return Absorption(node, scale.source, dict.fromkeys(takers, scale), {})
+        before[taker] = _of_dims(scale, layer.in_channels, layer.dims)
+        scaled = before[taker].load(layer.in_channels, layer.dims)
+        scaled >> layer.load(layer.in_channels, layer.dims)  # raises if inexact
+    return Absorption(node, scale.source, scale.through, before, {})
 
 
 def _by_branches(node: fx.Node, scale: Layer, readings: Readings) -> Absorption | None:
@@ -90,7 +124,59 @@ def _by_branches(node: fx.Node, scale: Layer, readings: Readings) -> Absorption 
             return None
         behind[part] = _channels(scale, first, layer.out_channels)
         first += layer.out_channels
-    return Absorption(node, scale.source, {}, behind) if first == scale.in_channels else None
+    return Absorption(node, scale.source, scale.through, {}, behind) if first == scale.in_channels else None
+
+
+def _by_maker(
+    node: fx.Node, scale: Layer, readings: Readings, found: Mapping[fx.Node, Absorption]
+) -> Absorption | None:
+    """What is scaled are the channels of one layer with their dims moved, perhaps scaled by others that it takes."""
+    assert scale.source is not None
+    axis, maker, moved = _axis(node, scale), _maker(scale.source, readings), False
+    alone = _alone(maker, node, scale, readings)
+    while axis is not None and alone:
+        layer = readings.get(maker)
+        if isinstance(layer, Layer) and layer.weight is not None:
+            if not moved or layer.dims is None or axis != -(layer.dims + 1) or layer.out_channels is None:
+                return None
+            if scale.in_channels not in (None, layer.out_channels):
+                return None
+            behind = {maker: _of_dims(scale, layer.out_channels, layer.dims)}
+            return Absorption(node, scale.source, scale.through, {}, behind)
+        if maker in found:
+            if not found[maker].behind.keys() == found[maker].takers or len(found[maker].takers) > 1:
+                return None
+            source = found[maker].source  # stands and falls with the same layer
+        elif layer is None and (axis := axis_before(maker, axis)) is not None:
+            source, moved = maker.all_input_nodes[0], True
+        else:
+            return None
+        user, maker = maker, _maker(source, readings)
+        alone = _users(maker, readings) == [user]
+    return None
+
+
+def _alone(maker: fx.Node, node: fx.Node, scale: Layer, readings: Readings) -> bool:
+    """Whether a value is of use to a scale and nothing else."""
+    return {node, *scale.through}.issuperset(_users(maker, readings))
+
+
+def _axis(node: fx.Node, scale: Layer) -> int | None:
+    """The dim that a scale's channels are on, from the end; None if it is not known."""
+    if scale.dims is not None:
+        return -(scale.dims + 1)
+    known = rank(node)
+    return 1 - known if scale.kind == "norm" and known is not None and known > 2 else None
+
+
+def _of_dims(scale: Layer, channels: int, dims: int) -> Layer:
+    """The same scale, of the channels of values with that many spatial dims."""
+
+    def load(c: int, d: int) -> ConvMap:
+        map_ = scale.load(c, scale.dims if scale.dims is not None else d)
+        return ConvMap.scale(map_.kernel.flatten(), map_.bias, dims=d)
+
+    return replace(diagonal_layer("affine", load, channels, dims, scale.parameters), node=scale.node, dead=scale.dead)
 
 
 def _maker(node: fx.Node, readings: Readings) -> fx.Node:

@@ -29,7 +29,7 @@ def why(findings: Findings, merges: Iterable[tuple[str, Merge]], first: str, sec
         raise BadInput(f"{first} and {second} are one, or hold one another: name two layers, beside each other")
     found = [(search, _nodes(search, first), _nodes(search, second)) for search in findings.searches]
     for where, merge in merges:
-        inside = {*merge.nodes, *(one.node for one in merge.absorbed)}
+        inside = {*merge.nodes, *(node for one in merge.absorbed for node in one.nodes)}
         for _, ones, others in found:
             if inside.intersection(ones) and inside.intersection(others):
                 what = f"they are merged, at {where}, by {' + '.join(merge.rules)}: {merge.term}"

@@ -419,8 +419,12 @@ class _Region:
         self.merge = merge
         self.nodes = sorted(merge.nodes, key=lambda node: node.meta["index"])
         # scales that stand outside the region and are done in it
-        self.before = {node: layer for one in merge.absorbed for node, layer in one.before.items()}
-        self.behind = {node: layer for one in merge.absorbed for node, layer in one.behind.items()}
+        self.before: dict[fx.Node, list[Layer]] = {}
+        self.behind: dict[fx.Node, list[Layer]] = {}
+        for one in sorted(merge.absorbed, key=lambda one: one.node.meta["index"]):
+            for scales, shares in ((self.before, one.before), (self.behind, one.behind)):
+                for node, layer in shares.items():
+                    scales.setdefault(node, []).append(layer)
         self.modules: dict[nn.Module, nn.Module] = {}
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -440,14 +444,13 @@ class _Region:
             if only_asserted(node):
                 continue
             source = node.all_input_nodes[0] if node.all_input_nodes else None
-            scale = self.before.get(node)
+            scales = self.before.get(node, [])
 
-            def first_scaled(one: fx.Node, source: Any = source, scale: Layer | None = scale) -> Any:
-                return _scaled(load(one), scale) if scale is not None and one is source else load(one)
+            def first_scaled(one: fx.Node, source: Any = source, scales: list[Layer] = scales) -> Any:
+                return _scaled(load(one), scales) if one is source else load(one)
 
             values[node] = computed(node, first_scaled, self._module(node))
-            if node in self.behind:
-                values[node] = _scaled(values[node], self.behind[node])
+            values[node] = _scaled(values[node], self.behind.get(node, []))
         result: Tensor = values[self.merge.root]
         return result
 
@@ -461,8 +464,10 @@ class _Region:
         return self.modules[module]
 
 
-def _scaled(x: Tensor, scale: Layer) -> Tensor:
-    return scale.load(x.shape[1], x.ndim - 2)(x)
+def _scaled(x: Any, scales: list[Layer]) -> Any:
+    for scale in scales:
+        x = scale.load(x.shape[1], x.ndim - 2)(x) if scale.dims != 0 else scale.load(x.shape[-1], 0)(x)
+    return x
 
 
 @contextlib.contextmanager

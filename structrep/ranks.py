@@ -26,7 +26,7 @@ _ACTS = {
     *("hardsigmoid", "hardtanh", "softplus", "dropout", "contiguous", "clone", "float", "half", "batch_norm"),
 }
 _PIECES = {"chunk", "split", "tensor_split", "split_with_sizes"}  # whose rank is that of each piece
-_REDUCTIONS = {"mean", "sum", "amax", "amin", "std", "var", "logsumexp"}
+_REDUCTIONS = {"mean", "sum", "amax", "amin", "std", "var", "logsumexp", "norm", "vector_norm"}
 _OF_DIMS = re.compile(r"(conv|conv_transpose|(adaptive_)?(avg|max)_pool)([123])d")
 _MODULE_OF_DIMS = re.compile(
     r"(Conv|ConvTranspose|(Adaptive)?(Avg|Max)Pool|BatchNorm|InstanceNorm)([23])d|(Conv|\w*Pool)1d"
@@ -126,6 +126,8 @@ def _rank(node: fx.Node, source: fx.Node | None) -> int | None:
             node.kwargs.get("dim", rest[0] if rest else None),
             node.kwargs.get("keepdim", node.kwargs.get("keepdims", len(rest) > 1 and rest[1])),
         )
+        if name in ("norm", "vector_norm") and "dim" not in node.kwargs:
+            return None  # the first argument is which norm
         if given is None or dims is None or (name in ("std", "var") and len(rest) > 1):
             return None
         gone = len(dims) if isinstance(dims, (list, tuple)) else 1

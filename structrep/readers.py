@@ -569,7 +569,7 @@ def _tap_layer(kind: str, shape: Callable[[int, int], Geometry], border: Border,
 def scale_layer(scale: Tensor | float = 1.0, shift: Tensor | float = 0.0) -> Layer | None:
     """scale * x + shift by numbers or per-channel constants that broadcast against x; None for any other constants."""
     constants = [v if isinstance(v, Tensor) else torch.tensor(v, dtype=torch.float64) for v in (scale, shift)]
-    channels, dims, rank = None, None, max(c.ndim for c in constants)
+    channels, dims = None, None
     for constant in constants:
         wide = [axis for axis, size in enumerate(constant.shape) if size != 1]
         if not wide:
@@ -582,8 +582,6 @@ def scale_layer(scale: Tensor | float = 1.0, shift: Tensor | float = 0.0) -> Lay
         channels, dims = size, after
 
     def load(c: int, d: int) -> ConvMap:
-        if rank > d + 2:
-            raise Unreadable(f"a constant of {rank} dims would add dims to a value with {d} spatial ones")
         s, t = (constant.detach().double().flatten().expand(c) for constant in constants)
         return ConvMap.scale(s, t, dims=d)
 
@@ -624,11 +622,25 @@ def read_node(node: fx.Node) -> Reading | None:
         return None
     if not isinstance(reading, Layer):
         return reading
-    known = rank(reading.source or node.all_input_nodes[0]) if reading.kind == "affine" else None
-    held = [n.meta["value"].ndim for n in node.all_input_nodes if isinstance(n.meta.get("value"), Tensor)]
-    if known is not None and max(held, default=0) > known:
-        return None  # it adds dims
+    if reading.kind == "affine" and not reading.through:
+        held = [n.meta["value"].ndim for n in node.all_input_nodes if isinstance(n.meta.get("value"), Tensor)]
+        known, most = rank(reading.source or node.all_input_nodes[0]), max(held, default=0)
+        if known is not None and most > known:
+            return None  # it adds dims
+        if known is None:
+            reading = _within(reading, most)
     return _placed(reading, node)
+
+
+def _within(scale: Layer, most: int) -> Layer:
+    """A scale by constants of that many dims, of values that must have as many."""
+
+    def load(c: int, d: int) -> ConvMap:
+        if most > d + 2:
+            raise Unreadable(f"a constant of {most} dims would add dims to a value with {d} spatial ones")
+        return scale.load(c, d)
+
+    return replace(scale, load=load)
 
 
 def constant(value: Any) -> Tensor | float | None:

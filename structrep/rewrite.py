@@ -85,7 +85,7 @@ def units(merge: Merge) -> list[Unit]:
 
 def _scales(merge: Merge) -> list[Unit]:
     """The scales that a merge does a part of, which vanish."""
-    return [Unit((Segment(one.source, one.node, ONE, (one.node,)),)) for one in merge.absorbed]
+    return [Unit((Segment(one.source, one.node, ONE, one.nodes),)) for one in merge.absorbed]
 
 
 def without(merges: Iterable[Merge], failed: Collection[Merge]) -> list[Merge]:

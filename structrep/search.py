@@ -275,7 +275,7 @@ class Search:
                 break
             self.absorptions = [one for one in self.absorptions if one not in left]
         self.findings.merges += merges
-        covered = merged | {one.node for one in self.absorptions}
+        covered = merged.union(*(one.nodes for one in self.absorptions))
         self._isolated(covered)
         self.findings.missed += [miss for node, miss in self.missed if node not in covered or self._matters(miss)]
 
@@ -731,7 +731,7 @@ def _nodes(stretch: Iterable[Segment]) -> list[fx.Node]:
 
 def _scales(stretch: Iterable[Segment]) -> set[fx.Node]:
     """The scales that a stretch does a part of."""
-    return {one.node for segment in stretch for one in segment.absorbed}
+    return {node for segment in stretch for one in segment.absorbed for node in one.nodes}
 
 
 def named(node: fx.Node) -> str:

@@ -178,3 +178,139 @@ def test_one_layer_may_take_parts_of_two():
     for mine, truth in zip(deploy(X), model(X), strict=True):
         assert relative_error(mine, truth) < 1e-12
     assert norms(deploy) == 0
+
+
+class GlobalResponse(nn.Module):
+    """A global response norm of values (N, H, W, C), as ConvNeXt V2 and UniRepLKNet have it."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.gamma, self.beta = (nn.Parameter(torch.randn(1, 1, 1, channels)) for _ in range(2))
+
+    def forward(self, x):
+        size = torch.norm(x, p=2, dim=(1, 2), keepdim=True)
+        return (self.gamma * (size / (size.mean(dim=-1, keepdim=True) + 1e-6)) + 1) * x + self.beta
+
+
+class Permute(nn.Module):
+    def __init__(self, *dims):
+        super().__init__()
+        self.dims = dims
+
+    def forward(self, x):
+        return x.permute(self.dims)
+
+
+class FeedForward(nn.Module):
+    """Linears on the last dim, a norm and a scale on dim 1 behind them, as in UniRepLKNet (arXiv:2311.15599)."""
+
+    def __init__(self, channels=4):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(channels)
+        self.first = nn.Sequential(Permute(0, 2, 3, 1), nn.Linear(channels, 7))
+        self.act = nn.Sequential(nn.GELU(), GlobalResponse(7))
+        self.second = nn.Sequential(nn.Linear(7, channels, bias=False), Permute(0, 3, 1, 2), nn.BatchNorm2d(channels))
+        self.gamma = nn.Parameter(torch.randn(channels))
+
+    def forward(self, x):
+        y = self.second(self.act(self.first(self.norm(x.relu()))))
+        return self.gamma.view(1, -1, 1, 1) * y + x
+
+
+class TokenNorm(nn.Module):
+    """RepBN (arXiv:2405.11582) of tokens (N, L, C)."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.alpha, self.bn = nn.Parameter(torch.ones(1)), nn.BatchNorm1d(channels)
+
+    def forward(self, x):
+        x = x.transpose(1, 2)
+        return (self.bn(x) + self.alpha * x).transpose(1, 2)
+
+
+class Windows(nn.Module):
+    """Attention in shifted windows of 3x3 tokens, behind a norm of tokens."""
+
+    def __init__(self, channels=4):
+        super().__init__()
+        self.norm, self.qkv = TokenNorm(channels), nn.Linear(channels, 3 * channels)
+
+    def forward(self, x):
+        n, _, h, w = x.shape
+        tokens = self.norm(x.flatten(2).transpose(1, 2))
+        y = torch.roll(tokens.view(n, h, w, -1), shifts=(-1, -1), dims=(1, 2))
+        y = y.view(n, h // 3, 3, w // 3, 3, y.shape[-1]).permute(0, 1, 3, 2, 4, 5).contiguous()
+        q, k, v = self.qkv(y.view(-1, 9, y.shape[-1])).chunk(3, -1)
+        return (q @ k.transpose(1, 2)).softmax(-1) @ v, tokens
+
+
+@pytest.mark.parametrize("example", [None, X])
+def test_a_scale_is_taken_by_a_layer_whose_dims_are_moved(example):
+    model = settled(FeedForward())
+    deploy = structrep.reparameterize(model, example)
+    assert relative_error(deploy(X), model(X)) < 1e-12
+    assert norms(deploy) == 0
+    assert deploy.gamma is None
+    assert deploy.act[1].beta is None
+    assert deploy.second[0].bias is not None
+    assert not structrep.plan(deploy).merges
+
+
+def test_a_norm_of_tokens_goes_into_the_linear_behind_a_window_partition():
+    model = settled(Windows())
+    x = torch.randn(2, 4, 6, 9, dtype=torch.float64)
+    deploy = structrep.reparameterize(model)
+    for mine, truth in zip(deploy(x), model(x), strict=True):
+        assert relative_error(mine, truth) < 1e-12
+    assert norms(deploy) == 1, "the tokens are an output too"
+
+    class Alone(Windows):
+        def forward(self, x):
+            return super().forward(x)[0]
+
+    model = settled(Alone())
+    deploy = structrep.reparameterize(model)
+    assert relative_error(deploy(x), model(x)) < 1e-12
+    assert norms(deploy) == 0
+    assert not structrep.plan(deploy).merges
+
+
+class Moved(nn.Module):
+    """A Linear, some moves of its dims, a norm on dim 1 or a scale of the last, and its use."""
+
+    def __init__(self, moves, channels=4, norm=True):
+        super().__init__()
+        self.linear, self.moves = nn.Linear(channels, channels), moves
+        self.norm = nn.BatchNorm2d(channels)
+        self.scale = None if norm else nn.Parameter(torch.randn(channels))
+
+    def forward(self, x):
+        y = self.moves(self.linear(x))
+        return y * self.scale if self.scale is not None else self.norm(y)
+
+
+@pytest.mark.parametrize(
+    "moves, norm, merges",
+    [
+        (lambda y: y.permute(0, 3, 2, 1), True, True),
+        (lambda y: y.transpose(1, 3), True, True),
+        (lambda y: y.transpose(1, -1).flip(2), True, True),
+        (lambda y: y.flip(3).permute(0, 3, 1, 2), True, False),  # channels in another order
+        (lambda y: y.permute(0, 1, 3, 2), True, False),  # the norm is of other dims
+        (lambda y: y.roll(1).permute(0, 3, 1, 2), True, False),
+        (lambda y: y.roll(1, 1).permute(0, 3, 1, 2), True, True),
+        (lambda y: y.reshape(-1, 4), False, True),
+        (lambda y: y.flatten(1, 2).roll(1, -2), False, True),
+        (lambda y: y.transpose(2, 3), False, False),
+        (lambda y: y.transpose(2, 3).reshape(-1, 4), False, False),
+        (lambda y: y.permute(0, 3, 1, 2) + y.mean(), True, False),
+    ],
+)
+def test_moves(moves, norm, merges):
+    """All sizes are 4, so that a mistake of the dim would still run."""
+    model = settled(Moved(moves, norm=norm))
+    x = torch.randn(4, 4, 4, 4, dtype=torch.float64)
+    deploy = structrep.reparameterize(model, x)
+    assert relative_error(deploy(x), model(x)) < 1e-12
+    assert (norms(deploy) == 0 if norm else deploy.scale is None) == merges
