@@ -2,10 +2,11 @@
 
 * A norm that several convolutions read (queries, keys and values of one norm) goes into each of them.
 * A norm behind a concatenation goes into the branches, each taking its own channels.
+* What a layer norm, an RMS norm or a group norm ends with, its weight and bias, goes into what reads it.
 * Between a scale and a layer that takes it, dims may be moved (Linear -> permute -> batch norm; layer norm -> window
   partition -> Linear), as long as the channels are those of the layer.
 
-It is all of them or none: the norm itself becomes an identity.
+It is all of them or none: the scale itself becomes an identity.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ class Absorption:
     through: tuple[fx.Node, ...]  # nodes between the two that the scale is made of
     before: Mapping[fx.Node, Layer]
     behind: Mapping[fx.Node, Layer]
+    ends: bool = False  # whether the node does more, and only ends with the scale
 
     @property
     def takers(self) -> frozenset[fx.Node]:
@@ -43,19 +45,20 @@ class Absorption:
         return *self.through, self.node
 
 
-def absorptions(readings: Readings) -> Iterator[Absorption | tuple[fx.Node, Refusal]]:
-    """All scales of a graph that other layers can take between them, and those that they cannot, with the reason."""
+def absorptions(readings: Readings, endings: Mapping[fx.Node, Layer]) -> Iterator[Absorption | tuple[fx.Node, Refusal]]:
+    """All scales of a graph that other layers can take between them, and those that they cannot, with the reason.
+
+    Args:
+        endings: scales that nodes end with which do more than that.
+    """
     found: dict[fx.Node, Absorption] = {}
-    for node, reading in readings.items():
-        if isinstance(reading, Layer) and reading.kind in ("norm", "affine") and reading.source is not None:
-            inside = {*reading.through, node}
-            if any(user not in inside for part in reading.through for user in part.users):
-                continue
+    for node, reading in (*readings.items(), *endings.items()):
+        if isinstance(reading, Layer) and reading.kind in ("norm", "affine") and not _seen_elsewhere(node, reading):
             try:
                 one = (
-                    _by_branches(node, reading, readings)
-                    or _by_maker(node, reading, readings, found)
-                    or _by_readers(node, reading, readings)
+                    _takers(node, reading, readings, found)
+                    if node in readings
+                    else _by_readers(node, reading, readings)
                 )
             except Refusal as reason:
                 yield node, reason
@@ -65,15 +68,32 @@ def absorptions(readings: Readings) -> Iterator[Absorption | tuple[fx.Node, Refu
                 yield one
 
 
-def _by_readers(node: fx.Node, scale: Layer, readings: Readings) -> Absorption | None:
-    """All that reads the scale, perhaps with its dims moved, is a layer that may do it first."""
+def _seen_elsewhere(node: fx.Node, scale: Layer) -> bool:
+    """Whether what a scale is made of, or what it gives, is of use to what a graph does not show, or it not all."""
+    inside = {*scale.through, node}
+    return any(part.meta.get("kept") for part in inside) or any(
+        user not in inside for part in scale.through for user in part.users
+    )
+
+
+def _takers(node: fx.Node, scale: Layer, readings: Readings, found: Mapping[fx.Node, Absorption]) -> Absorption | None:
+    """Who takes a scale that is a node of its own."""
     assert scale.source is not None
+    one = _by_branches(node, scale, readings) or _by_maker(node, scale, readings, found)
+    if one is not None:
+        return one
     feeding = _maker(scale.source, readings)
     known = readings.get(feeding)
     if isinstance(known, Layer) and known.weight is not None and _alone(feeding, node, scale, readings):
-        return None  # that layer takes it alone
+        return None  # that layer takes it by itself
+    return _by_readers(node, scale, readings)
+
+
+def _by_readers(node: fx.Node, scale: Layer, readings: Readings) -> Absorption | None:
+    """All that reads the scale, perhaps with its dims moved, is a layer that may do it first."""
     takers: dict[fx.Node, Layer] = {}
-    pending, moved = [(user, _axis(node, scale)) for user in _users(node, readings)], False
+    pending = [(user, _axis(node, scale)) for user in _users(node, readings)]
+    apart = scale.source is None  # whether no term holds the scale and a layer that reads it
     while pending:
         user, axis = pending.pop()
         layer = readings.get(user)
@@ -85,14 +105,14 @@ def _by_readers(node: fx.Node, scale: Layer, readings: Readings) -> Absorption |
             takers[user] = layer
         elif axis is not None and (new := axis_after(user, axis)) is not None:
             pending += [(other, new) for other in _users(user, readings)]
-            moved = True
+            apart = True
         else:
             return None
-    if len(takers) < 2 - moved:
+    if len(takers) < 2 - apart:
         return None
     # As an identity the scale would give what it is given itself, which must not be written to until all have read it.
     last = max(taker.meta["index"] for taker in takers)
-    for writer in writers(aliases(scale.source)):
+    for writer in writers(aliases(scale.source or node)):
         if node.meta["index"] < writer.meta["index"] < last:
             raise Mutated(f"{writer.name} may overwrite what {node.name} is given before all have read it")
     before: dict[fx.Node, Layer] = {}
@@ -102,7 +122,7 @@ def _by_readers(node: fx.Node, scale: Layer, readings: Readings) -> Absorption |
         before[taker] = _of_dims(scale, layer.in_channels, layer.dims)
         scaled = before[taker].load(layer.in_channels, layer.dims)
         scaled >> layer.load(layer.in_channels, layer.dims)  # raises if inexact
-    return Absorption(node, scale.source, scale.through, before, {})
+    return Absorption(node, scale.source or node, scale.through, before, {}, ends=scale.source is None)
 
 
 def _by_branches(node: fx.Node, scale: Layer, readings: Readings) -> Absorption | None:
@@ -144,7 +164,7 @@ def _by_maker(
             behind = {maker: _of_dims(scale, layer.out_channels, layer.dims)}
             return Absorption(node, scale.source, scale.through, {}, behind)
         if maker in found:
-            if not found[maker].behind.keys() == found[maker].takers or len(found[maker].takers) > 1:
+            if found[maker].behind.keys() != found[maker].takers or len(found[maker].takers) > 1:
                 return None
             source = found[maker].source  # stands and falls with the same layer
         elif layer is None and (axis := axis_before(maker, axis)) is not None:
@@ -176,7 +196,8 @@ def _of_dims(scale: Layer, channels: int, dims: int) -> Layer:
         map_ = scale.load(c, scale.dims if scale.dims is not None else d)
         return ConvMap.scale(map_.kernel.flatten(), map_.bias, dims=d)
 
-    return replace(diagonal_layer("affine", load, channels, dims, scale.parameters), node=scale.node, dead=scale.dead)
+    same = diagonal_layer("affine", load, channels, dims, scale.parameters)
+    return replace(same, node=scale.node, shifts=scale.shifts, dead=scale.dead)
 
 
 def _maker(node: fx.Node, readings: Readings) -> fx.Node:
@@ -195,8 +216,9 @@ def readers_of(node: fx.Node, readings: Readings) -> list[fx.Node]:
 
 
 def _users(node: fx.Node, readings: Readings) -> list[fx.Node]:
-    """What reads a value, but for what asks for its shape."""
-    return [user for user in readers_of(node, readings) if not only_asserted(user) and not asks_shape(user)]
+    """What reads a value, but for what asks for its shape; the value itself, if its module keeps it."""
+    kept = [node] if node.meta.get("kept") else []
+    return kept + [user for user in readers_of(node, readings) if not only_asserted(user) and not asks_shape(user)]
 
 
 def _channels(scale: Layer, first: int, count: int) -> Layer:
@@ -208,4 +230,5 @@ def _channels(scale: Layer, first: int, count: int) -> Layer:
         map_ = scale.load(whole, d)
         return ConvMap.scale(map_.kernel[first : first + c].flatten(), map_.bias[first : first + c], dims=d)
 
-    return diagonal_layer(scale.kind, load, count, scale.dims, scale.parameters * count // whole)
+    some = diagonal_layer(scale.kind, load, count, scale.dims, scale.parameters * count // whole)
+    return replace(some, shifts=scale.shifts)

@@ -36,6 +36,7 @@ class Edits:
     bypassed: dict[fx.Node, fx.Node] = field(default_factory=dict)  # root -> base
     refilled: dict[fx.Node, tuple[fx.Node, str]] = field(default_factory=dict)  # a functional call in a convolution's
     # own forward -> base and path of that convolution, which keeps its place and holds `weight` and `bias`
+    ended: set[fx.Node] = field(default_factory=set)  # functional norms that give up their weight and bias
     owners: dict[Call, set[Call]] = field(default_factory=dict)  # whose forward changes -> calls to write out inside it
 
 
@@ -143,7 +144,8 @@ class Forward:
             return  # of sizes that are no longer there; whoever would need them says so
         else:
             target = self._relative(str(node.target)) if node.op == "call_module" else node.target
-            args, kwargs = fx.node.map_arg(node.args, self._load), fx.node.map_arg(node.kwargs, self._load)
+            load = self._load_input if node in self.edits.ended else self._load
+            args, kwargs = fx.node.map_arg(node.args, load), fx.node.map_arg(node.kwargs, load)
             self.env[node] = self.graph.create_node(node.op, target, args, kwargs)
             self.env[node].meta["constant"] = "value" in node.meta
 
@@ -216,6 +218,10 @@ class Forward:
                 f"{self.call.path or 'the model'} uses {node.name}, which does not come in through its arguments"
             )
         return self.env[node]
+
+    def _load_input(self, node: fx.Node) -> Any:
+        """What depends on the input; None for the rest."""
+        return None if "value" in node.meta else self._load(node)
 
     def _constant(self, tensor: Tensor) -> Any:
         """A tensor attribute by its name; what was computed from some is computed again; anything else is kept as it

@@ -585,7 +585,8 @@ def scale_layer(scale: Tensor | float = 1.0, shift: Tensor | float = 0.0) -> Lay
         s, t = (constant.detach().double().flatten().expand(c) for constant in constants)
         return ConvMap.scale(s, t, dims=d)
 
-    return diagonal_layer("affine", load, channels, dims, sum(c.numel() for c in constants if c.numel() > 1))
+    stored = sum(c.numel() for c in constants if c.numel() > 1)
+    return replace(diagonal_layer("affine", load, channels, dims, stored), shifts=not _is_number(shift, 0))
 
 
 def _each(value: int | Sequence[int], dims: int) -> Ints:
@@ -1184,6 +1185,47 @@ def _(a: _Arguments) -> Same | None:
 @_called(torch.clone, torch.detach, "contiguous", "clone", "detach")
 def _(a: _Arguments) -> Same:
     return Same(a(0, "input"))
+
+
+# --- what ends with a scale -----------------------------------------------------------------------
+
+# Norms that take their statistics from each value, and the spatial dims of their weight and bias: 0 for the last dim of
+# a value, None for dim 1 of a value of any rank.
+_ENDINGS: dict[Any, int | None] = {
+    nn.LayerNorm: 0, nn.RMSNorm: 0, nn.GroupNorm: None,
+    nn.InstanceNorm1d: 1, nn.InstanceNorm2d: 2, nn.InstanceNorm3d: 3,
+    F.layer_norm: 0, F.rms_norm: 0, F.group_norm: None,
+}  # fmt: skip
+
+
+def read_ending(node: fx.Node) -> Layer | None:
+    """The scale and shift per channel that a norm of each value ends with; None where there is none."""
+    if node.op == "call_module":
+        module = node.meta["call"].module
+        type_: Any = next((base for base in type(module).__mro__ if base in _ENDINGS), None)
+        if type_ is None or type(module).forward is not type_.forward or "forward" in module.__dict__ or hooks(module):
+            return None
+        dims, weight, bias = _ENDINGS[type_], module.weight, getattr(module, "bias", None)
+    elif node.op == "call_function" and node.target in _ENDINGS:
+        a = _Arguments(node)
+        try:
+            weight, bias = a.tensor(2, "weight"), None if node.target is F.rms_norm else a.tensor(3, "bias")
+        except _NotConstant:
+            return None
+        dims = _ENDINGS[node.target]
+    else:
+        return None
+    given = weight if weight is not None else bias
+    if given is None or given.ndim != 1:
+        return None
+
+    def load(c: int, d: int) -> ConvMap:
+        ones = torch.ones(len(given), dtype=torch.float64, device=given.device)
+        return ConvMap.scale(ones if weight is None else weight.detach().double(), bias, dims=d)
+
+    kind = "norm" if dims is None else "affine"
+    scale = diagonal_layer(kind, load, len(given), dims, _count(weight, bias))
+    return replace(scale, node=node, shifts=bias is not None)
 
 
 # --- what reads without computing -----------------------------------------------------------------

@@ -85,7 +85,7 @@ def units(merge: Merge) -> list[Unit]:
 
 def _scales(merge: Merge) -> list[Unit]:
     """The scales that a merge does a part of, which vanish."""
-    return [Unit((Segment(one.source, one.node, ONE, one.nodes),)) for one in merge.absorbed]
+    return [Unit((Segment(one.source, one.node, ONE, one.nodes),)) for one in merge.absorbed if not one.ends]
 
 
 def without(merges: Iterable[Merge], failed: Collection[Merge]) -> list[Merge]:
@@ -156,6 +156,7 @@ class Draft:
         self.hosts: dict[Merge, Unit] = {}
         self.homes: dict[Merge, tuple[str, str]] = {}  # owner's path and name of a layer that is new
         self.idle: list[Unit] = []  # swapped for identities
+        self.ended: set[Call] = set()  # norms that give up their weight and bias
         self.edits = Edits()
         self.owned: dict[Call, set[Merge]] = {}
         for merge in self.merges:
@@ -176,6 +177,12 @@ class Draft:
                         self.edits.bypassed[unit.root] = unit.base
                 elif unit is not host:
                     self.idle.append(unit)
+            for node in (one.node for one in merge.absorbed if one.ends):
+                if node.op == "call_module":
+                    self.ended.add(node.meta["call"])
+                else:
+                    self.edits.ended.add(node)
+                    self._written_by(Unit((Segment(node, node, ONE, (node,)),)), merge, dead=False)
 
     def _new_name(self, owner: Call, merge: Merge) -> str:
         stem = "reparam_conv" if any(layer.dims for layer in merge.term.leaves()) else "reparam_linear"
@@ -260,6 +267,10 @@ class Draft:
         for unit in self.idle:
             assert unit.module is not None
             self._swap(unit.module.path, _nothing(unit))
+        for call in self.ended:
+            module = self._at(call.path)
+            module._parameters |= dict.fromkeys(module._parameters)
+            vars(module).update(dict.fromkeys(vars(module).keys() & {"affine", "elementwise_affine"}, False))
         for owner, forward in self.forwards.items():
             module = self._at(owner.path)
             for name, tensor in forward.constants.items():
@@ -353,7 +364,10 @@ class Draft:
     def _only_dead(self, node: fx.Node) -> bool:
         """Whether a constant is of use to dead nodes alone, perhaps by way of other constants."""
         return all(
-            user in self.edits.dead or ("value" in user.meta and self._only_dead(user)) or self.replicas.repeats(user)
+            user in self.edits.dead
+            or user in self.edits.ended
+            or ("value" in user.meta and self._only_dead(user))
+            or self.replicas.repeats(user)
             for user in node.users
         )
 

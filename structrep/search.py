@@ -54,6 +54,7 @@ from structrep.readers import (
     counts_sizes,
     hooks,
     only_asserted,
+    read_ending,
     read_node,
     remedy,
     scale_layer,
@@ -258,7 +259,7 @@ class Search:
         self.missed: list[tuple[fx.Node, Missed]] = []
         self.readings = self._read()
         self.absorptions: list[Absorption] = []
-        for found in absorptions(self.readings):
+        for found in absorptions(self.readings, self._endings()):
             if isinstance(found, Absorption):
                 self.absorptions.append(found)
             else:
@@ -281,7 +282,7 @@ class Search:
 
     def _merges(self) -> list[Merge]:
         self.missed, self.refused = list(self.known), {(node, miss.rule) for node, miss in self.known}
-        self.absorbed = {one.node: one for one in self.absorptions}
+        self.absorbed = {one.node: one for one in self.absorptions if not one.ends}
         self.taker_of: dict[fx.Node, list[Absorption]] = {}
         for one in self.absorptions:
             for taker in one.takers:
@@ -327,6 +328,15 @@ class Search:
                 hooked = Hooked(f"{type(module).__name__} has a forward hook, which must go on seeing its own values")
                 self._miss([node], "-", "layer with a hook", hooked)
         return readings
+
+    def _endings(self) -> dict[fx.Node, Layer]:
+        """The scales that norms of each value end with."""
+        found = {
+            node: read_ending(node)
+            for node in self.nodes
+            if "value" not in node.meta and not node.meta["autocast"] and not self.replicas.repeats(node)
+        }
+        return {node: scale for node, scale in found.items() if scale is not None}
 
     def _dominators(self) -> dict[fx.Node, fx.Node | None]:
         """For every node that can be read, the nearest node that all its linear paths come through."""

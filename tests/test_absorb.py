@@ -291,7 +291,7 @@ class Moved(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "moves, norm, merges",
+    ("moves", "norm", "merges"),
     [
         (lambda y: y.permute(0, 3, 2, 1), True, True),
         (lambda y: y.transpose(1, 3), True, True),
@@ -314,3 +314,155 @@ def test_moves(moves, norm, merges):
     deploy = structrep.reparameterize(model, x)
     assert relative_error(deploy(x), model(x)) < 1e-12
     assert (norms(deploy) == 0 if norm else deploy.scale is None) == merges
+
+
+class Tokens(nn.Module):
+    """Queries, keys and values of one norm of tokens (N, L, C), and an output of both."""
+
+    def __init__(self, norm, **value):
+        super().__init__()
+        self.norm, self.q, self.k = norm, nn.Linear(4, 4), nn.Linear(4, 4, bias=False)
+        self.v = nn.Linear(4, 4)
+
+    def forward(self, x):
+        y = self.norm(x)
+        return x + (self.q(y) @ self.k(y).transpose(1, 2)).softmax(-1) @ self.v(y)
+
+
+class OwnNorm(nn.LayerNorm):
+    """As timm's: a layer norm with a forward of its own."""
+
+    def forward(self, x):
+        return F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
+
+
+class Written(nn.Module):
+    """As in Llama: an RMS norm that is written out."""
+
+    def __init__(self, channels, eps=1e-6):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(channels)), eps
+
+    def forward(self, x):
+        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps))
+
+
+def learned(module, seed=0):
+    """With no weight or bias as it was initialized."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in module.parameters():
+        parameter.data.uniform_(0.5, 1.5, generator=generator)
+    return module.double().eval()
+
+
+TOKENS = torch.randn(2, 5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.LayerNorm(4),
+        lambda: nn.LayerNorm(4, bias=False),
+        lambda: nn.RMSNorm(4),
+        lambda: OwnNorm(4),
+        lambda: Written(4),
+        lambda: nn.Sequential(OwnNorm(4), nn.Dropout()),
+    ],
+)
+@pytest.mark.parametrize("inplace", [False, True])
+def test_weight_and_bias_of_a_norm_of_tokens_go_into_the_linears(make, inplace):
+    model = learned(Tokens(make()))
+    truth, numbers = model(TOKENS), sum(p.numel() for p in model.parameters())
+    own = sum(p.numel() for p in model.norm.parameters())
+    deploy = structrep.reparameterize(model, inplace=inplace)
+    assert relative_error(deploy(TOKENS), truth) < 1e-12
+    assert not list(deploy.norm.parameters())
+    biases = own > 4  # then the keys, which have no bias of their own, are given one
+    assert sum(p.numel() for p in deploy.parameters()) == numbers - own + 4 * biases
+    assert not structrep.plan(deploy).merges
+
+
+@pytest.mark.parametrize("norm", [lambda: nn.GroupNorm(2, 4), lambda: nn.InstanceNorm2d(4, affine=True)])
+def test_weight_and_bias_of_a_norm_of_images_go_into_the_convolution(norm):
+    model = learned(nn.Sequential(nn.Conv2d(4, 4, 3), norm(), nn.Conv2d(4, 6, 1), nn.GELU()))
+    deploy = structrep.reparameterize(model)
+    assert relative_error(deploy(X), model(X)) < 1e-12
+    assert type(deploy[1]) is type(model[1])
+    assert not list(deploy[1].parameters())
+    assert not structrep.plan(deploy).merges
+
+
+def test_a_functional_norm_gives_up_its_weight_and_bias():
+    class Functional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.bias, self.linear = (
+                nn.Parameter(torch.ones(4)),
+                nn.Parameter(torch.ones(4)),
+                nn.Linear(4, 3),
+            )
+
+        def forward(self, x):
+            return self.linear(F.layer_norm(x, [4], weight=self.weight, bias=self.bias, eps=0.1))
+
+    model = learned(Functional())
+    deploy = structrep.reparameterize(model)
+    assert relative_error(deploy(TOKENS), model(TOKENS)) < 1e-12
+    assert deploy.weight is None
+    assert deploy.bias is None
+
+
+class Elsewhere(nn.Module):
+    """A norm of tokens that a Linear reads, and something else."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.norm, self.linear, self.how = nn.LayerNorm(4), nn.Linear(4, 4), how
+
+    def forward(self, x):
+        if self.how == "twice":
+            return self.linear(self.norm(x)) + self.norm(x.exp()).relu()
+        y = self.norm(x)
+        if self.how == "kept":
+            self.seen = y
+        if self.how == "weight":
+            return self.linear(y).relu() * self.norm.weight.sum()
+        if self.how == "written":
+            y += 1
+        return self.linear(y) + (y if self.how == "skip" else 0)
+
+
+@pytest.mark.parametrize("how", ["skip", "twice", "kept", "weight", "written"])
+def test_a_norm_that_is_of_use_elsewhere_keeps_its_weight(how):
+    model = learned(Elsewhere(how))
+    deploy = structrep.reparameterize(model)
+    assert relative_error(deploy(TOKENS), model(TOKENS)) < 1e-12
+    assert torch.equal(deploy.norm.weight, model.norm.weight)
+    if how == "kept":
+        assert torch.equal(deploy.seen, model.seen)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        nn.Sequential(nn.GroupNorm(2, 4), nn.Conv2d(4, 3, 3, padding=1)),  # reads its bias outside
+        nn.Sequential(nn.LayerNorm((6, 5)), nn.Conv2d(4, 3, 1)),  # a weight per pixel
+        nn.Sequential(nn.LayerNorm(5), nn.Conv2d(4, 3, 1)),  # a weight per column
+        nn.Sequential(nn.GroupNorm(2, 4), nn.Linear(5, 3)),  # channels, and then columns
+    ],
+)
+def test_a_norm_whose_weight_is_none_of_the_layer_keeps_it(model):
+    deploy = structrep.reparameterize(learned(model))
+    assert relative_error(deploy(X), model(X)) < 1e-12
+    assert torch.equal(deploy[0].weight, model[0].weight)
+
+
+def test_a_scale_that_its_module_keeps_stays():
+    class Keeps(Attention):
+        def forward(self, x):
+            self.seen = self.norm(x)
+            return self.q(self.seen) * self.k(self.seen)
+
+    model = settled(Keeps())
+    deploy = stays(model)
+    assert torch.equal(deploy.seen, model.seen)

@@ -15,6 +15,7 @@ ORDER = [
     "blocks",
     "layers",
     "ranks",
+    "moves",
     "answers",
     "readers",
     "pattern",
