@@ -689,6 +689,8 @@ def _read_call(node: fx.Node) -> Reading | None:
         inert = isinstance(module, nn.Identity) or not module.training or getattr(module, "p", 1) == 0
         return Same(node.args[0]) if inert else None
     layer = _read_pool(module, spatial_size(node.args[0])) or read_module(module)
+    if layer and (formula := node.meta["assigned"]):
+        layer = replace(layer, formula=formula, parameters=_count(*formula.parameters))
     return _placed(layer, node) if layer else None
 
 

@@ -177,6 +177,9 @@ class Draft:
                         self.edits.bypassed[unit.root] = unit.base
                 elif unit is not host:
                     self.idle.append(unit)
+            for node in merge.nodes:
+                if node.meta.get("assigned"):  # by a forward that need not do so any more
+                    self._written_by(Unit((Segment(node, node, ONE, (node,)),)), merge, dead=False)
             for node in (one.node for one in merge.absorbed if one.ends):
                 if node.op == "call_module":
                     self.ended.add(node.meta["call"])
@@ -357,6 +360,8 @@ class Draft:
                     formula = node.meta.get("formula")
                     held = {id(t) for t in formula.tensors} if formula else {id(node.meta["value"])}
                     (dead if self._only_dead(node) else alive).update(held)
+        assigned = [n.meta["assigned"] for merge in self.merges for n in merge.nodes if n.meta.get("assigned")]
+        dead.update(id(tensor) for formula in assigned for tensor in formula.tensors)
         called = {call.path for calls in self.traced.calls.values() for call in calls if call.leaf}
         names = {self.traced.names[tensor] for tensor in dead - alive if tensor in self.traced.names}
         return {name for name in names if name.rpartition(".")[0] not in called}
@@ -373,7 +378,8 @@ class Draft:
 
     def _idle_holders(self, dead: set[str]) -> set[nn.Module]:
         """Modules that nothing called, which only held tensors that are dead now."""
-        homes = {name.rpartition(".")[0] for name in dead}
+        parts = [name.split(".") for name in dead]
+        homes = {".".join(path[:depth]) for path in parts for depth in range(1, len(path))}
         called = {module for module, _ in self.traced.calls}
         holders = ((path, self.traced.model.get_submodule(path)) for path in homes)
         return {

@@ -898,8 +898,9 @@ def site(call: Call) -> tuple[str, str]:
 
 
 def _written_in(nodes: Iterable[fx.Node]) -> set[tuple[str, str]]:
-    """The methods that some nodes are written in, which change if these vanish; a layer that is called is swapped."""
-    return {site(next(node.meta["call"].homes())) for node in nodes if node.op != "call_module"}
+    """The methods that some nodes are written in, which change if these vanish; a layer that is called is swapped,
+    unless its caller computes its numbers."""
+    return {site(next(n.meta["call"].homes())) for n in nodes if n.op != "call_module" or n.meta["assigned"]}
 
 
 def _asked(model: nn.Module) -> Iterator[tuple[str, tuple[str, str]]]:

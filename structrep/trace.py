@@ -591,8 +591,21 @@ class _Tracer(fx.Tracer):
             del parent.steps[-1], self.calls[-1]  # its origin says how it came about
         if not leaf:
             self._note_kept(call, attributes)
-        call.mutates |= not alike((call.args, call.kwargs, attributes), (args, kwargs, {} if leaf else m.__dict__))
+        now = (
+            {}
+            if leaf
+            else {key: value for key, value in m.__dict__.items() if not self._settles(key, attributes, value)}
+        )
+        before = {key: value for key, value in attributes.items() if key in now or key not in m.__dict__}
+        call.mutates |= not alike((call.args, call.kwargs, before), (args, kwargs, now))
         return result
+
+    def _settles(self, key: str, before: Mapping[str, Any], value: Any) -> bool:
+        """Whether an attribute was given what a call computes of the model's tensors alone, the same at every call."""
+        if not isinstance(value, Tensor) or value is before.get(key):
+            return False
+        formula = self.constants.formula(value)
+        return formula is not None and all(t is not before.get(key) for t in formula.tensors)
 
     def _note_kept(self, call: Call, before: dict[str, Any]) -> None:
         """Mark the traced values that a call has left in its module: they are looked at later."""
@@ -675,6 +688,8 @@ class _Tracer(fx.Tracer):
             and not readers.knows(call.module)
         )
         self.count += 1
+        if node.op == "call_module" and call is not None:
+            self.constants.note_assigned(node, call)
         if self.stack and node.op != "get_attr":
             self.stack[-1].steps.append(node)
         return node
@@ -784,6 +799,8 @@ class _Constants(TorchFunctionMode):
         self.tracer = tracer
         self.origins: dict[int, Origin] = {}
         self.written: set[int] = set()  # storages written in place: how they came about is no longer one expression
+        self.assigned: dict[int, tuple[Tensor, Call]] = {}  # id of a parameter -> what was assigned to its data, where
+        self.used: dict[int, list[fx.Node]] = defaultdict(list)  # id of a parameter -> layers called that have it
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -795,6 +812,9 @@ class _Constants(TorchFunctionMode):
             path, call = self.tracer.names[id(args[0])], self.tracer.stack[-1]
             self.tracer.reached.setdefault(path, set()).add(call)
             self.tracer.fetched[path, call] += 1
+            self.assigned[id(args[0])] = args[1], next(call.homes())
+            for node in self.used[id(args[0])]:
+                node.meta["assigned"] = None  # it was called with other numbers than it is left with
         if name == "__get__" and func.__self__.__name__ in ("dtype", "device") and id(args[0]) in self.tracer.names:
             self.tracer.asked[self.tracer.names[id(args[0])], self.tracer.stack[-1]] += 1
         if name in RANDOM:
@@ -822,6 +842,20 @@ class _Constants(TorchFunctionMode):
                 return True
             tensor = base
         return False
+
+    def note_assigned(self, node: fx.Node, call: Call) -> None:
+        """Note how the forward that a layer is called in has computed its numbers, if it has, as `meta["assigned"]`."""
+        held = [tensor for tensor in call.module._parameters.values() if tensor is not None]
+        given = [self.assigned[id(tensor)] for tensor in held if id(tensor) in self.assigned]
+        formulas = [self.formula(value) for value, home in given if home is next(call.homes())]
+        found = [formula for formula in formulas if formula is not None]
+        node.meta["assigned"] = None
+        if found and len(found) == len(held) and not any(self.used[id(tensor)] for tensor in held):
+            tensors = {id(tensor): tensor for formula in found for tensor in formula.tensors}
+            calls = frozenset().union(*(formula.calls for formula in found))
+            node.meta["assigned"] = readers.Formula(calls, tuple(tensors.values()))
+        for tensor in held:
+            self.used[id(tensor)].append(node)
 
     def formula(self, tensor: Tensor) -> readers.Formula | None:
         """All that a constant was computed with and from; None if it was not computed here."""

@@ -20,6 +20,7 @@ from structrep.blocks.qarepvgg import QARepVGGBlock1d, QARepVGGBlock2d, QARepVGG
 from structrep.blocks.replknet import LargeKernelBlock2d
 from structrep.blocks.repmixer import RepMixer2d
 from structrep.blocks.repvgg import RepVGGBlock1d, RepVGGBlock2d, RepVGGBlock3d
+from structrep.blocks.span import Conv3XC2d
 
 # What stands in the place of one plain layer, and gives it back when merged.
 STAND_INS: tuple[type[nn.Module], ...] = (
@@ -35,6 +36,7 @@ STAND_INS: tuple[type[nn.Module], ...] = (
 __all__ = [
     "ACBlock2d",
     "Branches",
+    "Conv3XC2d",
     "DOConv1d",
     "DOConv2d",
     "DOConv3d",

@@ -2,4 +2,4 @@
 says more of a block before what says less."""
 
 from structrep.rules import replknet, qarepvgg, repghost, repvgg, acb, dbb, mobileone  # noqa: F401, I001
-from structrep.rules import repmixer, ecbsr, dyrep, diracnet, orepa, doconv, expandnet, lora, laws  # noqa: F401
+from structrep.rules import repmixer, ecbsr, span, dyrep, diracnet, orepa, doconv, expandnet, lora, laws  # noqa: F401

@@ -2,17 +2,20 @@
 2021, doi:10.1145/3474085.3475291.
 
 Training time: a 3x3, and branches of a 1x1 padded with its own bias and a 3x3, which is learned or a Sobel or Laplacian
-filter with a scale per channel, + x (section 3.2). SPAN (arXiv:2311.12770) has a 1x1, a 3x3, a 1x1 in a row, padded
-before the first, and a 1x1 beside them (Conv3XC).
+filter with a scale per channel, + x (section 3.2). In eval mode its authors compute the merged kernel in every forward.
 """
 
-from torch import nn
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from structrep.algebra import ConvMap
-from structrep.blocks import Branches, EdgeBlock2d
-from structrep.pattern import Conv, Identity, Many, Optional, Pad, Seq, Sum, conv_norm, pointwise, spatial
+from structrep.blocks import EdgeBlock2d
+from structrep.pattern import Conv, Identity, Many, Optional, Seq, Sum, conv_norm, pointwise, spatial
+from structrep.readers import Formula
 from structrep.registry import rule
 from structrep.rules.dbb import BORDER
+from structrep.rules.diracnet import SUMS
 
 
 @rule(
@@ -28,15 +31,31 @@ def ecbsr(dense: ConvMap, skip: ConvMap, edges: list[ConvMap]) -> ConvMap:
     return dense + skip + sum(edges)
 
 
+CONVOLUTIONS = {"conv1d", "conv2d", "conv3d"}
+
+
+def kernel_of_kernels(formula: Formula) -> bool:
+    """Kernels convolved with one another, and a kernel added."""
+    return bool(formula.calls & CONVOLUTIONS and formula.calls & SUMS and "flip" not in formula.calls)
+
+
+class _Computed(nn.Module):
+    """Two branches as the authors' block computes them in eval mode: a 3x3, and a 1x1 before a 3x3."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense, self.inner, self.outer = (
+            nn.Parameter(torch.randn(*shape)) for shape in ((8, 8, 3, 3), (16, 8, 1, 1), (8, 16, 3, 3))
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.dense + F.conv2d(self.outer, self.inner.permute(1, 0, 2, 3)), padding=1)
+
+
 @rule(
-    Sum(
-        Seq(Optional(Pad()), Conv(pointwise), Conv(spatial), Conv(pointwise)).named("chain"),
-        Conv(pointwise).named("beside"),
-    ),
-    source="SPAN, arXiv:2311.12770, Conv3XC",
-    example=lambda: Branches(
-        nn.Sequential(nn.Conv2d(8, 16, 1, padding=1), nn.Conv2d(16, 16, 3), nn.Conv2d(16, 8, 1)), nn.Conv2d(8, 8, 1)
-    ),
+    Conv(formula=kernel_of_kernels).named("conv"),
+    source="ECBSR, doi:10.1145/3474085.3475291, section 3.2",
+    example=_Computed,
 )
-def conv3xc(chain: ConvMap, beside: ConvMap) -> ConvMap:
-    return chain + beside
+def ecbsr_computed(conv: ConvMap) -> ConvMap:
+    return conv

@@ -26,7 +26,7 @@ def replknet(large: ConvMap, small: ConvMap, skip: ConvMap) -> ConvMap:
 
 @rule(
     Sum(
-        conv_norm(large, depthwise=True).named("large"),
+        conv_norm(spatial, depthwise=True).named("large"),
         Optional((Affine() | Identity()).named("skip")),
         Many(conv_norm(spatial, depthwise=True), least=2).named("small"),
     ),
