@@ -41,6 +41,18 @@ class Absorption:
         return frozenset((*self.before, *self.behind))
 
     @property
+    def changed(self) -> set[fx.Node]:
+        """Values that are not what they were: from the scale to what takes it, or from there to the scale."""
+        stops = {self.node} if self.behind else self.takers
+        pending: list[fx.Node] = [*self.behind] or [self.node]
+        found = {*self.through, *pending}
+        while pending:
+            new = [user for user in pending.pop().users if user not in stops and user not in found]
+            found.update(new)
+            pending += new
+        return found
+
+    @property
     def nodes(self) -> tuple[fx.Node, ...]:
         return *self.through, self.node
 

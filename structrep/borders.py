@@ -56,8 +56,9 @@ class Borders:
         self.below: dict[nn.Module, frozenset[nn.Module]] = {}  # a module and what it holds
         self.followed: dict[tuple[nn.Module, Variant], Method | None] = {}
 
-    def check(self, inside: set[fx.Node], root: fx.Node, owner: Call) -> None:
-        """Raise if some value that would vanish is one that another forward gives back or looks at.
+    def check(self, inside: set[fx.Node], root: fx.Node | None, owner: Call) -> None:
+        """Raise if some value that would vanish, all but that of the root, is one that another forward gives back or looks
+        at.
 
         Raises:
             Shared: it is, or may be.

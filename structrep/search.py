@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 import networkx as nx
@@ -275,6 +275,11 @@ class Search:
             if not left:
                 break
             self.absorptions = [one for one in self.absorptions if one not in left]
+            for one in left:
+                kept = next((miss for node, miss in self.missed if node in one.takers - merged), None)
+                if kept is not None:
+                    told = replace(kept, where=_path(one.node) or "(root)", layers=(*kept.layers, _layer_of(one.node)))
+                    self.known += ((one.node, told),)
         self.findings.merges += merges
         covered = merged.union(*(one.nodes for one in self.absorptions))
         self._isolated(covered)
@@ -661,6 +666,8 @@ class Search:
         owner = self._owner(inside | _scales(stretch))
         self.replicas.check(changed, owner)
         self.findings.borders.check(inside, root, owner)
+        for one in {one for segment in stretch for one in segment.absorbed}:
+            self.findings.borders.check(one.changed, None, owner)
 
     def _owner(self, nodes: Iterable[fx.Node]) -> Call:
         """The innermost call that holds all nodes, and is no single layer."""

@@ -466,3 +466,39 @@ def test_a_scale_that_its_module_keeps_stays():
     model = settled(Keeps())
     deploy = stays(model)
     assert torch.equal(deploy.seen, model.seen)
+
+
+class Features(nn.Module):
+    """A scale and who takes it, in two forwards, of which `forward_features` may be run alone."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.norm = nn.LayerNorm(4) if how == "tokens" else nn.BatchNorm2d(4)
+        self.linear, self.a, self.b = nn.Linear(4, 4), nn.Conv2d(4, 2, 1), nn.Conv2d(4, 2, 1)
+        self.p, self.q, self.how = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1), how
+
+    def forward_features(self, x):
+        if self.how in ("readers", "called readers"):
+            return self.norm(x.relu())
+        if self.how == "tokens":
+            return self.norm(x)
+        return self.linear(x).permute(0, 3, 1, 2) if self.how == "maker" else torch.cat([self.a(x), self.b(x)], 1)
+
+    def forward(self, x):
+        if self.how == "readers":
+            y = self.norm(x.relu())
+            return self.p(y) * self.q(y)
+        y = self.forward_features(x)
+        if self.how == "tokens":
+            return self.linear(y)
+        return self.p(y) * self.q(y) if self.how == "called readers" else self.norm(y)
+
+
+@pytest.mark.parametrize("how", ["readers", "called readers", "tokens", "maker", "branches"])
+def test_what_another_forward_gives_back_stays_what_it_is(how):
+    model = learned(settled(Features(how)))
+    x = torch.randn(2, 4, 4, 4, dtype=torch.float64)
+    deploy = structrep.reparameterize(model)
+    assert relative_error(deploy(x), model(x)) < 1e-12
+    assert relative_error(deploy.forward_features(x), model.forward_features(x)) < 1e-12
+    assert any("forward_features" in refusal.reason for refusal in structrep.plan(model).refusals)
