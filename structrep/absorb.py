@@ -2,6 +2,8 @@
 
 * A norm that several convolutions read (queries, keys and values of one norm) goes into each of them.
 * A norm behind a concatenation goes into the branches, each taking its own channels.
+* What is done with pieces of a fixed size (`frames`) goes into a matrix on all their numbers: a norm of their channels
+  behind it, convolutions beside it.
 * What a layer norm, an RMS norm or a group norm ends with, its weight and bias, goes into what reads it.
 * Between a scale and a layer that takes it, dims may be moved (Linear -> permute -> batch norm; layer norm -> window
   partition -> Linear), as long as the channels are those of the layer.
@@ -11,16 +13,31 @@ It is all of them or none: the scale itself becomes an identity.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from torch import fx
 
 from structrep.algebra import ConvMap
 from structrep.errors import Mutated, Refusal
+from structrep.frames import Pieces, frame, is_matrix, pieces, spread, takes_together
 from structrep.moves import axis_after, axis_before
+from structrep.pattern import Term, leaf, seq, total
 from structrep.ranks import rank
-from structrep.readers import Layer, Reading, Same, Stack, aliases, asks_shape, diagonal_layer, only_asserted, writers
+from structrep.readers import (
+    Layer,
+    Reading,
+    Same,
+    Stack,
+    Total,
+    aliases,
+    asks_shape,
+    diagonal_layer,
+    only_asserted,
+    scale_layer,
+    writers,
+)
 
 Readings = Mapping[fx.Node, Reading]
 
@@ -35,16 +52,18 @@ class Absorption:
     before: Mapping[fx.Node, Layer]
     behind: Mapping[fx.Node, Layer]
     ends: bool = False  # whether the node does more, and only ends with the scale
+    beside: Mapping[fx.Node, Term] = field(default_factory=dict)  # what is added to what a layer gives
+    added: tuple[tuple[fx.Node, float], ...] = ()  # the values, and their signs, that are what is added
 
     @property
     def takers(self) -> frozenset[fx.Node]:
-        return frozenset((*self.before, *self.behind))
+        return frozenset((*self.before, *self.behind, *self.beside))
 
     @property
     def changed(self) -> set[fx.Node]:
         """Values that are not what they were: from the scale to what takes it, or from there to the scale."""
-        stops = {self.node} if self.behind else self.takers
-        pending: list[fx.Node] = [*self.behind] or [self.node]
+        stops = self.takers if self.before else {self.node}
+        pending: list[fx.Node] = [self.node] if self.before else [*self.takers]
         found = {*self.through, *pending}
         while pending:
             new = [user for user in pending.pop().users if user not in stops and user not in found]
@@ -65,6 +84,9 @@ def absorptions(readings: Readings, endings: Mapping[fx.Node, Layer]) -> Iterato
     """
     found: dict[fx.Node, Absorption] = {}
     for node, reading in (*readings.items(), *endings.items()):
+        if isinstance(reading, Total) and (one := _by_sum(node, reading, readings, found)) is not None:
+            found[node] = one
+            yield one
         if isinstance(reading, Layer) and reading.kind in ("norm", "affine") and not _seen_elsewhere(node, reading):
             try:
                 one = (
@@ -91,7 +113,11 @@ def _seen_elsewhere(node: fx.Node, scale: Layer) -> bool:
 def _takers(node: fx.Node, scale: Layer, readings: Readings, found: Mapping[fx.Node, Absorption]) -> Absorption | None:
     """Who takes a scale that is a node of its own."""
     assert scale.source is not None
-    one = _by_branches(node, scale, readings) or _by_maker(node, scale, readings, found)
+    one = (
+        _by_branches(node, scale, readings)
+        or _by_maker(node, scale, readings, found)
+        or _by_matrix(node, scale, readings)
+    )
     if one is not None:
         return one
     feeding = _maker(scale.source, readings)
@@ -185,6 +211,85 @@ def _by_maker(
             return None
         user, maker = maker, _maker(source, readings)
         alone = _users(maker, readings) == [user]
+    return None
+
+
+def _by_matrix(node: fx.Node, scale: Layer, readings: Readings) -> Absorption | None:
+    """What is scaled are the channels of pieces, all of whose numbers one matrix makes."""
+    assert scale.source is not None
+    view = _maker(scale.source, readings)
+    found = pieces(view)
+    if not found or found[0] != scale.in_channels or scale.dims not in (None, len(found) - 1):
+        return None
+    maker = _maker(view.all_input_nodes[0], readings)
+    layer = readings.get(maker)
+    alone = _alone(view, node, scale, readings) and _users(maker, readings) == [view]
+    if not isinstance(layer, Layer) or not alone or not is_matrix(maker, readings):
+        return None
+    if layer.out_channels != math.prod(found) or layer.dims is None:
+        return None
+    behind = {maker: spread(scale, found[0], found[1:], layer.dims)}
+    return Absorption(node, scale.source, scale.through, {}, behind)
+
+
+def _by_sum(node: fx.Node, sum_: Total, readings: Readings, found: Mapping[fx.Node, Absorption]) -> Absorption | None:
+    """What is added to what a matrix makes of all numbers of pieces is made of the same pieces by convolutions."""
+    for main, sign in sum_.parts:
+        maker = _matrix_behind(main, node, readings, found)
+        if maker is None or sign != 1.0:
+            continue
+        layer = readings[maker]
+        assert isinstance(layer, Layer)
+        assert layer.source is not None
+        assert layer.dims is not None
+        rest = tuple(part for part in sum_.parts if part[0] is not main)
+        others = [Pieces(part, layer.dims, readings) for part, _ in rest]
+        through = dict.fromkeys(one for other in others for one in other.nodes)
+        inside = {*through, node}
+        base = layer.source.all_input_nodes[0]
+        for (part, _), other in zip(rest, others, strict=True):
+            if other.entry is None or other.term is None or other.term.op == "one":
+                return None
+            size = pieces(other.entry)
+            views = [one for one in (main, part) if one not in readings]
+            alike = len(views) != 1 and len({view.args[1:] for view in views}) < 2
+            if other.entry.all_input_nodes[0] is not base or math.prod(size) != layer.in_channels or not alike:
+                return None
+            if other.channels * math.prod(size[1:]) != layer.out_channels:
+                return None
+        if any(user not in inside and not asks_shape(user) for one in through for user in one.users):
+            return None
+        if any(one.meta.get("kept") for one in inside) or writers(aliases(base)) - {node, *through}:
+            return None
+        signed = [
+            (other.term, scale_layer(sign) if sign != 1.0 else None)
+            for other, (_, sign) in zip(others, rest, strict=True)
+        ]
+        terms = [seq([term, leaf(flip)]) if flip else term for term, flip in signed if term is not None]
+        return Absorption(node, main, tuple(through), {}, {}, beside={maker: total(terms)}, added=rest)
+    return None
+
+
+def _matrix_behind(
+    node: fx.Node, user: fx.Node, readings: Readings, found: Mapping[fx.Node, Absorption]
+) -> fx.Node | None:
+    """The matrix that makes a value, but for reshapes and for what it takes itself."""
+    passed: list[fx.Node] = []
+    while _users(node := _maker(node, readings), readings) == [user]:
+        layer = readings.get(node)
+        if is_matrix(node, readings):
+            assert isinstance(layer, Layer)
+            taken = any(node in one.before for one in found.values())
+            whole = layer.out_channels is not None and all(takes_together(one, layer.out_channels) for one in passed)
+            return node if whole and not taken else None
+        user = node
+        if node in found and not found[node].before:
+            node = found[node].source
+        elif layer is None and frame(node):
+            passed.append(node)
+            node = node.all_input_nodes[0]
+        else:
+            return None
     return None
 
 

@@ -471,6 +471,18 @@ class ConvMap:
             self.kernel, bias, stride=g.stride, pad=g.pad, dilation=g.dilation, groups=g.groups, fill=self.fill - shift
         )
 
+    def unrolled(self, size: Sequence[int]) -> ConvMap:
+        """The map of inputs of one spatial size, as a Linear on all their numbers: (N, I * size) -> (N, O * out).
+
+        Of the maps of one size, sums and compositions unroll to sums and compositions.
+        """
+        g, dims = self.geometry, self.geometry.dims
+        each = g.in_channels // g.groups
+        impulses = torch.eye(each * math.prod(size)).to(self.kernel).reshape(-1, each, *size)
+        still = self(self.kernel.new_zeros(1, g.in_channels, *size))
+        response = self(impulses.repeat(1, g.groups, *[1] * dims)) - still
+        return ConvMap(response.flatten(1).T, still.flatten(), groups=g.groups)
+
     # --- evaluation --------------------------------------------------------------------------------------------------
 
     def __call__(self, x: Tensor) -> Tensor:

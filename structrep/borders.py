@@ -57,8 +57,7 @@ class Borders:
         self.followed: dict[tuple[nn.Module, Variant], Method | None] = {}
 
     def check(self, inside: set[fx.Node], root: fx.Node | None, owner: Call) -> None:
-        """Raise if some value that would vanish, all but that of the root, is one that another forward gives back or looks
-        at.
+        """Raise if a value that would vanish, all but the root's, is one that another forward gives back or looks at.
 
         Raises:
             Shared: it is, or may be.

@@ -60,7 +60,8 @@ class Forward:
         self._body(call)
         self.graph.output(self._rebuild(call.result))
         for node in reversed(self.graph.nodes):
-            if not node.users and (node.target in (operator.getitem, getattr) or node.meta.get("constant")):
+            unused = node.target in (operator.getitem, getattr, "view", "reshape") or node.meta.get("constant")
+            if not node.users and unused:
                 self.graph.erase_node(node)
         code = self.graph.python_code("self")
         source = code.src.strip().replace("def forward(", f"def {call.method}(", 1) + "\n"

@@ -384,7 +384,7 @@ class Conv(_One):
     depthwise: bool | None = None
 
     def accept(self, term: Term) -> Captures | None:
-        if term.op != "leaf" or term.layer is None or term.layer.weight is None:
+        if term.op != "leaf" or term.layer is None or term.layer.weight is None or term.layer.kind == "unrolled":
             return None
         if self.depthwise is not None and self.depthwise != _is_depthwise(term.layer):
             return None
@@ -406,6 +406,20 @@ class Conv(_One):
 
 def _is_depthwise(layer: Layer) -> bool:
     return layer.weight is not None and layer.weight.shape[1] == 1 and layer.in_channels not in (None, 1)
+
+
+@dataclass(eq=False)
+class Unrolled(_One):
+    """A convolution of pieces of a fixed size, as a matrix on all their numbers."""
+
+    def accept(self, term: Term) -> Captures | None:
+        return {} if term.op == "leaf" and term.layer is not None and term.layer.kind == "unrolled" else None
+
+    def fits_plain_conv(self) -> bool:
+        return False
+
+    def __str__(self) -> str:
+        return _label("unrolled conv", self)
 
 
 @dataclass(eq=False)

@@ -17,8 +17,10 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
+from structrep.absorb import Absorption
 from structrep.algebra import ConvMap
 from structrep.errors import BadInput, WrongMerge
+from structrep.frames import frame, pieces
 from structrep.pattern import geometry
 from structrep.ranks import rank, spatial_size
 from structrep.readers import Layer, counts_sizes, lower, only_asserted
@@ -419,12 +421,7 @@ class _Region:
         self.merge = merge
         self.nodes = sorted(merge.nodes, key=lambda node: node.meta["index"])
         # scales that stand outside the region and are done in it
-        self.before: dict[fx.Node, list[Layer]] = {}
-        self.behind: dict[fx.Node, list[Layer]] = {}
-        for one in sorted(merge.absorbed, key=lambda one: one.node.meta["index"]):
-            for scales, shares in ((self.before, one.before), (self.behind, one.behind)):
-                for node, layer in shares.items():
-                    scales.setdefault(node, []).append(layer)
+        self.absorbed = sorted(merge.absorbed, key=lambda one: one.node.meta["index"])
         self.modules: dict[nn.Module, nn.Module] = {}
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -444,15 +441,36 @@ class _Region:
             if only_asserted(node):
                 continue
             source = node.all_input_nodes[0] if node.all_input_nodes else None
-            scales = self.before.get(node, [])
+            scales = [one.before[node] for one in self.absorbed if node in one.before]
 
             def first_scaled(one: fx.Node, source: Any = source, scales: list[Layer] = scales) -> Any:
                 return _scaled(load(one), scales) if one is source else load(one)
 
             values[node] = computed(node, first_scaled, self._module(node))
-            values[node] = _scaled(values[node], self.behind.get(node, []))
+            for one in self.absorbed:
+                if node in one.behind:
+                    values[node] = _scaled(values[node], [one.behind[node]])
+                elif node in one.beside and source is not None:
+                    values[node] = values[node] + self._beside(one, load(source))
         result: Tensor = values[self.merge.root]
         return result
+
+    def _beside(self, one: Absorption, x: Tensor) -> Tensor:
+        """What is added beside a layer given x, all numbers of a piece at each place: (N, C, ...) -> (N, C', ...)."""
+        values: dict[fx.Node, Any] = {}
+        places = x.movedim(1, -1)
+        numbers = places.reshape(-1, places.shape[-1])
+
+        def load(node: fx.Node) -> Any:
+            if "value" in node.meta:
+                return node.meta["value"]
+            return values[node] if node in values else numbers.reshape(-1, *pieces(node))
+
+        for node in sorted(one.through, key=lambda node: node.meta["index"]):
+            folded = bool(frame(node))  # the pieces back into their places
+            values[node] = load(node.all_input_nodes[0]) if folded else computed(node, load, self._module(node))
+        found: Tensor = sum(sign * values[part].flatten(1) for part, sign in one.added)
+        return found.reshape(*places.shape[:-1], -1).movedim(-1, 1)
 
     def _module(self, node: fx.Node) -> nn.Module | None:
         """The module that a node calls, in float64."""

@@ -42,7 +42,7 @@ def rank(node: fx.Node) -> int | None:
         if "rank" not in last.meta and source is not None and "rank" not in source.meta and "shape" not in last.meta:
             pending.append(source)
             continue
-        if "rank" not in last.meta:
+        if last.meta.get("rank") is None:
             last.meta["rank"] = len(last.meta["shape"]) if "shape" in last.meta else _rank(last, source)
         pending.pop()
     found: int | None = node.meta["rank"]
@@ -102,6 +102,8 @@ def _source(node: fx.Node) -> fx.Node | None:
 
 def _rank(node: fx.Node, source: fx.Node | None) -> int | None:
     given: int | None = source.meta["rank"] if source is not None else None
+    if node.op == "placeholder":
+        return next((known for user in node.users if (known := _demanded(user)) is not None), None)
     if node.op == "call_module":
         return _of_module(node.meta["call"].module, given)
     if node.op not in ("call_function", "call_method"):
@@ -135,6 +137,14 @@ def _rank(node: fx.Node, source: fx.Node | None) -> int | None:
     if name == "unsqueeze":
         return None if given is None else given + 1
     return given if name in _ELEMENTWISE else None
+
+
+def _demanded(user: fx.Node) -> int | None:
+    """How many dims a layer needs that is given a value."""
+    if user.op == "call_module":
+        return _of_module(user.meta["call"].module, None)
+    match = _OF_DIMS.fullmatch(torch_name(user)) if user.op == "call_function" else None
+    return int(match[4]) + 2 if match else None
 
 
 def _of_module(module: nn.Module, given: int | None) -> int | None:

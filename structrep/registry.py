@@ -38,6 +38,7 @@ class Rule:
         example: makes a small module of this structure, in eval mode or not; for tests and the catalogue.
         counter_examples: what is nearly of this structure and must not be merged to it: the kind of the refusal, or ""
             where the pattern is to pass it by, and what makes the module.
+        example_shape: of an input of the example, if it takes none of the channels of its layer and of any size.
         law: whether it holds for every term; laws come after all families.
     """
 
@@ -47,6 +48,7 @@ class Rule:
     source: str
     example: Callable[[], nn.Module] | None = None
     counter_examples: tuple[tuple[str, Callable[[], nn.Module]], ...] = ()
+    example_shape: tuple[int, ...] | None = None
     law: bool = False
 
     @property
@@ -143,6 +145,7 @@ class Registry:
         name: str | None = None,
         example: Callable[[], nn.Module] | None = None,
         counter_examples: Iterable[tuple[str, Callable[[], nn.Module]]] = (),
+        example_shape: tuple[int, ...] | None = None,
     ) -> Callable[[Merge], Merge]:
         """Decorator: register a merge function under its own name.
 
@@ -153,7 +156,10 @@ class Registry:
         """
 
         def register(merge: Merge) -> Merge:
-            self.add(Rule(name or merge.__name__, pattern, merge, source, example, tuple(counter_examples)))
+            found = Rule(
+                name or merge.__name__, pattern, merge, source, example, tuple(counter_examples), example_shape
+            )
+            self.add(found)
             return merge
 
         return register
@@ -244,6 +250,14 @@ def rule(
     name: str | None = None,
     example: Callable[[], nn.Module] | None = None,
     counter_examples: Iterable[tuple[str, Callable[[], nn.Module]]] = (),
+    example_shape: tuple[int, ...] | None = None,
 ) -> Callable[[Merge], Merge]:
     """Decorator: register a merge function in the default registry; see `Registry.rule`."""
-    return default.rule(pattern, source=source, name=name, example=example, counter_examples=counter_examples)
+    return default.rule(
+        pattern,
+        source=source,
+        name=name,
+        example=example,
+        counter_examples=counter_examples,
+        example_shape=example_shape,
+    )

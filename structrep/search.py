@@ -297,14 +297,15 @@ class Search:
         self.families: dict[fx.Node, tuple[Rule, list[Segment], Fit]] = {}  # root of what a family merges
         families = [rule for rule in self.registry if not rule.law]
         laws = [rule for rule in self.registry if rule.law]
-        taken: set[fx.Node] = set()
+        given = set[fx.Node]().union(*(one.nodes for one in self.absorptions))  # to others, with all that it is made of
+        taken = set(given)
         for node in reversed(self.nodes):
             if node not in taken:
                 found = self._family(node, families)
                 if found:
                     self.families[node] = found
                     taken.update(n for segment in found[1] for n in segment.nodes)
-        taken.clear()
+        taken = set(given)
         merges: list[Merge] = []
         for node in reversed(self.nodes):
             if node not in taken:
@@ -372,9 +373,13 @@ class Search:
             return None
         if isinstance(reading, Layer):
             taken = tuple(self.taker_of.get(root, ()))
-            before = [leaf(one.before[root]) for one in taken if root in one.before]
-            behind = [leaf(one.behind[root]) for one in taken if root in one.behind]
-            return Segment(base, root, seq([*before, leaf(reading), *behind]), (*reading.through, root), taken)
+            term = seq([*(leaf(one.before[root]) for one in taken if root in one.before), leaf(reading)])
+            for one in taken:
+                if root in one.behind:
+                    term = seq([term, leaf(one.behind[root])])
+                elif root in one.beside:
+                    term = total([term, one.beside[root]])
+            return Segment(base, root, term, (*reading.through, root), taken)
         if isinstance(reading, Same):
             return Segment(base, root, ONE, (root,))
         nodes: dict[fx.Node, None] = {}
@@ -584,7 +589,7 @@ class Search:
                 f"{term} takes {before.multiply_adds:,.0f} multiply-adds per output pixel, as one layer it would take "
                 f"{after.multiply_adds:,.0f}"
             )
-        if after.parameters > before.parameters:
+        if after.parameters > before.parameters + geometry(term).out_channels:  # a bias more is no reason
             raise Costlier(
                 f"{term} stores {before.parameters:,} numbers, as one layer it would store {after.parameters:,}"
             )

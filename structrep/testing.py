@@ -53,8 +53,12 @@ def _checks(rule: Rule) -> Iterator[str]:
     for seed in range(SEEDS):
         model = _settled(rule, rule.example, seed)
         found = _merged(rule, model)
-        for shape in _shapes(found):
-            _compare(rule, model, found.apply(), shape)
+        compared = [_compare(rule, model, found.apply(), shape) for shape in _shapes(rule, found)]
+        if not any(compared):
+            raise _broken(
+                rule,
+                f"its example takes no input of {_shapes(rule, found)[-1]} or smaller: say of which, example_shape=",
+            )
     yield f"its example merges under its name and gives the same on all sizes, for {SEEDS} random weights"
     deploy = found.apply()
     layers = [m for m in deploy.modules() if list(m.parameters(recurse=False))]
@@ -64,7 +68,7 @@ def _checks(rule: Rule) -> Iterator[str]:
         raise _broken(rule, "it matches its own output, so that a model would be merged again and again")
     yield "what it gives is one layer, which it does not match again"
     twin = copy.deepcopy(model)
-    _compare(rule, model, plan(twin, rules=[rule]).apply(inplace=True), _shapes(found)[-1])
+    _compare(rule, model, plan(twin, rules=[rule]).apply(inplace=True), _shapes(rule, found)[-1])
     yield "in place it gives the same"
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         kinds = {p.dtype for p in plan(copy.deepcopy(model).to(dtype), rules=[rule]).apply().parameters()}
@@ -115,8 +119,10 @@ def _merged(rule: Rule, model: nn.Module) -> Plan:
     return found
 
 
-def _shapes(found: Plan) -> list[tuple[int, ...]]:
+def _shapes(rule: Rule, found: Plan) -> list[tuple[int, ...]]:
     """Inputs for the layer that an example became: one of the smallest size, odd ones, even ones."""
+    if rule.example_shape is not None:
+        return [rule.example_shape]
     (first, *_) = found.terms
     shape = geometry(first)
     if not shape.dims:
@@ -128,13 +134,14 @@ def _shapes(found: Plan) -> list[tuple[int, ...]]:
     ]
 
 
-def _compare(rule: Rule, model: nn.Module, deploy: nn.Module, shape: tuple[int, ...]) -> None:
+def _compare(rule: Rule, model: nn.Module, deploy: nn.Module, shape: tuple[int, ...]) -> bool:
+    """Whether the model takes an input of that shape; raises if the other then gives anything else."""
     x = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         try:
             truth = model(x)
         except (RuntimeError, ValueError):
-            return  # too small for the layers as they were
+            return False  # too small for the layers as they were
         try:
             value: Tensor = deploy(x)
         except (RuntimeError, ValueError) as error:
@@ -144,6 +151,7 @@ def _compare(rule: Rule, model: nn.Module, deploy: nn.Module, shape: tuple[int, 
     error_ = relative_error(value, truth)
     if not error_ <= EXACT:
         raise _broken(rule, f"on {shape} its example and what it merges to differ by {error_:.1e}, relative")
+    return True
 
 
 def _check_refusals(rule: Rule, model: nn.Module) -> None:

@@ -25,7 +25,8 @@ def test_a_rule_merges_its_example_under_its_name(rule: Rule) -> None:
     (layer,) = (module for module in deploy.modules() if list(module.parameters(recurse=False)))
     assert type(layer) in (nn.Conv2d, nn.Linear)
     width = layer.in_channels if isinstance(layer, nn.Conv2d) else layer.in_features
-    x = torch.randn(3, width, *([9, 7] if isinstance(layer, nn.Conv2d) else []), dtype=torch.float64)
+    shape = rule.example_shape or (3, width, *([9, 7] if isinstance(layer, nn.Conv2d) else []))
+    x = torch.randn(shape, dtype=torch.float64)
     assert relative_error(deploy(x), model(x)) < 1e-13
 
 

@@ -27,6 +27,7 @@ ORDER = [
     "intercept",
     "trace",
     "probe",
+    "frames",
     "absorb",
     "borders",
     "search",

@@ -19,6 +19,7 @@ from structrep.blocks.orepa import OREPA2d
 from structrep.blocks.qarepvgg import QARepVGGBlock1d, QARepVGGBlock2d, QARepVGGBlock3d
 from structrep.blocks.replknet import LargeKernelBlock2d
 from structrep.blocks.repmixer import RepMixer2d
+from structrep.blocks.repmlp import RepMLP2d
 from structrep.blocks.repvgg import RepVGGBlock1d, RepVGGBlock2d, RepVGGBlock3d
 from structrep.blocks.span import Conv3XC2d
 
@@ -61,6 +62,7 @@ __all__ = [
     "QARepVGGBlock1d",
     "QARepVGGBlock2d",
     "QARepVGGBlock3d",
+    "RepMLP2d",
     "RepMixer2d",
     "RepVGGBlock1d",
     "RepVGGBlock2d",
