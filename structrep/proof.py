@@ -239,7 +239,8 @@ def _regions(
     reference: nn.Module, example_inputs: Example, how: _How, merges: Mapping[str, Merge]
 ) -> dict[str, Tensor]:
     """What the stretches that were merged give as the training-time model runs, by where they were merged, in order."""
-    roots = {merge.root.name: where for where, merge in merges.items() if not merge.trace.path}
+    alone = {where: merge for where, merge in merges.items() if not any(one.beside for one in merge.absorbed)}
+    roots = {merge.root.name: where for where, merge in alone.items() if not merge.trace.path}
     if not roots:
         return {}
     inputs = how.inputs(example_inputs)
@@ -254,7 +255,9 @@ def _regions(
             elif node.op not in ("get_attr", "output"):
                 values[node] = computed(node, lambda one: one.meta["value"] if "value" in one.meta else values[one])
                 if node.name in roots:
-                    found[roots[node.name]] = values[node].detach().clone()
+                    value = values[node].detach()
+                    scaled = _scaled(value, _behind(merges[roots[node.name]]))
+                    found[roots[node.name]] = scaled.to(value, copy=True)
             for used in node.all_input_nodes:
                 if list(used.users)[-1] is node:
                     values.pop(used, None)
@@ -480,6 +483,12 @@ class _Region:
         if module not in self.modules:
             self.modules[module] = shallow_copy(module).double()
         return self.modules[module]
+
+
+def _behind(merge: Merge) -> list[Layer]:
+    """The scales behind the root of a merge that it does too, in order."""
+    ordered = sorted(merge.absorbed, key=lambda one: one.node.meta["index"])
+    return [one.behind[merge.root] for one in ordered if merge.root in one.behind]
 
 
 def _scaled(x: Any, scales: list[Layer]) -> Any:

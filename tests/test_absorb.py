@@ -502,3 +502,12 @@ def test_what_another_forward_gives_back_stays_what_it_is(how):
     assert relative_error(deploy(x), model(x)) < 1e-12
     assert relative_error(deploy.forward_features(x), model.forward_features(x)) < 1e-12
     assert any("forward_features" in refusal.reason for refusal in structrep.plan(model).refusals)
+
+
+@pytest.mark.parametrize("make", [Attention, Mixed, FeedForward])
+def test_verification_knows_of_scales_that_layers_took(make):
+    model = settled(make()).float()
+    found = structrep.plan(model, X.float()).verify(X.float())
+    assert found.ok
+    assert found.regions
+    assert found.first_off is None
