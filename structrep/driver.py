@@ -18,6 +18,7 @@ from structrep.probe import probe as find_map
 from structrep.proof import accepts, border, inputs_of, prove, verify
 from structrep.registry import Registry, Rule, resolve
 from structrep.report import Explanation, MergeRecord, PlanRecord, RefusalRecord, Verification, as_text, plan_tables
+from structrep.reserve import carry
 from structrep.rewrite import Draft, without
 from structrep.search import Findings, Merge, Missed
 from structrep.trace import Example, own_copy
@@ -28,11 +29,13 @@ Rules = Registry | Iterable[str | Rule] | None
 class Plan:
     """All merges and refusals for one model. Nothing is changed before `apply`."""
 
-    def __init__(self, model: nn.Module, findings: Findings) -> None:
+    def __init__(self, model: nn.Module, findings: Findings, reserve: tuple[str, ...] = ()) -> None:
         self._model = model
+        carry(findings, reserve)
         self._draft = Draft(findings.traced, findings.replicas, findings.merges)
         while self._draft.unwritable.keys() - findings.unwritable.keys():  # what stands apart from them may merge still
             findings = search.without_writing(findings, {**findings.unwritable, **self._draft.unwritable})
+            carry(findings, reserve)
             self._draft = Draft(findings.traced, findings.replicas, findings.merges)
         self._findings = findings
         self._missed = list(findings.missed)
@@ -136,6 +139,7 @@ def plan(
     rules: Rules = None,
     inexact_borders: str | Iterable[str] = (),
     probe: str | Iterable[str] = (),
+    reserve: str | Iterable[str] = (),
 ) -> Plan:
     """Find every merge in a model, and say of the others why not. The model is not changed.
 
@@ -149,6 +153,8 @@ def plan(
             nothing else helps; the plan says of each how many output pixels differ and by how much.
         probe: names of layers, or globs, whose code cannot be read: what they are is found out by `structrep.probe`, on
             inputs like those that the example inputs give them.
+        reserve: names of blocks, or globs, whose residual is carried through their activations in channels of its own,
+            so that no addition is left (RMNet, arXiv:2111.00687). Their layers take more multiply-adds than before.
 
     Raises:
         TrainingMode: a norm has no fixed scale yet.
@@ -163,9 +169,10 @@ def plan(
     if example_inputs is not None:
         accepts(model, example_inputs)
     maps, refused = _probed(model, example_inputs, _globs(probe))
-    for glob in _globs(inexact_borders):
+    for glob in (*_globs(inexact_borders), *_globs(reserve)):
         _named(model, glob)
-    return Plan(model, search.find(model, example_inputs, registry, _globs(inexact_borders), maps, refused))
+    found = search.find(model, example_inputs, registry, _globs(inexact_borders), maps, refused)
+    return Plan(model, found, _globs(reserve))
 
 
 def _globs(names: str | Iterable[str]) -> tuple[str, ...]:
@@ -229,13 +236,14 @@ def reparameterize(
     rules: Rules = None,
     inexact_borders: str | Iterable[str] = (),
     probe: str | Iterable[str] = (),
+    reserve: str | Iterable[str] = (),
     inplace: bool = False,
     verify: bool = True,
 ) -> nn.Module:
     """The equal model with every branch merged: the same class, methods and names, fewer layers.
 
     Args:
-        model, example_inputs, rules, inexact_borders, probe: as for `plan`.
+        model, example_inputs, rules, inexact_borders, probe, reserve: as for `plan`.
         inplace: change the model itself instead of a copy.
         verify: prove every merge on its region in float64 and, with example inputs, the whole model against its
             float64 self; the latter not if a border is inexact because you allowed it.
@@ -246,7 +254,7 @@ def reparameterize(
         TrainingMode, Uninitialized, Sharded, UnknownRule, BadInput: as for `plan`.
     """
     model = unwrapped(model)
-    planned = plan(model, example_inputs, rules=rules, inexact_borders=inexact_borders, probe=probe)
+    planned = plan(model, example_inputs, rules=rules, inexact_borders=inexact_borders, probe=probe, reserve=reserve)
     if verify:
         planned.prove()
     if not verify or example_inputs is None or planned.inexact:

@@ -428,7 +428,13 @@ class _Region:
         self.modules: dict[nn.Module, nn.Module] = {}
 
     def __call__(self, x: Tensor) -> Tensor:
+        carried = self.merge.carried
+        rest = x
+        if carried is not None and not carried.first:
+            x, rest = x[:, : -carried.channels], x[:, -carried.channels :]
         values: dict[fx.Node, Any] = {self.merge.base: x}
+        if carried is not None and carried.last:
+            values[carried.base] = _apart(rest, carried.stride)
 
         def load(node: fx.Node) -> Any:
             if "value" in node.meta:
@@ -456,6 +462,9 @@ class _Region:
                 elif node in one.beside and source is not None:
                     values[node] = values[node] + self._beside(one, load(source))
         result: Tensor = values[self.merge.root]
+        if carried is not None and not carried.last:
+            step = geometry(self.merge.term).stride
+            result = torch.cat([result, rest[_every(step)]], 1)
         return result
 
     def _beside(self, one: Absorption, x: Tensor) -> Tensor:
@@ -483,6 +492,19 @@ class _Region:
         if module not in self.modules:
             self.modules[module] = shallow_copy(module).double()
         return self.modules[module]
+
+
+def _apart(x: Tensor, stride: tuple[int, ...]) -> Tensor:
+    """Pixels with as many others between them as a stride has left out."""
+    size = [(n - 1) * s + 1 for n, s in zip(x.shape[2:], stride, strict=True)]
+    wide = x.new_zeros(*x.shape[:2], *size)
+    wide[_every(stride)] = x
+    return wide
+
+
+def _every(stride: tuple[int, ...]) -> tuple[slice, ...]:
+    """An index of the pixels that a stride leaves."""
+    return slice(None), slice(None), *(slice(None, None, step) for step in stride)
 
 
 def _behind(merge: Merge) -> list[Layer]:

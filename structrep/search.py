@@ -89,6 +89,17 @@ class Fit:
     notes: tuple[str, ...]  # what is to be told of the numbers
 
 
+@dataclass(frozen=True, eq=False)
+class Carried:
+    """A value whose channels a widened layer takes behind its own, and hands on behind its own."""
+
+    base: fx.Node
+    channels: int
+    stride: Ints  # of the layers before, by which its pixels are fewer
+    first: bool  # the layer is given the value itself, once
+    last: bool  # the layer adds it
+
+
 @dataclass(eq=False)
 class Merge:
     """A stretch of the graph that becomes one layer."""
@@ -100,6 +111,7 @@ class Merge:
     owner: Call  # the innermost call that holds all of it
     trace: Trace
     fit: Fit
+    carried: Carried | None = None
 
     @property
     def base(self) -> fx.Node:
@@ -278,7 +290,9 @@ class Search:
             for one in left:
                 kept = next((miss for node, miss in self.missed if node in one.takers - merged), None)
                 if kept is not None:
-                    told = replace(kept, where=_path(one.node) or "(root)", layers=(*kept.layers, _layer_of(one.node)))
+                    told = replace(
+                        kept, where=path_of(one.node) or "(root)", layers=(*kept.layers, _layer_of(one.node))
+                    )
                     self.known += ((one.node, told),)
         self.findings.merges += merges
         covered = merged.union(*(one.nodes for one in self.absorptions))
@@ -385,7 +399,7 @@ class Search:
         nodes: dict[fx.Node, None] = {}
         branches = []
         for source, sign in [(n, 1.0) for n in reading.parts] if isinstance(reading, Stack) else reading.parts:
-            steps = list(self._walk(source, base))
+            steps = list(self.walk(source, base))
             nodes.update(dict.fromkeys(n for step in steps for n in step.nodes))
             terms = [step.term for step in reversed(steps)]
             flip = scale_layer(sign) if sign != 1.0 else None
@@ -400,7 +414,7 @@ class Search:
         absorbed = dict.fromkeys(one for node in ordered for one in self.taker_of.get(node, ()))
         return Segment(base, root, term, (*ordered, root), tuple(absorbed))
 
-    def _walk(self, node: fx.Node, base: fx.Node | None) -> Iterator[Segment]:
+    def walk(self, node: fx.Node, base: fx.Node | None) -> Iterator[Segment]:
         """Segments from a node back to `base`, or as far as they go."""
         while node is not base:
             segment = self.segment(node)
@@ -418,7 +432,7 @@ class Search:
         if isinstance(reading, Same) or (isinstance(reading, Layer) and reading.kind == "pad"):
             return stretches  # what feeds it ends a stretch just as well; a pad belongs to what reads it
         taken: list[Segment] = []
-        for segment in self._walk(root, None):
+        for segment in self.walk(root, None):
             taken.insert(0, segment)
             first = segment.term.layer
             cut = first is not None and first.kind == "slice"  # a layer of all channels costs more than one of some
@@ -457,9 +471,9 @@ class Search:
                 if found is None:
                     continue
                 try:
-                    self._check(stretch)
+                    self.check(stretch)
                     costs = self._price(stretch)
-                    fit = self._fit(rule.merged(_term(stretch), found), stretch, costs)
+                    fit = self.fit(rule.merged(_term(stretch), found), stretch, costs)
                 except Refusal as reason:
                     self._miss(_nodes(stretch), rule.name, str(_term(stretch)), reason)
                     continue
@@ -489,7 +503,7 @@ class Search:
             if rule is None:
                 continue
             try:
-                self._check(stretch)
+                self.check(stretch)
                 before, after = self._price(stretch)
             except Refusal as reason:
                 self._miss(_nodes(stretch), rule.name, str(term), reason)
@@ -515,7 +529,7 @@ class Search:
         forbidden: Inexact | None = None
         for rigour in self._rigours(stretch):
             try:
-                return self._fit(value(term, rigour=rigour), stretch, costs, rigour)
+                return self.fit(value(term, rigour=rigour), stretch, costs, rigour)
             except Inexact as reason:
                 forbidden = forbidden or reason
         assert forbidden is not None
@@ -527,7 +541,7 @@ class Search:
         if len(stretch) < 2 or not _has_kernel(stretch[0]):
             return  # what a border takes is a pass over the input, and has to save a convolution
         yield "padded"
-        paths = {path for node in _nodes(stretch) for path in (_path(node),) if path}
+        paths = {path for node in _nodes(stretch) for path in (path_of(node),) if path}
         if any(fnmatch.fnmatchcase(path, glob) for path in paths for glob in self.findings.inexact_borders):
             yield "inside"
 
@@ -559,7 +573,7 @@ class Search:
             tuple(rule.source for rule in named),
             _term(stretch),
             tuple(stretch),
-            self._owner(inside | _scales(stretch)),
+            self.owner(inside | _scales(stretch)),
             self.trace,
             fit,
         )
@@ -595,7 +609,14 @@ class Search:
             )
         return before, after
 
-    def _fit(self, map_: ConvMap, stretch: list[Segment], costs: tuple[Cost, Cost], rigour: Rigour = "exact") -> Fit:
+    def fit(
+        self,
+        map_: ConvMap,
+        stretch: list[Segment],
+        costs: tuple[Cost, Cost],
+        rigour: Rigour = "exact",
+        at_any_price: bool = False,
+    ) -> Fit:
         """How the merged map fits into a layer.
 
         Raises:
@@ -616,7 +637,7 @@ class Search:
         if apart or map_.border != "constant":
             after += cost.of_border(map_)
         saved = before.multiply_adds - after.multiply_adds + before.parameters - after.parameters
-        if saved < 0 or (not saved and before.operations <= after.operations):
+        if not at_any_price and (saved < 0 or (not saved and before.operations <= after.operations)):
             term = _term(stretch)
             border = apart or ("a copy of pixels" if map_.border != "constant" else "")
             raise Costlier(
@@ -628,7 +649,7 @@ class Search:
     def stretch(self, early: fx.Node, late: fx.Node) -> list[Segment] | None:
         """The shortest stretch that ends at one node and holds another; None if none does."""
         taken: list[Segment] = []
-        for segment in self._walk(late, None):
+        for segment in self.walk(late, None):
             taken.insert(0, segment)
             if early in segment.nodes:
                 return taken
@@ -640,10 +661,10 @@ class Search:
         Raises:
             Refusal: it is not exact, dearer, or cannot be cut out.
         """
-        self._check(stretch)
+        self.check(stretch)
         self._law_fit(stretch, self._price(stretch))
 
-    def _check(self, stretch: list[Segment]) -> None:
+    def check(self, stretch: list[Segment]) -> None:
         """Raise unless the stretch can be cut out of the graph and of the modules that it is written in."""
         base, root = stretch[0].base, stretch[-1].root
         inside = set(_nodes(stretch))
@@ -668,13 +689,13 @@ class Search:
         for where in _written_in(changed):
             if where in self.findings.unwritable:
                 raise Unreadable(str(self.findings.unwritable[where]))
-        owner = self._owner(inside | _scales(stretch))
+        owner = self.owner(inside | _scales(stretch))
         self.replicas.check(changed, owner)
         self.findings.borders.check(inside, root, owner)
         for one in {one for segment in stretch for one in segment.absorbed}:
             self.findings.borders.check(one.changed, None, owner)
 
-    def _owner(self, nodes: Iterable[fx.Node]) -> Call:
+    def owner(self, nodes: Iterable[fx.Node]) -> Call:
         """The innermost call that holds all nodes, and is no single layer."""
         common: list[Call] | None = None
         for node in nodes:
@@ -690,7 +711,7 @@ class Search:
         if (root, rule) not in self.refused:
             self.refused.add((root, rule))
             layers = tuple(dict.fromkeys(filter(None, map(_layer_of, nodes))))
-            self.missed.append((root, Missed(_path(root) or "(root)", rule, what, reason, layers)))
+            self.missed.append((root, Missed(path_of(root) or "(root)", rule, what, reason, layers)))
 
     def _isolated(self, covered: set[fx.Node]) -> None:
         """Say of every norm that stays, and that no refusal is about, what it stands between."""
@@ -723,13 +744,13 @@ def _notes(map_: ConvMap, leaves: Iterable[Layer], dtype: torch.dtype) -> Iterat
             yield f"{lost} of {numbers} merged numbers are below float16's normal range, {tiny:.1e}"
     for layer in leaves:
         if layer.probed:
-            yield f"{_path(layer.node) if layer.node else 'a layer'} was probed, not read"
+            yield f"{path_of(layer.node) if layer.node else 'a layer'} was probed, not read"
         if dead := layer.dead():
-            norm = _path(layer.node) if layer.node else "a norm"
+            norm = path_of(layer.node) if layer.node else "a norm"
             yield f"{norm}: {dead} of its channels have a variance below eps, dead in training and scaled by eps alone"
 
 
-def _path(node: fx.Node) -> str:
+def path_of(node: fx.Node) -> str:
     """The path of the module that a node is, or is written in."""
     return node.meta["call"].path if node.meta["call"] else ""
 

@@ -31,6 +31,7 @@ ORDER = [
     "absorb",
     "borders",
     "search",
+    "reserve",
     "generated",
     "forward",
     "rewrite",
