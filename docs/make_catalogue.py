@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import io
 import re
@@ -22,14 +23,27 @@ HERE = Path(__file__).parent
 PICTURES = HERE / "catalogue"
 BLUE, GREEN, BROWN, GRAY = "#3f51b5", "#00897b", "#6d4c41", "#757575"
 KINDS = {"conv": BLUE, "linear": BLUE, "norm": GREEN, "affine": GREEN, "pool": BROWN, "pad": GRAY}
+REASONS = {
+    "Inexact": "one of its layers would read something else outside its input",
+    "Costlier": "as one layer it would take more",
+}
 HEAD = """# Catalogue
 
 Every rule that structrep brings along: where it is published, what it matches, and what its own example becomes. Made
 from the registry by `docs/make_catalogue.py`; the tests hold this page to it, and `structrep.testing.check_rule` holds
 each rule to its example.
 
+Residuals around activations are carried through them, if asked for by name: [RMNet](https://arxiv.org/abs/2111.00687),
+`structrep.plan(model, reserve="layer1.*")`, which takes wider layers, and is no rule.
+
 All merges are exact or refused: the [border law](algebra.md#the-border-law) holds for what pads, branches must give
-outputs of one size, and the merged layer must not be dearer.
+outputs of one size, and the merged layer must not be dearer. What is nearly of a family's structure and is not merged
+stands with each.
+
+What is said of published conversions was measured once, with torch 2.13 on a CPU and weights as training leaves
+them, with the code of the repository and commit named: the largest difference of the outputs before and after,
+relative to the largest output.
+Their code is not part of this project.
 
 ```python
 from torch import nn
@@ -56,6 +70,7 @@ def section(rule: Rule) -> str:
     line = textwrap.dedent(body[body.index("def ") :]).strip()
     rows = ", ".join(f"{before[name]:,} → {after[name]:,} {name}" for name in before if before[name])
     rows += f", {merge.multiply_adds[0]:,.0f} → {merge.multiply_adds[1]:,.0f} multiply-adds a pixel"
+    published = f"\nPublished conversions: {rule.published}\n" if rule.published else ""
     return f"""## {rule.name}
 
 {rule.source}
@@ -70,22 +85,43 @@ def section(rule: Rule) -> str:
 {line}
 ```
 
-Its example, `{made(rule)}`: {rows}.
+Its example, `{ast.unparse(argument(rule, "example"))}`: {rows}.
 
 ```python
 model = nn.Sequential(default["{rule.name}"].example()).eval()
 deploy = structrep.reparameterize(model)
 ```
-"""
+{near(rule)}{published}"""
 
 
-def made(rule: Rule) -> str:
-    """How an example is made, as it is written in the rule's page."""
-    text = inspect.getsource(inspect.getmodule(rule.merge))  # type: ignore[arg-type]
-    start = text.rindex("@rule(", 0, text.index(f"\ndef {rule.merge.__name__}("))
-    found = re.search(r"    example=(?:lambda: )?(.*?),?\n\)\ndef ", text[start:], re.DOTALL)
-    assert found is not None
-    return re.sub(r"\s+", " ", found[1]).replace("( ", "(").replace(" )", ")")
+def declared(rule: Rule) -> ast.Call:
+    """The call of the decorator that registers a rule, as it is written in the rule's page."""
+    tree = ast.parse(inspect.getsource(inspect.getmodule(rule.merge)))  # type: ignore[arg-type]
+    functions = (node for node in tree.body if isinstance(node, ast.FunctionDef))
+    (call,) = next(one for one in functions if one.name == rule.merge.__name__).decorator_list
+    assert isinstance(call, ast.Call)
+    return call
+
+
+def argument(rule: Rule, name: str) -> ast.expr:
+    """What a rule is given by that name."""
+    found = next(keyword.value for keyword in declared(rule).keywords if keyword.arg == name)
+    return found.body if isinstance(found, ast.Lambda) else found
+
+
+def near(rule: Rule) -> str:
+    """What is nearly of a rule's structure and not merged to it, and why."""
+    if not rule.counter_examples:
+        return ""
+    given = argument(rule, "counter_examples")
+    assert isinstance(given, ast.List)
+    makers = [one.elts[1] for one in given.elts if isinstance(one, ast.Tuple)]
+    told = [f"({kind}: {REASONS[kind]})" if kind else "(not its pattern)" for kind, _ in rule.counter_examples]
+    lines = [
+        f"- `{ast.unparse(maker.body if isinstance(maker, ast.Lambda) else maker)}` {why}"
+        for maker, why in zip(makers, told, strict=True)
+    ]
+    return "\n".join(["", "Nearly so, and not merged:", "", *lines, ""])
 
 
 def counts(model: nn.Module) -> dict[str, int]:

@@ -39,6 +39,7 @@ class Rule:
         counter_examples: what is nearly of this structure and must not be merged to it: the kind of the refusal, or ""
             where the pattern is to pass it by, and what makes the module.
         example_shape: of an input of the example, if it takes none of the channels of its layer and of any size.
+        published: where a published conversion of this family differs from the merge, and by how much.
         law: whether it holds for every term; laws come after all families.
     """
 
@@ -49,6 +50,7 @@ class Rule:
     example: Callable[[], nn.Module] | None = None
     counter_examples: tuple[tuple[str, Callable[[], nn.Module]], ...] = ()
     example_shape: tuple[int, ...] | None = None
+    published: str = ""
     law: bool = False
 
     @property
@@ -146,6 +148,7 @@ class Registry:
         example: Callable[[], nn.Module] | None = None,
         counter_examples: Iterable[tuple[str, Callable[[], nn.Module]]] = (),
         example_shape: tuple[int, ...] | None = None,
+        published: str = "",
     ) -> Callable[[Merge], Merge]:
         """Decorator: register a merge function under its own name.
 
@@ -157,7 +160,14 @@ class Registry:
 
         def register(merge: Merge) -> Merge:
             found = Rule(
-                name or merge.__name__, pattern, merge, source, example, tuple(counter_examples), example_shape
+                name or merge.__name__,
+                pattern,
+                merge,
+                source,
+                example,
+                tuple(counter_examples),
+                example_shape,
+                published,
             )
             self.add(found)
             return merge
@@ -203,6 +213,7 @@ class Registry:
 
 
 default = Registry()
+rule = default.rule
 RULES, READERS = "structrep.rules", "structrep.readers"  # groups of entry points
 _loaded: set[str] = set()
 
@@ -241,23 +252,3 @@ def resolve(rules: Registry | Iterable[str | Rule] | None) -> Registry:
     if isinstance(rules, Registry):
         return rules
     return default.select([rules] if isinstance(rules, (str, Rule)) else rules)
-
-
-def rule(
-    pattern: Pattern,
-    *,
-    source: str,
-    name: str | None = None,
-    example: Callable[[], nn.Module] | None = None,
-    counter_examples: Iterable[tuple[str, Callable[[], nn.Module]]] = (),
-    example_shape: tuple[int, ...] | None = None,
-) -> Callable[[Merge], Merge]:
-    """Decorator: register a merge function in the default registry; see `Registry.rule`."""
-    return default.rule(
-        pattern,
-        source=source,
-        name=name,
-        example=example,
-        counter_examples=counter_examples,
-        example_shape=example_shape,
-    )

@@ -4,6 +4,9 @@ Training time: one convolution whose kernel is computed, diag(a) I + diag(b) W /
 (section 3.2). It depends on parameters alone, so it is evaluated once and what is left is a convolution.
 """
 
+from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
+
 from structrep.algebra import ConvMap
 from structrep.blocks import DiracConv2d
 from structrep.pattern import Conv
@@ -23,6 +26,8 @@ def normalized_plus_identity(formula: Formula) -> bool:
     Conv(formula=normalized_plus_identity).named("conv"),
     source="DiracNets, arXiv:1706.00388, section 3.2",
     example=lambda: DiracConv2d(8, 8, 3, padding=1),
+    counter_examples=[("", lambda: weight_norm(nn.Conv2d(8, 8, 3)))],
+    published="The authors publish none for models of one's own.",
 )
 def diracnet(conv: ConvMap) -> ConvMap:
     return conv

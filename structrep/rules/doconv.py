@@ -7,7 +7,7 @@ only running it gets right.
 """
 
 from structrep.algebra import ConvMap
-from structrep.blocks import DOConv2d
+from structrep.blocks import DiracConv2d, DOConv2d
 from structrep.pattern import Conv
 from structrep.readers import Formula
 from structrep.registry import rule
@@ -25,6 +25,9 @@ def contracted(formula: Formula) -> bool:
     Conv(formula=contracted).named("conv"),
     source="DO-Conv, arXiv:2006.12030, section 3.2",
     example=lambda: DOConv2d(8, 8, 3, padding=1),
+    counter_examples=[("", lambda: DiracConv2d(8, 8, 3, padding=1))],
+    published="The authors' (yangyanli/DO-Conv at 66fa862) is a script for one network of three layers, without "
+    "groups.",
 )
 def doconv(conv: ConvMap) -> ConvMap:
     return conv

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from structrep.algebra import ConvMap
-from structrep.blocks import EdgeBlock2d
+from structrep.blocks import Branches, Conv3XC2d, EdgeBlock2d
 from structrep.pattern import Conv, Identity, Many, Optional, Seq, Sum, conv_norm, pointwise, spatial
 from structrep.readers import Formula
 from structrep.registry import rule
@@ -26,6 +26,16 @@ from structrep.rules.diracnet import SUMS
     ),
     source="ECBSR, doi:10.1145/3474085.3475291, section 3.2",
     example=lambda: EdgeBlock2d(8, 8, 3, padding=1),
+    counter_examples=[
+        (
+            "Inexact",
+            lambda: Branches(
+                nn.Conv2d(8, 8, 3, padding=1), nn.Sequential(nn.Conv2d(8, 16, 1), nn.Conv2d(16, 8, 3, padding=1))
+            ),
+        ),
+    ],
+    published="FMEN's, of the same form (NJU-Jet/FMEN at a1def16), computes in float32: off by 4.8e-9 in a float64 "
+    "model.",
 )
 def ecbsr(dense: ConvMap, skip: ConvMap, edges: list[ConvMap]) -> ConvMap:
     return dense + skip + sum(edges)
@@ -56,6 +66,7 @@ class _Computed(nn.Module):
     Conv(formula=kernel_of_kernels).named("conv"),
     source="ECBSR, doi:10.1145/3474085.3475291, section 3.2",
     example=_Computed,
+    counter_examples=[("", lambda: Conv3XC2d(8, 8, 3, padding=1))],
 )
 def ecbsr_computed(conv: ConvMap) -> ConvMap:
     return conv

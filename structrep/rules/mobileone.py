@@ -7,7 +7,7 @@ PP-LCNetV3, the backbone of PP-OCRv4, scales and shifts the sum by one number ea
 from torch import nn
 
 from structrep.algebra import ConvMap
-from structrep.blocks import LearnableAffine, MobileOneBlock2d
+from structrep.blocks import Branches, LearnableAffine, MobileOneBlock2d
 from structrep.pattern import Affine, Conv, Many, Optional, Pad, Scalar, Seq, Sum, pointwise, spatial
 from structrep.registry import rule
 
@@ -18,6 +18,11 @@ NORMED = Seq(Optional(Pad()), Conv(), Affine())
     Seq(Sum(Optional(Affine().named("skip")), Many(NORMED).named("branches")), Many(Scalar()).named("affine")),
     source="PP-LCNetV3, PaddleOCR, learnable affine block",
     example=lambda: nn.Sequential(MobileOneBlock2d(8, 8, 3, padding=1), LearnableAffine(0.5, 0.25)),
+    counter_examples=[
+        ("", lambda: nn.Sequential(MobileOneBlock2d(8, 8, 3, padding=1), nn.ReLU(), LearnableAffine(0.5, 0.25))),
+    ],
+    published="That of Topdu/OpenOCR at ae934e5 leaves the affine, and keeps the branches beside the merged layer: "
+    "35 convolutions where the training-time model has 29.",
 )
 def pplcnetv3(branches: list[ConvMap], skip: ConvMap, affine: list[ConvMap]) -> ConvMap:
     whole = sum(branches) + skip
@@ -34,6 +39,9 @@ def pplcnetv3(branches: list[ConvMap], skip: ConvMap, affine: list[ConvMap]) -> 
     ),
     source="MobileOne, arXiv:2206.04040, section 3.2",
     example=lambda: MobileOneBlock2d(8, 8, 3, padding=1),
+    counter_examples=[
+        ("", lambda: Branches(*(nn.Sequential(nn.Conv2d(8, 8, k, padding=k // 2), nn.BatchNorm2d(8)) for k in (3, 5)))),
+    ],
 )
 def mobileone(dense: list[ConvMap], point: ConvMap, skip: ConvMap) -> ConvMap:
     return sum(dense) + point + skip
@@ -43,6 +51,7 @@ def mobileone(dense: list[ConvMap], point: ConvMap, skip: ConvMap) -> ConvMap:
     Sum(Affine().named("skip"), Many(Seq(Conv(pointwise), Affine()), alike=True).named("dense")),
     source="MobileOne, arXiv:2206.04040, section 3.2",
     example=lambda: MobileOneBlock2d(8, 8, 1),
+    counter_examples=[("", lambda: MobileOneBlock2d(8, 8, 3, padding=1))],
 )
 def mobileone_pointwise(dense: list[ConvMap], skip: ConvMap) -> ConvMap:
     return sum(dense) + skip

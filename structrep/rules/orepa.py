@@ -5,7 +5,7 @@ Training time: one convolution whose kernel is a sum of branches, each contracte
 """
 
 from structrep.algebra import ConvMap
-from structrep.blocks import OREPA2d
+from structrep.blocks import DOConv2d, OREPA2d
 from structrep.pattern import Conv
 from structrep.readers import Formula
 from structrep.registry import rule
@@ -27,6 +27,7 @@ def summed_contractions(formula: Formula) -> bool:
     Conv(formula=summed_contractions).named("conv"),
     source="OREPA, arXiv:2204.00826, section 3.2",
     example=lambda: OREPA2d(8, 8, 3, padding=1),
+    counter_examples=[("", lambda: DOConv2d(8, 8, 3, padding=1))],
 )
 def orepa(conv: ConvMap) -> ConvMap:
     return conv

@@ -6,10 +6,19 @@ adds an average pool. RepViT's depthwise block is the same with one filter a cha
 kernel if nothing stands between: with a squeeze-excite before it, it does not, and is not.
 """
 
+from torch import nn
+
 from structrep.algebra import ConvMap
-from structrep.blocks import QARepVGGBlock2d
+from structrep.blocks import Branches, QARepVGGBlock2d
 from structrep.pattern import Affine, Conv, Identity, Optional, Pad, Pool, Seq, Sum, conv_norm, pointwise, spatial
 from structrep.registry import rule
+
+
+def _interrupted(groups: int) -> nn.Module:
+    """Something between the sum and the norm, as a squeeze-excite layer may stand there."""
+    dense = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, groups=groups), nn.BatchNorm2d(8))
+    branches = Branches(dense, nn.Conv2d(8, 8, 1, groups=groups), nn.Identity())
+    return nn.Sequential(branches, nn.Sigmoid(), nn.BatchNorm2d(8))
 
 
 @rule(
@@ -23,6 +32,9 @@ from structrep.registry import rule
     ),
     source="RepViT, arXiv:2307.09283, section 3.2",
     example=lambda: QARepVGGBlock2d(8, 8, 3, padding=1, groups=8),
+    counter_examples=[("", lambda: _interrupted(8))],
+    published="The authors' (THU-MIG/RepViT at 298f420, replace_batchnorm) makes identities of norms that it knows "
+    "no layer for: off by 46 % on a convolution and norm that are not of its own class.",
 )
 def repvit(dense: ConvMap, point: ConvMap, skip: ConvMap, after: ConvMap) -> ConvMap:
     return (dense + point + skip) >> after
@@ -40,6 +52,10 @@ def repvit(dense: ConvMap, point: ConvMap, skip: ConvMap, after: ConvMap) -> Con
     ),
     source="QARepVGG, arXiv:2212.01593, section 4",
     example=lambda: QARepVGGBlock2d(8, 8, 3, padding=1),
+    counter_examples=[("", lambda: _interrupted(1))],
+    published="The authors' (cxxgtxy/QARepVGG at b88def2) folds the norm past a squeeze-excite layer before it: off "
+    "by 40 %. YOLOv6's (meituan/YOLOv6 at e86a483) leaves the norm, and is off by 3.8e-9 in a float64 "
+    "model with average pools.",
 )
 def qarepvgg(dense: ConvMap, point: ConvMap, skip: ConvMap, average: ConvMap, after: ConvMap) -> ConvMap:
     return (dense + point + skip + average) >> after

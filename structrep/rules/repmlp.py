@@ -21,6 +21,8 @@ from structrep.registry import rule
     source="RepMLP, arXiv:2105.01883, section 3.3",
     example=lambda: RepMLP2d(8, (4, 4), sets=4),
     example_shape=(2, 8, 8, 12),
+    counter_examples=[("", lambda: RepMLP2d(8, (4, 4), sets=4, kernels=()))],
+    published="The authors' (DingXiaoH/RepMLP at 3eff13f) stops with an error on models in float64.",
 )
 def repmlp(whole: ConvMap, local: list[ConvMap]) -> ConvMap:
     return whole + sum(local)

@@ -9,7 +9,7 @@ parameters alone.
 from torch import nn
 
 from structrep.algebra import ConvMap
-from structrep.blocks import Branches, Conv3XC2d
+from structrep.blocks import Branches, Conv3XC2d, DOConv2d
 from structrep.pattern import Conv, Optional, Pad, Seq, Sum, pointwise, spatial
 from structrep.readers import Formula
 from structrep.registry import rule
@@ -25,6 +25,15 @@ from structrep.rules.ecbsr import CONVOLUTIONS
     example=lambda: Branches(
         nn.Sequential(nn.Conv2d(8, 16, 1, padding=1), nn.Conv2d(16, 16, 3), nn.Conv2d(16, 8, 1)), nn.Conv2d(8, 8, 1)
     ),
+    counter_examples=[
+        (
+            "Inexact",
+            lambda: Branches(
+                nn.Sequential(nn.Conv2d(8, 16, 1), nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(16, 8, 1)),
+                nn.Conv2d(8, 8, 1),
+            ),
+        ),
+    ],
 )
 def conv3xc(chain: ConvMap, beside: ConvMap) -> ConvMap:
     return chain + beside
@@ -39,6 +48,7 @@ def row_of_kernels(formula: Formula) -> bool:
     Conv(formula=row_of_kernels).named("conv"),
     source="SPAN, arXiv:2311.12770, Conv3XC",
     example=lambda: Conv3XC2d(8, 8, 3, padding=1),
+    counter_examples=[("", lambda: DOConv2d(8, 8, 3, padding=1))],
 )
 def conv3xc_computed(conv: ConvMap) -> ConvMap:
     return conv
