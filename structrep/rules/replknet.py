@@ -11,6 +11,7 @@ from structrep.algebra import ConvMap
 from structrep.blocks import Branches, LargeKernelBlock2d
 from structrep.pattern import Affine, Identity, Many, Optional, Sum, conv_norm, large, spatial
 from structrep.registry import rule
+from structrep.rules.acb import square
 
 
 def _strips(*kernels: tuple[int, int]) -> Branches:
@@ -36,9 +37,9 @@ def replknet(large: ConvMap, small: ConvMap, skip: ConvMap) -> ConvMap:
 
 @rule(
     Sum(
-        conv_norm(spatial, depthwise=True).named("large"),
+        conv_norm(square, depthwise=True).named("large"),
         Optional((Affine() | Identity()).named("skip")),
-        Many(conv_norm(spatial, depthwise=True), least=2).named("small"),
+        Many(conv_norm(square, depthwise=True), least=2).named("small"),
     ),
     source="UniRepLKNet, arXiv:2311.15599, section 3.2",
     example=lambda: LargeKernelBlock2d(8, 8, 13, padding=6, groups=8, branches="dilated"),

@@ -34,7 +34,7 @@ DIRAC = {1: blocks.DiracConv1d, 2: DiracConv2d, 3: blocks.DiracConv3d}
 DO = {1: blocks.DOConv1d, 2: DOConv2d, 3: DOConv3d}
 EXPAND = {1: ExpandConv1d, 2: ExpandConv2d, 3: ExpandConv3d}
 ALL_2D = [RepVGGBlock2d, ACBlock2d, DiracConv2d, DOConv2d, ExpandConv2d]
-OTHERS = ("ExpandLinear", "LoRALinear", "Branches", "LearnableAffine")
+OTHERS = ("ExpandLinear", "LoRALinear", "Branches", "LearnableAffine", "RepMLP2d")
 CONV_BLOCKS = [getattr(blocks, name) for name in blocks.__all__ if name not in OTHERS]
 # arguments for the blocks that do not take any
 WANTS = {
