@@ -11,6 +11,7 @@ __all__ = ["Branches", "relative_error", "settled"]
 
 def settled(model: nn.Module, seed: int = 0) -> nn.Module:
     """A model as training leaves it: norms with statistics and affines of their own, in eval mode, in float64."""
+    each_value = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.instancenorm._InstanceNorm)
     generator = torch.Generator().manual_seed(seed)
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._NormBase) and module.running_mean is not None:
@@ -19,4 +20,7 @@ def settled(model: nn.Module, seed: int = 0) -> nn.Module:
             if module.weight is not None:
                 module.weight.data.uniform_(0.5, 1.5, generator=generator)
                 module.bias.data.normal_(0, 0.5, generator=generator)
+        elif isinstance(module, each_value):
+            for parameter in module.parameters(recurse=False):
+                parameter.data.uniform_(0.5, 1.5, generator=generator)
     return model.double().eval()

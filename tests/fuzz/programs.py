@@ -187,6 +187,37 @@ class Writer:
         name = self.hold(f"nn.BatchNorm{self.dims}d({self.channels(x)})")
         return self.step(f"self.{name}({x})")
 
+    def norm_of_each(self) -> bool:
+        """One that takes its statistics from each value, and ends with a weight and bias."""
+        x, d = self.value(), self.dims
+        channels, last = self.text.values[x].shape[1], self.text.values[x].shape[-1]
+        form = self.one(f"nn.LayerNorm({last})", f"nn.RMSNorm({last})", f"nn.GroupNorm(1, {channels})",
+                        f"nn.InstanceNorm{d}d({channels}, affine=True)")  # fmt: skip
+        return self.step(f"self.{self.hold(form)}({x})")
+
+    def linear(self) -> bool:
+        """On the last dim, perhaps of channels that are moved there, and perhaps back."""
+        x, d = self.value(), self.dims
+        to_last, back = (0, *range(2, d + 2), 1), (0, d + 1, *range(1, d + 1))
+        before, behind = self.one(
+            ("{}", "{}"), ("{}.permute{to_last}", "{}"), ("{}.permute{to_last}", "{}.permute{back}")
+        )
+        width = self.text.values[x].shape[-1] if before == "{}" else self.channels(x)
+        name = self.hold(f"nn.Linear({width}, {self.number(1, 4)}, {self.draw(st.booleans())})")
+        moved = before.format(x, to_last=to_last)
+        return self.step(behind.format(f"self.{name}({moved})", back=back))
+
+    def moved(self) -> bool:
+        x = self.value()
+        form = self.one("{x}.transpose(1, -1)", "{x}.transpose(1, {d})", "{x}.flip({d})", "{x}.roll(1, {d})",
+                        "{x}.reshape({x}.shape)", "{x}.contiguous()")  # fmt: skip
+        return self.step(form.format(x=x, d=self.number(1, self.dims + 1)))
+
+    def scale_of_last(self) -> bool:
+        x = self.value()
+        tensor = self.hold(f"nn.Parameter(torch.randn({self.text.values[x].shape[-1]}))")
+        return self.step(self.one("{x} * self.{t}", "{x} + self.{t}").format(x=x, t=tensor))
+
     def scale(self) -> bool:
         x = self.value()
         shape = ", ".join([str(self.channels(x)), *["1"] * self.dims])
@@ -264,7 +295,8 @@ class Writer:
         kinds = [
             self.conv, self.conv, self.plain_conv, self.plain_conv, self.transposed, self.functional_conv, self.norm,
             self.norm, self.scale, self.pool, self.pad, self.nothing, self.curve, self.total, self.total, self.total,
-            self.stacked, self.part, self.in_place, self.again, self.block,
+            self.stacked, self.part, self.in_place, self.again, self.block, self.norm_of_each, self.linear, self.linear,
+            self.moved, self.moved, self.scale_of_last,
         ]  # fmt: skip
         for _ in range(steps):
             self.one(*kinds)()
