@@ -130,6 +130,7 @@ def _takers(node: fx.Node, scale: Layer, readings: Readings, found: Mapping[fx.N
 def _by_readers(node: fx.Node, scale: Layer, readings: Readings) -> Absorption | None:
     """All that reads the scale, perhaps with its dims moved, is a layer that may do it first."""
     takers: dict[fx.Node, Layer] = {}
+    count = _count(scale)
     pending = [(user, _axis(node, scale)) for user in _users(node, readings)]
     apart = scale.source is None  # whether no term holds the scale and a layer that reads it
     while pending:
@@ -141,7 +142,7 @@ def _by_readers(node: fx.Node, scale: Layer, readings: Readings) -> Absorption |
             if axis != -(layer.dims + 1) and (axis is not None or (scale.kind == "norm" and not layer.dims)):
                 return None
             takers[user] = layer
-        elif axis is not None and (new := axis_after(user, axis)) is not None:
+        elif axis is not None and count is not None and (new := axis_after(user, axis, count)) is not None:
             pending += [(other, new) for other in _users(user, readings)]
             apart = True
         else:
@@ -191,6 +192,7 @@ def _by_maker(
     """What is scaled are the channels of one layer with their dims moved, perhaps scaled by others that it takes."""
     assert scale.source is not None
     axis, maker, moved = _axis(node, scale), _maker(scale.source, readings), False
+    count = _count(scale)
     alone = _alone(maker, node, scale, readings)
     while axis is not None and alone:
         layer = readings.get(maker)
@@ -205,7 +207,7 @@ def _by_maker(
             if found[maker].behind.keys() != found[maker].takers or len(found[maker].takers) > 1:
                 return None
             source = found[maker].source  # stands and falls with the same layer
-        elif layer is None and (axis := axis_before(maker, axis)) is not None:
+        elif layer is None and count is not None and (axis := axis_before(maker, axis, count)) is not None:
             source, moved = maker.all_input_nodes[0], True
         else:
             return None
@@ -235,8 +237,8 @@ def _by_matrix(node: fx.Node, scale: Layer, readings: Readings) -> Absorption | 
 def _by_sum(node: fx.Node, sum_: Total, readings: Readings, found: Mapping[fx.Node, Absorption]) -> Absorption | None:
     """What is added to what a matrix makes of all numbers of pieces is made of the same pieces by convolutions."""
     for main, sign in sum_.parts:
-        maker = _matrix_behind(main, node, readings, found)
-        if maker is None or sign != 1.0:
+        maker, view = _matrix_behind(main, node, readings, found) or (None, None)
+        if maker is None or view is None or sign != 1.0:
             continue
         layer = readings[maker]
         assert isinstance(layer, Layer)
@@ -255,7 +257,7 @@ def _by_sum(node: fx.Node, sum_: Total, readings: Readings, found: Mapping[fx.No
             alike = len(views) != 1 and len({view.args[1:] for view in views}) < 2
             if other.entry.all_input_nodes[0] is not base or math.prod(size) != layer.in_channels or not alike:
                 return None
-            if other.channels * math.prod(size[1:]) != layer.out_channels:
+            if (other.channels, *size[1:]) != pieces(view) or math.prod(pieces(view)) != layer.out_channels:
                 return None
         if any(user not in inside and not asks_shape(user) for one in through for user in one.users):
             return None
@@ -272,8 +274,8 @@ def _by_sum(node: fx.Node, sum_: Total, readings: Readings, found: Mapping[fx.No
 
 def _matrix_behind(
     node: fx.Node, user: fx.Node, readings: Readings, found: Mapping[fx.Node, Absorption]
-) -> fx.Node | None:
-    """The matrix that makes a value, but for reshapes and for what it takes itself."""
+) -> tuple[fx.Node, fx.Node] | None:
+    """The matrix that makes a value, but for reshapes and for what it takes itself, and the first reshape behind it."""
     passed: list[fx.Node] = []
     while _users(node := _maker(node, readings), readings) == [user]:
         layer = readings.get(node)
@@ -281,7 +283,7 @@ def _matrix_behind(
             assert isinstance(layer, Layer)
             taken = any(node in one.before for one in found.values())
             whole = layer.out_channels is not None and all(takes_together(one, layer.out_channels) for one in passed)
-            return node if whole and not taken else None
+            return (node, passed[-1]) if passed and whole and not taken else None
         user = node
         if node in found and not found[node].before:
             node = found[node].source
@@ -296,6 +298,11 @@ def _matrix_behind(
 def _alone(maker: fx.Node, node: fx.Node, scale: Layer, readings: Readings) -> bool:
     """Whether a value is of use to a scale and nothing else."""
     return {node, *scale.through}.issuperset(_users(maker, readings))
+
+
+def _count(scale: Layer) -> int | None:
+    """How many channels a scale has, if it says."""
+    return scale.in_channels if scale.in_channels is not None else scale.out_channels
 
 
 def _axis(node: fx.Node, scale: Layer) -> int | None:

@@ -1,8 +1,7 @@
 """Where the channels of a value go when its dims are moved: permuted, folded together and apart, rolled.
 
-A dim is counted from the end, -1 the last, so that how many there are in front of it need not be known. What a layer of
-C features gives, and a scale of C numbers is given, is of C features at both ends; so a reshape whose last dim is that
-of the scale on one side and of the layer on the other keeps the features as they are.
+A dim is counted from the end, -1 the last, so that how many there are in front of it need not be known. Channels that a
+reshape divides among several dims (the heads of an attention) are followed no further.
 """
 
 from __future__ import annotations
@@ -10,25 +9,59 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import fx
+from torch import fx, nn
 
 from structrep.ranks import argument, rank, torch_name
 
 
-def axis_before(node: fx.Node, axis: int) -> int | None:
-    """Where a dim of what a node gives is in what it is given; None if it does not just move dims, or not knowably."""
+def axis_before(node: fx.Node, axis: int, channels: int) -> int | None:
+    """Where a dim of so many channels of what a node gives is in what it is given; None if it does not just move dims,
+    or not knowably."""
     order = _order(node)
-    if order is None:
-        return _kept(node, axis)
-    return order[axis] - len(order) if -axis <= len(order) else None
+    if order is not None:
+        return order[axis] - len(order) if -axis <= len(order) else None
+    if torch_name(node) in _FOLDS:
+        return axis if axis == -1 and _last_size(node.all_input_nodes[0]) == channels else None
+    return axis if _leaves(node, axis) else None
 
 
-def axis_after(node: fx.Node, axis: int) -> int | None:
-    """Where a dim of what a node is given is in what it gives; None as for `axis_before`."""
+def axis_after(node: fx.Node, axis: int, channels: int) -> int | None:
+    """Where a dim of so many channels of what a node is given is in what it gives; None as for `axis_before`."""
     order = _order(node)
-    if order is None:
-        return _kept(node, axis)
-    return order.index(len(order) + axis) - len(order) if -axis <= len(order) else None
+    if order is not None:
+        return order.index(len(order) + axis) - len(order) if -axis <= len(order) else None
+    if torch_name(node) in _FOLDS:
+        return axis if axis == -1 and _last_size(node) == channels else None
+    return axis if _leaves(node, axis) else None
+
+
+_FOLDS = {"view", "reshape", "flatten"}
+
+
+def _last_size(node: fx.Node) -> int | None:
+    """Size of a value's last dim: of the example, or as it is written down; None if neither says."""
+    if "shape" in node.meta:
+        return int(node.meta["shape"][-1]) if node.meta["shape"] else None
+    if node.op == "call_module" and isinstance(node.meta["call"].module, nn.Linear):
+        return node.meta["call"].module.out_features
+    if torch_name(node) in ("view", "reshape"):
+        sizes = node.args[1] if isinstance(node.args[1], (list, tuple)) else node.args[1:]
+        return sizes[-1] if isinstance(sizes[-1], int) and sizes[-1] > 0 else None
+    return None
+
+
+def _leaves(node: fx.Node, axis: int) -> bool:
+    """Whether a node moves pixels along other dims only."""
+    name = torch_name(node)
+    if name == "roll":
+        given = argument(node, 2, "dims")
+    elif name == "flip":
+        given = node.kwargs.get("dims", node.args[1:])
+        given = given[0] if isinstance(given, tuple) and given and not isinstance(given[0], int) else given
+    else:
+        return False
+    dims, known = _ints((given,) if isinstance(given, int) else given), rank(node)
+    return dims is not None and known is not None and axis % known not in {dim % known for dim in dims}
 
 
 def _order(node: fx.Node) -> list[int] | None:
@@ -45,19 +78,6 @@ def _order(node: fx.Node) -> list[int] | None:
         order = list(range(known))
         order[first], order[second] = order[second], order[first]
         return order
-    return None
-
-
-def _kept(node: fx.Node, axis: int) -> int | None:
-    """The dim itself, where a node leaves it as it is."""
-    name = torch_name(node)
-    if name in ("view", "reshape", "flatten"):
-        return axis if axis == -1 else None
-    if name in ("roll", "flip"):
-        dims = argument(node, 2, "dims") if name == "roll" else argument(node, 1, "dims")
-        dims, known = _ints([dims] if isinstance(dims, int) else dims), rank(node)
-        apart = dims is not None and known is not None and axis % known not in {dim % known for dim in dims}
-        return axis if apart else None
     return None
 
 

@@ -1098,10 +1098,13 @@ def _(a: _Arguments) -> Layer | None:
         map_ = load(c)
         return ConvMap.scale(map_.kernel.flatten(), map_.bias, dims=0)
 
-    layer = diagonal_layer("affine", scale, None, 0, 0)
+    known = (read_node(node) for node in through if torch_name(node) not in _TRANSPOSES)
+    count = next((r.in_channels for r in known if isinstance(r, Layer) and r.in_channels is not None), None)
+    layer = diagonal_layer("affine", scale, count, 0, 0)
     return replace(layer, source=source, through=tuple(through))
 
 
+_TRANSPOSES = ("transpose", "permute", "swapaxes")
 _Scale = tuple[Callable[[int], ConvMap], fx.Node | None, dict[fx.Node, None], bool]
 
 
@@ -1119,7 +1122,7 @@ def _swapped(node: Any, known: dict[fx.Node, _Scale | None]) -> _Scale | None:
 def _swapped_step(node: fx.Node, known: dict[fx.Node, _Scale | None]) -> _Scale | None:
     if _swaps_last_two(node):
         return (lambda c: ConvMap.identity(c, 1)), node, {node: None}, False
-    if torch_name(node) in ("transpose", "permute", "swapaxes"):
+    if torch_name(node) in _TRANSPOSES:
         return None
     reading = read_node(node)
     if isinstance(reading, Same):
@@ -1208,6 +1211,8 @@ def read_ending(node: fx.Node) -> Layer | None:
         if type_ is None or type(module).forward is not type_.forward or "forward" in module.__dict__ or hooks(module):
             return None
         dims, weight, bias = _ENDINGS[type_], module.weight, getattr(module, "bias", None)
+        if weight is not module._parameters.get("weight") or bias is not module._parameters.get("bias"):
+            return None  # computed by a parametrization
     elif node.op == "call_function" and node.target in _ENDINGS:
         a = _Arguments(node)
         try:

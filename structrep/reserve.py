@@ -18,10 +18,10 @@ from torch import fx, nn
 
 from structrep import cost
 from structrep.algebra import ConvMap, Ints
-from structrep.errors import Incompatible, Refusal, Shared, Unreadable
+from structrep.errors import Incompatible, Mutated, Refusal, Shared, Unreadable
 from structrep.pattern import ONE, Term, geometry, leaf, seq, stack, total, value
 from structrep.ranks import torch_name
-from structrep.readers import Total, asks_kind, conv_layer, hooks, only_asserted, slice_layer
+from structrep.readers import Total, aliases, asks_kind, conv_layer, hooks, only_asserted, slice_layer, writers
 from structrep.search import Carried, Findings, Merge, Missed, Search, Segment, path_of
 
 RULE, SOURCE = "rmnet", "RMNet, arXiv:2111.00687, section 3"
@@ -127,6 +127,9 @@ def _check_uses(block: _Block, acts: list[fx.Node]) -> None:
         others = [u for u in value_.users if u not in changed and not only_asserted(u) and not asks_kind(u)]
         if others or value_.meta.get("kept"):
             raise Shared(f"{value_.name}, a value inside the block, is used elsewhere")
+    made = block.base.meta["index"]
+    if any(writer.meta["index"] > made for writer in writers(aliases(block.base))):
+        raise Mutated(f"what is added, {block.base.name}, is written to after it was made")
     search = block.search
     search.findings.borders.check(changed, block.node, search.owner(changed))
 
@@ -200,8 +203,8 @@ class _Block:
 
     def _unstrided(self, skip: Term, channels: int, dims: int) -> Term:
         """What is added, of pixels that were left out by the layers before."""
-        if skip.op == "one":
-            return skip
+        if not any(layer.weight is not None for layer in skip.leaves()):
+            return skip  # which has no stride either, for it is pointwise
         shape = replace(geometry(skip, channels, dims), stride=(1,) * dims)
 
         def load(c: int, d: int) -> ConvMap:
@@ -223,7 +226,7 @@ class _Block:
             nodes = [node for segment in self.skip for node in segment.nodes]
             segments = (*step, Segment(step[-1].root, self.node, total([ONE, ONE], self.node), (*nodes, self.node)))
         before, skip = cost.of_term(term), seq([segment.term for segment in self.skip])
-        if carried.last and skip.op != "one":
+        if carried.last and any(layer.weight is not None for layer in skip.leaves()):
             before += cost.of_term(skip)
         costs = before, cost.of_map(geometry(wide))
         fit = self.search.fit(value(wide), list(step), costs, at_any_price=True)

@@ -263,6 +263,7 @@ class Draft:
                     self.places.setdefault(child, []).append((parent, name))
         held = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
         read = Counter(id(t) for merge in self.merges for layer in merge.term.leaves() for t in _kernels(layer))
+        read.update(2 * [*self._used()[1], *self._of_layers_that_stay()])  # a merge is never the last to read those
         for merge in self.merges:
             self._place(merge)
             if release:
@@ -294,6 +295,13 @@ class Draft:
                 if own is not None and own.data_ptr() == tensor.data_ptr() and held[id(own)] == 1:
                     own.data = own.data.new_empty(0)  # of a layer that is about to go
                 tensor.data = tensor.data.new_empty(0)
+
+    def _of_layers_that_stay(self) -> list[int]:
+        """The parameters of layers that are called and in no merge, by id."""
+        merged = {node for merge in self.merges for node in merge.nodes}
+        nodes = (node for trace in self.traced.traces for node in trace.nodes)
+        called = (n.meta["call"].module for n in nodes if n.op == "call_module" and n not in merged)
+        return [id(parameter) for module in called for parameter in module.parameters()]
 
     def _parameter(self, path: str) -> nn.Parameter | None:
         """The parameter at a path, if the model still has it."""
@@ -352,6 +360,15 @@ class Draft:
 
     def _dead_tensors(self) -> set[str]:
         """Paths of the tensors that dead nodes were computed from, and nothing else."""
+        dead, alive = self._used()
+        assigned = [n.meta["assigned"] for merge in self.merges for n in merge.nodes if n.meta.get("assigned")]
+        dead.update(id(tensor) for formula in assigned for tensor in formula.tensors)
+        called = {call.path for calls in self.traced.calls.values() for call in calls if call.leaf}
+        names = {self.traced.names[tensor] for tensor in dead - alive if tensor in self.traced.names}
+        return {name for name in names if name.rpartition(".")[0] not in called}
+
+    def _used(self) -> tuple[set[int], set[int]]:
+        """The tensors that dead nodes use otherwise than by calling a layer, and those that others do, by id."""
         dead: set[int] = set()
         alive: set[int] = set()
         for trace in self.traced.traces:
@@ -360,11 +377,7 @@ class Draft:
                     formula = node.meta.get("formula")
                     held = {id(t) for t in formula.tensors} if formula else {id(node.meta["value"])}
                     (dead if self._only_dead(node) else alive).update(held)
-        assigned = [n.meta["assigned"] for merge in self.merges for n in merge.nodes if n.meta.get("assigned")]
-        dead.update(id(tensor) for formula in assigned for tensor in formula.tensors)
-        called = {call.path for calls in self.traced.calls.values() for call in calls if call.leaf}
-        names = {self.traced.names[tensor] for tensor in dead - alive if tensor in self.traced.names}
-        return {name for name in names if name.rpartition(".")[0] not in called}
+        return dead, alive
 
     def _only_dead(self, node: fx.Node) -> bool:
         """Whether a constant is of use to dead nodes alone, perhaps by way of other constants."""

@@ -41,7 +41,7 @@ from structrep.intercept import (
     traced_values_are_tensors,
     unwatched,
 )
-from structrep.sources import taken_apart
+from structrep.sources import taken_apart, written_first
 from structrep.values import alike, holds_tensor, is_traced, proxies, snapshot
 
 Example = Tensor | tuple[Any, ...] | Mapping[str, Any]
@@ -360,7 +360,8 @@ def _follow(
         traced.written |= tracer.constants.written
         traced.note_reach(tracer)
         if inputs:
-            _infer_shapes(tracer.graph, inputs)
+            with _unchanged(module):
+                _infer_shapes(tracer.graph, inputs)
         return tracer
 
 
@@ -447,6 +448,7 @@ class _Tracer(fx.Tracer):
         self.stopped: Call | None = None
         self.refused: Exception | None = None  # the first question that had no answer
         self.constants = _Constants(self)
+        self.stored = {storage(p) for p in module.parameters() if p.numel()}
         self.reached: dict[str, set[Call]] = {}
         self.fetched: Counter[tuple[str, Call]] = Counter()  # how often a forward looked up what is not its own
         self.asked: Counter[tuple[str, Call]] = Counter()  # and asked it for no more than its dtype or device
@@ -594,18 +596,20 @@ class _Tracer(fx.Tracer):
         now = (
             {}
             if leaf
-            else {key: value for key, value in m.__dict__.items() if not self._settles(key, attributes, value)}
+            else {
+                key: value for key, value in m.__dict__.items() if not self._settles(m, key, attributes.get(key), value)
+            }
         )
         before = {key: value for key, value in attributes.items() if key in now or key not in m.__dict__}
         call.mutates |= not alike((call.args, call.kwargs, before), (args, kwargs, now))
         return result
 
-    def _settles(self, key: str, before: Mapping[str, Any], value: Any) -> bool:
+    def _settles(self, m: nn.Module, key: str, before: Any, value: Any) -> bool:
         """Whether an attribute was given what a call computes of the model's tensors alone, the same at every call."""
-        if not isinstance(value, Tensor) or value is before.get(key):
+        if not isinstance(value, Tensor) or value is before or not written_first(type(m), key):
             return False
         formula = self.constants.formula(value)
-        return formula is not None and all(t is not before.get(key) for t in formula.tensors)
+        return formula is not None and all(t is not before for t in formula.tensors)
 
     def _note_kept(self, call: Call, before: dict[str, Any]) -> None:
         """Mark the traced values that a call has left in its module: they are looked at later."""
@@ -703,6 +707,9 @@ class _Tracer(fx.Tracer):
             return held
         if not isinstance(a, Tensor):
             return super().create_arg(a)
+        if id(a) in self.constants.assigned:
+            raise RuntimeError("it computes with weights that it assigns to")
+        self.constants.touched.add(id(a))
         node = self.tensor_nodes.get(id(a))
         if node is None:
             name = self.names.get(id(a))
@@ -791,6 +798,18 @@ class _Slot:
     name: str
 
 
+_TOLD = {
+    "dtype",
+    "device",
+    "shape",
+    "ndim",
+    "requires_grad",
+    "is_cuda",
+    "layout",
+    "grad",
+}  # of a tensor, not its numbers
+
+
 class _Constants(TorchFunctionMode):
     """Watches what the trace computes for real: notes where constants come from, stops what must not be baked in."""
 
@@ -800,6 +819,7 @@ class _Constants(TorchFunctionMode):
         self.origins: dict[int, Origin] = {}
         self.written: set[int] = set()  # storages written in place: how they came about is no longer one expression
         self.assigned: dict[int, tuple[Tensor, Call]] = {}  # id of a parameter -> what was assigned to its data, where
+        self.touched: set[int] = set()  # ids of what was computed with
         self.used: dict[int, list[fx.Node]] = defaultdict(list)  # id of a parameter -> layers called that have it
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -808,6 +828,7 @@ class _Constants(TorchFunctionMode):
             return func(*args, **kwargs)
         func = unwatched(func)
         name = getattr(func, "__name__", "")
+        self._note_touched(func, pytree.tree_leaves((args, kwargs)))
         if name == "__set__" and id(args[0]) in self.tracer.names:  # `weight.data = ...`, at every call
             path, call = self.tracer.names[id(args[0])], self.tracer.stack[-1]
             self.tracer.reached.setdefault(path, set()).add(call)
@@ -823,7 +844,7 @@ class _Constants(TorchFunctionMode):
         if writes:
             self.written.add(storage(args[0]))
             if not self._is_fresh(args[0]):
-                if isinstance(args[0], nn.Parameter):
+                if storage(args[0]) in self.tracer.stored:
                     raise RuntimeError(f"{name} writes to a parameter during forward")
                 self.tracer.stack[-1].mutates = True
         drawn = torch.get_rng_state()
@@ -842,6 +863,18 @@ class _Constants(TorchFunctionMode):
                 return True
             tensor = base
         return False
+
+    def _note_touched(self, func: Any, given: list[Any]) -> None:
+        """Raise where a forward computes with weights that it assigns: it may do another thing at every call."""
+        what = getattr(getattr(func, "__self__", None), "__name__", "")
+        if getattr(func, "__name__", "") == "__set__" and what == "data":
+            changed, given = given[0], given[1:]
+            if id(changed) in self.touched:
+                raise RuntimeError("it assigns to weights that it computes with")
+        if what not in _TOLD:
+            self.touched.update(id(one) for one in given if isinstance(one, Tensor))
+        if any(id(one) in self.assigned for one in given if isinstance(one, Tensor) and what not in _TOLD):
+            raise RuntimeError("it computes with weights that it assigns to")
 
     def note_assigned(self, node: fx.Node, call: Call) -> None:
         """Note how the forward that a layer is called in has computed its numbers, if it has, as `meta["assigned"]`."""

@@ -260,7 +260,7 @@ def test_a_scale_is_taken_by_a_layer_whose_dims_are_moved(example):
 def test_a_norm_of_tokens_goes_into_the_linear_behind_a_window_partition():
     model = settled(Windows())
     x = torch.randn(2, 4, 6, 9, dtype=torch.float64)
-    deploy = structrep.reparameterize(model)
+    deploy = structrep.reparameterize(model, x)
     for mine, truth in zip(deploy(x), model(x), strict=True):
         assert relative_error(mine, truth) < 1e-12
     assert norms(deploy) == 1, "the tokens are an output too"
@@ -270,10 +270,10 @@ def test_a_norm_of_tokens_goes_into_the_linear_behind_a_window_partition():
             return super().forward(x)[0]
 
     model = settled(Alone())
-    deploy = structrep.reparameterize(model)
+    deploy = structrep.reparameterize(model, x)
     assert relative_error(deploy(x), model(x)) < 1e-12
     assert norms(deploy) == 0
-    assert not structrep.plan(deploy).merges
+    assert not structrep.plan(deploy, x).merges
 
 
 class Moved(nn.Module):
@@ -305,6 +305,9 @@ class Moved(nn.Module):
         (lambda y: y.transpose(2, 3), False, False),
         (lambda y: y.transpose(2, 3).reshape(-1, 4), False, False),
         (lambda y: y.permute(0, 3, 1, 2) + y.mean(), True, False),
+        (lambda y: y.flip(1, 3).permute(0, 3, 1, 2), True, False),
+        (lambda y: y.reshape(4, 4, 4, 2, 2).transpose(3, 4).reshape(4, 4, 4, 4), False, False),  # heads
+        (lambda y: y.reshape(4, 16, 2, 2).flip(2).reshape(4, 4, 4, 4), False, False),
     ],
 )
 def test_moves(moves, norm, merges):
@@ -511,3 +514,45 @@ def test_verification_knows_of_scales_that_layers_took(make):
     assert found.ok
     assert found.regions
     assert found.first_off is None
+
+
+class Heads(nn.Module):
+    """A norm of tokens, whose channels are mixed before a Linear takes them."""
+
+    def __init__(self, mix):
+        super().__init__()
+        self.norm, self.linear, self.mix = nn.LayerNorm(4), nn.Linear(4, 4), mix
+
+    def forward(self, x):
+        return self.linear(self.mix(self.norm(x)))
+
+
+@pytest.mark.parametrize("example", [False, True])
+@pytest.mark.parametrize(
+    "mix",
+    [
+        lambda y: y.view(2, 4, 2, 2).transpose(1, 2).reshape(2, 4, 4),
+        lambda y: y.view(2, 4, 2, 2).permute(0, 2, 1, 3).flatten(2).view(2, 4, 4),
+        lambda y: y.view(2, 4, 4).flip(1, 2),
+        lambda y: y.roll(1, 2),
+        lambda y: y.reshape(2, 2, 4, 2).roll(1, 1).reshape(2, 4, 4),
+    ],
+)
+def test_channels_that_are_mixed_are_followed_no_further(mix, example):
+    model = learned(settled(Heads(mix)))
+    x = torch.randn(2, 4, 4, dtype=torch.float64)
+    deploy = structrep.reparameterize(model, x if example else None)
+    assert relative_error(deploy(x), model(x)) < 1e-12
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_a_parametrized_norm_keeps_its_weight(name):
+    class Positive(nn.Module):
+        def forward(self, w):
+            return F.softplus(w)
+
+    norm = nn.LayerNorm(4)
+    torch.nn.utils.parametrize.register_parametrization(norm, name, Positive())
+    model = learned(nn.Sequential(norm, nn.Linear(4, 4)))
+    deploy = structrep.reparameterize(model)
+    assert relative_error(deploy(TOKENS), model(TOKENS)) < 1e-12

@@ -42,7 +42,7 @@ class Assigns(nn.Module):
 
     def __init__(self, how):
         super().__init__()
-        self.w, self.how, self.last = nn.Parameter(torch.randn(4, 3, 3, 3)), how, None
+        self.w, self.how = nn.Parameter(torch.randn(4, 3, 3, 3)), how
         self.average = torch.zeros(4, 3, 3, 3, dtype=torch.float64)
         self.conv, self.norm = nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4)
 
@@ -63,8 +63,7 @@ class Assigns(nn.Module):
             self.conv.weight.data = self.w * 2
             return self.norm(self.conv(x)).relu() * self.conv.weight.sum()
         else:
-            self.last = self.w * 2
-            self.conv.weight.data = self.last
+            self.conv.weight.data = self.w * 2
         return self.norm(self.conv(x))
 
 
@@ -97,3 +96,52 @@ def test_a_block_that_is_called_twice():
     model = Twice().double().eval()
     deploy = structrep.reparameterize(model)
     assert relative_error(deploy(X), model(X)) < 1e-12
+
+
+ORDERS = {
+    "before": "s.b.weight.data = s.a.weight * 2; s.a.weight.data = s.w * 3; return s.bn(s.b(x)) + s.a(x).relu()",
+    "swap": "s.a.weight.data, s.b.weight.data = s.b.weight.data, s.a.weight.data; return s.bn(s.b(s.a(x)))",
+    "decay": "s.a.weight.data = s.a.weight * 0.5; return s.bn(s.a(x))",
+    "own": "s.w.data = s.w * 0.5; return s.bn(F.conv2d(x, s.w))",
+    "late": "y = F.conv2d(x, s.k if s.k is not None else s.w); s.k = s.w * 2; return s.bn(y)",
+    "first": "s.k = s.w * 2 if s.k is None else s.k * 0.5; return s.bn(F.conv2d(x, s.k))",
+    "both": "s.w.data = s.w * s.s; s.a.weight.data = s.w * 1.0; return s.bn(s.a(x))",
+    "chain": "s.a.weight.data = s.w * 3; s.b.weight.data = s.a.weight * 2; return s.bn(s.b(x)) + s.a(x).relu()",
+    "shared": "return s.bn(F.conv2d(x, s.a.weight)) + s.a(x).relu()",
+    "view": "s.a.weight.data.mul_(0.5); return s.bn(s.a(x))",
+}
+
+
+def ordered(how):
+    """A module whose forward is a line of text."""
+    scope = {"F": torch.nn.functional}
+    exec(f"def forward(s, x):\n    {ORDERS[how]}", scope)
+
+    class Ordered(nn.Module):
+        forward = scope["forward"]
+
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(4, 4, 1, bias=False), nn.Conv2d(4, 4, 1, bias=False)
+            self.w, self.s, self.bn = (
+                nn.Parameter(torch.randn(4, 4, 1, 1)),
+                nn.Parameter(torch.rand(1)),
+                nn.BatchNorm2d(4),
+            )
+            self.k = None
+
+    torch.manual_seed(0)
+    return settled(Ordered())
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("how", ORDERS)
+def test_what_a_forward_does_at_its_next_call_stays(how, inplace):
+    model, twin = ordered(how), ordered(how)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    deploy = structrep.reparameterize(model, inplace=inplace)
+    if not inplace:
+        assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    x = torch.randn(2, 4, 3, 3, dtype=torch.float64)
+    for _ in range(3):
+        assert relative_error(deploy(x), twin(x)) < 1e-12

@@ -69,12 +69,14 @@ class Cut(nn.Module):
             return self.norm(wide) + local + local.exp()
         if self.how == "wide used":
             return wide * (wide + local)
+        if self.how == "spread":
+            return self.whole(base.reshape(-1, 32, 1, 1)).sum(1, keepdim=True).reshape(-1, 1, 1, 1) + local
         if self.how == "norm behind":
             return self.norm(wide + local)
         return self.norm(wide) - local
 
 
-SPOILED = ["turned", "transposed result", "other base", "stride", "relu", "added twice", "wide used", "kept"]
+SPOILED = ["turned", "transposed result", "other base", "stride", "relu", "added twice", "wide used", "kept", "spread"]
 
 
 @pytest.mark.parametrize("how", ["", *SPOILED])
@@ -110,3 +112,19 @@ def test_unrolled_is_a_homomorphism(width, groups, height, breadth, kernel, data
     assert (f + other).unrolled(size).distance(f.unrolled(size) + other.unrolled(size)) < 1e-12
     assert (f >> g).unrolled(size).distance(f.unrolled(size) >> g.unrolled(size)) < 1e-11
     assert f.unrolled(size).geometry.groups == groups
+
+
+def test_a_sum_that_spreads_one_of_its_values_is_none_of_pieces():
+    class Spread(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.norm, self.conv = nn.Linear(16, 16), nn.BatchNorm2d(16), nn.Conv2d(1, 1, 3, padding=1)
+
+        def forward(self, x):
+            p = x.reshape(-1, 1, 4, 4)
+            y = self.norm(self.fc(p.reshape(-1, 16)).reshape(-1, 16, 1, 1))
+            return y + self.conv(p.reshape(-1, 1, 4, 4))
+
+    model = settled(Spread())
+    x = torch.randn(2, 1, 4, 4, dtype=torch.float64)
+    assert relative_error(structrep.reparameterize(model)(x), model(x)) < 1e-12

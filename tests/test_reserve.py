@@ -98,3 +98,30 @@ def test_a_linear_bottleneck_is_refused():
 def test_a_name_that_is_none():
     with pytest.raises(BadInput, match="no module named 'layer9"):
         structrep.plan(nn.Sequential(nn.ReLU()), reserve="layer9*")
+
+
+WRITES = {
+    "early": "x = x.relu(); x.sub_(1); return (s.b(s.a(x).relu()) + x).relu()",
+    "late": "x = x.relu(); y = s.b(s.a(x).relu()); x.sub_(3); return (y + x).relu()",
+    "item": "x = x.relu(); x[:, 0] = -1; return (s.b(s.a(x).relu()) + x).relu()",
+    "into": "x = x.relu(); x += s.b(s.a(x).relu()); return x.relu()",
+    "scaled": "x = x.relu(); return (s.b(s.a(x).relu()) + 0.5 * x).relu()",
+}
+
+
+@pytest.mark.parametrize("how", WRITES)
+def test_what_is_carried_is_as_the_activation_left_it(how):
+    scope = {}
+    exec(f"def forward(s, x):\n    {WRITES[how]}", scope)
+
+    class Written(nn.Module):
+        forward = scope["forward"]
+
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+
+    model = settled(nn.Sequential(Written()))
+    deploy = structrep.reparameterize(model, reserve="0")
+    assert relative_error(deploy(X), model(X)) < 1e-12
+    assert (deploy[0].a.out_channels == 8) == (how == "scaled")

@@ -436,3 +436,21 @@ def test_other_products_are_left(equation, value, weight):
     plan = structrep.plan(model)
     assert not plan.merges
     assert torch.equal(plan.apply()(x), model(x))
+
+
+def test_inferring_shapes_leaves_no_fake_tensors_behind():
+    class Caches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.b, self.i, self.cache, self.linear = nn.Parameter(torch.randn(4)), torch.arange(4), {}, nn.Linear(4, 4)
+
+        def forward(self, x):
+            if "k" not in self.cache:
+                self.cache["k"] = self.b[self.i]
+            if x.sum() > 1e9:  # so that it is kept whole
+                x = x + 1
+            return self.linear(x) + self.cache["k"]
+
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), Caches(), nn.Linear(4, 4), nn.Linear(4, 4)).double().eval()
+    x = torch.randn(2, 4, dtype=torch.float64)
+    assert torch.allclose(structrep.reparameterize(model, x)(x), model(x))

@@ -36,7 +36,8 @@ def check(program: Program) -> int:
     state = copy.deepcopy(model.state_dict())
     inputs = program.inputs()
     truth = ran(copy.deepcopy(model), inputs)
-    assert truth is not None
+    if truth is None:
+        return 0  # its steps could be taken one by one, but torch writes to no value that overlaps with another
     merges = 0
     for example in (None, tuple(inputs)):
         plan = structrep.plan(model, example)
