@@ -7,6 +7,7 @@ from structrep import rules as _rules  # noqa: F401  registers the catalogue
 from structrep.algebra import ConvMap
 from structrep.driver import Plan, explain, plan, reparameterize
 from structrep.errors import Refusal, StructrepError, VerificationError
+from structrep.expand import expand
 from structrep.probe import probe
 from structrep.proof import verify
 from structrep.readers import reader
@@ -22,6 +23,7 @@ __all__ = [
     "StructrepError",
     "Verification",
     "VerificationError",
+    "expand",
     "explain",
     "plan",
     "probe",

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
 from structrep import search
 from structrep.algebra import ConvMap
 from structrep.errors import BadInput, Refusal, StructrepError, VerificationError
+from structrep.expand import expanded_layers, forget_norms, give_norms_back
 from structrep.explain import refusal, why
 from structrep.layers import Sizes
 from structrep.pattern import Term, geometry
@@ -110,7 +111,14 @@ class Plan:
                 "the model's weights changed since this plan was made: make a new one, structrep.plan(model)"
             )
         self._applied = inplace
-        return self._draft.apply(self._model, release=True) if inplace else self._draft.apply(own_copy(self._model))
+        expanded = expanded_layers(self._model)
+        model = self._model if inplace else own_copy(self._model)
+        deploy = self._draft.apply(model, release=inplace)
+        if self._findings.blocks:
+            give_norms_back(deploy, expanded)
+        else:
+            forget_norms(deploy)
+        return deploy
 
     def why(self, first: str, second: str) -> Explanation:
         """Why two layers, by their names, did not merge; or that they do.
@@ -140,6 +148,7 @@ def plan(
     inexact_borders: str | Iterable[str] = (),
     probe: str | Iterable[str] = (),
     reserve: str | Iterable[str] = (),
+    norms: Literal["fold", "keep"] = "fold",
 ) -> Plan:
     """Find every merge in a model, and say of the others why not. The model is not changed.
 
@@ -155,6 +164,8 @@ def plan(
             inputs like those that the example inputs give them.
         reserve: names of blocks, or globs, whose residual is carried through their activations in channels of its own,
             so that no addition is left (RMNet, arXiv:2111.00687). Their layers take more multiply-adds than before.
+        norms: "keep" merges nothing but the blocks that `structrep.expand` has put into a model, each into the layer
+            that it stands for, and puts norms back that stood behind: the model that there was, trained.
 
     Raises:
         TrainingMode: a norm has no fixed scale yet.
@@ -171,7 +182,12 @@ def plan(
     maps, refused = _probed(model, example_inputs, _globs(probe))
     for glob in (*_globs(inexact_borders), *_globs(reserve)):
         _named(model, glob)
-    found = search.find(model, example_inputs, registry, _globs(inexact_borders), maps, refused)
+    blocks = tuple(expanded_layers(model).values()) if norms == "keep" else ()
+    if norms == "keep" and not blocks:
+        raise BadInput(
+            "norms='keep' gives back a model that structrep.expand has made, and in this one is no such block"
+        )
+    found = search.find(model, example_inputs, registry, _globs(inexact_borders), maps, refused, blocks)
     return Plan(model, found, _globs(reserve))
 
 
@@ -237,13 +253,14 @@ def reparameterize(
     inexact_borders: str | Iterable[str] = (),
     probe: str | Iterable[str] = (),
     reserve: str | Iterable[str] = (),
+    norms: Literal["fold", "keep"] = "fold",
     inplace: bool = False,
     verify: bool = True,
 ) -> nn.Module:
     """The equal model with every branch merged: the same class, methods and names, fewer layers.
 
     Args:
-        model, example_inputs, rules, inexact_borders, probe, reserve: as for `plan`.
+        model, example_inputs, rules, inexact_borders, probe, reserve, norms: as for `plan`.
         inplace: change the model itself instead of a copy.
         verify: prove every merge on its region in float64 and, with example inputs, the whole model against its
             float64 self; the latter not if a border is inexact because you allowed it.
@@ -254,7 +271,15 @@ def reparameterize(
         TrainingMode, Uninitialized, Sharded, UnknownRule, BadInput: as for `plan`.
     """
     model = unwrapped(model)
-    planned = plan(model, example_inputs, rules=rules, inexact_borders=inexact_borders, probe=probe, reserve=reserve)
+    planned = plan(
+        model,
+        example_inputs,
+        rules=rules,
+        inexact_borders=inexact_borders,
+        probe=probe,
+        reserve=reserve,
+        norms=norms,
+    )
     if verify:
         planned.prove()
     if not verify or example_inputs is None or planned.inexact:

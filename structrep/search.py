@@ -162,6 +162,7 @@ class Findings:
     traced: Traced
     inexact_borders: tuple[str, ...] = ()  # globs: merges that touch such a layer may differ at the border
     beforehand: tuple[Missed, ...] = ()  # refusals from before the search
+    blocks: tuple[str, ...] = ()  # modules by path, inside each of which is all that may be merged; () for anywhere
     unwritable: Mapping[tuple[str, str], Refusal] = field(default_factory=dict)  # methods that cannot be written anew
     merges: list[Merge] = field(default_factory=list)
     missed: list[Missed] = field(default_factory=list)
@@ -180,25 +181,29 @@ def find(
     inexact_borders: Iterable[str] = (),
     probed: Mapping[str, ConvMap] | None = None,
     beforehand: Iterable[Missed] = (),
+    blocks: tuple[str, ...] = (),
 ) -> Findings:
     """Trace the model and find all its merges; those of layers that `inexact_borders` names may differ at the border.
 
     Args:
         probed: layers by path that are taken to be those maps.
         beforehand: refusals that are there already.
+        blocks: modules by path, inside each of which is all that may be merged; () for anywhere.
 
     Raises:
         TrainingMode, Uninitialized, Sharded, BadInput: the model cannot be planned as it is.
     """
     check_ready(model)
-    findings = Findings(trace(model, example_inputs, probed or {}), tuple(inexact_borders), tuple(beforehand))
+    traced = trace(model, example_inputs, probed or {})
+    findings = Findings(traced, tuple(inexact_borders), tuple(beforehand), blocks)
     return _search(findings, registry)
 
 
 def without_writing(found: Findings, unwritable: Mapping[tuple[str, str], Refusal]) -> Findings:
     """What is found if some methods, by path and name, are left as they are written."""
     (registry, *_) = (search.registry for search in found.searches)
-    return _search(Findings(found.traced, found.inexact_borders, found.beforehand, unwritable), registry)
+    again = Findings(found.traced, found.inexact_borders, found.beforehand, found.blocks, unwritable)
+    return _search(again, registry)
 
 
 def _search(findings: Findings, registry: Registry) -> Findings:
@@ -271,7 +276,7 @@ class Search:
         self.missed: list[tuple[fx.Node, Missed]] = []
         self.readings = self._read()
         self.absorptions: list[Absorption] = []
-        for found in absorptions(self.readings, self._endings()):
+        for found in absorptions(self.readings, self._endings()) if not findings.blocks else ():
             if isinstance(found, Absorption):
                 self.absorptions.append(found)
             else:
@@ -436,11 +441,19 @@ class Search:
             taken.insert(0, segment)
             first = segment.term.layer
             cut = first is not None and first.kind == "slice"  # a layer of all channels costs more than one of some
-            if segment.term.op != "one" and not cut and self.leak(taken) is None:
+            if segment.term.op != "one" and not cut and self._in_one_block(taken) and self.leak(taken) is None:
                 stretches.append(list(taken))
             if len(taken) == FARTHEST:
                 break
         return stretches
+
+    def _in_one_block(self, stretch: list[Segment]) -> bool:
+        """Whether a stretch is where it may be merged."""
+        blocks = self.findings.blocks
+        if not blocks:
+            return True
+        paths = {next((c.path for c in n.meta["call"].chain() if c.path in blocks), None) for n in _nodes(stretch)}
+        return len(paths) == 1 and None not in paths
 
     def leak(self, stretch: list[Segment]) -> fx.Node | None:
         """A node that would vanish but is used elsewhere."""

@@ -32,6 +32,7 @@ ORDER = [
     "borders",
     "search",
     "reserve",
+    "expand",
     "generated",
     "forward",
     "rewrite",

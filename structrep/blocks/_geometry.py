@@ -78,6 +78,7 @@ class ConvBlock(nn.Module):
     """
 
     dims: ClassVar[int]  # spatial ones
+    own_norms: ClassVar[bool] = False  # whether its branches have norms, and take in one that stood behind the conv
 
     def __init__(
         self, in_channels: int, out_channels: int, kernel_size: Size, stride: Size, padding: Size | str,
@@ -112,6 +113,18 @@ class ConvBlock(nn.Module):
         else:
             self.padding = per_dim("padding", padding, self.dims, 0)
             self.pads = tuple((p, p) for p in self.padding)
+
+    def start_as(self, weight: Tensor, bias: Tensor | None, norm: nn.Module | None = None) -> None:
+        """Take parameters with which the block computes what a conv of this weight and bias does, and a norm behind it.
+
+        Args:
+            weight: (O, I/groups, *K).
+            bias: (O,), or None.
+            norm: a batch norm, for blocks with norms of their own.
+
+        Raises ValueError where this block has no such parameters.
+        """
+        raise ValueError(f"{type(self).__name__} cannot start as what it replaces: give init='paper'")
 
     @property
     def centre_pads(self) -> Pads:
@@ -149,6 +162,56 @@ class ConvBlock(nn.Module):
         return nn.Sequential(OrderedDict(**pad, conv=conv, norm=self.norm(**factory)))
 
 
+class NormedBlock(ConvBlock):
+    """A block that adds branches, each with a norm at its end, one of which is a conv of all taps and a norm."""
+
+    own_norms = True
+
+    @property
+    def main(self) -> nn.Sequential:
+        """The branch that has all taps."""
+        raise NotImplementedError
+
+    def start_as(self, weight: Tensor, bias: Tensor | None, norm: nn.Module | None = None) -> None:
+        """See `ConvBlock.start_as`: the branch with all taps becomes the conv and its norm. The norms at the ends of
+        the others start at zero, as the last norm of a residual branch may (arXiv:1706.02677, section 5.1)."""
+        if norm is None:
+            raise ValueError(f"{type(self).__name__} has norms on its branches, and no norm stands behind the conv")
+        main: Any = self.main
+        with torch.no_grad():
+            main.conv.weight.copy_(weight)
+            _take_over(main.norm, norm, bias)
+            for branch in self._branches():
+                last = [part for part in branch.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)][-1]
+                last.momentum = main.norm.momentum
+                if branch is not main:
+                    nn.init.zeros_(last.weight)
+                    nn.init.zeros_(last.bias)
+
+    def _branches(self) -> Iterable[nn.Module]:
+        for child in self.children():
+            yield from child.children() if isinstance(child, nn.ModuleList) else (child,)
+
+
+def _take_over(own: Any, norm: Any, bias: Tensor | None) -> None:
+    """Make a norm what another is behind a conv with a bias."""
+    own.eps, own.momentum = norm.eps, norm.momentum
+    nn.init.ones_(own.weight) if norm.weight is None else own.weight.copy_(norm.weight)
+    nn.init.zeros_(own.bias) if norm.bias is None else own.bias.copy_(norm.bias)
+    own.running_mean.copy_(norm.running_mean if bias is None else norm.running_mean - bias)
+    own.running_var.copy_(norm.running_var)
+    own.num_batches_tracked.copy_(norm.num_batches_tracked)
+
+
+def selected(*shape: int, like: Tensor) -> Tensor:
+    """(O, I, *taps) numbers that hand on channel i as channel i, for the first of both: Dirac."""
+    weight = like.new_zeros(shape)
+    centre = tuple(k // 2 for k in shape[2:])
+    for channel in range(min(shape[0], shape[1])):
+        weight[(channel, channel, *centre)] = 1
+    return weight
+
+
 class ComputedConv(ConvBlock):
     """One conv whose weight is computed from parameters each time, by `kernel()`."""
 
@@ -169,6 +232,16 @@ class ComputedConv(ConvBlock):
     def reset_parameters(self) -> None:
         if self.bias is not None:
             nn.init.uniform_(self.bias, -self.bound, self.bound)
+
+    def start_as(self, weight: Tensor, bias: Tensor | None, norm: nn.Module | None = None) -> None:
+        with torch.no_grad():
+            self.start_kernel(weight)
+            if self.bias is not None and bias is not None:
+                self.bias.copy_(bias)
+
+    def start_kernel(self, weight: Tensor) -> None:
+        """Take parameters of which `kernel()` makes a weight, (O, I/groups, *K)."""
+        raise NotImplementedError
 
     def kernel(self) -> Tensor:
         """The weight, (O, I/groups, *K)."""

@@ -6,12 +6,12 @@ arXiv:1908.03930, section 3.2.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from structrep.blocks._geometry import ConvBlock, Device, Size
+from structrep.blocks._geometry import Device, NormedBlock, Size
 
 
-class ACBlock2d(ConvBlock):
+class ACBlock2d(NormedBlock):
     """norm(conv_kxk(x)) + norm(conv_kx1(x)) + norm(conv_1xk(x)), each with a norm of its own.
 
     The kx1 sits on the kernel's centre column, the 1xk on its centre row, whatever the padding: across
@@ -38,6 +38,10 @@ class ACBlock2d(ConvBlock):
         self.square = self.branch((height, width), device=device, dtype=dtype)
         self.tall = self.branch((height, 1), device=device, dtype=dtype)
         self.wide = self.branch((1, width), device=device, dtype=dtype)
+
+    @property
+    def main(self) -> nn.Sequential:
+        return self.square
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.square(x) + self.tall(x) + self.wide(x)

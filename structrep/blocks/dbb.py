@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from structrep.blocks._geometry import CONV, POOL, ConvBlock, Device, Pads, Size
+from structrep.blocks._geometry import CONV, POOL, Device, NormedBlock, Pads, Size
 
 
 class NormPad(nn.Module):
@@ -38,7 +38,7 @@ class NormPad(nn.Module):
         return F.pad(y - border, self.sides) + border
 
 
-class _DiverseBranchBlock(ConvBlock):
+class _DiverseBranchBlock(NormedBlock):
     """norm(conv_k(x)) + norm(conv_1(x)) + norm(avg_k(norm(conv_1(x)))) + norm(conv_k(norm(conv_1(x)))).
 
     Each norm is one of its own, and between the two steps of the last two branches the value is padded with what the
@@ -96,6 +96,10 @@ class _DiverseBranchBlock(ConvBlock):
             if branch is not None:
                 y = y + branch(x)
         return y
+
+    @property
+    def main(self) -> nn.Sequential:
+        return self.dense
 
 
 class DiverseBranchBlock1d(_DiverseBranchBlock):

@@ -44,6 +44,10 @@ class _DiracConv(ComputedConv):
         nn.init.constant_(self.b, 0.1)
         nn.init.dirac_(self.delta, self.groups)
 
+    def start_kernel(self, weight: Tensor) -> None:
+        self.weight.copy_(weight - self.a.view(-1, 1, *(1,) * self.dims) * self.delta)
+        self.b.copy_(self.weight.flatten(1).norm(dim=1))
+
     def kernel(self) -> Tensor:
         """diag(a) I + diag(b) W / ‖W‖, (O, I/groups, *K)."""
         per_filter = (-1, 1, *(1,) * self.dims)

@@ -58,6 +58,12 @@ class _DOConv(ComputedConv):
             nn.init.zeros_(self.D)
             nn.init.eye_(self.D_diag)
 
+    def start_kernel(self, weight: Tensor) -> None:
+        taps = math.prod(self.kernel_size)
+        self.W[..., :taps].copy_(weight.flatten(2))
+        if self.D is not None:
+            nn.init.zeros_(self.D)
+
     def kernel(self) -> Tensor:
         """D ∘ W, (O, I/groups, *K)."""
         if self.D is None:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from structrep.blocks._geometry import ConvBlock, Device, Size
+from structrep.blocks._geometry import ConvBlock, Device, Size, selected
 
 SOBEL = ((1.0, 0.0, -1.0), (2.0, 0.0, -2.0), (1.0, 0.0, -1.0))
 LAPLACIAN = ((0.0, 1.0, 0.0), (1.0, -4.0, 1.0), (0.0, 1.0, 0.0))
@@ -84,6 +84,18 @@ class EdgeBlock2d(ConvBlock):
         self.edges = nn.ModuleList(
             EdgeBranch2d(in_channels, middle, out_channels, fixed, device, dtype) for middle, fixed in kinds
         )
+
+    def start_as(self, weight: Tensor, bias: Tensor | None, norm: nn.Module | None = None) -> None:
+        """See `ConvBlock.start_as`: the edges start at zero, and the 3x3 does without what the skip adds."""
+        skip = selected(*weight.shape, like=weight) if self.keeps_shape else 0
+        edges: list[Any] = list(self.edges)
+        with torch.no_grad():
+            self.dense.weight.copy_(weight - skip)
+            assert self.dense.bias is not None
+            nn.init.zeros_(self.dense.bias) if bias is None else self.dense.bias.copy_(bias)
+            for edge in edges:
+                nn.init.zeros_(edge.bias)
+                nn.init.zeros_(edge.weight if edge.groups == 1 else edge.scale)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.dense(x)

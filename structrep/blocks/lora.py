@@ -26,6 +26,14 @@ class LoRALinear(nn.Module):
         self.up = nn.Linear(rank, out_features, False, device, dtype)
         nn.init.zeros_(self.up.weight)
 
+    def start_as(self, weight: Tensor, bias: Tensor | None, norm: nn.Module | None = None) -> None:
+        """Take a Linear's weight (O, I) and bias; the product starts at zero."""
+        with torch.no_grad():
+            self.base.weight.copy_(weight)
+            nn.init.zeros_(self.up.weight)
+            if bias is not None:
+                self.base.bias.copy_(bias)
+
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.base(x) + self.up(self.down(x)) * self.scaling
         return y

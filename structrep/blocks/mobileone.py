@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from structrep.blocks._geometry import ConvBlock, Device, Size, require_at_least
+from structrep.blocks._geometry import Device, NormedBlock, Size, require_at_least
 
 
-class _MobileOneBlock(ConvBlock):
+class _MobileOneBlock(NormedBlock):
     """norm(conv_k(x)), `branches` times, + norm(conv_1(x)) + norm(x), each with a norm of its own.
 
     The 1x1 is there unless the kernel is itself 1x1, the last norm where the block keeps its shape: stride 1, as many
@@ -36,6 +36,11 @@ class _MobileOneBlock(ConvBlock):
             self.point = self.branch((1,) * self.dims, **factory)
         if self.keeps_shape:
             self.skip = self.norm(**factory)
+
+    @property
+    def main(self) -> nn.Sequential:
+        main: Any = self.dense[0]
+        return main  # type: ignore[no-any-return]
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = sum(branch(x) for branch in self.dense)

@@ -64,6 +64,11 @@ class OREPA2d(ComputedConv):
         along = torch.cos(math.pi * (index + 1 - half) * columns / width) * torch.ones_like(rows)
         self.filters.copy_(torch.where(index < half, across, along))
 
+    def start_kernel(self, weight: Tensor) -> None:
+        self.dense.copy_(weight)
+        nn.init.zeros_(self.scale)
+        nn.init.ones_(self.scale[0])
+
     def kernel(self) -> Tensor:
         """The sum of all branches, (O, I/groups, *K)."""
         centre = torch.zeros_like(self.dense[0, 0])

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from structrep.blocks._geometry import CONV, ConvBlock, Device, Size
+from structrep.blocks._geometry import CONV, Device, NormedBlock, Size
 
 # UniRepLKNet, table 1 of its code: (kernel, dilation) of the branches beside a depthwise K×K
 DILATED = {
@@ -24,7 +24,7 @@ DILATED = {
 }
 
 
-class LargeKernelBlock2d(ConvBlock):
+class LargeKernelBlock2d(NormedBlock):
     """norm(conv_K(x)) + norm(conv_k(x)) + ..., depthwise, smaller and dilated kernels centred on the large one.
 
     Args:
@@ -68,6 +68,10 @@ class LargeKernelBlock2d(ConvBlock):
                 padding_mode=padding_mode, **factory,
             )  # fmt: skip
             self.small.append(nn.Sequential(OrderedDict(**pad, conv=conv, norm=self.norm(**factory))))
+
+    @property
+    def main(self) -> nn.Sequential:
+        return self.large
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.large(x)

@@ -7,10 +7,10 @@ from collections import OrderedDict
 import torch
 from torch import Tensor, nn
 
-from structrep.blocks._geometry import ConvBlock, Device, Pad, Size
+from structrep.blocks._geometry import Device, NormedBlock, Pad, Size
 
 
-class _RepVGGBlock(ConvBlock):
+class _RepVGGBlock(NormedBlock):
     """norm(conv_k(x)) + norm(conv_1(x)) + norm(x), each with a norm of its own.
 
     The 1x1 and the identity sit on the kernel's centre tap, k//2, whatever the padding: where it is more
@@ -40,6 +40,10 @@ class _RepVGGBlock(ConvBlock):
             if any(map(any, self.centre_pads)):
                 pad = Pad(self.centre_pads, padding_mode)
                 self.identity = nn.Sequential(OrderedDict(pad=pad, norm=self.identity))
+
+    @property
+    def main(self) -> nn.Sequential:
+        return self.dense
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.dense(x)

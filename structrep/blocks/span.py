@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from structrep.blocks._geometry import ComputedConv, Device, Size, require_at_least
+from structrep.blocks._geometry import ComputedConv, Device, Size, require_at_least, selected
 
 
 class Conv3XC2d(ComputedConv):
@@ -52,6 +52,14 @@ class Conv3XC2d(ComputedConv):
         super().reset_parameters()
         for weight in (self.expand, self.dense, self.reduce, self.skip):
             nn.init.kaiming_uniform_(weight, 5**0.5)
+
+    def start_kernel(self, weight: Tensor) -> None:
+        inside, outside = self.in_channels, self.out_channels
+        self.expand[:inside].copy_(selected(inside, inside, 1, 1, like=weight))
+        self.dense[:outside, inside:] = 0
+        self.dense[:outside, :inside].copy_(weight)
+        self.reduce.copy_(selected(*self.reduce.shape, like=weight))
+        nn.init.zeros_(self.skip)
 
     def kernel(self) -> Tensor:
         """The row's kernel and the 1x1 on its centre tap, (O, I, *K)."""

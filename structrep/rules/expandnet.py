@@ -9,8 +9,9 @@ padding is on the first of the chain; anywhere later the border pixels would dif
 from torch import nn
 
 from structrep.algebra import ConvMap
-from structrep.blocks import ExpandConv2d, ExpandLinear
+from structrep.blocks import DOConv2d, ExpandConv2d, ExpandLinear
 from structrep.pattern import Conv, Many, Seq, pointwise, spatial
+from structrep.readers import Formula
 from structrep.registry import rule
 
 
@@ -26,6 +27,21 @@ from structrep.registry import rule
 )
 def expandnet(expand: ConvMap, conv: ConvMap, reduce: ConvMap) -> ConvMap:
     return expand >> conv >> reduce
+
+
+def chain_of_kernels(formula: Formula) -> bool:
+    """Kernels composed by a transposed convolution."""
+    return any(name.startswith("conv_transpose") for name in formula.calls)
+
+
+@rule(
+    Conv(formula=chain_of_kernels).named("conv"),
+    source="ExpandNets, arXiv:1811.10495, section 3",
+    example=lambda: ExpandConv2d(4, 8, 3, padding=1, rate=2, online=True),
+    counter_examples=[("", lambda: DOConv2d(8, 8, 3, padding=1))],
+)
+def expandnet_computed(conv: ConvMap) -> ConvMap:
+    return conv
 
 
 @rule(

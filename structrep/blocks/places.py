@@ -1,0 +1,44 @@
+"""What stands where a batch norm stood that a block has taken in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class NormInBlock(nn.Identity):
+    """Stands where a norm was that is in a block now; knows what to put there again when the block is one conv.
+
+    Args:
+        norm: the norm that was there.
+        of: the name of the conv that it stood behind, which the block has as `stands_for`.
+        bias: whether that conv had a bias.
+    """
+
+    def __init__(self, norm: nn.Module, of: str, bias: bool) -> None:
+        super().__init__()
+        known: Any = norm
+        self.kind: type[nn.Module] = type(norm)
+        self.features, self.eps, self.momentum = known.num_features, known.eps, known.momentum
+        self.affine, self.of, self.bias = known.affine, of, bias
+
+    def norm_of(self, conv: nn.Module) -> nn.Module:
+        """The norm that does what the conv's bias does, which it takes from it; the conv keeps one, of zeros, if it had
+        one before."""
+        layer: Any = conv
+        weight, shift = layer.weight, layer.bias
+        made: Any = self.kind(self.features, self.eps, self.momentum, self.affine)
+        made = made.to(weight.device, weight.dtype).train(layer.training)
+        with torch.no_grad():
+            made.running_var.fill_(1 - self.eps)  # then the scale is 1
+            if shift is not None:
+                made.bias.copy_(shift) if self.affine else made.running_mean.copy_(-shift)
+        for parameter in made.parameters():
+            parameter.requires_grad_(weight.requires_grad)
+        layer.bias = nn.Parameter(torch.zeros_like(made.running_mean), weight.requires_grad) if self.bias else None
+        return made  # type: ignore[no-any-return]
+
+    def extra_repr(self) -> str:
+        return f"{self.kind.__name__}({self.features}) of {self.of}"
