@@ -7,7 +7,7 @@ from structrep import rules as _rules  # noqa: F401  registers the catalogue
 from structrep.algebra import ConvMap
 from structrep.driver import Plan, explain, plan, reparameterize
 from structrep.errors import Refusal, StructrepError, VerificationError
-from structrep.expand import expand
+from structrep.expand import expand, expand_layers
 from structrep.probe import probe
 from structrep.proof import verify
 from structrep.readers import reader
@@ -24,6 +24,7 @@ __all__ = [
     "Verification",
     "VerificationError",
     "expand",
+    "expand_layers",
     "explain",
     "plan",
     "probe",

@@ -11,7 +11,7 @@ from torch import nn
 from structrep import search
 from structrep.algebra import ConvMap
 from structrep.errors import BadInput, Refusal, StructrepError, VerificationError
-from structrep.expand import expanded_layers, forget_norms, give_norms_back
+from structrep.expand import expand_layers, forget_norms, give_norms_back
 from structrep.explain import refusal, why
 from structrep.layers import Sizes
 from structrep.pattern import Term, geometry
@@ -111,7 +111,7 @@ class Plan:
                 "the model's weights changed since this plan was made: make a new one, structrep.plan(model)"
             )
         self._applied = inplace
-        expanded = expanded_layers(self._model)
+        expanded = expand_layers(self._model)
         model = self._model if inplace else own_copy(self._model)
         deploy = self._draft.apply(model, release=inplace)
         if self._findings.blocks:
@@ -182,7 +182,7 @@ def plan(
     maps, refused = _probed(model, example_inputs, _globs(probe))
     for glob in (*_globs(inexact_borders), *_globs(reserve)):
         _named(model, glob)
-    blocks = tuple(expanded_layers(model).values()) if norms == "keep" else ()
+    blocks = tuple(expand_layers(model).values()) if norms == "keep" else ()
     if norms == "keep" and not blocks:
         raise BadInput(
             "norms='keep' gives back a model that structrep.expand has made, and in this one is no such block"

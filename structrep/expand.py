@@ -96,7 +96,8 @@ def expand(
     Args:
         block: one of `structrep.expand.FAMILIES`: "repvgg", "acb", "dbb", "mobileone", "replknet", "diracnet",
             "doconv", "expandnet", "expandnet_linear", "orepa", "conv3xc", "ecbsr", "lora".
-        where: names, globs, types, or predicates of a name and a layer; those that any of them chooses. By default
+        where: names, globs, types, or predicates of a name and a layer: all layers that any of them chooses and that
+            the block can stand for; one that is named must be such a layer. By default
             what the paper would choose: 3x3 convolutions but the first (depthwise ones of 7x7 and more for "replknet",
             all larger than 1x1 for "doconv" and "expandnet"), Linears for "lora" and "expandnet_linear".
         init: "preserve" starts the blocks so that the model computes what it did, up to rounding, trained weights and
@@ -119,16 +120,17 @@ def expand(
     made: dict[str, nn.Module] = {}
     for path in chosen:
         try:
-            made[path] = _block(layers[path], layers.get(norms.get(path, "")), family, init, options)
+            norm = layers[norms[path]] if path in norms else None
+            made[path] = _block(layers[path], norm, family, init, options)
         except (TypeError, ValueError) as reason:
-            if where is not None:
+            if path in _asked(where):
                 raise BadInput(f"{path} cannot become a {block} block: {reason}") from reason
     whole = model if inplace else own_copy(model)
     for path, one in made.items():
         one.__dict__[STANDS_FOR] = path
-        norm = norms[path] if path in norms and getattr(one, "own_norms", False) else None
-        if norm is not None:
-            _put(whole, norm, NormInBlock(layers[norm], path, layers[path].bias is not None))
+        if path in norms and getattr(one, "own_norms", False):
+            behind = norms[path]
+            _put(whole, behind, NormInBlock(layers[behind], path, layers[path].bias is not None))
         whole = _put(whole, path, one)
     kinds = len([one for one in layers.values() if type(one) in family.of])
     log.info("%s stands in the place of %d of %d layers: %s", block, len(made), kinds, ", ".join(made) or "none")
@@ -155,7 +157,7 @@ def forget_norms(deploy: nn.Module) -> None:
             _put(deploy, path, nn.Identity())
 
 
-def expanded_layers(model: nn.Module) -> dict[str, str]:
+def expand_layers(model: nn.Module) -> dict[str, str]:
     """The blocks that `expand` has put into a model: the name of what each stands for, and its own."""
     return {
         module.__dict__[STANDS_FOR]: path for path, module in model.named_modules() if STANDS_FOR in module.__dict__
@@ -179,7 +181,7 @@ def _chosen(model: nn.Module, family: _Family, block: str, where: Where | Iterab
             if takes and (path in norms or not needs_norm) and not _held_back(model, layer):
                 yield path
         return
-    wanted = [where] if isinstance(where, (str, type)) or callable(where) else list(where)
+    wanted = _asked(where)
     for one in wanted:
         if isinstance(one, str) and not fnmatch.filter([path for path, _ in layers], one):
             raise BadInput(f"the model has no module named {one!r}")
@@ -193,6 +195,12 @@ def _chosen(model: nn.Module, family: _Family, block: str, where: Where | Iterab
             raise BadInput(f"{path} cannot become a {block} block: {reason}")
         if not reason:
             yield path
+
+
+def _asked(where: Where | Iterable[Where] | None) -> list[Where]:
+    if where is None:
+        return []
+    return [where] if isinstance(where, (str, type)) or callable(where) else list(where)
 
 
 def _matches(one: Where, path: str, layer: nn.Module) -> bool:
@@ -243,6 +251,8 @@ def _block(layer: Any, norm: nn.Module | None, family: _Family, init: str, optio
         )  # fmt: skip
     if getattr(kind, "own_norms", False) and norm is None:
         raise ValueError("its branches have norms, and no batch norm that is its alone stands behind it")
+    if isinstance(made, blocks.EdgeBlock2d) and not bias:
+        raise ValueError("an edge block has biases, and this convolution has none to become of them")
     if init == "preserve":
         made.start_as(layer.weight, layer.bias, norm)
     if isinstance(norm, nn.SyncBatchNorm):

@@ -1,0 +1,199 @@
+"""Blocks in the place of layers: the same function at first, and the same model afterwards."""
+
+import copy
+import logging
+
+import pytest
+import timm
+import torch
+import torchvision
+from torch import nn
+
+import structrep
+from structrep.blocks.places import NormInBlock
+from structrep.errors import BadInput
+from structrep.expand import FAMILIES
+from tests.models import relative_error, settled
+
+SMALL = {
+    "expandnet": {"rate": 2},
+    "expandnet_linear": {"rate": 2},
+    "conv3xc": {"gain": 1},
+    "mobileone": {"branches": 2},
+}
+OF_CONVS = [name for name in FAMILIES if name != "replknet"]
+
+
+def shapes(model):
+    return {name: tuple(value.shape) for name, value in model.state_dict().items()}
+
+
+def kinds(model):
+    return [(path, type(module)) for path, module in model.named_modules()]
+
+
+class Plain(nn.Module):
+    """Convolutions with norms and without, of one to three sizes, a shared activation, a Linear."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.a, self.b = nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4, eps=1e-3, momentum=0.3)
+        self.c, self.d = nn.Conv2d(4, 6, 3, 2, padding=1), nn.BatchNorm2d(6, affine=False)
+        self.e = nn.Conv2d(6, 6, 3, padding=1)
+        self.act, self.fc = nn.ReLU(), nn.Linear(6, 5)
+
+    def forward(self, x):
+        x = self.act(self.norm(self.stem(x)))
+        x = self.act(self.b(self.a(x)) + x)
+        return self.fc(self.act(self.e(self.act(self.d(self.c(x))))).mean((2, 3)))
+
+
+X = torch.randn(4, 3, 9, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("block", OF_CONVS)
+@pytest.mark.parametrize("inplace", [False, True])
+def test_the_same_function_then_the_same_model(block, inplace):
+    model = settled(Plain())
+    model.train()
+    original, trained = copy.deepcopy(model), copy.deepcopy(model)
+    expanded = structrep.expand(model, block, inplace=inplace, **SMALL.get(block, {}))
+    assert (expanded is model) == inplace
+    assert type(expanded) is Plain
+    assert sum(p.numel() for p in expanded.parameters()) > sum(p.numel() for p in original.parameters())
+    assert relative_error(copy.deepcopy(expanded)(X), trained(X)) < 1e-12, "with statistics of batches"
+    assert relative_error(expanded.eval()(X), original.eval()(X)) < 1e-12
+    with torch.no_grad():
+        for parameter in expanded.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    back = structrep.reparameterize(expanded, X, norms="keep")
+    assert relative_error(back(X), expanded(X)) < 1e-12
+    assert shapes(back) == shapes(original)
+    assert kinds(back) == kinds(original)
+    original.load_state_dict(back.state_dict())
+    assert relative_error(original(X), expanded(X)) < 1e-12
+    folded, plain = structrep.reparameterize(expanded, X), structrep.reparameterize(original)
+    assert relative_error(folded(X), expanded(X)) < 1e-12
+    assert shapes(folded) == shapes(plain)
+    assert kinds(folded) == kinds(plain)
+
+
+def test_large_depthwise_kernels():
+    model = settled(nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 7, padding=3, groups=4), nn.BatchNorm2d(4)))
+    expanded = structrep.expand(model, "replknet", branches="dilated")
+    assert isinstance(expanded[2], NormInBlock)
+    assert relative_error(expanded(X), model(X)) < 1e-12
+    assert kinds(structrep.reparameterize(expanded, norms="keep")) == kinds(model)
+
+
+MODELS = {
+    "torchvision:resnet": lambda: torchvision.models.ResNet(torchvision.models.resnet.Bottleneck, [1, 1, 1, 1]),
+    "torchvision:vgg11_bn": lambda: torchvision.models.vgg11_bn().features,
+    "torchvision:mobilenet_v2": torchvision.models.mobilenet_v2,
+    "torchvision:shufflenet": torchvision.models.shufflenet_v2_x0_5,
+    "torchvision:squeezenet": torchvision.models.squeezenet1_1,
+    "torchvision:densenet": lambda: torchvision.models.DenseNet(8, (2, 2, 2, 2), 16),
+    "torchvision:regnet": torchvision.models.regnet_y_400mf,
+    "timm:resnet10t": lambda: timm.create_model("resnet10t"),
+    "timm:efficientnet": lambda: timm.create_model("test_efficientnet"),
+    "timm:vit": lambda: timm.create_model("test_vit"),
+    "timm:convnext": lambda: timm.create_model("test_convnext"),
+    "timm:resnet": lambda: timm.create_model("test_resnet"),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models_come_back_as_they_were(name):
+    model = settled(MODELS[name]()).float()
+    block = {"timm:vit": "lora", "timm:convnext": "lora", "torchvision:squeezenet": "doconv"}.get(name, "repvgg")
+    expanded = structrep.expand(model, block)
+    if not structrep.expand_layers(expanded):
+        expanded = structrep.expand(model, "doconv")
+    x = torch.randn(2, 3, *({"timm:vit": (160, 160)}.get(name, (64, 64))))
+    with torch.no_grad():
+        assert relative_error(expanded(x), model(x)) < 1e-4
+        back = structrep.reparameterize(expanded, norms="keep", verify=False)
+        assert relative_error(back(x), model(x)) < 1e-4
+    assert shapes(back) == shapes(model)
+    assert kinds(back) == kinds(model)
+    model.load_state_dict(back.state_dict())
+
+
+def test_training_goes_on_in_the_blocks():
+    model = structrep.expand(settled(Plain()).train(), "repvgg")
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    before = [p.clone() for p in model.parameters()]
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(X).square().mean().backward()
+        optimizer.step()
+    moved = [not torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True)]
+    assert sum(moved) / len(moved) > 0.9
+
+
+@pytest.mark.parametrize(
+    ("where", "expected"),
+    [
+        ("a", ["a"]),
+        (["a", "stem"], ["stem", "a"]),
+        ("*", ["stem", "a", "c"]),
+        (nn.Conv2d, ["stem", "a", "c"]),
+        (lambda path, layer: getattr(layer, "stride", 1) == (2, 2), ["c"]),
+        (None, ["a", "c"]),
+    ],
+)
+def test_where(where, expected, caplog):
+    model = settled(Plain())
+    with caplog.at_level(logging.INFO, "structrep"):
+        expanded = structrep.expand(model, "repvgg", where=where)
+    assert sorted(structrep.expand_layers(expanded)) == sorted(expected)
+    assert ", ".join(path for path, _ in model.named_modules() if path in expected) in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ({"block": "nothing"}, "no block is named 'nothing'"),
+        ({"where": "layer9"}, "no module named 'layer9'"),
+        ({"where": "fc"}, "it is a Linear"),
+        ({"where": "a", "rate": 3}, "rate"),
+        ({"block": "expandnet", "where": "a", "mode": "ck"}, "odd kernel"),
+        ({"init": "zeros"}, "'preserve' or 'paper'"),
+    ],
+)
+def test_bad_input(arguments, told):
+    model = settled(Plain())
+    state = copy.deepcopy(model.state_dict())
+    with pytest.raises(BadInput, match=told):
+        structrep.expand(model, **arguments)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def test_layers_that_must_stay():
+    class Bare(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.a, self.b = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3)
+            self.b.weight = self.a.weight
+
+        def forward(self, x):
+            return self.b(self.a(self.stem(x)))
+
+    model = settled(Bare())
+    with pytest.raises(BadInput, match="no batch norm"):
+        structrep.expand(model, "repvgg", where="stem")
+    with pytest.raises(BadInput, match="another module holds its weight"):
+        structrep.expand(model, "doconv", where="a")
+    model.stem.register_forward_hook(lambda module, args, output: None)
+    with pytest.raises(BadInput, match="hook"):
+        structrep.expand(model, "doconv", where="stem")
+    with pytest.raises(BadInput, match="no such block"):
+        structrep.reparameterize(model, norms="keep")
+
+
+def test_as_the_paper_starts():
+    model = settled(Plain())
+    expanded = structrep.expand(model, "repvgg", init="paper").eval()
+    assert relative_error(expanded(X), model(X)) > 1e-3
+    assert shapes(structrep.reparameterize(expanded, norms="keep")) == shapes(model)
