@@ -23,7 +23,7 @@ from structrep.algebra import ConvMap
 from structrep.errors import Mutated, Refusal
 from structrep.frames import Pieces, frame, is_matrix, pieces, spread, takes_together
 from structrep.moves import axis_after, axis_before
-from structrep.pattern import Term, leaf, seq, total
+from structrep.pattern import Term, signed, total
 from structrep.ranks import rank
 from structrep.readers import (
     Layer,
@@ -35,7 +35,6 @@ from structrep.readers import (
     asks_shape,
     diagonal_layer,
     only_asserted,
-    scale_layer,
     writers,
 )
 
@@ -130,7 +129,7 @@ def _takers(node: fx.Node, scale: Layer, readings: Readings, found: Mapping[fx.N
 def _by_readers(node: fx.Node, scale: Layer, readings: Readings) -> Absorption | None:
     """All that reads the scale, perhaps with its dims moved, is a layer that may do it first."""
     takers: dict[fx.Node, Layer] = {}
-    count = _count(scale)
+    count = scale.in_channels
     pending = [(user, _axis(node, scale)) for user in _users(node, readings)]
     apart = scale.source is None  # whether no term holds the scale and a layer that reads it
     while pending:
@@ -158,7 +157,7 @@ def _by_readers(node: fx.Node, scale: Layer, readings: Readings) -> Absorption |
     for taker, layer in takers.items():
         assert layer.in_channels is not None
         assert layer.dims is not None
-        before[taker] = _of_dims(scale, layer.in_channels, layer.dims)
+        before[taker] = spread(scale, layer.in_channels, layer.dims)
         scaled = before[taker].load(layer.in_channels, layer.dims)
         scaled >> layer.load(layer.in_channels, layer.dims)  # raises if inexact
     return Absorption(node, scale.source or node, scale.through, before, {}, ends=scale.source is None)
@@ -192,7 +191,7 @@ def _by_maker(
     """What is scaled are the channels of one layer with their dims moved, perhaps scaled by others that it takes."""
     assert scale.source is not None
     axis, maker, moved = _axis(node, scale), _maker(scale.source, readings), False
-    count = _count(scale)
+    count = scale.in_channels
     alone = _alone(maker, node, scale, readings)
     while axis is not None and alone:
         layer = readings.get(maker)
@@ -201,7 +200,7 @@ def _by_maker(
                 return None
             if scale.in_channels not in (None, layer.out_channels):
                 return None
-            behind = {maker: _of_dims(scale, layer.out_channels, layer.dims)}
+            behind = {maker: spread(scale, layer.out_channels, layer.dims)}
             return Absorption(node, scale.source, scale.through, {}, behind)
         if maker in found:
             if found[maker].behind.keys() != found[maker].takers or len(found[maker].takers) > 1:
@@ -230,7 +229,7 @@ def _by_matrix(node: fx.Node, scale: Layer, readings: Readings) -> Absorption | 
         return None
     if layer.out_channels != math.prod(found) or layer.dims is None:
         return None
-    behind = {maker: spread(scale, found[0], found[1:], layer.dims)}
+    behind = {maker: spread(scale, found[0], layer.dims, found[1:])}
     return Absorption(node, scale.source, scale.through, {}, behind)
 
 
@@ -263,11 +262,8 @@ def _by_sum(node: fx.Node, sum_: Total, readings: Readings, found: Mapping[fx.No
             return None
         if any(one.meta.get("kept") for one in inside) or writers(aliases(base)) - {node, *through}:
             return None
-        signed = [
-            (other.term, scale_layer(sign) if sign != 1.0 else None)
-            for other, (_, sign) in zip(others, rest, strict=True)
-        ]
-        terms = [seq([term, leaf(flip)]) if flip else term for term, flip in signed if term is not None]
+        added = zip((other.term for other in others), rest, strict=True)
+        terms = [signed(term, sign) for term, (_, sign) in added if term is not None]
         return Absorption(node, main, tuple(through), {}, {}, beside={maker: total(terms)}, added=rest)
     return None
 
@@ -300,28 +296,12 @@ def _alone(maker: fx.Node, node: fx.Node, scale: Layer, readings: Readings) -> b
     return {node, *scale.through}.issuperset(_users(maker, readings))
 
 
-def _count(scale: Layer) -> int | None:
-    """How many channels a scale has, if it says."""
-    return scale.in_channels if scale.in_channels is not None else scale.out_channels
-
-
 def _axis(node: fx.Node, scale: Layer) -> int | None:
     """The dim that a scale's channels are on, from the end; None if it is not known."""
     if scale.dims is not None:
         return -(scale.dims + 1)
     known = rank(node)
     return 1 - known if scale.kind == "norm" and known is not None and known > 2 else None
-
-
-def _of_dims(scale: Layer, channels: int, dims: int) -> Layer:
-    """The same scale, of the channels of values with that many spatial dims."""
-
-    def load(c: int, d: int) -> ConvMap:
-        map_ = scale.load(c, scale.dims if scale.dims is not None else d)
-        return ConvMap.scale(map_.kernel.flatten(), map_.bias, dims=d)
-
-    same = diagonal_layer("affine", load, channels, dims, scale.parameters)
-    return replace(same, node=scale.node, shifts=scale.shifts, dead=scale.dead)
 
 
 def _maker(node: fx.Node, readings: Readings) -> fx.Node:

@@ -1,14 +1,15 @@
 """Training-time blocks in the place of a model's convolutions and Linears, and back.
 
-model = structrep.expand(model, "repvgg")     # before training: computes what it did
+model = structrep.expand(model, "repvgg")              # before training: computes what it did
 ...
-deploy = structrep.reparameterize(model)      # after it: the modules, keys and shapes that there were
+model = structrep.reparameterize(model, norms="keep")  # after it: the modules, keys and shapes that there were
 """
 
 from __future__ import annotations
 
 import fnmatch
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -94,12 +95,12 @@ def expand(
     shapes of its state dict. Without `norms="keep"` it gives what it would have made of the model itself.
 
     Args:
-        block: one of `structrep.expand.FAMILIES`: "repvgg", "acb", "dbb", "mobileone", "replknet", "diracnet",
-            "doconv", "expandnet", "expandnet_linear", "orepa", "conv3xc", "ecbsr", "lora".
+        block: "repvgg", "acb", "dbb", "mobileone", "replknet", "diracnet",
+            "doconv", "expandnet", "expandnet_linear", "orepa", "conv3xc", "ecbsr" or "lora".
         where: names, globs, types, or predicates of a name and a layer: all layers that any of them chooses and that
-            the block can stand for; one that is named must be such a layer. By default
-            what the paper would choose: 3x3 convolutions but the first (depthwise ones of 7x7 and more for "replknet",
-            all larger than 1x1 for "doconv" and "expandnet"), Linears for "lora" and "expandnet_linear".
+            the block can stand for; one that is named must be such a layer. By default what the paper would choose:
+            3x3 convolutions but the first (depthwise ones of 7x7 and more for "replknet", all larger than 1x1 for
+            "doconv" and "expandnet"), Linears for "lora" and "expandnet_linear".
         init: "preserve" starts the blocks so that the model computes what it did, up to rounding, trained weights and
             all; "paper" as the paper does.
         inplace: change the model itself instead of a copy.
@@ -115,23 +116,22 @@ def expand(
     if init not in ("preserve", "paper"):
         raise BadInput(f"init={init!r}: give 'preserve' or 'paper'")
     family = FAMILIES[block]
-    chosen = list(_chosen(model, family, block, where))
     layers, norms = dict(model.named_modules()), _norms_behind(model)
     made: dict[str, nn.Module] = {}
-    for path in chosen:
+    for path in _chosen(model, family, block, where, norms):
+        norm = layers[norms[path]] if path in norms else None
         try:
-            norm = layers[norms[path]] if path in norms else None
             made[path] = _block(layers[path], norm, family, init, options)
         except (TypeError, ValueError) as reason:
             if path in _asked(where):
                 raise BadInput(f"{path} cannot become a {block} block: {reason}") from reason
-    whole = model if inplace else own_copy(model)
+    new = dict(made)
     for path, one in made.items():
         one.__dict__[STANDS_FOR] = path
         if path in norms and getattr(one, "own_norms", False):
-            behind = norms[path]
-            _put(whole, behind, NormInBlock(layers[behind], path, layers[path].bias is not None))
-        whole = _put(whole, path, one)
+            new[norms[path]] = NormInBlock(layers[norms[path]], path, layers[path].bias is not None)
+    whole = model if inplace else own_copy(model)
+    _exchange(whole, new)
     kinds = len([one for one in layers.values() if type(one) in family.of])
     log.info("%s stands in the place of %d of %d layers: %s", block, len(made), kinds, ", ".join(made) or "none")
     return whole
@@ -143,18 +143,19 @@ def give_norms_back(deploy: nn.Module, expanded: dict[str, str]) -> None:
     Args:
         expanded: the names that layers had when they were expanded, and those of their blocks before the merge.
     """
-    for path, place in list(deploy.named_modules()):
+    norms: dict[str, nn.Module] = {}
+    for path, place in deploy.named_modules():
         if isinstance(place, NormInBlock) and place.of in expanded:
             conv = deploy.get_submodule(expanded[place.of])
             if type(conv) in _CONVS:
-                _put(deploy, path, place.norm_of(conv))
+                norms[path] = place.norm_of(conv)
+    _exchange(deploy, norms)
 
 
 def forget_norms(deploy: nn.Module) -> None:
     """Leave nothing where blocks took norms in, of which the merged layers do the work."""
-    for path, place in list(deploy.named_modules()):
-        if isinstance(place, NormInBlock):
-            _put(deploy, path, nn.Identity())
+    places = [path for path, place in deploy.named_modules() if isinstance(place, NormInBlock)]
+    _exchange(deploy, {path: nn.Identity() for path in places})
 
 
 def expand_layers(model: nn.Module) -> dict[str, str]:
@@ -164,7 +165,9 @@ def expand_layers(model: nn.Module) -> dict[str, str]:
     }
 
 
-def _chosen(model: nn.Module, family: _Family, block: str, where: Where | Iterable[Where] | None) -> Iterator[str]:
+def _chosen(
+    model: nn.Module, family: _Family, block: str, where: Where | Iterable[Where] | None, norms: dict[str, str]
+) -> Iterator[str]:
     """The names of the layers to replace.
 
     Raises:
@@ -172,13 +175,13 @@ def _chosen(model: nn.Module, family: _Family, block: str, where: Where | Iterab
     """
     layers = [(path, layer) for path, layer in model.named_modules() if path]
     able = {path for path, layer in layers if type(layer) in family.of}
+    held = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
     if where is None:
         first = next((path for path, layer in layers if type(layer) in _CONVS), "")
         needs_norm = any(getattr(kind, "own_norms", False) for kind in family.of.values())
-        norms = _norms_behind(model) if needs_norm else {}
         for path, layer in layers:
             takes = path in able and family.chooses(layer) and (path != first or type(layer) not in _CONVS)
-            if takes and (path in norms or not needs_norm) and not _held_back(model, layer):
+            if takes and (path in norms or not needs_norm) and not _held_back(layer, held):
                 yield path
         return
     wanted = _asked(where)
@@ -190,7 +193,7 @@ def _chosen(model: nn.Module, family: _Family, block: str, where: Where | Iterab
         if not named and not any(_matches(one, path, layer) for one in wanted):
             continue
         reason = "" if path in able else f"it is a {type(layer).__name__}, in whose place no {block} block can stand"
-        reason = reason or _held_back(model, layer)
+        reason = reason or _held_back(layer, held)
         if named and reason:
             raise BadInput(f"{path} cannot become a {block} block: {reason}")
         if not reason:
@@ -209,13 +212,11 @@ def _matches(one: Where, path: str, layer: nn.Module) -> bool:
     return isinstance(layer, one) if isinstance(one, type) else bool(one(path, layer))
 
 
-def _held_back(model: nn.Module, layer: nn.Module) -> str:
-    """Why a layer has to stay, if it has."""
+def _held_back(layer: nn.Module, held: Counter[int]) -> str:
+    """Why a layer has to stay, if it has; `held` says how many modules hold a parameter."""
     if hooks(layer):
         return "it has a hook, which must go on seeing its own values"
-    own = {id(parameter) for parameter in layer.parameters()}
-    others = (p for module in model.modules() if module is not layer for p in module._parameters.values())
-    if any(id(parameter) in own for parameter in others if parameter is not None):
+    if any(held[id(parameter)] > 1 for parameter in layer.parameters()):
         return "another module holds its weight too"
     return ""
 
@@ -262,13 +263,10 @@ def _block(layer: Any, norm: nn.Module | None, family: _Family, init: str, optio
     return made  # type: ignore[no-any-return]
 
 
-def _put(model: nn.Module, path: str, layer: nn.Module) -> nn.Module:
-    """Put a layer into all places of the one at a path; gives the model, or the layer if it was the model itself."""
-    if not path:
-        return layer
-    old = model.get_submodule(path)
-    for parent in list(model.modules()):
+def _exchange(model: nn.Module, new: dict[str, nn.Module]) -> None:
+    """Put other modules into all places of those at some paths."""
+    exchanged = {model.get_submodule(path): module for path, module in new.items()}
+    for parent in list(model.modules()) if exchanged else ():
         for name, child in parent._modules.items():
-            if child is old:
-                parent._modules[name] = layer
-    return model
+            if child in exchanged:
+                parent._modules[name] = exchanged[child]

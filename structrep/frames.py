@@ -14,9 +14,9 @@ from dataclasses import replace
 from torch import fx
 
 from structrep.algebra import ConvMap, Geometry, Ints
-from structrep.pattern import ONE, Term, leaf, seq, total
+from structrep.pattern import ONE, Term, leaf, seq, signed, total
 from structrep.ranks import torch_name
-from structrep.readers import Layer, Reading, Same, Total, diagonal_layer, scale_layer
+from structrep.readers import Layer, Reading, Same, Total, diagonal_layer
 
 Readings = Mapping[fx.Node, Reading]
 
@@ -58,12 +58,13 @@ def is_matrix(node: fx.Node, readings: Readings) -> bool:
     return frame(layer.source)[-(dims + 1) :] == (channels, *[1] * dims)
 
 
-def spread(scale: Layer, channels: int, size: Ints, dims: int) -> Layer:
-    """A scale of the channels of pieces, on all their numbers."""
+def spread(scale: Layer, channels: int, dims: int, size: Ints = ()) -> Layer:
+    """A scale as one of values with so many spatial dims; that of the channels of pieces (C, *size), of all their
+    numbers."""
     each = math.prod(size)
 
     def load(c: int, d: int) -> ConvMap:
-        map_ = scale.load(channels, len(size))
+        map_ = scale.load(channels, scale.dims if scale.dims is not None else d)
         return ConvMap.scale(map_.kernel.flatten().repeat_interleave(each), map_.bias.repeat_interleave(each), dims=d)
 
     same = diagonal_layer("affine", load, channels * each, dims, scale.parameters)
@@ -136,8 +137,7 @@ class Pieces:
         known = [(one[0], one[1], sign) for one, sign in found if one is not None]
         if len(known) < len(found) or len({channels for _, channels, _ in known}) > 1:
             return None
-        flips = [(term, scale_layer(sign) if sign != 1.0 else None) for term, _, sign in known]
-        return total([seq([term, leaf(flip)]) if flip else term for term, flip in flips]), known[0][1]
+        return total([signed(term, sign) for term, _, sign in known]), known[0][1]
 
     def _then(self, term: Term, channels: int, layer: Layer) -> tuple[Term, int] | None:
         assert self.entry is not None
@@ -145,7 +145,7 @@ class Pieces:
         if layer.dims not in (None, len(size)) or layer.in_channels not in (None, channels):
             return None
         if layer.kind in ("norm", "affine"):
-            return seq([term, leaf(spread(layer, channels, size, self.dims))]), channels
+            return seq([term, leaf(spread(layer, channels, self.dims, size))]), channels
         shape = layer.shape(channels, len(size))
         if layer.kind != "conv" or shape.output_size(size) != size:
             return None

@@ -26,7 +26,7 @@ from structrep import algebra
 from structrep.algebra import ConvMap, Geometry, Ints, Rigour
 from structrep.errors import Incompatible, Unreadable
 from structrep.ranks import rank
-from structrep.readers import Formula, Layer
+from structrep.readers import Formula, Layer, scale_layer
 
 # --- terms ----------------------------------------------------------------------------------------
 
@@ -74,6 +74,12 @@ def total(parts: Sequence[Term], node: fx.Node | None = None, size: Ints | None 
     """Branches added; nested sums are flattened."""
     flat = [item for part in parts for item in (part.parts if part.op == "sum" else (part,))]
     return Term("sum", tuple(flat), node=node, size=size)
+
+
+def signed(term: Term, sign: float) -> Term:
+    """A term times a number."""
+    flip = scale_layer(sign) if sign != 1.0 else None
+    return seq([term, leaf(flip)]) if flip else term
 
 
 def stack(parts: Sequence[Term], node: fx.Node | None = None, dim: int = 1, size: Ints | None = None) -> Term:

@@ -424,7 +424,7 @@ class _Region:
         self.merge = merge
         self.nodes = sorted(merge.nodes, key=lambda node: node.meta["index"])
         # scales that stand outside the region and are done in it
-        self.absorbed = sorted(merge.absorbed, key=lambda one: one.node.meta["index"])
+        self.absorbed = _absorbed(merge)
         self.modules: dict[nn.Module, nn.Module] = {}
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -509,8 +509,12 @@ def _every(stride: tuple[int, ...]) -> tuple[slice, ...]:
 
 def _behind(merge: Merge) -> list[Layer]:
     """The scales behind the root of a merge that it does too, in order."""
-    ordered = sorted(merge.absorbed, key=lambda one: one.node.meta["index"])
-    return [one.behind[merge.root] for one in ordered if merge.root in one.behind]
+    return [one.behind[merge.root] for one in _absorbed(merge) if merge.root in one.behind]
+
+
+def _absorbed(merge: Merge) -> list[Absorption]:
+    """The scales that a merge does a part of, as they stand in the graph."""
+    return sorted(merge.absorbed, key=lambda one: one.node.meta["index"])
 
 
 def _scaled(x: Any, scales: list[Layer]) -> Any:

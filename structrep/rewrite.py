@@ -263,11 +263,11 @@ class Draft:
                     self.places.setdefault(child, []).append((parent, name))
         held = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
         read = Counter(id(t) for merge in self.merges for layer in merge.term.leaves() for t in _kernels(layer))
-        read.update(2 * [*self._used()[1], *self._of_layers_that_stay()])  # a merge is never the last to read those
+        stay = {*self._used()[1], *self._of_layers_that_stay()} if release else set()
         for merge in self.merges:
             self._place(merge)
             if release:
-                self._release(merge, held, read)
+                self._release(merge, held, read, stay)
         for unit in self.idle:
             assert unit.module is not None
             self._swap(unit.module.path, _nothing(unit))
@@ -285,11 +285,11 @@ class Draft:
         del self.model, self.places  # a plan does not keep what it made
         return deploy
 
-    def _release(self, merge: Merge, held: Counter[int], read: Counter[int]) -> None:
+    def _release(self, merge: Merge, held: Counter[int], read: Counter[int], stay: set[int]) -> None:
         """Give back the memory of kernels that a merge was the last to read, before the next is made."""
         for layer in merge.term.leaves():
             for tensor in _kernels(layer):
-                if read[id(tensor)] > 1 or id(tensor) not in self.traced.names:
+                if read[id(tensor)] > 1 or id(tensor) in stay or id(tensor) not in self.traced.names:
                     continue
                 own = self._parameter(self.traced.names[id(tensor)])
                 if own is not None and own.data_ptr() == tensor.data_ptr() and held[id(own)] == 1:

@@ -39,7 +39,7 @@ from structrep.errors import (
     Uninitialized,
     Unreadable,
 )
-from structrep.pattern import ONE, Term, geometry, leaf, seq, sized, stack, total, value
+from structrep.pattern import ONE, Term, geometry, leaf, seq, signed, sized, stack, total, value
 from structrep.ranks import channels, spatial_size
 from structrep.readers import (
     Layer,
@@ -57,7 +57,6 @@ from structrep.readers import (
     read_ending,
     read_node,
     remedy,
-    scale_layer,
     writers,
 )
 from structrep.registry import Registry, Rule
@@ -406,9 +405,7 @@ class Search:
         for source, sign in [(n, 1.0) for n in reading.parts] if isinstance(reading, Stack) else reading.parts:
             steps = list(self.walk(source, base))
             nodes.update(dict.fromkeys(n for step in steps for n in step.nodes))
-            terms = [step.term for step in reversed(steps)]
-            flip = scale_layer(sign) if sign != 1.0 else None
-            branches.append(seq([*terms, leaf(flip)] if flip else terms))
+            branches.append(signed(_term(reversed(steps)), sign))
         if any(layer.kind == "view" for branch in branches for layer in branch.leaves()):
             return None  # views stay where they are, and so must what they are views of
         if isinstance(reading, Total):

@@ -25,23 +25,18 @@ def functions(cls: type) -> dict[str, FunctionType]:
 def written_first(cls: type, attribute: str) -> bool:
     """Whether each method of a class that names an attribute of its module gives it a value before it looks at it."""
     for name, function in functions(cls).items():
-        body = syntax(inspect.unwrap(function)) if name != "__init__" else None
         if name == "__init__":
             continue
+        body = syntax(inspect.unwrap(function))
         if not isinstance(body, ast.FunctionDef):
             return False
         named = [n for n in ast.walk(body) if isinstance(n, ast.Attribute) and n.attr == attribute]
-        stores = [
-            statement
-            for statement in body.body
-            if isinstance(statement, (ast.Assign, ast.AnnAssign))
-            and any(isinstance(n.ctx, ast.Store) for n in named if n in list(ast.walk(statement)))
-        ]
-        if named and not stores:
+        stored = {id(n) for n in named if isinstance(n.ctx, ast.Store)}
+        plain = (one for one in body.body if isinstance(one, (ast.Assign, ast.AnnAssign)))
+        first = next((one for one in plain if any(id(n) in stored for n in ast.walk(one))), None)
+        if named and first is None:
             return False
-        first = stores[0] if named else None
-        reads = (n for n in named if not isinstance(n.ctx, ast.Store))
-        if first is not None and any(n.lineno <= (first.end_lineno or first.lineno) for n in reads):
+        if first is not None and any(id(n) not in stored and n.lineno <= (first.end_lineno or 0) for n in named):
             return False
     return True
 

@@ -593,14 +593,9 @@ class _Tracer(fx.Tracer):
             del parent.steps[-1], self.calls[-1]  # its origin says how it came about
         if not leaf:
             self._note_kept(call, attributes)
-        now = (
-            {}
-            if leaf
-            else {
-                key: value for key, value in m.__dict__.items() if not self._settles(m, key, attributes.get(key), value)
-            }
-        )
-        before = {key: value for key, value in attributes.items() if key in now or key not in m.__dict__}
+        held = {} if leaf else m.__dict__
+        now = {key: value for key, value in held.items() if not self._settles(m, key, attributes.get(key), value)}
+        before = {key: value for key, value in attributes.items() if key in now or key not in held}
         call.mutates |= not alike((call.args, call.kwargs, before), (args, kwargs, now))
         return result
 
@@ -798,16 +793,8 @@ class _Slot:
     name: str
 
 
-_TOLD = {
-    "dtype",
-    "device",
-    "shape",
-    "ndim",
-    "requires_grad",
-    "is_cuda",
-    "layout",
-    "grad",
-}  # of a tensor, not its numbers
+# What a tensor tells apart from its numbers.
+_TOLD = {"dtype", "device", "shape", "ndim", "requires_grad", "is_cuda", "layout", "grad"}
 
 
 class _Constants(TorchFunctionMode):

@@ -203,15 +203,6 @@ def _take_over(own: Any, norm: Any, bias: Tensor | None) -> None:
     own.num_batches_tracked.copy_(norm.num_batches_tracked)
 
 
-def selected(*shape: int, like: Tensor) -> Tensor:
-    """(O, I, *taps) numbers that hand on channel i as channel i, for the first of both: Dirac."""
-    weight = like.new_zeros(shape)
-    centre = tuple(k // 2 for k in shape[2:])
-    for channel in range(min(shape[0], shape[1])):
-        weight[(channel, channel, *centre)] = 1
-    return weight
-
-
 class ComputedConv(ConvBlock):
     """One conv whose weight is computed from parameters each time, by `kernel()`."""
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from structrep.blocks._geometry import ConvBlock, Device, Size, selected
+from structrep.blocks._geometry import ConvBlock, Device, Size
 
 SOBEL = ((1.0, 0.0, -1.0), (2.0, 0.0, -2.0), (1.0, 0.0, -1.0))
 LAPLACIAN = ((0.0, 1.0, 0.0), (1.0, -4.0, 1.0), (0.0, 1.0, 0.0))
@@ -87,7 +87,7 @@ class EdgeBlock2d(ConvBlock):
 
     def start_as(self, weight: Tensor, bias: Tensor | None, norm: nn.Module | None = None) -> None:
         """See `ConvBlock.start_as`: the edges start at zero, and the 3x3 does without what the skip adds."""
-        skip = selected(*weight.shape, like=weight) if self.keeps_shape else 0
+        skip = nn.init.dirac_(torch.empty_like(weight)) if self.keeps_shape else 0
         edges: list[Any] = list(self.edges)
         with torch.no_grad():
             self.dense.weight.copy_(weight - skip)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from structrep.blocks._geometry import CONV, CONVOLVE, ConvBlock, Device, Pad, Size, require_at_least, selected
+from structrep.blocks._geometry import CONV, CONVOLVE, ConvBlock, Device, Pad, Size, require_at_least
 
 CONVOLVE_TRANSPOSED: dict[int, Any] = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 
@@ -86,10 +86,10 @@ class _ExpandConv(ConvBlock):
             for first, middle, last, own in zip(
                 *parts, weight.reshape(self.groups, -1, *weight.shape[1:]), strict=True
             ):
-                first[:ins] = selected(ins, *first.shape[1:], like=weight)
+                nn.init.dirac_(first[:ins])
                 middle[:outs, ins:] = 0
                 middle[:outs, :ins] = own
-                last.copy_(selected(*last.shape, like=weight))
+                nn.init.dirac_(last)
             for conv in (expand, dense, reduce):
                 if conv.bias is not None:
                     nn.init.zeros_(conv.bias)
@@ -177,10 +177,10 @@ class ExpandLinear(nn.Module):
         expand, dense, reduce = linears = self._linears()
         ins, outs = self.in_features, self.out_features
         with torch.no_grad():
-            expand.weight[:ins] = selected(ins, ins, like=weight)
+            nn.init.eye_(expand.weight[:ins])
             dense.weight[:outs, ins:] = 0
             dense.weight[:outs, :ins] = weight
-            reduce.weight.copy_(selected(*reduce.weight.shape, like=weight))
+            nn.init.eye_(reduce.weight)
             for linear in linears:
                 if linear.bias is not None:
                     nn.init.zeros_(linear.bias)

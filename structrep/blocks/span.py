@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from structrep.blocks._geometry import ComputedConv, Device, Size, require_at_least, selected
+from structrep.blocks._geometry import ComputedConv, Device, Size, require_at_least
 
 
 class Conv3XC2d(ComputedConv):
@@ -55,10 +55,10 @@ class Conv3XC2d(ComputedConv):
 
     def start_kernel(self, weight: Tensor) -> None:
         inside, outside = self.in_channels, self.out_channels
-        self.expand[:inside].copy_(selected(inside, inside, 1, 1, like=weight))
+        nn.init.dirac_(self.expand[:inside])
         self.dense[:outside, inside:] = 0
         self.dense[:outside, :inside].copy_(weight)
-        self.reduce.copy_(selected(*self.reduce.shape, like=weight))
+        nn.init.dirac_(self.reduce)
         nn.init.zeros_(self.skip)
 
     def kernel(self) -> Tensor:
