@@ -5,6 +5,7 @@ deploy = structrep.reparameterize(model)
 
 from structrep import rules as _rules  # noqa: F401  registers the catalogue
 from structrep.algebra import ConvMap
+from structrep.checkpoint import convert_checkpoint
 from structrep.driver import Plan, explain, plan, reparameterize
 from structrep.errors import Refusal, StructrepError, VerificationError
 from structrep.expand import expand, expand_layers
@@ -23,6 +24,7 @@ __all__ = [
     "StructrepError",
     "Verification",
     "VerificationError",
+    "convert_checkpoint",
     "expand",
     "expand_layers",
     "explain",

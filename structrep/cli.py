@@ -13,14 +13,12 @@ import importlib
 import inspect
 import math
 import os
-import pickle
 import re
-import secrets
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import torch
 import typer
@@ -30,9 +28,9 @@ from rich.text import Text
 from torch import Tensor, nn
 
 import structrep
-from structrep import registry
-from structrep.errors import BadInput, StructrepError, TrainingMode, Uninitialized, UnknownRule
-from structrep.report import Record, plan_tables
+from structrep import checkpoint, files, registry
+from structrep.errors import BadInput, StructrepError, TrainingMode, Uninitialized, UnknownRule, said, some
+from structrep.report import Record, counted, plan_tables
 
 HELP = (
     "Merges multi-branch training-time networks into plain deploy-time ones, exactly, and proves it.\n\n"
@@ -48,12 +46,7 @@ FETCHING = (
     "pretrained", "pretrained_backbone", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "weights",
     "weights_backbone",
 )  # fmt: skip
-LISTED = 8  # names of a kind in one message
 PAGE = 160  # columns of a table that no terminal shows
-
-
-class Unusable(Exception):
-    """What the user gave cannot be used: what it is, and the remedy."""
 
 
 class Refused(Exception):
@@ -89,7 +82,16 @@ Weights = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE",
-        help="Trained weights: a state dict in a .safetensors file, or one that torch.load(weights_only=True) reads.",
+        help="Trained weights: a state dict or a training checkpoint, in a .safetensors file or one that "
+        "torch.load(weights_only=True) reads.",
+        show_default=False,
+    ),
+]
+Entry = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Which of a checkpoint's state dicts to take: state_dict_ema, say.",
         show_default=False,
     ),
 ]
@@ -161,6 +163,7 @@ def rules_(as_json: AsJson = False) -> None:
 def explain(
     source: Source,
     weights: Weights = None,
+    entry: Entry = None,
     arg: Arguments = None,
     shape: Shapes = None,
     rules: Rules = None,
@@ -172,7 +175,7 @@ def explain(
 ) -> None:
     """Show what convert would merge in a model, and of the rest why not."""
     with _outcome():
-        model, inputs = _prepare(source, weights, arg, shape)
+        model, inputs = _prepare(source, weights, entry, arg, shape)
         with _working("looking for merges"):
             plan = structrep.plan(model, inputs, rules=rules or None)
             plan.prove()
@@ -195,6 +198,7 @@ def convert(
         ),
     ],
     weights: Weights = None,
+    entry: Entry = None,
     arg: Arguments = None,
     shape: Shapes = None,
     rules: Rules = None,
@@ -211,8 +215,9 @@ def convert(
     The file fits structrep.reparameterize(model): load it into that. It is written whole or not at all.
     """
     with _outcome():
-        write = _writer(out, force)
-        model, inputs = _prepare(source, weights, arg, shape)
+        save = _saver(out)
+        write = files.writer(out, force)
+        model, inputs = _prepare(source, weights, entry, arg, shape)
         with _working("merging"):
             plan = structrep.plan(model, inputs, rules=rules or None)
             if verify:
@@ -233,10 +238,10 @@ def convert(
             )
         state = deploy.state_dict()
         with _working("writing"):
-            write(state)
-    print(f"{_count(len(plan.merges), 'merge')}, {_count(len(plan.refusals), 'refusal')} in {type(model).__name__}")
+            write(save, files.plain(state))
+    print(f"{counted(len(plan.merges), 'merge')}, {counted(len(plan.refusals), 'refusal')} in {type(model).__name__}")
     print(proof)
-    print(f"{_count(len(state), 'tensor')} in {out}")
+    print(f"{counted(len(state), 'tensor')} in {out}")
 
 
 # --- how it ends ------------------------------------------------------------------------------------------------------
@@ -247,7 +252,7 @@ def _outcome() -> Iterator[None]:
     """Say what went wrong on stderr, and exit with its code."""
     try:
         yield
-    except (Unusable, *UNUSABLE_INPUT) as error:
+    except UNUSABLE_INPUT as error:
         _end(UNUSABLE, error)
     except (Refused, StructrepError) as error:
         _end(REFUSED, error)
@@ -278,7 +283,7 @@ def _demand_merges(plan: structrep.Plan) -> None:
     if plan.merges:
         return
     reasons = [f"{refusal.where}, {refusal.what}: {refusal.reason}" for refusal in plan.refusals]
-    raise Refused("\n  ".join(["there is nothing to merge in this model", *_some(reasons)]))
+    raise Refused("\n  ".join(["there is nothing to merge in this model", *some(reasons)]))
 
 
 def _version() -> str:
@@ -292,17 +297,20 @@ def _version() -> str:
 
 
 def _prepare(
-    source: str, weights: Path | None, arguments: Sequence[str] | None, shapes: Sequence[str] | None
+    source: str,
+    weights: Path | None,
+    entry: str | None,
+    arguments: Sequence[str] | None,
+    shapes: Sequence[str] | None,
 ) -> tuple[nn.Module, tuple[Tensor, ...] | None]:
     """The model in eval mode, with its weights, and example inputs for it."""
     keywords = _keywords(arguments or [])
     sizes = [_size(shape) for shape in shapes or []]
-    if weights is not None and not weights.is_file():
-        raise Unusable(f"{weights} is {'a folder' if weights.is_dir() else 'not there'}: --weights takes a file")
     with _working(f"making {source}"):
         model = _model(source, keywords)
         if weights is not None:
-            _load(model, _read_state(weights), weights)
+            found = checkpoint.weights_in(files.read(weights), model, weights)
+            checkpoint.load(model, checkpoint.chosen(found, entry, weights), weights)
         return model.eval(), tuple(_examples(sizes)) or None
 
 
@@ -311,13 +319,13 @@ def _keywords(arguments: Sequence[str]) -> dict[str, Any]:
     for argument in arguments:
         name, equals, text = argument.partition("=")
         if not (equals and name.isidentifier()):
-            raise Unusable(f"--arg {argument!r} is no keyword: write --arg name=value")
+            raise BadInput(f"--arg {argument!r} is no keyword: write --arg name=value")
         if name in keywords:
-            raise Unusable(f"--arg gives {name!r} twice")
+            raise BadInput(f"--arg gives {name!r} twice")
         try:
             keywords[name] = ast.literal_eval(text)
         except (ValueError, SyntaxError, MemoryError, RecursionError):
-            raise Unusable(
+            raise BadInput(
                 f"--arg {argument!r} is no Python literal: numbers, True, None, (1, 2) are, and text is in quotes, "
                 f"\"{name}='text'\""
             ) from None
@@ -326,7 +334,7 @@ def _keywords(arguments: Sequence[str]) -> dict[str, Any]:
 
 def _size(shape: str) -> tuple[int, ...]:
     if not re.fullmatch(r"[1-9]\d{0,17}(x[1-9]\d{0,17})*", shape, re.ASCII):
-        raise Unusable(f"--shape {shape!r} is no size: write positive numbers with x between, 1x3x224x224 say")
+        raise BadInput(f"--shape {shape!r} is no size: write positive numbers with x between, 1x3x224x224 say")
     return tuple(map(int, shape.split("x")))
 
 
@@ -337,45 +345,45 @@ def _examples(sizes: Sequence[tuple[int, ...]]) -> Iterator[Tensor]:
             yield torch.randn(size, generator=generator)
         except (RuntimeError, TypeError, ValueError, OverflowError):
             shape = "x".join(map(str, size))
-            raise Unusable(f"--shape {shape} has {math.prod(size):,} numbers, which memory does not hold") from None
+            raise BadInput(f"--shape {shape} has {math.prod(size):,} numbers, which memory does not hold") from None
 
 
 def _model(source: str, keywords: dict[str, Any]) -> nn.Module:
     place, _, name = source.partition(":")
     if not (place and name):
-        raise Unusable(f"{source!r} names no model: write {FORMS}")
+        raise BadInput(f"{source!r} names no model: write {FORMS}")
     if place in ("timm", "torchvision"):
         fetching = sorted(key for key in FETCHING if keywords.pop(key, None))
         if fetching:
-            raise Unusable(f"--arg {fetching[0]} would download weights: fetch them yourself and give --weights FILE")
+            raise BadInput(f"--arg {fetching[0]} would download weights: fetch them yourself and give --weights FILE")
     make = {"timm": _timm, "torchvision": _torchvision}.get(place)
     found = make(name) if make else _found(place, name)
     if isinstance(found, nn.Module):
         if keywords:
-            raise Unusable(f"{source} is a module already, so it takes no --arg {next(iter(keywords))}")
+            raise BadInput(f"{source} is a module already, so it takes no --arg {next(iter(keywords))}")
         return found
     if not callable(found):
-        raise Unusable(f"{source} is {_a(found)}: neither an nn.Module nor a callable that gives one")
+        raise BadInput(f"{source} is {_a(found)}: neither an nn.Module nor a callable that gives one")
     try:
         model = found(**keywords)
     except (Exception, SystemExit) as error:
-        raise Unusable(f"{source} could not be made: {_said(error)}") from error
+        raise BadInput(f"{source} could not be made: {said(error)}") from error
     if not isinstance(model, nn.Module):
-        raise Unusable(f"{source} gave {_a(model)}, not an nn.Module")
+        raise BadInput(f"{source} gave {_a(model)}, not an nn.Module")
     return model
 
 
 def _timm(name: str) -> Callable[..., Any]:
-    timm = _imported("timm", "pip install 'structrep[timm]'")
+    timm = files.imported("timm", "pip install 'structrep[timm]'")
     if not timm.is_model(name):
-        raise Unusable(f"timm has no model named {name!r}{_near(name, timm.list_models())}")
+        raise BadInput(f"timm has no model named {name!r}{_near(name, timm.list_models())}")
     return lambda **keywords: timm.create_model(name, pretrained=False, **keywords)
 
 
 def _torchvision(name: str) -> Callable[..., Any]:
-    models = _imported("torchvision", "pip install torchvision").models
+    models = files.imported("torchvision", "pip install torchvision").models
     if name not in models.list_models():
-        raise Unusable(f"torchvision has no model named {name!r}{_near(name, models.list_models())}")
+        raise BadInput(f"torchvision has no model named {name!r}{_near(name, models.list_models())}")
     builder = models.get_model_builder(name)
     taken = inspect.signature(builder).parameters
     # of a detection model, the backbone's weights are fetched unless told not to
@@ -386,195 +394,36 @@ def _torchvision(name: str) -> Callable[..., Any]:
 def _found(place: str, name: str) -> Any:
     """What a module calls `name`, dots and all."""
     if place.endswith(".py") or not all(part.isidentifier() for part in place.split(".")):
-        raise Unusable(f"{place!r} is no module's name: write package.module:callable, without .py or slashes")
+        raise BadInput(f"{place!r} is no module's name: write package.module:callable, without .py or slashes")
     if (here := os.getcwd()) not in sys.path:
         sys.path.insert(0, here)
     importlib.invalidate_caches()
-    found = _imported(place, "is it in the current folder, or installed?")
+    found = files.imported(place, "is it in the current folder, or installed?")
     for part in name.split("."):
         if not hasattr(found, part):
-            raise Unusable(f"{place} has nothing named {name!r}{_near(part, dir(found))}")
+            raise BadInput(f"{place} has nothing named {name!r}{_near(part, dir(found))}")
         found = getattr(found, part)
     return found
 
 
-def _imported(name: str, remedy: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except (Exception, SystemExit) as error:
-        missing = getattr(error, "name", None) if isinstance(error, ModuleNotFoundError) else None
-        if missing and f"{name}.".startswith(f"{missing}."):
-            raise Unusable(f"there is no module named {missing!r}: {remedy}") from error
-        hint = ""
-        if "torchvision::" in str(error):
-            hint = f"; torchvision's build is for another torch than {torch.__version__}: install both from one index"
-        raise Unusable(f"{name} is there but cannot be imported: {_said(error)}{hint}") from error
+SAVERS: dict[str, files.Save] = {".safetensors": files.save_safetensors, ".pt": torch.save}
 
 
-# --- weights ----------------------------------------------------------------------------------------------------------
-
-
-def _read_state(path: Path) -> dict[str, Tensor]:
-    """The state dict in a file. Reading runs no code from it."""
-    kind = "safetensors" if path.suffix == ".safetensors" else "torch"
-    try:
-        if kind == "safetensors":
-            content = _imported("safetensors.torch", "pip install 'structrep[weights]'").load_file(path)
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Unusable:
-        raise
-    except pickle.UnpicklingError as error:
-        # torch's own message goes on to advise weights_only=False
-        wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if wanted is None:
-            raise Unusable(f"{path} is damaged, or no torch file") from error
-        raise Unusable(
-            f"{path} holds more than tensors: it asks for {wanted[1]}, and reading that could run any code. "
-            f"Save a plain state dict: torch.save(model.state_dict(), FILE)"
-        ) from error
-    except Exception as error:
-        raise Unusable(f"{path} is damaged, or no {kind} file: {_said(error)}") from error
-    return _state_in(content, path)
-
-
-def _state_in(content: Any, path: Path) -> dict[str, Tensor]:
-    """A state dict, bare or the only one in a checkpoint."""
-    if _is_state(content):
-        return dict(content)
-    inside = [key for key, value in content.items() if _is_state(value)] if isinstance(content, Mapping) else []
-    if len(inside) == 1:
-        return dict(content[inside[0]])
-    if inside:
-        raise Unusable(f"{path} holds {len(inside)} state dicts, {_listed(map(str, inside))}: save the one you mean")
-    raise Unusable(f"{path} holds {_a(content)} but no state dict: save one with torch.save(model.state_dict(), FILE)")
-
-
-def _is_state(content: Any) -> bool:
-    return (
-        isinstance(content, Mapping)
-        and len(content) > 0
-        and all(isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items())
-    )
-
-
-def _load(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
-    own = model.state_dict()
-    missing, unknown = [key for key in own if key not in state], [key for key in state if key not in own]
-    differing = [
-        f"{key} {_sized(own[key])} in the model, {_sized(value)} in the file"
-        for key, value in state.items()
-        if isinstance(own.get(key), Tensor) and not nn.parameter.is_lazy(own[key]) and own[key].shape != value.shape
-    ]
-    if missing or unknown or differing:
-        raise Unusable(
-            f"{path} does not fit {type(model).__name__}"
-            + "".join(
-                f"\n  {what}: {_listed(names)}"
-                for what, names in (
-                    ("only in the model", missing),
-                    ("only in the file", unknown),
-                    ("of another shape", differing),
-                )
-                if names
-            )
-        )
-    try:
-        model.load_state_dict(state)
-    except Exception as error:
-        raise Unusable(f"{path} does not fit {type(model).__name__}: {_said(error)}") from error
-
-
-def _save_safetensors(state: dict[str, Any], file: BinaryIO) -> None:
-    file.write(_imported("safetensors.torch", "pip install 'structrep[weights]'").save(state, {"format": "pt"}))
-
-
-def _save_torch(state: dict[str, Any], file: BinaryIO) -> None:
-    torch.save(state, file)
-
-
-SAVERS = {".safetensors": _save_safetensors, ".pt": _save_torch}
-
-
-def _writer(out: Path, force: bool) -> Callable[[Mapping[str, Any]], None]:
-    """A function that writes a state dict to `out`; what would stop it is found out now.
-
-    It writes a new file beside `out` and then renames it, so that `out` is at every moment the old file or the new.
-    """
+def _saver(out: Path) -> files.Save:
     if out.suffix not in SAVERS:
-        raise Unusable(f"--out {out} has the suffix {out.suffix!r}: {' and '.join(SAVERS)} are supported")
-    save = SAVERS[out.suffix]
-    target = Path(os.path.realpath(out))  # a link goes on pointing where it did
-    if target.is_dir():
-        raise Unusable(f"--out {out} is a folder: give a file in it")
-    if not target.parent.is_dir():
-        raise Unusable(f"--out {out}: there is no folder {target.parent}")
-    if not os.access(target.parent, os.W_OK):
-        raise Unusable(f"--out {out}: the folder {target.parent} is not yours to write in")
-    if save is _save_safetensors:
-        _imported("safetensors.torch", "pip install 'structrep[weights]'")
-
-    def free() -> None:
-        if target.exists() and not force:
-            raise Unusable(f"{out} exists: give --force to replace it, or another --out")
-
-    def write(state: Mapping[str, Any]) -> None:
-        # copies: no tied weights, views or odd strides, none of which safetensors takes
-        plain = {
-            key: value.detach().cpu().clone(memory_format=torch.contiguous_format)
-            if isinstance(value, Tensor)
-            else value
-            for key, value in state.items()
-        }
-        partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
-        try:
-            with partial.open("xb") as file:
-                save(plain, file)
-                file.flush()
-                os.fsync(file.fileno())
-            free()
-            os.replace(partial, target)
-        except Unusable:
-            raise
-        except Exception as error:
-            raise Unusable(f"{out} could not be written: {_said(error)}") from error
-        finally:
-            partial.unlink(missing_ok=True)
-
-    free()
-    return write
+        raise BadInput(f"{out} has the suffix {out.suffix!r}: {' and '.join(SAVERS)} are supported")
+    if out.suffix == ".safetensors":
+        files.safetensors()
+    return SAVERS[out.suffix]
 
 
 # --- words ------------------------------------------------------------------------------------------------------------
-
-
-def _said(error: BaseException) -> str:
-    """An error's type and the first line of what it says."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def _a(value: Any) -> str:
     return f"an object of type {type(value).__name__}"
 
 
-def _sized(tensor: Tensor) -> str:
-    return "x".join(map(str, tensor.shape)) or "scalar"
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
-
-
 def _near(name: str, names: Sequence[str]) -> str:
     near = difflib.get_close_matches(name, names, 3)
     return f": did you mean {' or '.join(near)}?" if near else ""
-
-
-def _some(lines: Sequence[str]) -> list[str]:
-    more = len(lines) - LISTED
-    return [*lines[:LISTED], *([f"and {more} more"] if more > 0 else [])]
-
-
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(_some(list(names)))

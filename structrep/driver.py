@@ -120,6 +120,18 @@ class Plan:
             forget_norms(deploy)
         return deploy
 
+    def reparameterize(
+        self, example_inputs: Example | None = None, *, inplace: bool = False, verify: bool = True
+    ) -> nn.Module:
+        """The deploy model, proved, as `structrep.reparameterize` gives it."""
+        if verify:
+            self.prove()
+        if not verify or example_inputs is None or self.inexact:
+            return self.apply(inplace)
+        deploy = self.apply()
+        _demand(self.verify(example_inputs, deploy))
+        return self.apply(inplace=True) if inplace else deploy
+
     def why(self, first: str, second: str) -> Explanation:
         """Why two layers, by their names, did not merge; or that they do.
 
@@ -270,7 +282,6 @@ def reparameterize(
             model is then as it was.
         TrainingMode, Uninitialized, Sharded, UnknownRule, BadInput: as for `plan`.
     """
-    model = unwrapped(model)
     planned = plan(
         model,
         example_inputs,
@@ -280,13 +291,7 @@ def reparameterize(
         reserve=reserve,
         norms=norms,
     )
-    if verify:
-        planned.prove()
-    if not verify or example_inputs is None or planned.inexact:
-        return planned.apply(inplace)
-    deploy = planned.apply()
-    _demand(planned.verify(example_inputs, deploy))
-    return planned.apply(inplace=True) if inplace else deploy
+    return planned.reparameterize(example_inputs, inplace=inplace, verify=verify)
 
 
 def _state(model: nn.Module) -> list[tuple[str, int, int]]:

@@ -6,6 +6,10 @@ Every other `StructrepError` stops the call; the user's model is then as it was.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+LISTED = 8  # names of a kind in one message
+
 
 class StructrepError(Exception):
     """Base of everything structrep raises on purpose."""
@@ -92,8 +96,25 @@ class Sharded(StructrepError):
 
 
 class BadInput(StructrepError):
-    """The model does not accept the example inputs, or they are of no supported form."""
+    """What was given cannot be used: example inputs that the model rejects, a name of nothing, a damaged file."""
 
 
 class VerificationError(StructrepError):
     """The deploy model is farther from the truth than the training-time model's own rounding explains."""
+
+
+def said(error: BaseException) -> str:
+    """An error's type and the first line of what it says."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def some(lines: Iterable[str]) -> list[str]:
+    """The first of them, and how many more there are."""
+    found = list(lines)
+    more = len(found) - LISTED
+    return [*found[:LISTED], *([f"and {more} more"] if more > 0 else [])]
+
+
+def listed(names: Iterable[str]) -> str:
+    return ", ".join(some(names))

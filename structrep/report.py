@@ -204,6 +204,23 @@ class Verification(Record):
         return as_text(self.table())
 
 
+class CheckpointRecord(Record):
+    """What was made of a checkpoint."""
+
+    source: str
+    out: str
+    entries: dict[str, PlanRecord]  # by where the state dict stood: "state_dict_ema", say
+    left: tuple[str, ...] = ()  # what was left out, as it fits the training-time model only
+
+    def __str__(self) -> str:
+        lines = [f"{self.source} -> {self.out}"]
+        lines += [
+            f"  {entry}: {counted(len(plan.merges), 'merge')}, {counted(len(plan.refusals), 'refusal')}"
+            for entry, plan in self.entries.items()
+        ]
+        return "\n".join([*lines, *([f"  left out: {', '.join(self.left)}"] if self.left else [])])
+
+
 def plan_tables(plan: PlanRecord) -> Iterable[Table]:
     """A plan's merges, then its refusals."""
     merges = Table(title=f"{plan.model}: {counted(len(plan.merges), 'merge')}")

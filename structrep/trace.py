@@ -33,7 +33,7 @@ from torch.overrides import TorchFunctionMode
 from structrep import readers
 from structrep.algebra import ConvMap
 from structrep.answers import length, spared
-from structrep.errors import BadInput, StructrepError, Untraceable
+from structrep.errors import BadInput, StructrepError, Untraceable, said
 from structrep.intercept import (
     kept_whole,
     stopping_function,
@@ -224,7 +224,7 @@ def _copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     try:
         return copy.deepcopy(model, memo)
     except Exception as error:
-        raise BadInput(f"the model cannot be copied: {_first_line(error)}") from error
+        raise BadInput(f"the model cannot be copied: {said(error)}") from error
 
 
 def _tensors_of(module: nn.Module) -> Iterator[Tensor]:
@@ -344,10 +344,10 @@ def _follow(
             tracer.stopped = call
             function = stopping_function(error.__traceback__, inspect.unwrap(call.code))
             if function is not None and function not in whole:
-                reason = Untraceable(f"{function.__qualname__} cannot be followed: {_first_line(error)}")
+                reason = Untraceable(f"{function.__qualname__} cannot be followed: {said(error)}")
                 whole[function] = (call.path, reason)
                 continue
-            reason = Untraceable(f"{type(call.module).__name__}.forward cannot be followed: {_first_line(error)}")
+            reason = Untraceable(f"{type(call.module).__name__}.forward cannot be followed: {said(error)}")
             traced.untraced.setdefault(call.path, reason)
             if call.module is module or type(call.module) in opaque:
                 tracer.stopped = tracer.calls[0]
@@ -409,10 +409,6 @@ def _fold_constants(tracer: _Tracer) -> None:
 
 def _owner(module: nn.Module) -> Tensor | None:
     return next((t for t in module.parameters() if t.is_floating_point()), None)
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
 
 
 class _Root(nn.Module):

@@ -318,7 +318,7 @@ def test_without_a_shape_every_merge_is_proved(here: Path) -> None:
 def test_a_file_is_replaced_only_by_force(here: Path) -> None:
     out = here / "net.pt"
     out.write_text("precious")
-    assert "net.pt exists: give --force" in failed(2, "convert", "nets:Net", "--out", out)
+    assert "net.pt exists: force its replacement (--force" in failed(2, "convert", "nets:Net", "--out", out)
     assert run("convert", "nets:Net", "--out", out, "--force").exit_code == 0
     assert "head.weight" in read(out)
 
@@ -515,11 +515,15 @@ def test_a_file_with_code_in_it_runs_none(here: Path) -> None:
 
 def test_keys_that_differ_are_listed_on_both_sides(here: Path) -> None:
     state = {f"module.{key}": value for key, value in local("Net").state_dict().items()}
+    del state["module.block.dense.conv.weight"]
     torch.save({**state, "head.bias": torch.zeros(5)}, here / "wrapped.pt")
     message = failed(2, "explain", "nets:Net", "--weights", "wrapped.pt")
     assert "wrapped.pt does not fit Net" in message
+    assert "only in the model: block.dense.conv.weight" in message
+    torch.save({"module.odd": torch.zeros(5), "head.bias": torch.zeros(5)}, here / "other.pt")
+    message = failed(2, "explain", "nets:Net", "--weights", "other.pt")
     assert "only in the model: block.dense.conv.weight," in message
-    assert "only in the file: module.block.dense.conv.weight," in message
+    assert "only in the file: module.odd" in message
     assert "of another shape: head.bias 4 in the model, 5 in the file" in message
 
 
@@ -528,7 +532,10 @@ def test_a_checkpoint_gives_its_only_state_dict(here: Path) -> None:
     torch.save({"epoch": 3, "state_dict": state, "optimizer": {"lr": 0.1}}, here / "one.pt")
     assert run("explain", "nets:Net", "--weights", "one.pt").exit_code == 0
     torch.save({"model": state, "ema": state}, here / "two.pt")
-    assert "holds 2 state dicts, model, ema" in failed(2, "explain", "nets:Net", "--weights", "two.pt")
+    assert "holds 2 state dicts of the model: name an entry, model or ema" in failed(
+        2, "explain", "nets:Net", "--weights", "two.pt"
+    )
+    assert run("explain", "nets:Net", "--weights", "two.pt", "--entry", "ema").exit_code == 0
     torch.save([1, 2], here / "list.pt")
     assert "an object of type list but no state dict" in failed(2, "explain", "nets:Net", "--weights", "list.pt")
 
