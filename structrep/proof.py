@@ -23,7 +23,7 @@ from structrep.errors import BadInput, WrongMerge
 from structrep.frames import frame, pieces
 from structrep.pattern import geometry
 from structrep.ranks import rank, spatial_size
-from structrep.readers import Layer, counts_sizes, lower, only_asserted
+from structrep.readers import Layer, counts_sizes, held, lower, only_asserted
 from structrep.registry import COEFFICIENT_ROUNDING
 from structrep.report import BorderRecord, OutputRecord, RegionRecord, Verification
 from structrep.search import Merge
@@ -438,8 +438,8 @@ class _Region:
 
         def load(node: fx.Node) -> Any:
             if "value" in node.meta:
-                held = node.meta["value"]
-                return held.detach().double() if isinstance(held, Tensor) and held.is_floating_point() else held
+                value = held(node)
+                return value.detach().double() if isinstance(value, Tensor) and value.is_floating_point() else value
             if node not in values and counts_sizes(node):
                 values[node] = computed(node, load)
             if node not in values:
@@ -475,7 +475,7 @@ class _Region:
 
         def load(node: fx.Node) -> Any:
             if "value" in node.meta:
-                return node.meta["value"]
+                return held(node)
             return values[node] if node in values else numbers.reshape(-1, *pieces(node))
 
         for node in sorted(one.through, key=lambda node: node.meta["index"]):

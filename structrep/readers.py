@@ -653,6 +653,19 @@ def constant(value: Any) -> Tensor | float | None:
     return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
 
+def exact(value: Any) -> Tensor | float | None:
+    """The same, computed in float64 if it is computed: what the model computes in its own dtype is off by rounding, and
+    a border by so much is another one."""
+    if isinstance(value, fx.Node) and "recompute" in value.meta and "exact" not in value.meta:
+        value.meta["exact"] = value.meta["recompute"]()
+    return held(value) if isinstance(value, fx.Node) and "exact" in value.meta else constant(value)
+
+
+def held(node: fx.Node) -> Any:
+    """The value of a constant, as merges have read it."""
+    return node.meta.get("exact", node.meta["value"])
+
+
 def _placed(layer: Layer, node: fx.Node) -> Layer | None:
     """The layer at its place in a graph: one input, and constants (a view may be shown another value's shape)."""
     if layer.source is not None:  # by way of other nodes
@@ -850,7 +863,7 @@ def _written_border(pad: fx.Node, sides: Sequence[int]) -> tuple[Tensor | float,
     if not writes:
         return None
     dims = len(sides) // 2
-    values = [constant(write.args[2]) for write in writes]
+    values = [exact(write.args[2]) for write in writes]
     first = values[0]
     same = all(v is not None and torch.equal(torch.as_tensor(v), torch.as_tensor(first)) for v in values)
     last = max(write.meta["index"] for write in writes)
@@ -886,7 +899,7 @@ def _stacked_border(parts: Sequence[fx.Node], dim: int) -> Layer | None:
 
 def _spread(node: fx.Node, dim: int) -> tuple[Tensor, int, int] | None:
     """A constant per channel that is repeated over all pixels, (C,), over how many along a dim, and spatial dims."""
-    value = constant(node.args[0]) if torch_name(node) == "expand" else None
+    value = exact(node.args[0]) if torch_name(node) == "expand" else None
     sizes = node.args[1:] if len(node.args) != 2 or isinstance(node.args[1], (int, fx.Node)) else node.args[1]
     if not isinstance(value, Tensor) or not isinstance(sizes, (list, tuple)) or not 3 <= len(sizes) <= 5:
         return None
@@ -965,7 +978,7 @@ def _(a: _Arguments) -> Reading | None:
 @_called(torch.rsub, "rsub")
 def _(a: _Arguments) -> Reading | None:
     value, other = a.pair()
-    known = constant(other)
+    known = exact(other)
     if "alpha" in a.node.kwargs:
         return None
     return Total(((value, -1.0), (other, 1.0))) if known is None else scale_layer(-1.0, known)
@@ -977,7 +990,7 @@ def _signed_sum(a: _Arguments, sign: float) -> Reading | None:
     alpha = a.node.kwargs.get("alpha", 1)
     if not isinstance(alpha, (int, float)):
         return None
-    known_left, known_right = constant(left), constant(right)
+    known_left, known_right = exact(left), exact(right)
     if known_left is None and known_right is None:
         both = isinstance(left, fx.Node) and isinstance(right, fx.Node)
         return Total(((left, 1.0), (right, sign * alpha))) if both else None
@@ -994,7 +1007,7 @@ def _is_number(value: Tensor | float, number: float) -> bool:
 @_called(operator.mul, operator.imul, torch.mul, torch.multiply, "mul", "imul", "rmul", "multiply")
 def _(a: _Arguments) -> Layer | Same | None:
     left, right = a.pair()
-    factor, value = (constant(right), left) if constant(left) is None else (constant(left), right)
+    factor, value = (exact(right), left) if constant(left) is None else (exact(left), right)
     if factor is None:
         return None
     return Same(value) if _is_number(factor, 1) else scale_layer(factor)
@@ -1013,7 +1026,7 @@ def _(a: _Arguments) -> Layer | Same | None:
 )
 def _(a: _Arguments) -> Layer | None:
     left, right = a.pair()
-    divisor = constant(right)
+    divisor = exact(right)
     if divisor is None or constant(left) is not None or a.node.kwargs.get("rounding_mode") is not None:
         return None
     return scale_layer(1.0 / torch.as_tensor(divisor, dtype=torch.float64))

@@ -399,12 +399,28 @@ def _fold_constants(tracer: _Tracer) -> None:
             continue
         with torch.no_grad(), contextlib.suppress(Exception):
             node.meta["value"] = computed(node, lambda n: n.meta["value"])
+            node.meta["recompute"] = functools.partial(_recomputed, node)
             formulas = [n.meta["formula"] for n in inputs if n.meta.get("formula")]
             stored = [n.meta["value"] for n in inputs if n.op == "get_attr" and "formula" not in n.meta]
             node.meta["formula"] = readers.Formula(
                 frozenset({str(name).strip("_")}).union(*(f.calls for f in formulas)),
                 tuple({id(t): t for t in (*stored, *(t for f in formulas for t in f.tensors))}.values()),
             )
+
+
+def _recomputed(node: fx.Node) -> Any:
+    """The value of a node, its constants computed in float64."""
+    with torch.no_grad():
+        try:
+            return _double(
+                computed(node, lambda n: _double(readers.exact(n) if "recompute" in n.meta else n.meta["value"]))
+            )
+        except Exception:  # code that insists on dtypes
+            return node.meta["value"]
+
+
+def _double(value: Any) -> Any:
+    return value.detach().double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def _owner(module: nn.Module) -> Tensor | None:
@@ -712,6 +728,7 @@ class _Tracer(fx.Tracer):
             node.meta["value"] = a
             if id(a) not in self.names:
                 node.meta["formula"] = self.constants.formula(a)
+                node.meta["recompute"] = functools.partial(self.constants.exact, a)
             self.tensor_nodes[id(a)] = node
         return node
 
@@ -872,6 +889,29 @@ class _Constants(TorchFunctionMode):
             node.meta["assigned"] = readers.Formula(calls, tuple(tensors.values()))
         for tensor in held:
             self.used[id(tensor)].append(node)
+
+    def exact(self, tensor: Tensor) -> Tensor:
+        """A constant computed again, in float64; as it is where its storage was written to since."""
+        known: dict[int, Tensor] = {}
+
+        def again(value: Any) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            if id(value) not in known:
+                origin = self.origins.get(id(value))
+                if origin is None or isinstance(value, nn.Parameter) or storage(value) in self.written:
+                    known[id(value)] = _double(value)
+                else:
+                    args, kwargs = pytree.tree_map(again, (origin.args, origin.kwargs))
+                    known[id(value)] = _double(origin.function(*args, **kwargs))
+            return known[id(value)]
+
+        with torch.no_grad():
+            try:
+                found: Tensor = again(tensor)
+            except Exception:  # code that insists on dtypes
+                return tensor
+        return found if found.shape == tensor.shape else tensor
 
     def formula(self, tensor: Tensor) -> readers.Formula | None:
         """All that a constant was computed with and from; None if it was not computed here."""

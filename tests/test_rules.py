@@ -37,6 +37,25 @@ def test_a_rule_alone_is_enough_for_its_example(rule: Rule) -> None:
     assert [merge.rules for merge in plan.merges] == [(rule.name,)]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rule", FAMILIES, ids=lambda rule: rule.name)
+def test_weights_of_any_dtype_merge_alike(rule: Rule, dtype: torch.dtype) -> None:
+    """What a block computes from its weights, a border say, is rounded in its dtype, and in float64 it is not."""
+    assert rule.example is not None
+    model = settled(nn.Sequential(rule.example())).to(dtype)
+    plan = structrep.plan(model)
+    assert [merge.rules for merge in plan.merges] == [(rule.name,)]
+    plan.prove()
+    assert len(plan.merges) == 1
+    truth = settled(nn.Sequential(rule.example())).double()
+    truth.load_state_dict(model.state_dict())
+    exact, rounded = structrep.reparameterize(truth).state_dict(), plan.apply().state_dict()
+    assert rounded.keys() == exact.keys()
+    for name, value in rounded.items():
+        assert value.dtype == dtype
+        assert relative_error(value.double(), exact[name]) < 2 * torch.finfo(dtype).eps
+
+
 @pytest.mark.parametrize("rule", FAMILIES, ids=lambda rule: rule.name)
 def test_no_rule_matches_its_own_output(rule: Rule) -> None:
     assert rule.example is not None
