@@ -9,6 +9,7 @@ from structrep.checkpoint import convert_checkpoint
 from structrep.driver import Plan, explain, plan, reparameterize
 from structrep.errors import Refusal, StructrepError, VerificationError
 from structrep.expand import expand, expand_layers
+from structrep.monitor import monitor
 from structrep.probe import probe
 from structrep.proof import verify
 from structrep.readers import reader
@@ -28,6 +29,7 @@ __all__ = [
     "expand",
     "expand_layers",
     "explain",
+    "monitor",
     "plan",
     "probe",
     "reader",

@@ -47,7 +47,7 @@ class Plan:
 
     @property
     def merges(self) -> tuple[MergeRecord, ...]:
-        return tuple(_record(merge, self._draft.where(merge)) for merge in self._draft.merges)
+        return tuple(_record(merge, where) for where, merge in self.merged.items())
 
     @property
     def refusals(self) -> tuple[RefusalRecord, ...]:
@@ -57,6 +57,11 @@ class Plan:
     def terms(self) -> tuple[Term, ...]:
         """What is merged, as expressions over layers, in the order of `merges`."""
         return tuple(merge.term for merge in self._draft.merges)
+
+    @property
+    def merged(self) -> dict[str, Merge]:
+        """The merges by the paths that their layers will have."""
+        return {self._draft.where(merge): merge for merge in self._draft.merges}
 
     @property
     def inexact(self) -> bool:
@@ -90,8 +95,7 @@ class Plan:
         Raises:
             BadInput: the model rejects the inputs.
         """
-        merges = {self._draft.where(merge): merge for merge in self._draft.merges}
-        return verify(self._model, deploy or self.apply(), example_inputs, merges=merges, **how)
+        return verify(self._model, deploy or self.apply(), example_inputs, merges=self.merged, **how)
 
     def apply(self, inplace: bool = False) -> nn.Module:
         """The deploy model: the same class and names, with every merge done.
@@ -138,7 +142,7 @@ class Plan:
         Raises:
             BadInput: the model has no module of that name.
         """
-        return why(self._findings, [(self._draft.where(m), m) for m in self._draft.merges], first, second)
+        return why(self._findings, list(self.merged.items()), first, second)
 
     def __str__(self) -> str:
         return as_text(*plan_tables(self.record))

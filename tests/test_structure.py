@@ -42,6 +42,7 @@ ORDER = [
     "driver",
     "files",
     "checkpoint",
+    "monitor",
     "integrations",
     "testing",
     "cli",
