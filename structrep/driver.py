@@ -115,11 +115,10 @@ class Plan:
                 "the model's weights changed since this plan was made: make a new one, structrep.plan(model)"
             )
         self._applied = inplace
-        expanded = expand_layers(self._model)
         model = self._model if inplace else own_copy(self._model)
         deploy = self._draft.apply(model, release=inplace)
         if self._findings.blocks:
-            give_norms_back(deploy, expanded)
+            give_norms_back(deploy)
         else:
             forget_norms(deploy)
         return deploy
@@ -198,7 +197,7 @@ def plan(
     maps, refused = _probed(model, example_inputs, _globs(probe))
     for glob in (*_globs(inexact_borders), *_globs(reserve)):
         _named(model, glob)
-    blocks = tuple(expand_layers(model).values()) if norms == "keep" else ()
+    blocks = tuple(expand_layers(model)) if norms == "keep" else ()
     if norms == "keep" and not blocks:
         raise BadInput(
             "norms='keep' gives back a model that structrep.expand has made, and in this one is no such block"

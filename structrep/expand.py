@@ -17,16 +17,18 @@ from typing import Any, Literal
 from torch import nn
 
 from structrep import blocks, search
+from structrep.algebra import ConvMap
 from structrep.blocks.places import NormInBlock
 from structrep.errors import BadInput
+from structrep.pattern import Conv, Norm, Seq
 from structrep.readers import hooks
-from structrep.registry import default
+from structrep.registry import Registry
 from structrep.trace import own_copy, shallow_copy
 
 log = logging.getLogger("structrep")
 
 Where = str | type[nn.Module] | Callable[[str, nn.Module], bool]
-STANDS_FOR = "stands_for"  # what a block is given: the name of the layer that was there
+EXPANDED = "expanded"  # what marks a block that stands in the place of a layer
 
 _CONVS: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -109,7 +111,8 @@ def expand(
     Logs, at level INFO to the logger "structrep", what was chosen.
 
     Raises:
-        BadInput: there is no such block; a name chooses nothing, or a layer that the block cannot stand for, with why.
+        BadInput: there is no such block; nothing is chosen; a name is that of no layer, or of one that the block cannot
+            stand for, with why.
     """
     if block not in FAMILIES:
         raise BadInput(f"no block is named {block!r}: there are {', '.join(FAMILIES)}")
@@ -127,9 +130,14 @@ def expand(
                 raise BadInput(f"{path} cannot become a {block} block: {reason}") from reason
     new = dict(made)
     for path, one in made.items():
-        one.__dict__[STANDS_FOR] = path
+        one.__dict__[EXPANDED] = True
         if path in norms and getattr(one, "own_norms", False):
-            new[norms[path]] = NormInBlock(layers[norms[path]], path, layers[path].bias is not None)
+            new[norms[path]] = NormInBlock(layers[norms[path]], norms[path], path, layers[path].bias is not None)
+    if not made:
+        raise BadInput(
+            f"there is no layer in {type(model).__name__} that a {block} block can stand for"
+            + ("" if where else ", of those that the paper would choose: name some, where=...")
+        )
     whole = model if inplace else own_copy(model)
     _exchange(whole, new)
     kinds = len([one for one in layers.values() if type(one) in family.of])
@@ -137,18 +145,13 @@ def expand(
     return whole
 
 
-def give_norms_back(deploy: nn.Module, expanded: dict[str, str]) -> None:
-    """Put norms back where blocks took them in, in a model whose blocks are merged.
-
-    Args:
-        expanded: the names that layers had when they were expanded, and those of their blocks before the merge.
-    """
+def give_norms_back(deploy: nn.Module) -> None:
+    """Put norms back where blocks took them in, in a model whose blocks are merged."""
     norms: dict[str, nn.Module] = {}
+    convs = {path: layer for path, layer in deploy.named_modules() if type(layer) in _CONVS}
     for path, place in deploy.named_modules():
-        if isinstance(place, NormInBlock) and place.of in expanded:
-            conv = deploy.get_submodule(expanded[place.of])
-            if type(conv) in _CONVS:
-                norms[path] = place.norm_of(conv)
+        if isinstance(place, NormInBlock) and place.block(path) in convs:
+            norms[path] = place.norm_of(convs[place.block(path)])
     _exchange(deploy, norms)
 
 
@@ -158,11 +161,9 @@ def forget_norms(deploy: nn.Module) -> None:
     _exchange(deploy, {path: nn.Identity() for path in places})
 
 
-def expand_layers(model: nn.Module) -> dict[str, str]:
-    """The blocks that `expand` has put into a model: the name of what each stands for, and its own."""
-    return {
-        module.__dict__[STANDS_FOR]: path for path, module in model.named_modules() if STANDS_FOR in module.__dict__
-    }
+def expand_layers(model: nn.Module) -> list[str]:
+    """The names of the blocks that `expand` has put into a model, or into parts of it."""
+    return [path for path, module in model.named_modules() if EXPANDED in module.__dict__]
 
 
 def _chosen(
@@ -222,16 +223,20 @@ def _held_back(layer: nn.Module, held: Counter[int]) -> str:
 
 
 def _norms_behind(model: nn.Module) -> dict[str, str]:
-    """For each convolution, the norm that is its alone, by names: what the law `fold_norm` would fold."""
-    twin = shallow_copy(model).eval()
-    found = search.find(twin, None, default.select(["fold_norm"]))
+    """For each convolution, the norm that is its alone, by names: what would merge with it and no other layer."""
+    pair = Registry()
+    pair.rule(Seq(Conv().named("conv"), Norm().named("norm")), source="a convolution and its norm")(_folded)
     pairs: dict[str, str] = {}
-    for merge in found.merges:
+    for merge in search.find(shallow_copy(model).eval(), None, pair).merges:
         called = [node for node in merge.nodes if node.op == "call_module"]
         kinds = [type(node.meta["call"].module) for node in called]
         if len(called) == len(merge.nodes) == 2 and kinds[0] in _CONVS and kinds[1] in _NORMS:
             pairs[str(called[0].target)] = str(called[1].target)
     return pairs
+
+
+def _folded(conv: ConvMap, norm: ConvMap) -> ConvMap:
+    return conv >> norm
 
 
 def _block(layer: Any, norm: nn.Module | None, family: _Family, init: str, options: dict[str, Any]) -> nn.Module:

@@ -103,13 +103,20 @@ MODELS = {
 }
 
 
+BLOCKS = {
+    "timm:vit": "lora",
+    "timm:convnext": "lora",
+    # no plain batch norm stands right behind their 3x3 convolutions
+    "torchvision:squeezenet": "doconv",
+    "torchvision:densenet": "doconv",
+    "timm:efficientnet": "doconv",
+}
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_models_come_back_as_they_were(name):
     model = settled(MODELS[name]()).float()
-    block = {"timm:vit": "lora", "timm:convnext": "lora", "torchvision:squeezenet": "doconv"}.get(name, "repvgg")
-    expanded = structrep.expand(model, block)
-    if not structrep.expand_layers(expanded):
-        expanded = structrep.expand(model, "doconv")
+    expanded = structrep.expand(model, BLOCKS.get(name, "repvgg"))
     x = torch.randn(2, 3, *({"timm:vit": (160, 160)}.get(name, (64, 64))))
     with torch.no_grad():
         assert relative_error(expanded(x), model(x)) < 1e-4
@@ -160,6 +167,8 @@ def test_where(where, expected, caplog):
         ({"where": "a", "rate": 3}, "rate"),
         ({"block": "expandnet", "where": "a", "mode": "ck"}, "odd kernel"),
         ({"init": "zeros"}, "'preserve' or 'paper'"),
+        ({"block": "replknet"}, "of those that the paper would choose"),
+        ({"where": lambda path, layer: False}, "no layer in Plain that a repvgg block can stand for"),
     ],
 )
 def test_bad_input(arguments, told):
@@ -190,6 +199,41 @@ def test_layers_that_must_stay():
         structrep.expand(model, "doconv", where="stem")
     with pytest.raises(BadInput, match="no such block"):
         structrep.reparameterize(model, norms="keep")
+
+
+def test_parts_that_were_expanded_apart():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = Plain(), Plain()
+
+        def forward(self, x):
+            return self.a(x) + self.b(x)
+
+    model = settled(Two())
+    original = copy.deepcopy(model)
+    model.a = structrep.expand(model.a, "repvgg")
+    model.b = structrep.expand(model.b, "dbb", where="a")
+    assert structrep.expand_layers(model) == ["a.a", "a.c", "b.a"]
+    back = structrep.reparameterize(model, norms="keep")
+    assert relative_error(back(X), original(X)) < 1e-12
+    assert (shapes(back), kinds(back)) == (shapes(original), kinds(original))
+
+
+def test_convolutions_and_norms_in_a_row():
+    model = settled(
+        nn.Sequential(
+            nn.Conv2d(3, 8, 1), nn.ReLU(),
+            nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False), nn.BatchNorm2d(8),
+            nn.Conv2d(8, 4, 1, bias=False), nn.BatchNorm2d(4),
+        )
+    )  # fmt: skip
+    expanded = structrep.expand(model)
+    assert structrep.expand_layers(expanded) == ["2"]
+    assert structrep.expand_layers(structrep.expand(model, where="*")) == ["2", "4"]
+    back = structrep.reparameterize(expanded, norms="keep")
+    assert relative_error(back(X), model(X)) < 1e-12
+    assert (shapes(back), kinds(back)) == (shapes(model), kinds(model))
 
 
 def test_as_the_paper_starts():

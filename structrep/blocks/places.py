@@ -13,16 +13,21 @@ class NormInBlock(nn.Identity):
 
     Args:
         norm: the norm that was there.
-        of: the name of the conv that it stood behind, which the block has as `stands_for`.
+        at: its name.
+        of: the name of the conv that it stood behind, where the block is.
         bias: whether that conv had a bias.
     """
 
-    def __init__(self, norm: nn.Module, of: str, bias: bool) -> None:
+    def __init__(self, norm: nn.Module, at: str, of: str, bias: bool) -> None:
         super().__init__()
         known: Any = norm
         self.kind: type[nn.Module] = type(norm)
         self.features, self.eps, self.momentum = known.num_features, known.eps, known.momentum
-        self.affine, self.of, self.bias = known.affine, of, bias
+        self.affine, self.at, self.of, self.bias = known.affine, at, of, bias
+
+    def block(self, path: str) -> str:
+        """The name of the block, in a model that may hold what was expanded as a part; `path` is the norm's there."""
+        return path.removesuffix(self.at) + self.of
 
     def norm_of(self, conv: nn.Module) -> nn.Module:
         """The norm that does what the conv's bias does, which it takes from it; the conv keeps one, of zeros, if it had
