@@ -277,7 +277,7 @@ class MonitorRecord(Record):
         for heading in ("where", "kernel", "range", "int8 error", "by channel", "branches: share of the kernel"):
             table.add_column(heading, justify="right" if heading in ("int8 error", "by channel") else "left")
         for one in self.kernels:
-            branches = [f"{b.name} {b.share:.0%}{' dead' if b.dead else ''}" for b in one.branches]
+            branches = [f"{b.name} {round(b.share, 2) + 0.0:.0%}{' dead' if b.dead else ''}" for b in one.branches]
             table.add_row(
                 one.where,
                 "x".join(map(str, one.shape)),

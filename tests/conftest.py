@@ -4,11 +4,11 @@ Tests of the command line call it in this process, with `typer.testing.CliRunner
 torchvision without what is declared here.
 """
 
-import importlib
-
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+from tests.vision import import_torchvision
 
 # torch is slow on its first calls, which says nothing about the law under test.
 settings.register_profile("base", deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow])
@@ -21,34 +21,8 @@ settings.load_profile("quick")
 torch.set_num_threads(1)
 
 
-def _import_torchvision() -> "torch.library.Library | None":
-    """Import torchvision, declaring the two ops it cannot import without if its compiled ops did not load.
-
-    The wheels are linked against one build of torch (on Linux, CUDA). Beside another (a CPU-only torch) their
-    `_C` library does not load. torchvision allows for that everywhere but in one place: it registers fake
-    kernels for `nms` and `qnms` whether or not they exist. Their schemas, as `_C` would have declared them,
-    are all that is missing; the models, which are what the tests use, call no compiled op.
-
-    Returned is the library that owns the schemas: they last as long as it does.
-    """
-    try:
-        importlib.import_module("torchvision")
-    except ModuleNotFoundError:
-        return None
-    except RuntimeError as error:
-        if "operator torchvision::nms does not exist" not in str(error):
-            raise
-    else:
-        return None
-    library = torch.library.Library("torchvision", "DEF")
-    for name in ("nms", "qnms"):
-        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    importlib.import_module("torchvision")
-    return library
-
-
 # Before any test module imports timm, which imports torchvision.
-_torchvision_ops = _import_torchvision()
+_torchvision_ops = import_torchvision()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -1,0 +1,46 @@
+"""What the callbacks of all trainers do: the deploy model of a module that goes on training."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from torch import nn
+
+from structrep.driver import plan
+from structrep.errors import BadInput
+from structrep.expand import expand_layers
+from structrep.trace import own_copy
+
+
+def trained_copy(module: nn.Module) -> nn.Module:
+    """A copy in eval mode: what a trained module computes, apart from the module.
+
+    Raises:
+        BadInput: the module holds something that cannot be copied.
+    """
+    return own_copy(module).eval()
+
+
+def merge(trained: nn.Module, norms: Literal["keep", "fold"] = "keep", **options: Any) -> None:
+    """Merge a module in eval mode in place, as `structrep.reparameterize` does, or say why it stays as it is.
+
+    Args:
+        norms, options: as for `structrep.plan`.
+
+    Raises:
+        BadInput: nothing would be merged; with norms="keep", some block would not.
+        TrainingMode, Uninitialized, Sharded, UnknownRule: as for `structrep.plan`.
+    """
+    name = type(trained).__name__
+    if norms == "keep" and not expand_layers(trained):
+        raise BadInput(
+            f"norms='keep' merges blocks of structrep.expand, and {name} has none: put them in before the optimizer is "
+            "made, model = structrep.expand(model, 'repvgg')"
+        )
+    planned = plan(trained, norms=norms, **options)
+    planned.prove()
+    planned.apply(inplace=True)
+    left = expand_layers(trained) if norms == "keep" else []
+    if left or not planned.merges:
+        what = f"of the blocks in {name} these cannot be merged: {', '.join(left)}" if left else f"{name}: no merge"
+        raise BadInput(what + "".join(f"\n{refused.where}: {refused.reason}" for refused in planned.refusals))
