@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from torch import nn
+from torch import fx, nn
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,18 @@ def generated_class(base: type[nn.Module], methods: tuple[Method, ...]) -> type[
             },
         )
     return _CLASSES[key]
+
+
+class _Whole(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return True
+
+
+def regraph(module: fx.GraphModule) -> None:
+    """Give a graph module whose forward was written anew the graph of it, and its own class back."""
+    graph = _Whole().trace(module)
+    module.__class__ = type(module).__structrep_base__  # type: ignore[attr-defined]
+    module.graph = graph
 
 
 def rebuild(base: type[nn.Module], methods: tuple[Method, ...]) -> nn.Module:

@@ -22,7 +22,7 @@ from structrep.algebra import ConvMap
 from structrep.blocks import STAND_INS
 from structrep.errors import Refusal
 from structrep.forward import Edits, Forward
-from structrep.generated import install
+from structrep.generated import install, regraph
 from structrep.layers import Features2d, Sizes
 from structrep.pattern import ONE, geometry
 from structrep.ranks import rank
@@ -281,6 +281,9 @@ class Draft:
                 module.register_buffer(name, tensor.detach().clone(), persistent=False)
             install(module, forward.method)
         self._bury()
+        for owner in self.forwards:
+            if isinstance(module := self._at(owner.path), fx.GraphModule):
+                regraph(module)
         deploy = self.model
         del self.model, self.places  # a plan does not keep what it made
         return deploy
@@ -390,7 +393,7 @@ class Draft:
         )
 
     def _idle_holders(self, dead: set[str]) -> set[nn.Module]:
-        """Modules that nothing called, which only held tensors that are dead now."""
+        """Modules of which nothing was called, which only held tensors that are dead now."""
         parts = [name.split(".") for name in dead]
         homes = {".".join(path[:depth]) for path in parts for depth in range(1, len(path))}
         called = {module for module, _ in self.traced.calls}
@@ -398,7 +401,7 @@ class Draft:
         return {
             self._at(path)
             for path, module in holders
-            if module not in called and {f"{path}.{n}" for n, _ in module.named_parameters()} <= dead
+            if called.isdisjoint(module.modules()) and {f"{path}.{n}" for n, _ in module.named_parameters()} <= dead
         }
 
     def _dead_calls(self) -> list[Call]:

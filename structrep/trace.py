@@ -26,6 +26,7 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
+from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.proxy import TraceError
 from torch.overrides import TorchFunctionMode
@@ -33,6 +34,7 @@ from torch.overrides import TorchFunctionMode
 from structrep import readers
 from structrep.algebra import ConvMap
 from structrep.answers import length, spared
+from structrep.aten import in_torch
 from structrep.errors import BadInput, StructrepError, Untraceable, said
 from structrep.intercept import (
     kept_whole,
@@ -687,6 +689,13 @@ class _Tracer(fx.Tracer):
             self.refused, self.stopped = error, self.stack[-1]
         return error
 
+    def create_proxy(
+        self, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *more: Any, **named: Any
+    ) -> fx.Proxy:
+        if isinstance(target, OpOverload):
+            kind, target, args, kwargs = in_torch(target, args, kwargs)
+        return super().create_proxy(kind, target, args, kwargs, *more, **named)
+
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         node = super().create_node(*args, **kwargs)
         node.meta["index"] = self.count
@@ -827,6 +836,9 @@ class _Constants(TorchFunctionMode):
         if is_traced((args, kwargs)):
             return func(*args, **kwargs)
         func = unwatched(func)
+        if isinstance(func, OpOverload):
+            kind, func, args, kwargs = in_torch(func, args, kwargs)
+            func = getattr(Tensor, func) if kind == "call_method" else func
         name = getattr(func, "__name__", "")
         self._note_touched(func, pytree.tree_leaves((args, kwargs)))
         if name == "__set__" and id(args[0]) in self.tracer.names:  # `weight.data = ...`, at every call
@@ -851,7 +863,8 @@ class _Constants(TorchFunctionMode):
         result = func(*args, **kwargs)
         if not torch.equal(drawn, torch.get_rng_state()):
             raise RuntimeError(f"{name} draws new random numbers at every call")
-        if isinstance(result, Tensor) and not writes:
+        itself = any(result is one for one in pytree.tree_leaves((args, kwargs)))  # `x.to(x.dtype)`
+        if isinstance(result, Tensor) and not writes and not itself:
             self.origins[id(result)] = Origin(result, func, args, kwargs)
         return result
 

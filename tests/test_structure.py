@@ -14,6 +14,7 @@ ORDER = [
     "algebra",
     "blocks",
     "layers",
+    "aten",
     "ranks",
     "moves",
     "answers",
