@@ -12,7 +12,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from numbers import Integral
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -221,8 +221,19 @@ class ComputedConv(ConvBlock):
         self.pad = pad.get("pad")
 
     def reset_parameters(self) -> None:
+        self.fill_buffers()
         if self.bias is not None:
             nn.init.uniform_(self.bias, -self.bound, self.bound)
+
+    def fill_buffers(self) -> None:
+        """Write the fixed numbers that `kernel()` uses into their buffers, which no state dict holds."""
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+        empty = any(buffer.is_meta for buffer in self.buffers(recurse=False))
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if empty:  # `to_empty` made memory of them, and nobody else knows what was in it
+            self.fill_buffers()
+        return self
 
     def start_as(self, weight: Tensor, bias: Tensor | None, norm: nn.Module | None = None) -> None:
         with torch.no_grad():

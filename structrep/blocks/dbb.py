@@ -29,7 +29,8 @@ class NormPad(nn.Module):
         """What the norm makes of 0 with its running statistics, (C,)."""
         norm: Any = self.norm
         scale = norm.weight / torch.sqrt(norm.running_var + norm.eps)
-        border: Tensor = norm.bias - norm.running_mean * scale
+        mean = norm.running_mean.clone()  # of this pass: a later one writes over it, before the gradient is asked for
+        border: Tensor = norm.bias - mean * scale
         return border
 
     def forward(self, x: Tensor) -> Tensor:

@@ -42,6 +42,8 @@ class _DiracConv(ComputedConv):
         nn.init.normal_(self.weight)
         nn.init.constant_(self.a, 1.0)
         nn.init.constant_(self.b, 0.1)
+
+    def fill_buffers(self) -> None:
         nn.init.dirac_(self.delta, self.groups)
 
     def start_kernel(self, weight: Tensor) -> None:
@@ -52,7 +54,7 @@ class _DiracConv(ComputedConv):
         """diag(a) I + diag(b) W / ‖W‖, (O, I/groups, *K)."""
         per_filter = (-1, 1, *(1,) * self.dims)
         direction = F.normalize(self.weight.flatten(1), dim=1).view(self.weight_shape)
-        return self.a.view(per_filter) * self.delta + self.b.view(per_filter) * direction
+        return self.a.view(per_filter) * self.delta.to(self.a.dtype) + self.b.view(per_filter) * direction
 
 
 class DiracConv1d(_DiracConv):

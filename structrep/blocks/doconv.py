@@ -56,6 +56,9 @@ class _DOConv(ComputedConv):
         nn.init.uniform_(self.W, -self.bound, self.bound)
         if self.D is not None:
             nn.init.zeros_(self.D)
+
+    def fill_buffers(self) -> None:
+        if self.D is not None:
             nn.init.eye_(self.D_diag)
 
     def start_kernel(self, weight: Tensor) -> None:
@@ -69,7 +72,7 @@ class _DOConv(ComputedConv):
         if self.D is None:
             return self.W.view(self.weight_shape)
         w = self.W.view(self.out_channels // self.groups, self.in_channels, self.D_mul)
-        return torch.einsum("ims,ois->oim", self.D + self.D_diag, w).reshape(self.weight_shape)
+        return torch.einsum("ims,ois->oim", self.D + self.D_diag.to(self.D.dtype), w).reshape(self.weight_shape)
 
 
 class DOConv1d(_DOConv):

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from structrep.blocks._geometry import ConvBlock, Device, Size
 
-SOBEL = ((1.0, 0.0, -1.0), (2.0, 0.0, -2.0), (1.0, 0.0, -1.0))
-LAPLACIAN = ((0.0, 1.0, 0.0), (1.0, -4.0, 1.0), (0.0, 1.0, 0.0))
+Filter = tuple[tuple[float, ...], ...]
+SOBEL_X: Filter = ((1.0, 0.0, -1.0), (2.0, 0.0, -2.0), (1.0, 0.0, -1.0))
+SOBEL_Y: Filter = tuple(zip(*SOBEL_X, strict=True))
+LAPLACIAN: Filter = ((0.0, 1.0, 0.0), (1.0, -4.0, 1.0), (0.0, 1.0, 0.0))
 
 
 class EdgeBranch2d(nn.Module):
@@ -25,7 +27,7 @@ class EdgeBranch2d(nn.Module):
     filter: Tensor
 
     def __init__(
-        self, in_channels: int, middle: int, out_channels: int, fixed: Tensor | None, device: Device,
+        self, in_channels: int, middle: int, out_channels: int, fixed: Filter | None, device: Device,
         dtype: torch.dtype | None,
     ) -> None:  # fmt: skip
         super().__init__()
@@ -47,13 +49,13 @@ class EdgeBranch2d(nn.Module):
             nn.init.kaiming_uniform_(self.weight, 5**0.5)
         else:
             nn.init.normal_(self.scale, std=1e-3)
-            self.filter.copy_(self.fixed)
+            self.filter.copy_(torch.tensor(self.fixed))
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.expand(x)
         border = self.expand.bias.reshape(-1, 1, 1)  # type: ignore[union-attr]
         y = F.pad(y - border, (1, 1, 1, 1)) + border
-        weight = self.weight if self.groups == 1 else self.scale * self.filter
+        weight = self.weight if self.groups == 1 else self.scale * self.filter.to(self.scale.dtype)
         return F.conv2d(y, weight, self.bias, groups=self.groups)
 
 
@@ -78,9 +80,8 @@ class EdgeBlock2d(ConvBlock):
         found = (self.kernel_size, self.stride, self.pads, self.dilation, groups, padding_mode)
         if found != ((3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1), 1, "zeros"):
             raise ValueError(f"an edge block is a 3x3 with padding 1 and nothing else, and this one is {found}")
-        sobel, laplacian = torch.tensor(SOBEL), torch.tensor(LAPLACIAN)
         self.dense = nn.Conv2d(in_channels, out_channels, 3, padding=1, device=device, dtype=dtype)
-        kinds = [(int(depth * out_channels), None), *((out_channels, f) for f in (sobel, sobel.T, laplacian))]
+        kinds = [(int(depth * out_channels), None), *((out_channels, f) for f in (SOBEL_X, SOBEL_Y, LAPLACIAN))]
         self.edges = nn.ModuleList(
             EdgeBranch2d(in_channels, middle, out_channels, fixed, device, dtype) for middle, fixed in kinds
         )

@@ -55,6 +55,8 @@ class OREPA2d(ComputedConv):
         nn.init.eye_(self.inner)
         for row, value in zip(self.scale.data, (0.25, 0.5, 0.5, 0.5, 0.25, 0.5), strict=True):
             nn.init.constant_(row, value)
+
+    def fill_buffers(self) -> None:
         height, width = self.kernel_size
         half = max(self.out_channels // 2, 1)
         index = torch.arange(self.out_channels, device=self.filters.device)[:, None, None]
@@ -78,7 +80,7 @@ class OREPA2d(ComputedConv):
             torch.einsum("oi,hw->oihw", self.point, centre),
             torch.einsum("omhw,mi->oihw", self.outer, self.inner),
             torch.einsum("oi,hw->oihw", self.average, torch.ones_like(centre) / centre.numel()),
-            torch.einsum("oi,ohw->oihw", self.prior, self.filters),
+            torch.einsum("oi,ohw->oihw", self.prior, self.filters.to(self.prior.dtype)),
             torch.einsum("oid,idhw->oihw", self.mix, self.depth),
         )
         total = torch.zeros_like(self.dense)

@@ -24,6 +24,7 @@ class NormInBlock(nn.Identity):
         self.kind: type[nn.Module] = type(norm)
         self.features, self.eps, self.momentum = known.num_features, known.eps, known.momentum
         self.affine, self.at, self.of, self.bias = known.affine, at, of, bias
+        self.process_group = getattr(norm, "process_group", None)  # of a SyncBatchNorm
 
     def block(self, path: str) -> str:
         """The name of the block, in a model that may hold what was expanded as a part; `path` is the norm's there."""
@@ -36,6 +37,8 @@ class NormInBlock(nn.Identity):
         weight, shift = layer.weight, layer.bias
         made: Any = self.kind(self.features, self.eps, self.momentum, self.affine)
         made = made.to(weight.device, weight.dtype).train(layer.training)
+        if self.process_group is not None:
+            made.process_group = self.process_group
         with torch.no_grad():
             made.running_var.fill_(1 - self.eps)  # then the scale is 1
             if shift is not None:
