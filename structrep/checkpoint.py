@@ -16,11 +16,10 @@ from torch import Tensor, nn
 from structrep import files
 from structrep.driver import plan, unwrapped
 from structrep.errors import BadInput, listed, said
+from structrep.expand import plain_name
 from structrep.report import CheckpointRecord, PlanRecord
 from structrep.trace import Example, own_copy
 
-# what wrappers that say how a module is run put into names, wherever they wrap
-WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 # what a checkpoint holds of the run that wrote it, and what fits the training-time model's parameters only
 OF_TRAINING = {
     "amp_scaler", "callbacks", "grad_scaler", "loops", "lr_scheduler", "lr_schedulers", "optim", "optimizer",
@@ -173,7 +172,7 @@ def _mappings(content: Any, at: tuple[str, ...] = ()) -> Iterator[tuple[tuple[st
         yield (
             at,
             {
-                _unwrapped(key): value
+                plain_name(key): value
                 for key, value in content.items()
                 if isinstance(key, str) and _of_module(key, value)
             },
@@ -186,12 +185,6 @@ def _mappings(content: Any, at: tuple[str, ...] = ()) -> Iterator[tuple[tuple[st
 def _of_module(key: Any, value: Any) -> bool:
     """Whether a module's state dict has such an entry."""
     return isinstance(key, str) and (isinstance(value, Tensor) or key.endswith("_extra_state"))
-
-
-def _unwrapped(name: str) -> str:
-    for wrapper in WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name
 
 
 def _prefixes(names: Iterable[str], expected: set[str]) -> list[str]:
@@ -220,11 +213,11 @@ def _sharded(folder: Path, model: nn.Module) -> dict[str, Tensor]:
         raise BadInput(f"{folder} is no folder of torch.distributed.checkpoint: {said(error)}") from error
     sizes = {name: entry for name, entry in known.items() if isinstance(entry, TensorStorageMetadata)}
     expected = set(model.state_dict())
-    of_weights = {prefix + name for prefix in _prefixes(map(_unwrapped, sizes), expected) for name in expected}
+    of_weights = {prefix + name for prefix in _prefixes(map(plain_name, sizes), expected) for name in expected}
     state = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
         for name, entry in sizes.items()
-        if _unwrapped(name) in of_weights
+        if plain_name(name) in of_weights
     }
     try:
         load_sharded(state, checkpoint_id=folder, no_dist=True)
@@ -242,7 +235,7 @@ def _exchanged(content: Any, before: list[Weights], after: list[Weights], at: tu
     new = {
         key: _exchanged(value, before, after, (*at, key))
         for key, value in content.items()
-        if _unwrapped(str(key)) not in gone and (at or key not in OF_TRAINING)
+        if plain_name(str(key)) not in gone and (at or key not in OF_TRAINING)
     }
     for one in after:
         if one.at == at:

@@ -28,6 +28,8 @@ from structrep.trace import own_copy, shallow_copy
 log = logging.getLogger("structrep")
 
 Where = str | type[nn.Module] | Callable[[str, nn.Module], bool]
+# what wrappers that say how a module is run put into names, wherever they wrap
+WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 EXPANDED = "expanded"  # what marks a block that stands in the place of a layer
 
 _CONVS: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -113,6 +115,7 @@ def expand(
     Raises:
         BadInput: there is no such block; nothing is chosen; a name is that of no layer, or of one that the block cannot
             stand for, with why.
+        Uninitialized: the model is on the meta device, or a lazy parameter has no value yet.
     """
     if block not in FAMILIES:
         raise BadInput(f"no block is named {block!r}: there are {', '.join(FAMILIES)}")
@@ -148,11 +151,18 @@ def expand(
 def give_norms_back(deploy: nn.Module) -> None:
     """Put norms back where blocks took them in, in a model whose blocks are merged."""
     norms: dict[str, nn.Module] = {}
-    convs = {path: layer for path, layer in deploy.named_modules() if type(layer) in _CONVS}
+    convs = {plain_name(path): layer for path, layer in deploy.named_modules() if type(layer) in _CONVS}
     for path, place in deploy.named_modules():
-        if isinstance(place, NormInBlock) and place.block(path) in convs:
-            norms[path] = place.norm_of(convs[place.block(path)])
+        if isinstance(place, NormInBlock) and (block := place.block(plain_name(path))) in convs:
+            norms[path] = place.norm_of(convs[block])
     _exchange(deploy, norms)
+
+
+def plain_name(path: str) -> str:
+    """A name without what wrappers around modules add to it."""
+    for wrapper in WRAPPERS:
+        path = path.replace(wrapper, "")
+    return path
 
 
 def forget_norms(deploy: nn.Module) -> None:

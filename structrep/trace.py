@@ -223,6 +223,8 @@ def own_copy(model: nn.Module) -> nn.Module:
 
 
 def _copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    groups = (getattr(module, "process_group", None) for module in model.modules())  # of SyncBatchNorm: one for all
+    memo |= {id(group): group for group in groups if group is not None}
     try:
         return copy.deepcopy(model, memo)
     except Exception as error:

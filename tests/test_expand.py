@@ -8,11 +8,12 @@ import timm
 import torch
 import torchvision
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 
 import structrep
 from structrep.blocks.places import NormInBlock
 from structrep.errors import BadInput
-from structrep.expand import FAMILIES
+from structrep.expand import FAMILIES, plain_name
 from tests.models import relative_error, settled
 
 SMALL = {
@@ -218,6 +219,29 @@ def test_parts_that_were_expanded_apart():
     back = structrep.reparameterize(model, norms="keep")
     assert relative_error(back(X), original(X)) < 1e-12
     assert (shapes(back), kinds(back)) == (shapes(original), kinds(original))
+
+
+def test_parts_in_wrappers():
+    model = settled(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Sequential(nn.Conv2d(4, 4, 3, bias=False), nn.BatchNorm2d(4))))
+    expanded = structrep.expand(model, "repvgg")
+    apply_activation_checkpointing(expanded, check_fn=lambda module: module is expanded[1])
+    back = structrep.reparameterize(expanded, norms="keep")
+    assert relative_error(back(X), model(X)) < 1e-12
+    assert {plain_name(name): shape for name, shape in shapes(back).items()} == shapes(model)
+
+
+def test_norms_of_a_process_group():
+    class Group:
+        def __deepcopy__(self, memo):
+            raise TypeError("cannot pickle 'ProcessGroup' object")
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.SyncBatchNorm(4, process_group=Group()))
+    expanded = structrep.expand(model, "repvgg").eval()
+    groups = {module.process_group for module in expanded.modules() if isinstance(module, nn.SyncBatchNorm)}
+    assert groups == {model[2].process_group}
+    back = structrep.reparameterize(expanded, norms="keep")[2]
+    assert isinstance(back, nn.SyncBatchNorm)
+    assert back.process_group is model[2].process_group
 
 
 def test_convolutions_and_norms_in_a_row():
