@@ -6,8 +6,8 @@ deploy = structrep.reparameterize(model)
 from structrep import rules as _rules  # noqa: F401  registers the catalogue
 from structrep.algebra import ConvMap
 from structrep.checkpoint import convert_checkpoint
-from structrep.driver import Plan, explain, plan, reparameterize
-from structrep.errors import Refusal, StructrepError, VerificationError
+from structrep.driver import Plan, assert_merged, explain, plan, reparameterize
+from structrep.errors import Refusal, StructrepError, Unmerged, VerificationError
 from structrep.expand import expand, expand_layers
 from structrep.monitor import monitor
 from structrep.probe import probe
@@ -23,8 +23,10 @@ __all__ = [
     "Registry",
     "Rule",
     "StructrepError",
+    "Unmerged",
     "Verification",
     "VerificationError",
+    "assert_merged",
     "convert_checkpoint",
     "expand",
     "expand_layers",

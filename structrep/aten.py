@@ -31,6 +31,9 @@ def in_torch(operator: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]
             function, order = _REORDERED[name]
             given = [*args, *(a.default_value for a in operator._schema.arguments[len(args) :])]
             return "call_function", function, tuple(given[index] for index in order), {}
+        if operator._overloadname == "Scalar" and name in ("add", "sub", "rsub") and len(args) == 3:
+            kwargs = {"alpha": args[-1]}  # torch's own functions take it by name alone
+            args = args[:-1]
         for place in (F, torch, torch._C._nn):
             found = getattr(place, name, None)
             if found is not None and not hasattr(found, "__code__"):

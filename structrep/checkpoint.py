@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from structrep import files
 from structrep.driver import plan, unwrapped
-from structrep.errors import BadInput, listed, said
+from structrep.errors import BadInput, listed, said, some
 from structrep.expand import plain_name
 from structrep.report import CheckpointRecord, PlanRecord
 from structrep.trace import Example, own_copy
@@ -23,7 +23,7 @@ from structrep.trace import Example, own_copy
 # what a checkpoint holds of the run that wrote it, and what fits the training-time model's parameters only
 OF_TRAINING = {
     "amp_scaler", "callbacks", "grad_scaler", "loops", "lr_scheduler", "lr_schedulers", "optim", "optimizer",
-    "optimizer_states", "optimizers", "scaler", "scheduler",
+    "optimizer_state", "optimizer_states", "optimizers", "opt_state", "scaler", "scheduler",
 }  # fmt: skip
 
 
@@ -73,7 +73,7 @@ def convert_checkpoint(
 
     Raises:
         BadInput: the checkpoint cannot be read, holds no state dict of the model, or several where one is wanted;
-            `out` is there already, or of another suffix. No file was written then.
+            `out` is there already, or of another suffix; there is nothing to merge. No file was written then.
         VerificationError and others: as for `structrep.reparameterize`.
     """
     source, target = Path(train_ckpt), Path(out)
@@ -95,6 +95,9 @@ def convert_checkpoint(
         twin = own_copy(model).eval()
         load(twin, one, source)
         planned = plan(twin, example_inputs, norms=norms)
+        if not planned.merges:
+            reasons = [f"{refused.where}: {refused.reason}" for refused in planned.refusals]
+            raise BadInput("\n  ".join([f"there is nothing to merge in {one.entry} of {source}", *some(reasons)]))
         deploy = planned.reparameterize(example_inputs, verify=verify)
         records[one.entry] = planned.record
         converted.append(replace(one, state=files.plain(deploy.state_dict())))
@@ -117,8 +120,7 @@ def weights_in(content: Any, model: nn.Module, path: Path) -> list[Weights]:
     found = [
         Weights(at, prefix, {name: named[prefix + name] for name in expected})
         for at, named in states
-        for prefix in _prefixes(named, expected)
-        if _under(named, prefix) == expected
+        for prefix in _whole(named, expected)
     ]
     if found:
         return found
@@ -156,10 +158,12 @@ def load(model: nn.Module, weights: Weights, path: Path) -> None:
     """Load weights into a model, which takes on their dtypes.
 
     Raises:
-        BadInput: their shapes differ.
+        BadInput: their shapes differ, or numbers stand where there are none of their kind.
     """
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if isinstance(given := weights.state.get(name), Tensor):
+            if tensor.is_floating_point() != given.is_floating_point():
+                raise BadInput(f"{path} has {name} as {given.dtype}, and the model as {tensor.dtype}")
             tensor.data = tensor.data.to(given.dtype)
     files.fit(model, weights.state, path)
 
@@ -169,16 +173,12 @@ def _mappings(content: Any, at: tuple[str, ...] = ()) -> Iterator[tuple[tuple[st
     if not isinstance(content, Mapping):
         return
     if any(isinstance(value, Tensor) for value in content.values()):
-        yield (
-            at,
-            {
-                plain_name(key): value
-                for key, value in content.items()
-                if isinstance(key, str) and _of_module(key, value)
-            },
-        )
+        named = {key: value for key, value in content.items() if _of_module(key, value)}
+        if len(set(map(plain_name, named))) < len(named):
+            raise BadInput(f"names under {'.'.join(at) or 'no key'} are the same but for wrappers: {listed(named)}")
+        yield at, {plain_name(key): value for key, value in named.items()}
     for key, value in content.items():
-        if isinstance(key, str):
+        if isinstance(key, str) and key not in OF_TRAINING:
             yield from _mappings(value, (*at, key))
 
 
@@ -191,6 +191,16 @@ def _prefixes(names: Iterable[str], expected: set[str]) -> list[str]:
     """What stands, in names, before a name of the model."""
     known = min(expected, default="")
     return [name.removesuffix(known) for name in names if known and f".{name}".endswith(f".{known}")]
+
+
+def _whole(names: Iterable[str], expected: set[str]) -> list[str]:
+    """The prefixes behind which the model's names stand, all of them and no others but those of a longer prefix."""
+    left, found = set(names), []
+    for prefix in sorted(_prefixes(left, expected), key=len, reverse=True):
+        if _under(left, prefix) == expected:
+            found.append(prefix)
+            left -= {prefix + name for name in expected}
+    return found[::-1]
 
 
 def _under(names: Iterable[str], prefix: str) -> set[str]:

@@ -1,36 +1,37 @@
-"""The command line: which rules there are, what they find in a model, and the merged weights in a file.
+"""The command line: which rules there are, what they find in a model, and the deploy model in a file.
 
 What was asked for goes to stdout, all else to stderr. A model is made by name or by the user's own code, and gets its
-weights from a file: nothing is downloaded, and a file can do no more than give tensors.
+weights from a file: nothing is downloaded, and a file can do no more than give tensors, unless that is asked for.
 """
 
 from __future__ import annotations
 
 import ast
 import contextlib
-import difflib
-import importlib
-import inspect
 import math
-import os
+import platform
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from importlib import metadata
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, BinaryIO, NoReturn
 
 import torch
 import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import structrep
-from structrep import checkpoint, files, registry
-from structrep.errors import BadInput, StructrepError, TrainingMode, Uninitialized, UnknownRule, said, some
-from structrep.report import Record, counted, plan_tables
+from structrep import checkpoint, export, files, models, registry
+from structrep.errors import BadInput, Refusal, StructrepError, TrainingMode, Uninitialized, UnknownRule, said, some
+from structrep.latency import latency
+from structrep.page import page
+from structrep.proof import dtype_of
+from structrep.proof import verify as compare
+from structrep.report import ExportRecord, LatencyRecord, Provenance, Record, Verification, counted, plan_tables
 
 HELP = (
     "Merges multi-branch training-time networks into plain deploy-time ones, exactly, and proves it.\n\n"
@@ -41,11 +42,6 @@ HELP = (
 REFUSED, UNUSABLE = 1, 2
 UNUSABLE_INPUT = (BadInput, TrainingMode, Uninitialized, UnknownRule)
 
-FORMS = "timm:NAME, torchvision:NAME or package.module:callable"
-FETCHING = (
-    "pretrained", "pretrained_backbone", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "weights",
-    "weights_backbone",
-)  # fmt: skip
 PAGE = 160  # columns of a table that no terminal shows
 
 
@@ -74,7 +70,7 @@ Source = Annotated[
     str,
     typer.Argument(
         metavar="SOURCE",
-        help=f"{FORMS}; a callable gives an nn.Module or is one, and is looked for in the current folder too.",
+        help=f"{models.FORMS}; a callable gives an nn.Module or is one, and is looked for in the current folder too.",
         show_default=False,
     ),
 ]
@@ -95,6 +91,16 @@ Entry = Annotated[
         show_default=False,
     ),
 ]
+Reserve = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME",
+        help="Carry the residual of these blocks, by name or glob, in channels of its own (RMNet). Repeatable.",
+        show_default=False,
+    ),
+]
+Download = Annotated[bool, typer.Option("--download", help="Allow weights and configurations to be fetched.")]
+Trusted = Annotated[bool, typer.Option("--trusted", help="Allow a file to hold a module, which can run any code.")]
 Arguments = Annotated[
     list[str] | None,
     typer.Option(
@@ -167,6 +173,9 @@ def explain(
     arg: Arguments = None,
     shape: Shapes = None,
     rules: Rules = None,
+    reserve: Reserve = None,
+    download: Download = False,
+    trusted: Trusted = False,
     why: Annotated[
         tuple[str, str] | None,
         typer.Option(metavar="LAYER LAYER", help="Say of two layers, by name, why they do not merge."),
@@ -175,9 +184,9 @@ def explain(
 ) -> None:
     """Show what convert would merge in a model, and of the rest why not."""
     with _outcome():
-        model, inputs = _prepare(source, weights, entry, arg, shape)
+        given = _prepare(source, weights, entry, arg, shape, download, trusted)
         with _working("looking for merges"):
-            plan = structrep.plan(model, inputs, rules=rules or None)
+            plan = structrep.plan(given.model, given.inputs, rules=rules or None, reserve=reserve or ())
             plan.prove()
             answer = plan.why(*why) if why else None
     if as_json:
@@ -194,7 +203,10 @@ def convert(
     out: Annotated[
         Path,
         typer.Option(
-            metavar="FILE", help="Where the merged state dict goes: a .safetensors or a .pt file.", show_default=False
+            metavar="FILE",
+            help="Where the deploy model goes: its state dict, .safetensors or .pt; a program of torch.export, .pt2; "
+            "or an ONNX program, .onnx. The last two need --shape.",
+            show_default=False,
         ),
     ],
     weights: Weights = None,
@@ -202,46 +214,268 @@ def convert(
     arg: Arguments = None,
     shape: Shapes = None,
     rules: Rules = None,
+    reserve: Reserve = None,
+    norms: Annotated[str, typer.Option(help="fold, or keep: merge the blocks of structrep.expand alone.")] = "fold",
+    download: Download = False,
+    trusted: Trusted = False,
     verify: Annotated[
         bool,
         typer.Option(
-            help="Prove every merge in float64 on its own and, with --shape, compare the whole models' outputs."
+            help="Prove every merge in float64 on its own and, with --shape, compare the whole models' outputs: also "
+            "those of the program that is written."
         ),
     ] = True,
-    force: Annotated[bool, typer.Option("--force", help="Replace the file if there is one.")] = False,
+    report: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the report, an HTML page, there.", show_default=False)
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace files that are there.")] = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Merge a model and write its state dict.
+    """Merge a model and write the deploy model.
 
-    The file fits structrep.reparameterize(model): load it into that. It is written whole or not at all.
+    A state dict fits structrep.reparameterize(model): load it into that. A file is written whole or not at all; it says
+    what was merged, by which rules and versions, from which weights, and how it was verified.
     """
     with _outcome():
-        save = _saver(out)
+        if out.suffix not in export.SUFFIXES:
+            raise BadInput(f"{out} has the suffix {out.suffix!r}: {', '.join(export.SUFFIXES)} are supported")
+        if norms not in ("fold", "keep"):
+            raise BadInput(f"--norms {norms!r}: give fold or keep")
         write = files.writer(out, force)
-        model, inputs = _prepare(source, weights, entry, arg, shape)
+        if report and report.resolve() == out.resolve():
+            raise BadInput(f"--out and --report are the same file, {out}")
+        write_report = files.writer(report, force) if report else None
+        given = _prepare(source, weights, entry, arg, shape, download, trusted)
+        model, inputs = given.model, given.inputs
+        if inputs is None and out.suffix in export.PROGRAMS:
+            raise BadInput(f"{out} is made from an example input: give its --shape, 1x3x224x224 say")
         with _working("merging"):
-            plan = structrep.plan(model, inputs, rules=rules or None)
+            plan = structrep.plan(
+                model, inputs, rules=rules or None, reserve=reserve or (), norms="keep" if norms == "keep" else "fold"
+            )
             if verify:
                 plan.prove()
             _demand_merges(plan)
             deploy = plan.apply()
-        proof = "not proved"
-        if verify:
-            proof = "every merge proved on its own; give --shape to compare the whole models"
+        proof = None
         if verify and inputs is not None:
             with _working("comparing the models"):
-                found = structrep.verify(model, deploy, inputs)
-            if not found.ok:
-                raise Refused(f"the merged model differs from the original by more than rounding\n{found}")
-            proof = (
-                f"outputs compared on {found.device}, {found.dtype}: relative error {found.error:.1e}, "
-                f"rounding noise of the original {found.noise:.1e}"
-            )
-        state = deploy.state_dict()
+                proof = plan.verify(inputs, deploy)
+            _demand(proof, "the merged model")
         with _working("writing"):
-            write(save, files.plain(state))
-    print(f"{counted(len(plan.merges), 'merge')}, {counted(len(plan.refusals), 'refusal')} in {type(model).__name__}")
-    print(proof)
-    print(f"{counted(len(state), 'tensor')} in {out}")
+            record = export.provenance(model, plan.record, source, proof)
+            content = export.encoded(deploy, out.suffix, inputs, record)
+            runs = None
+            if verify and inputs is not None and out.suffix in export.PROGRAMS:
+                runs = compare(model, export.program(out.suffix, content), inputs, device="cpu")
+                _demand(runs, f"the program for {out}")
+            shown = page(plan, model, inputs).encode() if report else b""
+            write(_bytes, content)
+            if write_report:
+                write_report(_bytes, shown)
+    done = ExportRecord(
+        out=str(out),
+        bytes=len(content),
+        merges=len(plan.merges),
+        provenance=record,
+        proved=verify,
+        runtime=runs,
+    )
+    print(done.model_dump_json(indent=2) if as_json else done)
+
+
+@app.command()
+def verify(
+    source: Source,
+    shape: Shapes = None,
+    file: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="What convert has written of this model with these weights: compare that, instead of merging anew.",
+            show_default=False,
+        ),
+    ] = None,
+    weights: Weights = None,
+    entry: Entry = None,
+    arg: Arguments = None,
+    rules: Rules = None,
+    reserve: Reserve = None,
+    download: Download = False,
+    trusted: Trusted = False,
+    device: Annotated[str | None, typer.Option(help="Where to run both; CUDA where there is one.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="What to run both in: float32, bfloat16, float16.")] = None,
+    autocast: Annotated[str | None, typer.Option(help="Run both under autocast to this dtype.")] = None,
+    channels_last: Annotated[bool, typer.Option("--channels-last", help="Run both in that memory format.")] = False,
+    tf32: Annotated[bool, typer.Option("--tf32", help="Let CUDA multiply float32 in TensorFloat-32.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Compare a model's deploy form with it: both against the float64 truth, on an example input."""
+    with _outcome():
+        if not shape:
+            raise BadInput("the models are compared on an example input: give its --shape, 1x3x224x224 say")
+        given = _prepare(source, weights, entry, arg, shape, download, trusted)
+        model, inputs = given.model, given.inputs
+        assert inputs is not None
+        how: dict[str, Any] = {
+            "device": _device(device), "dtype": _dtype(dtype), "autocast": _dtype(autocast),
+            "channels_last": channels_last, "tf32": tf32,
+        }  # fmt: skip
+        with _working("comparing the models"):
+            if file is not None:
+                _demand_weights(export.record_in(file), model, file)
+            if file is not None and file.suffix in export.PROGRAMS:
+                if file.suffix == ".onnx":
+                    how["device"] = torch.device("cpu")
+                found = compare(model, export.program(file.suffix, file.read_bytes()), inputs, **how)
+            else:
+                plan = structrep.plan(model, inputs, rules=rules or None, reserve=reserve or ())
+                _demand_merges(plan)
+                deploy = plan.apply()
+                if file is not None:
+                    files.fit(deploy, files.read(file), file)
+                found = plan.verify(inputs, deploy, **how)
+    print(found.model_dump_json(indent=2) if as_json else found, end="\n" if as_json else "")
+    if not found.ok:
+        with _outcome():
+            _demand(found, str(file or "the merged model"))
+
+
+@app.command()
+def bench(
+    source: Source,
+    shape: Shapes = None,
+    weights: Weights = None,
+    entry: Entry = None,
+    arg: Arguments = None,
+    rules: Rules = None,
+    download: Download = False,
+    trusted: Trusted = False,
+    device: Annotated[str | None, typer.Option(help="Where to run both; CUDA where there is one.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="What to run both in: float32, bfloat16, float16.")] = None,
+    compiled: Annotated[bool, typer.Option("--compile", help="Compile both with torch.compile.")] = False,
+    rounds: Annotated[int, typer.Option(min=1, help="How often each runs.")] = 20,
+    as_json: AsJson = False,
+) -> None:
+    """Time a model and its deploy form in turn."""
+    with _outcome():
+        if not shape:
+            raise BadInput("the models are timed on an example input: give its --shape, 1x3x224x224 say")
+        given = _prepare(source, weights, entry, arg, shape, download, trusted)
+        where, what = _device(device), _dtype(dtype)
+        with _working("merging"):
+            plan = structrep.plan(given.model, given.inputs, rules=rules or None)
+            _demand_merges(plan)
+            forms = {"training-time": given.model, "deploy": plan.apply()}
+        with _working("timing"):
+            inputs = tuple(one.to(where, what) for one in given.inputs or ())
+            moved: dict[str, nn.Module] = {}
+            for name, model in forms.items():
+                model = model.to(where, what)
+                if compiled:
+                    model.compile()
+                moved[name] = model
+            try:
+                found: LatencyRecord = latency(moved, inputs, rounds)
+            except Exception as error:
+                raise BadInput(f"{source} does not run on that: {said(error)}") from error
+    if as_json:
+        print(found.model_dump_json(indent=2))
+    else:
+        _show([found.table()])
+
+
+@dataclass(frozen=True)
+class Part:
+    """A package that some of structrep needs."""
+
+    package: str
+    of: str
+    remedy: str = ""
+
+
+PARTS = (
+    Part("torch", "everything"),
+    Part("networkx", "everything"),
+    Part("safetensors", ".safetensors files", "pip install 'structrep[weights]'"),
+    Part("timm", "timm: models", "pip install 'structrep[timm]'"),
+    Part("torchvision", "torchvision: models", "pip install torchvision"),
+    Part("transformers", "hf: models, the callback", "pip install 'structrep[transformers]'"),
+    Part("lightning", "the callback", "pip install 'structrep[lightning]'"),
+    Part("onnxscript", ".onnx files", "pip install 'structrep[onnx]'"),
+    Part("onnxruntime", "checking .onnx files", "pip install 'structrep[onnx]'"),
+    Part("matplotlib", "plots", "pip install 'structrep[plot]'"),
+)
+
+
+class PartRecord(Record):
+    """A package as it is here."""
+
+    package: str
+    version: str  # "" where it is not installed
+    of: str
+    trouble: str = ""
+
+
+class DoctorRecord(Record):
+    """What is here, and whether the rules hold here."""
+
+    python: str
+    platform: str
+    device: str
+    structrep: str
+    parts: tuple[PartRecord, ...]
+    rules: dict[str, str]  # by rule, what is wrong with its example; "" where it is proved
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Say what is installed and for what, and prove every rule's example on this machine."""
+    with _working("looking at packages and rules"):
+        cuda = torch.cuda.is_available()
+        record = DoctorRecord(
+            python=platform.python_version(),
+            platform=platform.platform(terse=True),
+            device=torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads",
+            structrep=_version(),
+            parts=tuple(map(_looked_at, PARTS)),
+            rules={rule.name: _tried(rule) for rule in registry.resolve(None) if rule.example is not None},
+        )
+    wrong = {name: what for name, what in record.rules.items() if what}
+    if as_json:
+        print(record.model_dump_json(indent=2))
+    else:
+        table = Table("package", "version", "for", "", title=f"structrep {record.structrep}, Python {record.python}")
+        table.caption = f"{record.platform}; {record.device}"
+        for part in record.parts:
+            table.add_row(part.package, part.version or "-", part.of, part.trouble)
+        _show([table])
+        print(f"{len(record.rules) - len(wrong)} of {counted(len(record.rules), 'rule')} proved on their examples")
+    if wrong:
+        with _outcome():
+            raise Refused("\n  ".join(f"{name}: {what}" for name, what in wrong.items()))
+
+
+def _looked_at(part: Part) -> PartRecord:
+    found = export.version(part.package)
+    trouble = part.remedy if not found else ""
+    if found:
+        try:
+            files.imported(part.package, part.remedy)
+        except BadInput as error:
+            trouble = str(error)
+    return PartRecord(package=part.package, version=found, of=part.of, trouble=trouble)
+
+
+def _tried(rule: structrep.Rule) -> str:
+    """What is wrong with the example of a rule; "" if it is merged, by that rule, and proved."""
+    assert rule.example is not None
+    try:
+        plan = structrep.plan(nn.Sequential(rule.example()).eval(), rules=[rule])
+        plan.prove()
+    except (StructrepError, Refusal) as error:
+        return str(error)
+    return "" if plan.merges else "; ".join(refusal.reason for refusal in plan.refusals) or "it merges nothing"
 
 
 # --- how it ends ------------------------------------------------------------------------------------------------------
@@ -286,14 +520,37 @@ def _demand_merges(plan: structrep.Plan) -> None:
     raise Refused("\n  ".join(["there is nothing to merge in this model", *some(reasons)]))
 
 
+def _bytes(content: bytes, file: BinaryIO) -> None:
+    file.write(content)
+
+
+def _demand_weights(record: Provenance | None, model: nn.Module, file: Path) -> None:
+    own = export.checksum(model)
+    if record is not None and record.weights_sha256 != own:
+        raise BadInput(
+            f"{file} was made of other weights, SHA-256 {record.weights_sha256[:12]}..., and the model has "
+            f"{own[:12]}...: give those with --weights"
+        )
+
+
+def _demand(found: Verification, what: str) -> None:
+    if not found.ok:
+        raise Refused(f"{what} differs from the original by more than rounding\n{found}")
+
+
 def _version() -> str:
-    try:
-        return metadata.version("structrep")
-    except metadata.PackageNotFoundError:
-        return "unknown: structrep is not installed as a package"
+    return export.version("structrep") or "unknown: structrep is not installed as a package"
 
 
 # --- models -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Given:
+    """What the user gave: a model in eval mode, and example inputs."""
+
+    model: nn.Module
+    inputs: tuple[Tensor, ...] | None
 
 
 def _prepare(
@@ -302,16 +559,39 @@ def _prepare(
     entry: str | None,
     arguments: Sequence[str] | None,
     shapes: Sequence[str] | None,
-) -> tuple[nn.Module, tuple[Tensor, ...] | None]:
-    """The model in eval mode, with its weights, and example inputs for it."""
+    download: bool,
+    trusted: bool,
+) -> Given:
     keywords = _keywords(arguments or [])
     sizes = [_size(shape) for shape in shapes or []]
+    if entry is not None and weights is None:
+        raise BadInput(f"--entry {entry} is of a checkpoint: give it with --weights")
+    content = files.read(weights) if weights is not None else None
     with _working(f"making {source}"):
-        model = _model(source, keywords)
+        model = models.named(source, keywords, download, trusted)
         if weights is not None:
-            found = checkpoint.weights_in(files.read(weights), model, weights)
+            found = checkpoint.weights_in(content, model, weights)
             checkpoint.load(model, checkpoint.chosen(found, entry, weights), weights)
-        return model.eval(), tuple(_examples(sizes)) or None
+        if not isinstance(model, fx.GraphModule):  # an exported one has no modes
+            model.eval()
+    dtype = dtype_of(model)
+    return Given(model, tuple(one.to(dtype) for one in _examples(sizes)) or None)
+
+
+def _dtype(name: str | None) -> torch.dtype | None:
+    found = getattr(torch, name, None) if name else None
+    if name and not (isinstance(found, torch.dtype) and found.is_floating_point):
+        raise BadInput(f"{name!r} is no floating-point dtype: float32, bfloat16, float16 and float64 are")
+    return found
+
+
+def _device(name: str | None) -> torch.device:
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise BadInput(f"--device {name!r} cannot be used: {said(error)}") from error
+    return device
 
 
 def _keywords(arguments: Sequence[str]) -> dict[str, Any]:
@@ -346,84 +626,3 @@ def _examples(sizes: Sequence[tuple[int, ...]]) -> Iterator[Tensor]:
         except (RuntimeError, TypeError, ValueError, OverflowError):
             shape = "x".join(map(str, size))
             raise BadInput(f"--shape {shape} has {math.prod(size):,} numbers, which memory does not hold") from None
-
-
-def _model(source: str, keywords: dict[str, Any]) -> nn.Module:
-    place, _, name = source.partition(":")
-    if not (place and name):
-        raise BadInput(f"{source!r} names no model: write {FORMS}")
-    if place in ("timm", "torchvision"):
-        fetching = sorted(key for key in FETCHING if keywords.pop(key, None))
-        if fetching:
-            raise BadInput(f"--arg {fetching[0]} would download weights: fetch them yourself and give --weights FILE")
-    make = {"timm": _timm, "torchvision": _torchvision}.get(place)
-    found = make(name) if make else _found(place, name)
-    if isinstance(found, nn.Module):
-        if keywords:
-            raise BadInput(f"{source} is a module already, so it takes no --arg {next(iter(keywords))}")
-        return found
-    if not callable(found):
-        raise BadInput(f"{source} is {_a(found)}: neither an nn.Module nor a callable that gives one")
-    try:
-        model = found(**keywords)
-    except (Exception, SystemExit) as error:
-        raise BadInput(f"{source} could not be made: {said(error)}") from error
-    if not isinstance(model, nn.Module):
-        raise BadInput(f"{source} gave {_a(model)}, not an nn.Module")
-    return model
-
-
-def _timm(name: str) -> Callable[..., Any]:
-    timm = files.imported("timm", "pip install 'structrep[timm]'")
-    if not timm.is_model(name):
-        raise BadInput(f"timm has no model named {name!r}{_near(name, timm.list_models())}")
-    return lambda **keywords: timm.create_model(name, pretrained=False, **keywords)
-
-
-def _torchvision(name: str) -> Callable[..., Any]:
-    models = files.imported("torchvision", "pip install torchvision").models
-    if name not in models.list_models():
-        raise BadInput(f"torchvision has no model named {name!r}{_near(name, models.list_models())}")
-    builder = models.get_model_builder(name)
-    taken = inspect.signature(builder).parameters
-    # of a detection model, the backbone's weights are fetched unless told not to
-    none = {key: None for key in ("weights", "weights_backbone") if key in taken}
-    return lambda **keywords: builder(**none, **keywords)
-
-
-def _found(place: str, name: str) -> Any:
-    """What a module calls `name`, dots and all."""
-    if place.endswith(".py") or not all(part.isidentifier() for part in place.split(".")):
-        raise BadInput(f"{place!r} is no module's name: write package.module:callable, without .py or slashes")
-    if (here := os.getcwd()) not in sys.path:
-        sys.path.insert(0, here)
-    importlib.invalidate_caches()
-    found = files.imported(place, "is it in the current folder, or installed?")
-    for part in name.split("."):
-        if not hasattr(found, part):
-            raise BadInput(f"{place} has nothing named {name!r}{_near(part, dir(found))}")
-        found = getattr(found, part)
-    return found
-
-
-SAVERS: dict[str, files.Save] = {".safetensors": files.save_safetensors, ".pt": torch.save}
-
-
-def _saver(out: Path) -> files.Save:
-    if out.suffix not in SAVERS:
-        raise BadInput(f"{out} has the suffix {out.suffix!r}: {' and '.join(SAVERS)} are supported")
-    if out.suffix == ".safetensors":
-        files.safetensors()
-    return SAVERS[out.suffix]
-
-
-# --- words ------------------------------------------------------------------------------------------------------------
-
-
-def _a(value: Any) -> str:
-    return f"an object of type {type(value).__name__}"
-
-
-def _near(name: str, names: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, names, 3)
-    return f": did you mean {' or '.join(near)}?" if near else ""

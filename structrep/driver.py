@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import fnmatch
+import os
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from structrep import search
 from structrep.algebra import ConvMap
-from structrep.errors import BadInput, Refusal, StructrepError, VerificationError
+from structrep.drawing import Drawing
+from structrep.errors import BadInput, Refusal, StructrepError, Unmerged, VerificationError, listed
 from structrep.expand import expand_layers, forget_norms, give_norms_back
 from structrep.explain import refusal, why
 from structrep.layers import Sizes
@@ -18,11 +22,21 @@ from structrep.pattern import Term, geometry
 from structrep.probe import probe as find_map
 from structrep.proof import accepts, border, inputs_of, prove, verify
 from structrep.registry import Registry, Rule, resolve
-from structrep.report import Explanation, MergeRecord, PlanRecord, RefusalRecord, Verification, as_text, plan_tables
+from structrep.report import (
+    Explanation,
+    MergeRecord,
+    PlanRecord,
+    RefusalRecord,
+    Verification,
+    as_html,
+    as_text,
+    counted,
+    plan_tables,
+)
 from structrep.reserve import carry
 from structrep.rewrite import Draft, without
 from structrep.search import Findings, Merge, Missed
-from structrep.trace import Example, own_copy
+from structrep.trace import Example, own_copy, shallow_copy
 
 Rules = Registry | Iterable[str | Rule] | None
 
@@ -75,12 +89,13 @@ class Plan:
     def prove(self) -> None:
         """Prove every merge on its own region in float64; one that fails is taken out, and listed as refused."""
         wrong: set[Merge] = set()
-        for merge in self._draft.merges:
-            try:
-                prove(merge)
-            except Refusal as reason:
-                self._refuse(merge, reason)
-                wrong.add(merge)
+        with torch.random.fork_rng(devices=[]):
+            for merge in self._draft.merges:
+                try:
+                    prove(merge)
+                except Refusal as reason:
+                    self._refuse(merge, reason)
+                    wrong.add(merge)
         if wrong:
             self._draft = Draft(self._draft.traced, self._draft.replicas, without(self._draft.merges, wrong))
 
@@ -143,6 +158,43 @@ class Plan:
         """
         return why(self._findings, list(self.merged.items()), first, second)
 
+    def report(self, path: str | os.PathLike[str], example_inputs: Example | None = None, force: bool = False) -> None:
+        """Write a page that shows what is merged, what is refused and why, and how the two models compare: HTML, in one
+        file that needs nothing else.
+
+        Args:
+            example_inputs: as for `structrep.verify`; without them the page has no errors, latencies and multiply-adds.
+            force: replace the file if there is one.
+
+        Raises:
+            BadInput: the file is there already or cannot be written; the model rejects the inputs; there are example
+                inputs, and matplotlib, which draws their errors, is not installed.
+            StructrepError: as for `apply`.
+        """
+        from structrep import page
+
+        page.write(self, self._model, Path(path), example_inputs, force)
+
+    def draw(self, deploy: bool = False, inside: str = "") -> str:
+        """A picture of what the model computes, as SVG: in colour what is merged, marked what is refused. Large parts
+        are one box each.
+
+        Args:
+            deploy: draw what the deploy model computes.
+            inside: the name of a module; draw that.
+
+        Raises:
+            BadInput: no module of that name computes anything in the model's forward.
+        """
+        return self.drawing(self.apply() if deploy else None).draw(int(deploy), inside)
+
+    def drawing(self, deploy: nn.Module | None = None, example_inputs: Example | None = None) -> Drawing:
+        """What pictures are drawn with; of the deploy model too, if it is given."""
+        return Drawing(self.record, self._findings.replicas, self._draft.merges, deploy, example_inputs)
+
+    def _repr_html_(self) -> str:
+        return as_html(*plan_tables(self.record))
+
     def __str__(self) -> str:
         return as_text(*plan_tables(self.record))
 
@@ -189,6 +241,8 @@ def plan(
         UnknownRule: a name in `rules` is not registered.
         BadInput: the model rejects the example inputs.
     """
+    if norms not in ("fold", "keep"):
+        raise BadInput(f"norms={norms!r}: give 'fold' or 'keep'")
     registry = resolve(rules)
     model = unwrapped(model)
     search.check_ready(model)
@@ -202,7 +256,8 @@ def plan(
         raise BadInput(
             "norms='keep' gives back a model that structrep.expand has made, and in this one is no such block"
         )
-    found = search.find(model, example_inputs, registry, _globs(inexact_borders), maps, refused, blocks)
+    with torch.random.fork_rng(devices=[]):  # a forward may draw numbers
+        found = search.find(model, example_inputs, registry, _globs(inexact_borders), maps, refused, blocks)
     return Plan(model, found, _globs(reserve))
 
 
@@ -295,6 +350,28 @@ def reparameterize(
         norms=norms,
     )
     return planned.reparameterize(example_inputs, inplace=inplace, verify=verify)
+
+
+def assert_merged(model: nn.Module, example_inputs: Example | None = None, *, rules: Rules = None) -> None:
+    """Fail if there is anything left to merge in a model that is about to be exported: for a pipeline's own tests.
+
+    >>> structrep.assert_merged(deploy)
+
+    Args:
+        model: in training mode too; it is not changed.
+        example_inputs, rules: as for `plan`.
+
+    Raises:
+        Unmerged: there is, with the layers, and what they would be merged by.
+        Uninitialized, Sharded, UnknownRule, BadInput: as for `plan`.
+    """
+    left = plan(shallow_copy(unwrapped(model)).eval(), example_inputs, rules=rules).record.merges
+    if left:
+        raise Unmerged(
+            f"{type(unwrapped(model)).__name__} has {counted(len(left), 'merge')} left to do: "
+            f"{listed(f'{merge.where} ({merge.before})' for merge in left)}. Export "
+            f"structrep.reparameterize(model)"
+        )
 
 
 def _state(model: nn.Module) -> list[tuple[str, int, int]]:

@@ -99,6 +99,10 @@ class BadInput(StructrepError):
     """What was given cannot be used: example inputs that the model rejects, a name of nothing, a damaged file."""
 
 
+class Unmerged(StructrepError):
+    """A model that should be a deploy model still has something to merge."""
+
+
 class VerificationError(StructrepError):
     """The deploy model is farther from the truth than the training-time model's own rounding explains."""
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from structrep.errors import BadInput, listed, said
 
-Save = Callable[[Any, BinaryIO], None]
+Save = Callable[[Any, BinaryIO], object]
 TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".tar")
 
 
@@ -74,12 +74,14 @@ def read(path: Path, trusted: bool = False) -> Any:
         raise BadInput(f"{path} is damaged, or no {kind} file: {said(error)}") from error
 
 
-def fit(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
+def fit(model: nn.Module, state: Any, path: Path) -> None:
     """Load a state dict into a model.
 
     Raises:
         BadInput: their keys or shapes differ, with which.
     """
+    if not (isinstance(state, Mapping) and all(isinstance(value, Tensor) for value in state.values())):
+        raise BadInput(f"{path} holds no state dict, whose values are all tensors")
     own = model.state_dict()
     differing = [
         f"{key} {_sized(own[key])} in the model, {_sized(value)} in the file"
@@ -101,6 +103,17 @@ def fit(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
         model.load_state_dict(dict(state))
     except Exception as error:
         raise BadInput(f"{path} does not fit {type(model).__name__}: {said(error)}") from error
+    loaded = model.state_dict()
+    lost = [key for key, value in state.items() if not _same(loaded[key], value)]
+    if lost:
+        raise BadInput(
+            f"{path} does not fit {type(model).__name__}, where other names are tied to the weights of {listed(lost)}: "
+            f"the file has other numbers for those"
+        )
+
+
+def _same(loaded: Tensor, given: Tensor) -> bool:
+    return torch.equal(loaded.nan_to_num(), given.to(loaded).nan_to_num())
 
 
 def safetensors() -> Any:

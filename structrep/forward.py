@@ -109,7 +109,7 @@ class Forward:
     def _expect(self, node: fx.Node, value: Any, name: str) -> None:
         """The merged forward holds for the traced constants and structure of this argument only."""
         template = _template(value)
-        if template is not ...:
+        if template is not ... and not isinstance(self.call.module, fx.GraphModule):  # which was itself made for them
             self.graph.call_function(expect, (name, node, template))
 
     def _body(self, call: Call) -> None:

@@ -10,6 +10,8 @@ from pydantic import BaseModel, ConfigDict
 from rich.console import Console
 from rich.table import Table
 
+from structrep.markup import filled
+
 WORST = 8  # merged layers that a table of a verification shows
 
 
@@ -200,6 +202,9 @@ class Verification(Record):
         ax.legend()
         return ax
 
+    def _repr_html_(self) -> str:
+        return as_html(self.table())
+
     def __str__(self) -> str:
         return as_text(self.table())
 
@@ -219,6 +224,69 @@ class CheckpointRecord(Record):
             for entry, plan in self.entries.items()
         ]
         return "\n".join([*lines, *([f"  left out: {', '.join(self.left)}"] if self.left else [])])
+
+
+class Provenance(Record):
+    """What a file says of the deploy model in it."""
+
+    source: str  # of the training-time model
+    model: str
+    weights_sha256: str  # of the training-time model's state dict
+    rules: dict[str, int]  # how many merges each has done
+    refusals: int
+    versions: dict[str, str]
+    verification: Verification | None = None
+
+
+class ExportRecord(Record):
+    """A deploy model that was written."""
+
+    out: str
+    bytes: int
+    merges: int
+    provenance: Provenance
+    proved: bool  # every merge on its own
+    runtime: Verification | None = None  # of the program that was written, .onnx in onnxruntime
+
+    def __str__(self) -> str:
+        of = self.provenance
+        lines = [f"{counted(self.merges, 'merge')}, {counted(of.refusals, 'refusal')} in {of.model}"]
+        if not self.proved:
+            lines.append("not proved")
+        elif of.verification is None:
+            lines.append("every merge proved on its own; give --shape to compare the whole models")
+        for what, found in (("outputs", of.verification), ("outputs of the program", self.runtime)):
+            if found is not None:
+                lines.append(
+                    f"{what} compared on {found.device}, {found.dtype}: relative error {found.error:.1e}, rounding "
+                    f"noise of the original {found.noise:.1e}"
+                )
+        return "\n".join([*lines, f"{self.bytes:,} bytes in {self.out}"])
+
+
+class Latency(Record):
+    """How long one model takes."""
+
+    seconds: tuple[float, ...]  # of each pass
+    median: float
+    faster: float  # how many times as fast as the first model, the median over pairs of passes
+
+
+class LatencyRecord(Record):
+    """How long models take that ran in turn."""
+
+    device: str
+    torch: str
+    models: dict[str, Latency]
+
+    def table(self) -> Table:
+        table = Table("model", title=f"latency on {self.device}, torch {self.torch}")
+        for heading in ("median", "smallest", "largest", "times as fast"):
+            table.add_column(heading, justify="right")
+        for name, one in self.models.items():
+            spans = (one.median, min(one.seconds), max(one.seconds))
+            table.add_row(name, *(f"{1000 * span:.2f} ms" for span in spans), f"{one.faster:.2f}")
+        return table
 
 
 class BranchRecord(Record):
@@ -393,3 +461,8 @@ def as_text(*tables: Table, width: int = 160) -> str:
         console.print(table)
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
+
+
+def as_html(*tables: Table) -> str:
+    """Tables as HTML, for notebooks."""
+    return str(filled("tables.html.j2", tables=tables))

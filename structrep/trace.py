@@ -18,7 +18,7 @@ import inspect
 import operator
 import random
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from types import FunctionType
 from typing import Any
@@ -382,6 +382,9 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
                 module.__dict__.update(attributes)
 
 
+ROUNDINGS = 4  # of a dtype, by which what it computes may differ from what float64 does
+
+
 def _fold_constants(tracer: _Tracer) -> None:
     """Note the value of every node that asks its inputs for no more than a device or a dtype.
 
@@ -401,8 +404,12 @@ def _fold_constants(tracer: _Tracer) -> None:
         name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
         if name in RANDOM or _in_place(str(name)):
             continue
+        drawn = torch.get_rng_state()
         with torch.no_grad(), contextlib.suppress(Exception):
-            node.meta["value"] = computed(node, lambda n: n.meta["value"])
+            value = computed(node, lambda n: n.meta["value"])
+            if not torch.equal(drawn, torch.get_rng_state()):
+                continue  # other numbers at every call
+            node.meta["value"] = value
             node.meta["recompute"] = functools.partial(_recomputed, node)
             formulas = [n.meta["formula"] for n in inputs if n.meta.get("formula")]
             stored = [n.meta["value"] for n in inputs if n.op == "get_attr" and "formula" not in n.meta]
@@ -414,13 +421,30 @@ def _fold_constants(tracer: _Tracer) -> None:
 
 def _recomputed(node: fx.Node) -> Any:
     """The value of a node, its constants computed in float64."""
+    given = [_double(readers.exact(n) if "recompute" in n.meta else n.meta["value"]) for n in node.all_input_nodes]
+    values = dict(zip(node.all_input_nodes, given, strict=True))
     with torch.no_grad():
         try:
-            return _double(
-                computed(node, lambda n: _double(readers.exact(n) if "recompute" in n.meta else n.meta["value"]))
-            )
+            found = computed(node, values.__getitem__)
         except Exception:  # code that insists on dtypes
-            return node.meta["value"]
+            found = None
+    return _nearer(found, node.meta["value"], given)
+
+
+def _nearer(found: Any, stored: Any, given: Iterable[Any]) -> Any:
+    """What float64 makes of a formula, if it is what was stored but for rounding: a step, `round(x)`, may be another.
+
+    Args:
+        given: the numbers on the way, whose size tells what rounding is.
+    """
+    if not (isinstance(found, Tensor) and isinstance(stored, Tensor) and stored.is_floating_point()):
+        return stored
+    if found.shape != stored.shape or not stored.numel():
+        return stored
+    sizes = [one.detach().abs().max() for one in (found, *given) if isinstance(one, Tensor) and one.numel()]
+    rounding = ROUNDINGS * torch.finfo(stored.dtype).eps * max(float(size) for size in sizes)
+    off = float((found.double() - stored.double()).detach().abs().max())
+    return found.double() if off <= rounding else stored
 
 
 def _double(value: Any) -> Any:
@@ -913,8 +937,10 @@ class _Constants(TorchFunctionMode):
             if not isinstance(value, Tensor):
                 return value
             if id(value) not in known:
+                if storage(value) in self.written:
+                    raise RuntimeError("it is no longer what it was")
                 origin = self.origins.get(id(value))
-                if origin is None or isinstance(value, nn.Parameter) or storage(value) in self.written:
+                if origin is None or isinstance(value, nn.Parameter):
                     known[id(value)] = _double(value)
                 else:
                     args, kwargs = pytree.tree_map(again, (origin.args, origin.kwargs))
@@ -923,10 +949,11 @@ class _Constants(TorchFunctionMode):
 
         with torch.no_grad():
             try:
-                found: Tensor = again(tensor)
-            except Exception:  # code that insists on dtypes
+                found = again(tensor)
+            except Exception:  # code that insists on dtypes, or that wrote to what it had computed with
                 return tensor
-        return found if found.shape == tensor.shape else tensor
+        nearer: Tensor = _nearer(found, tensor, known.values())
+        return nearer
 
     def formula(self, tensor: Tensor) -> readers.Formula | None:
         """All that a constant was computed with and from; None if it was not computed here."""

@@ -38,7 +38,7 @@ def test_an_exported_block_merges_as_it_did(rule):
         pytest.skip("its pieces are permuted by sizes that an exported program computes")
     graph = exported(model, x)
     plan = structrep.plan(graph, x)
-    # of a kernel that is computed from weights only the arithmetic is left, not the torch functions that name its family
+    # of a computed kernel only the arithmetic is left, not the torch functions that tell its family
     assert [merge.rules for merge in plan.merges] in ([(rule.name,)], [("constant_kernel",)])
     assert relative_error(plan.reparameterize(x)(x), model(x)) < 1e-12
 

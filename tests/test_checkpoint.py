@@ -175,6 +175,46 @@ def test_dtypes_are_those_of_the_checkpoint(tmp_path):
     assert next(block.parameters()).dtype == torch.float32
 
 
+def test_several_states_side_by_side(wide, tmp_path):
+    state = wide.state_dict()
+    ema = {f"ema.{name}": value * 1 for name, value in state.items()}
+    path = written({**state, **ema}, tmp_path / "both.pt")
+    record = structrep.convert_checkpoint(path, tmp_path / "deploy.pt", wide, norms="keep")
+    assert list(record.entries) == ["(all)", "ema"]
+    found = torch.load(tmp_path / "deploy.pt")
+    assert set(found) == {*Plain().state_dict(), *(f"ema.{name}" for name in Plain().state_dict())}
+    with pytest.raises(BadInput, match="2 state dicts"):
+        structrep.convert_checkpoint(path, tmp_path / "one.safetensors", wide)
+    compiled = {f"_orig_mod.{name}": value for name, value in state.items()}
+    with pytest.raises(BadInput, match="are the same but for wrappers"):
+        structrep.convert_checkpoint(written({**state, **compiled}, path), tmp_path / "new.pt", wide)
+
+
+def test_what_looks_like_weights(wide, tmp_path):
+    state = wide.state_dict()
+    content = {"model": state, "callbacks": {"ema": state}, "optimizer_state": {"exp_avg": state}}
+    record = structrep.convert_checkpoint(written(content, tmp_path / "a.pt"), tmp_path / "b.pt", wide)
+    assert list(record.entries) == ["model"]
+    assert list(torch.load(tmp_path / "b.pt")) == ["model"]
+    with pytest.raises(BadInput, match="no state dict"):
+        structrep.convert_checkpoint(written({"callbacks": state}, tmp_path / "c.pt"), tmp_path / "d.pt", wide)
+
+
+def test_numbers_that_a_model_cannot_have(tmp_path):
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 3, 1))
+    model[3].weight = model[0].weight
+    apart = {name: value.clone() for name, value in model.state_dict().items()}
+    apart["3.weight"] += 1
+    with pytest.raises(BadInput, match=r"tied to the weights of 0\.weight"):
+        structrep.convert_checkpoint(written(apart, tmp_path / "a.pt"), tmp_path / "b.pt", model)
+    whole = {name: value.to(torch.int8) for name, value in model.state_dict().items()}
+    with pytest.raises(BadInput, match=r"as torch\.int8, and the model as torch\.float32"):
+        structrep.convert_checkpoint(written(whole, tmp_path / "a.pt"), tmp_path / "b.pt", model)
+    plain = nn.Sequential(nn.Conv2d(3, 3, 1))
+    with pytest.raises(BadInput, match="nothing to merge"):
+        structrep.convert_checkpoint(written(plain.state_dict(), tmp_path / "a.pt"), tmp_path / "b.pt", plain)
+
+
 class Held:
     """What a checkpoint should not hold."""
 

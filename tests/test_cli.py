@@ -9,19 +9,20 @@ import runpy
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import pytest
 import safetensors.torch
 import timm
 import torch
 import torchvision
+import transformers
 from torch import Tensor, nn
 from typer.testing import CliRunner, Result
 
 import structrep
-from structrep import cli, registry
-from structrep.report import PlanRecord
+from structrep import cli, export, models, registry
+from structrep.report import ExportRecord, LatencyRecord, PlanRecord, Verification
 
 NETS = """
 import torch
@@ -80,6 +81,14 @@ class Loud(Net):
 instance = Net()
 plain = nn.Conv2d(3, 8, 3)
 number = 3
+
+class Plain(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+
+def Wide():
+    import structrep
+    return structrep.expand(Plain(), "repvgg")
 
 class Space:
     net = Net
@@ -308,6 +317,153 @@ def test_round_trip(
     assert set(files(here)) == {"nets.py", "fails.py", "wrong.py", weights.name, out.name}
 
 
+@pytest.mark.parametrize("suffix", export.SUFFIXES)
+@pytest.mark.parametrize(
+    ("source", "shape", "more"), [("nets:Net", (2, 3, 9, 7), 5), ("timm:repvgg_a0", (1, 3, 64, 64), 3)]
+)
+def test_what_was_written_says_what_it_is_and_holds(
+    here: Path, source: str, shape: tuple[int, ...], more: int, suffix: str
+) -> None:
+    trained = randomized(local("Net") if source == "nets:Net" else timm.create_model("repvgg_a0"))
+    torch.save(trained.state_dict(), here / "trained.pt")
+    given = [source, "--weights", "trained.pt"]
+    out, size = f"net{suffix}", "x".join(map(str, shape))
+    result = run("convert", *given, "--out", out, "--shape", size, "--json")
+    assert result.exit_code == 0, result.output
+    written = ExportRecord.model_validate_json(result.stdout)
+    record = export.record_in(here / out)
+    assert record == written.provenance
+    assert record.weights_sha256 == export.checksum(trained)
+    assert record.versions["torch"] == torch.__version__
+    assert sum(record.rules.values()) == written.merges > 0
+    assert record.verification is not None
+    assert record.verification.ok
+    assert (written.runtime is not None) == (suffix in export.PROGRAMS)
+    size = "x".join(map(str, (more, *shape[1:])))  # another batch than it was made with
+    result = run("verify", *given, "--file", out, "--shape", size, "--json")
+    assert result.exit_code == 0, result.output
+    assert Verification.model_validate_json(result.stdout).outputs[0].shape[0] == more
+    said = failed(2, "verify", source, "--file", out, "--shape", size)
+    assert "was made of other weights" in said
+
+
+def test_a_file_that_differs_is_found(here: Path) -> None:
+    torch.save(local("Net").state_dict(), here / "trained.pt")
+    given = ["nets:Net", "--weights", "trained.pt", "--shape", "2x3x9x7"]
+    assert run("convert", *given, "--out", "net.pt").exit_code == 0
+    state = torch.load(here / "net.pt")
+    state["head.bias"] += 1e-3
+    torch.save(state, here / "net.pt")
+    result = run("verify", *given, "--file", "net.pt")
+    assert result.exit_code == 1
+    assert "OFF" in result.stdout
+    assert "net.pt differs from the original by more than rounding" in result.stderr
+    (here / "net.onnx").write_bytes(b"no program")
+    assert "net.onnx cannot be read" in failed(2, "verify", *given, "--file", "net.onnx")
+
+
+def test_dtypes_and_devices(here: Path) -> None:
+    given = ["verify", "nets:Net", "--shape", "2x3x9x7"]
+    result = run(*given, "--dtype", "bfloat16", "--channels-last", "--device", "cpu", "--json")
+    assert result.exit_code == 0, result.output
+    record = Verification.model_validate_json(result.stdout)
+    assert (record.dtype, record.channels_last, record.device) == ("bfloat16", True, "cpu")
+    assert "is no floating-point dtype" in failed(2, *given, "--dtype", "int8")
+    assert "--device 'nowhere' cannot be used" in failed(2, *given, "--device", "nowhere")
+    assert "give its --shape" in failed(2, "verify", "nets:Net")
+
+
+def test_reports_and_files_stay_apart(here: Path) -> None:
+    given = ["convert", "nets:Net", "--shape", "2x3x9x7"]
+    assert "are the same file" in failed(2, *given, "--out", "a.pt", "--report", "a.pt")
+    assert run(*given, "--out", "a.pt", "--report", "a.html").exit_code == 0
+    assert (here / "a.html").read_text().startswith("<!DOCTYPE html>")
+    assert "exists" in failed(2, *given, "--out", "b.pt", "--report", "a.html")
+    assert "give it with --weights" in failed(2, *given, "--out", "b.pt", "--entry", "ema")
+
+
+def test_inputs_that_have_no_batch_in_common(here: Path) -> None:
+    result = run("convert", "nets:Pair", "--out", "pair.pt2", "--shape", "2x3x9x7", "--shape", "1x5")
+    assert result.exit_code == 0, result.output
+    result = run("verify", "nets:Pair", "--shape", "2x3x9x7", "--shape", "1x5")
+    assert result.exit_code == 0, result.output
+
+
+def test_half_precision(here: Path) -> None:
+    torch.save(local("Net").half().state_dict(), here / "half.pt")
+    for command in (["bench"], ["convert", "--out", "half.onnx"]):
+        result = run(command[0], "nets:Net", *command[1:], "--weights", "half.pt", "--shape", "2x3x9x7")
+        assert result.exit_code == 0, result.output
+
+
+@pytest.mark.parametrize("record", ["garbage", "{}", "[1]", '{"source": 1}'])
+def test_records_that_are_damaged(here: Path, record: str) -> None:
+    state = structrep.reparameterize(local("Net").eval()).state_dict()
+    safetensors.torch.save_file(state, here / "net.safetensors", {"structrep": record})
+    assert "cannot be read" in failed(2, "verify", "nets:Net", "--shape", "2x3x9x7", "--file", "net.safetensors")
+
+
+def test_bench(here: Path) -> None:
+    result = run("bench", "nets:Net", "--shape", "2x3x9x7", "--rounds", "3", "--json")
+    assert result.exit_code == 0, result.output
+    record = LatencyRecord.model_validate_json(result.stdout)
+    assert list(record.models) == ["training-time", "deploy"]
+    assert all(len(one.seconds) == 3 for one in record.models.values())
+    assert record.models["training-time"].faster == 1
+    assert "times as fast" in run("bench", "nets:Net", "--shape", "2x3x9x7", "--rounds", "1").stdout
+    assert "does not accept inputs of shape" in failed(2, "bench", "nets:Net", "--shape", "2x5x9x7")
+
+
+def test_doctor(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = run("doctor", "--json")
+    assert result.exit_code == 0, result.output
+    record = cli.DoctorRecord.model_validate_json(result.stdout)
+    assert not any(record.rules.values())
+    assert {part.package for part in record.parts if part.version} >= {"torch", "timm", "onnxruntime"}
+    monkeypatch.setitem(sys.modules, "timm", None)
+    monkeypatch.setattr(cli.registry, "resolve", lambda rules: iter(()))
+    assert "there is no module named 'timm'" in run("doctor").stdout.replace("\n", " ")
+
+
+def test_models_in_files(here: Path) -> None:
+    net = local("Net").eval()
+    batch = torch.export.Dim("batch")
+    torch.export.save(torch.export.export(net, (torch.randn(2, 3, 9, 7),), dynamic_shapes=({0: batch},)), "net.pt2")
+    result = run("convert", "net.pt2", "--out", "deploy.onnx", "--shape", "2x3x9x7")
+    assert result.exit_code == 0, result.output
+    torch.save(net, "module.pt")
+    assert "say --trusted" in failed(2, "explain", "module.pt")
+    assert run("explain", "module.pt", "--trusted").exit_code == 0
+    torch.save(net.state_dict(), "state.pt")
+    assert "not an nn.Module: name the model" in failed(2, "explain", "state.pt", "--trusted")
+    (here / "broken.pt2").write_text("no program")
+    assert "is no program of torch.export" in failed(2, "explain", "broken.pt2")
+    assert "is not there" in failed(2, "explain", "none.pt2")
+
+
+def test_models_of_transformers(here: Path) -> None:
+    config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
+    model = randomized(transformers.ResNetForImageClassification(config))
+    model.save_pretrained(here / "resnet")
+    result = run("convert", "hf:resnet", "--out", "deploy.pt", "--shape", "1x3x32x32")
+    assert result.exit_code == 0, result.output
+    assert export.record_in(here / "deploy.pt").weights_sha256 == export.checksum(model)  # type: ignore[union-attr]
+    assert run("explain", "hf:resnet/config.json").exit_code == 0
+    assert "allow a download, --download" in failed(2, "explain", "hf:microsoft/resnet-50")
+    (here / "empty").mkdir()
+    assert "transformers makes no model of empty" in failed(2, "explain", "hf:empty")
+
+
+def test_residuals_and_norms(here: Path) -> None:
+    assert "norms='keep' gives back a model that structrep.expand" in failed(
+        2, "convert", "nets:Net", "--out", "net.pt", "--norms", "keep"
+    )
+    assert "give fold or keep" in failed(2, "convert", "nets:Net", "--out", "net.pt", "--norms", "lose")
+    assert run("convert", "nets:Wide", "--out", "net.pt", "--norms", "keep").exit_code == 0
+    assert set(read(here / "net.pt")) == set(local("Plain").state_dict())
+    assert "the model has no module named 'x'" in failed(2, "explain", "nets:Net", "--reserve", "x")
+
+
 def test_without_a_shape_every_merge_is_proved(here: Path) -> None:
     result = run("convert", "nets:Net", "--out", "net.pt")
     assert result.exit_code == 0
@@ -333,22 +489,21 @@ def test_a_link_goes_on_pointing_where_it_did(here: Path) -> None:
 
 def test_files_may_be_read_by_whom_the_umask_lets(here: Path) -> None:
     (here / "plain").write_text("")
-    for suffix in cli.SAVERS:
-        assert run("convert", "nets:Net", "--out", f"net{suffix}").exit_code == 0
+    for suffix in export.SUFFIXES:
+        assert run("convert", "nets:Net", "--out", f"net{suffix}", "--shape", "2x3x9x9").exit_code == 0
         assert (here / f"net{suffix}").stat().st_mode == (here / "plain").stat().st_mode
 
 
-@pytest.mark.parametrize("suffix", list(cli.SAVERS))
+@pytest.mark.parametrize("suffix", export.SUFFIXES)
 def test_a_write_that_fails_midway_leaves_the_old_file(
     here: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
 ) -> None:
-    def full(state: object, file: BinaryIO) -> None:
-        file.write(b"half")
+    def full(file: int) -> None:
         raise OSError(28, "No space left on device")
 
     (here / f"net{suffix}").write_text("precious")
-    monkeypatch.setitem(cli.SAVERS, suffix, full)
-    said = failed(2, "convert", "nets:Net", "--out", f"net{suffix}", "--force")
+    monkeypatch.setattr(os, "fsync", full)
+    said = failed(2, "convert", "nets:Net", "--out", f"net{suffix}", "--force", "--shape", "2x3x9x9")
     assert "could not be written: OSError: [Errno 28] No space left" in said
 
 
@@ -390,7 +545,7 @@ def test_nothing_to_merge_is_said_with_the_reasons(here: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["nets"], "write timm:NAME, torchvision:NAME or package.module:callable"),
+        (["nets"], "write timm:NAME, torchvision:NAME, hf:PATH, package.module:callable"),
         ([""], "names no model"),
         ([":Net"], "names no model"),
         (["nets:"], "names no model"),
@@ -440,11 +595,13 @@ def test_bad_input(here: Path, arguments: list[str], said: str) -> None:
 @pytest.mark.parametrize(
     ("out", "said"),
     [
-        ("net.bin", ".safetensors and .pt are supported"),
-        ("net", ".safetensors and .pt are supported"),
-        ("net.PT", ".safetensors and .pt are supported"),
+        ("net.bin", ".safetensors, .pt, .pt2, .onnx are supported"),
+        ("net", ".safetensors, .pt, .pt2, .onnx are supported"),
+        ("net.PT", ".safetensors, .pt, .pt2, .onnx are supported"),
         ("nowhere/net.pt", "there is no folder"),
         ("folder.pt", "is a folder"),
+        ("net.onnx", "is made from an example input: give its --shape"),
+        ("net.pt2", "is made from an example input: give its --shape"),
     ],
 )
 def test_bad_out(here: Path, out: str, said: str) -> None:
@@ -545,7 +702,7 @@ def test_no_model_downloads(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("a download")
 
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", fetch)
-    model = cli._model("torchvision:fasterrcnn_mobilenet_v3_large_320_fpn", {"num_classes": 2})
+    model = models.named("torchvision:fasterrcnn_mobilenet_v3_large_320_fpn", {"num_classes": 2})
     assert isinstance(model, nn.Module)
 
 

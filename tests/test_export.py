@@ -84,3 +84,13 @@ def test_inductor(name):
     with torch.no_grad():
         found, truth = torch.compile(deploy)(x), model(x)
     assert float((found - truth).abs().max()) <= 1e-5 * float(truth.abs().max())
+
+
+def test_what_is_left_to_merge_stops_an_export():
+    model = settled(timm.create_model("repvgg_a0")).train()
+    with pytest.raises(structrep.Unmerged, match=r"ByobNet has 22 merges left to do: stem.*and 14 more"):
+        structrep.assert_merged(model)
+    assert model.training
+    deploy = structrep.reparameterize(model.eval())
+    structrep.assert_merged(deploy)
+    structrep.assert_merged(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU()))

@@ -1,0 +1,258 @@
+"""The deploy model in a file, with what is known of it written into it, and the model that a file holds.
+
+By suffix: `.safetensors` and `.pt`, a state dict; `.pt2`, a program of `torch.export`; `.onnx`, of `torch.onnx`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import warnings
+from collections import Counter
+from collections.abc import Callable, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+
+from structrep import files
+from structrep.errors import BadInput, said
+from structrep.report import PlanRecord, Provenance, Verification
+from structrep.trace import Example, as_arguments
+
+KEY = "structrep"  # of the record in a file's own metadata
+ONNX = "pip install 'structrep[onnx]'"
+
+
+def provenance(model: nn.Module, plan: PlanRecord, source: str = "", proof: Verification | None = None) -> Provenance:
+    """What a file is to say of the deploy model in it.
+
+    Args:
+        model: the training-time model.
+        source: where that came from, in the user's words.
+        proof: the comparison of the two.
+    """
+    return Provenance(
+        source=source,
+        model=plan.model,
+        weights_sha256=checksum(model),
+        rules=dict(Counter(" + ".join(merge.rules) for merge in plan.merges)),
+        refusals=len(plan.refusals),
+        versions={"structrep": version("structrep"), "torch": torch.__version__},
+        verification=proof,
+    )
+
+
+def version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def checksum(model: nn.Module) -> str:
+    """SHA-256 of a state dict: of each name, dtype, shape and number, in the order of the names."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        if isinstance(value, Tensor):
+            plain = value.detach().cpu().contiguous()
+            digest.update(f"{name} {plain.dtype} {tuple(plain.shape)}".encode())
+            digest.update(plain.flatten().view(torch.uint8).numpy().tobytes() if plain.numel() else b"")
+    return digest.hexdigest()
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+def encoded(deploy: nn.Module, suffix: str, example_inputs: Example | None, record: Provenance) -> bytes:
+    """A deploy model as the content of a file.
+
+    Args:
+        suffix: ".safetensors", ".pt", ".pt2" or ".onnx".
+        example_inputs: needed for programs, whose batch, dim 0 of all inputs, is left open where the model allows it.
+
+    Raises:
+        BadInput: there is no such suffix, no example inputs, or the program cannot be made.
+    """
+    if suffix not in _ENCODERS:
+        raise BadInput(f"there is no format for the suffix {suffix!r}: {', '.join(_ENCODERS)} are supported")
+    return _ENCODERS[suffix](deploy, example_inputs, record.model_dump_json())
+
+
+def _safetensors(deploy: nn.Module, example_inputs: Example | None, record: str) -> bytes:
+    content: bytes = files.safetensors().save(files.plain(deploy.state_dict()), {"format": "pt", KEY: record})
+    return content
+
+
+def _torch(deploy: nn.Module, example_inputs: Example | None, record: str) -> bytes:
+    state: Any = deploy.state_dict()
+    told = {**state._metadata, KEY: {"record": record}}  # versions of modules; what torch reads nothing into
+    for name, value in files.plain(state).items():
+        state[name] = value
+    state._metadata = told
+    file = io.BytesIO()
+    torch.save(state, file)
+    return file.getvalue()
+
+
+def _program(deploy: nn.Module, example_inputs: Example | None, record: str) -> bytes:
+    file = io.BytesIO()
+
+    def export(args: Any, kwargs: Any, shapes: Any) -> Any:
+        return torch.export.export(deploy, args, kwargs, dynamic_shapes=shapes)
+
+    torch.export.save(_with_open_batch(export, example_inputs), file, extra_files={f"{KEY}.json": record})
+    return file.getvalue()
+
+
+def _onnx(deploy: nn.Module, example_inputs: Example | None, record: str) -> bytes:
+    files.imported("onnxscript", ONNX)
+
+    def export(args: Any, kwargs: Any, shapes: Any) -> Any:
+        return torch.onnx.export(deploy, args, kwargs=kwargs, dynamic_shapes=shapes, dynamo=True, verbose=False)
+
+    made = _with_open_batch(export, example_inputs)
+    made.model.metadata_props[KEY] = record
+    content: bytes = made.model_proto.SerializeToString()
+    return content
+
+
+def _with_open_batch(export: Callable[[Any, Any, Any], Any], example_inputs: Example | None) -> Any:
+    """What `export` makes with the first dim of every tensor open, or else with all dims as they are.
+
+    Raises:
+        BadInput: there are no example inputs, or neither can be made.
+    """
+    if example_inputs is None:
+        raise BadInput("a program is made from example inputs: give some (--shape 1x3x224x224, say)")
+    args, kwargs = as_arguments(example_inputs)
+    sizes = {len(leaf) for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.ndim}
+    batch = torch.export.Dim("batch")
+
+    def wide(leaf: Any) -> Any:  # a batch of 1 would be taken for a constant
+        return torch.cat([leaf, leaf]) if isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == 1 else leaf
+
+    def opened(leaf: Any) -> Any:
+        return {0: batch} if isinstance(leaf, Tensor) and leaf.ndim else None
+
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        try:
+            if len(sizes) != 1:
+                raise BadInput(f"inputs with a first dim of {sizes} have no batch in common")
+            many, more = pytree.tree_map(wide, (args, kwargs))
+            return export(many, more, pytree.tree_map(opened, args or kwargs))
+        except Exception:
+            try:
+                return export(args, kwargs, None)
+            except Exception as error:
+                raise BadInput(f"torch makes no such program of the model: {said(error)}") from error
+
+
+_ENCODERS: dict[str, Callable[[nn.Module, Example | None, str], bytes]] = {
+    ".safetensors": _safetensors,
+    ".pt": _torch,
+    ".pt2": _program,
+    ".onnx": _onnx,
+}
+SUFFIXES = tuple(_ENCODERS)
+PROGRAMS = (".pt2", ".onnx")  # which run by themselves
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+class OnnxModel(nn.Module):
+    """An ONNX program, run by onnxruntime on the CPU.
+
+    Args:
+        content: of the file.
+
+    Raises:
+        BadInput: onnxruntime is not there, or takes no such program.
+    """
+
+    def __init__(self, content: bytes) -> None:
+        super().__init__()
+        runtime = files.imported("onnxruntime", ONNX)
+        try:
+            self.session = runtime.InferenceSession(content, providers=["CPUExecutionProvider"])
+        except Exception as error:
+            raise BadInput(f"onnxruntime cannot run it: {said(error)}") from error
+
+    def forward(self, *args: Tensor, **kwargs: Tensor) -> list[Tensor]:
+        given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        feed = {one.name: tensor.numpy() for one, tensor in zip(self.session.get_inputs(), given, strict=True)}
+        return [torch.from_numpy(value) for value in self.session.run(None, feed)]
+
+    def __deepcopy__(self, memo: Any) -> OnnxModel:
+        return self  # it has no state
+
+
+def program(suffix: str, content: bytes) -> nn.Module:
+    """The program that a .pt2 or .onnx file holds.
+
+    Raises:
+        BadInput: it is none.
+    """
+    if suffix == ".onnx":
+        return OnnxModel(content)
+    try:
+        made = torch.export.load(io.BytesIO(content))
+    except Exception as error:
+        raise BadInput(f"it is no program of torch.export: {said(error)}") from error
+    graph = made.module()
+    for node in list(graph.graph.nodes):
+        if node.target is torch.ops.aten._assert_tensor_metadata.default:
+            graph.graph.erase_node(node)  # it runs in float64 too, to be compared
+    graph.recompile()
+    return graph
+
+
+def record_in(path: Path) -> Provenance | None:
+    """What a file says of the deploy model in it, if `convert` has written it.
+
+    Raises:
+        BadInput: there is no such file, or it is damaged.
+    """
+    if path.suffix not in _READERS:
+        raise BadInput(f"{path} has the suffix {path.suffix!r}: convert writes {', '.join(_READERS)}")
+    try:
+        text = _READERS[path.suffix](path)
+        return Provenance.model_validate_json(text) if text else None
+    except Exception as error:
+        raise BadInput(f"{path} cannot be read: {said(error)}") from error
+
+
+def _in_safetensors(path: Path) -> str | None:
+    with files.imported("safetensors", "pip install 'structrep[weights]'").safe_open(path, "pt") as file:
+        told: Mapping[str, str] = file.metadata() or {}
+        return told.get(KEY)
+
+
+def _in_torch(path: Path) -> str | None:
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    told: Mapping[str, Mapping[str, str]] = getattr(state, "_metadata", {})
+    return told.get(KEY, {}).get("record")
+
+
+def _in_program(path: Path) -> str | None:
+    found = {f"{KEY}.json": ""}
+    torch.export.load(path, extra_files=found)
+    return found[f"{KEY}.json"] or None
+
+
+def _in_onnx(path: Path) -> str | None:
+    told: Mapping[str, str] = OnnxModel(path.read_bytes()).session.get_modelmeta().custom_metadata_map
+    return told.get(KEY)
+
+
+_READERS: dict[str, Callable[[Path], str | None]] = {
+    ".safetensors": _in_safetensors,
+    ".pt": _in_torch,
+    ".pt2": _in_program,
+    ".onnx": _in_onnx,
+}

@@ -1,0 +1,58 @@
+"""How long models take, side by side."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import torch
+from torch import nn
+
+from structrep.report import Latency, LatencyRecord
+from structrep.trace import Example, as_arguments
+
+WARM = 3
+
+
+def latency(models: Mapping[str, nn.Module], example_inputs: Example, rounds: int = 20) -> LatencyRecord:
+    """Seconds for one pass of each model in turn, in one process: what slows one down slows all.
+
+    Args:
+        models: by name; the first is what the others are compared with.
+        example_inputs: on the models' device.
+        rounds: how often each runs, after a few that do not count.
+    """
+    args, kwargs = as_arguments(example_inputs)
+    cuda = any(one.is_cuda for model in models.values() for one in model.parameters())
+    samples: dict[str, list[float]] = {name: [] for name in models}
+    with torch.no_grad():
+        for index in range(WARM + rounds):
+            for name, model in models.items():
+                seconds = _timed(partial(model, *args, **kwargs), cuda)
+                if index >= WARM:
+                    samples[name].append(seconds)
+    first = next(iter(samples.values()))
+    return LatencyRecord(
+        device=torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads",
+        torch=torch.__version__,
+        models={
+            name: Latency(
+                seconds=tuple(found),
+                median=statistics.median(found),
+                faster=statistics.median(one / other for one, other in zip(first, found, strict=True)),
+            )
+            for name, found in samples.items()
+        },
+    )
+
+
+def _timed(run: Callable[[], object], cuda: bool) -> float:
+    if cuda:
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    run()
+    if cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
