@@ -13,7 +13,6 @@ import gc
 import json
 import os
 import platform
-import resource
 import subprocess
 import sys
 import time
@@ -154,9 +153,15 @@ def peak(family: str, form: str, device: torch.device, batch: int, half: bool) -
         before = torch.cuda.memory_allocated()
         trained.step(), trained.step()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
-    before = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    before = _resident("VmRSS")
     trained.step(), trained.step()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10 - before / 2**20
+    return _resident("VmHWM") - before
+
+
+def _resident(what: str) -> float:
+    """MiB of this process: what it has, VmRSS, or has had at most, VmHWM, which unlike `ru_maxrss` starts with it."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines[what].split()[0]) / 2**10
 
 
 def peak_elsewhere(family: str, form: str, batch: int, half: bool) -> float:
