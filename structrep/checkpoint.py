@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from structrep import files
 from structrep.driver import plan, unwrapped
-from structrep.errors import BadInput, listed, said, some
+from structrep.errors import BadInput, listed, said
 from structrep.expand import plain_name
 from structrep.report import CheckpointRecord, PlanRecord
 from structrep.trace import Example, own_copy
@@ -96,13 +96,12 @@ def convert_checkpoint(
         load(twin, one, source)
         planned = plan(twin, example_inputs, norms=norms)
         if not planned.merges:
-            reasons = [f"{refused.where}: {refused.reason}" for refused in planned.refusals]
-            raise BadInput("\n  ".join([f"there is nothing to merge in {one.entry} of {source}", *some(reasons)]))
+            raise BadInput(f"there is nothing to merge in {one.entry} of {source}{planned.record.reasons}")
         deploy = planned.reparameterize(example_inputs, verify=verify)
         records[one.entry] = planned.record
         converted.append(replace(one, state=files.plain(deploy.state_dict())))
     if target.suffix == ".safetensors":
-        write(files.save_safetensors, converted[0].state)
+        write(files.save_bytes, files.as_safetensors(converted[0].state))
     else:
         write(torch.save, converted[0].state if bare else _exchanged(content, found, converted))
     left = () if bare or not isinstance(content, Mapping) else tuple(sorted(OF_TRAINING.intersection(content)))

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import torch
 import typer
@@ -26,7 +26,7 @@ from torch import Tensor, fx, nn
 
 import structrep
 from structrep import checkpoint, export, files, models, registry
-from structrep.errors import BadInput, Refusal, StructrepError, TrainingMode, Uninitialized, UnknownRule, said, some
+from structrep.errors import BadInput, Refusal, StructrepError, TrainingMode, Uninitialized, UnknownRule, said
 from structrep.latency import latency
 from structrep.page import page
 from structrep.proof import dtype_of
@@ -269,10 +269,11 @@ def convert(
             if verify and inputs is not None and out.suffix in export.PROGRAMS:
                 runs = compare(model, export.program(out.suffix, content), inputs, device="cpu")
                 _demand(runs, f"the program for {out}")
-            shown = page(plan, model, inputs).encode() if report else b""
-            write(_bytes, content)
+            compared = proof or (plan.verify(inputs, deploy) if report and inputs is not None else None)
+            shown = page(plan, model, deploy, inputs, compared) if report else b""
+            write(files.save_bytes, content)
             if write_report:
-                write_report(_bytes, shown)
+                write_report(files.save_bytes, shown)
     done = ExportRecord(
         out=str(out),
         bytes=len(content),
@@ -514,14 +515,8 @@ def _show(tables: Iterable[Table]) -> None:
 
 
 def _demand_merges(plan: structrep.Plan) -> None:
-    if plan.merges:
-        return
-    reasons = [f"{refusal.where}, {refusal.what}: {refusal.reason}" for refusal in plan.refusals]
-    raise Refused("\n  ".join(["there is nothing to merge in this model", *some(reasons)]))
-
-
-def _bytes(content: bytes, file: BinaryIO) -> None:
-    file.write(content)
+    if not plan.merges:
+        raise Refused(f"there is nothing to merge in this model{plan.record.reasons}")
 
 
 def _demand_weights(record: Provenance | None, model: nn.Module, file: Path) -> None:

@@ -144,7 +144,7 @@ def expand(
     whole = model if inplace else own_copy(model)
     _exchange(whole, new)
     kinds = len([one for one in layers.values() if type(one) in family.of])
-    log.info("%s stands in the place of %d of %d layers: %s", block, len(made), kinds, ", ".join(made) or "none")
+    log.info("%s stands in the place of %d of %d layers: %s", block, len(made), kinds, ", ".join(made))
     return whole
 
 

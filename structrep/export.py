@@ -5,6 +5,7 @@ By suffix: `.safetensors` and `.pt`, a state dict; `.pt2`, a program of `torch.e
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import warnings
@@ -83,8 +84,7 @@ def encoded(deploy: nn.Module, suffix: str, example_inputs: Example | None, reco
 
 
 def _safetensors(deploy: nn.Module, example_inputs: Example | None, record: str) -> bytes:
-    content: bytes = files.safetensors().save(files.plain(deploy.state_dict()), {"format": "pt", KEY: record})
-    return content
+    return files.as_safetensors(files.plain(deploy.state_dict()), **{KEY: record})
 
 
 def _torch(deploy: nn.Module, example_inputs: Example | None, record: str) -> bytes:
@@ -140,16 +140,14 @@ def _with_open_batch(export: Callable[[Any, Any, Any], Any], example_inputs: Exa
 
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
+        if len(sizes) == 1:
+            with contextlib.suppress(Exception):  # of a model that has to know its batch
+                many, more = pytree.tree_map(wide, (args, kwargs))
+                return export(many, more, pytree.tree_map(opened, args or kwargs))
         try:
-            if len(sizes) != 1:
-                raise BadInput(f"inputs with a first dim of {sizes} have no batch in common")
-            many, more = pytree.tree_map(wide, (args, kwargs))
-            return export(many, more, pytree.tree_map(opened, args or kwargs))
-        except Exception:
-            try:
-                return export(args, kwargs, None)
-            except Exception as error:
-                raise BadInput(f"torch makes no such program of the model: {said(error)}") from error
+            return export(args, kwargs, None)
+        except Exception as error:
+            raise BadInput(f"torch makes no such program of the model: {said(error)}") from error
 
 
 _ENCODERS: dict[str, Callable[[nn.Module, Example | None, str], bytes]] = {
@@ -228,7 +226,7 @@ def record_in(path: Path) -> Provenance | None:
 
 
 def _in_safetensors(path: Path) -> str | None:
-    with files.imported("safetensors", "pip install 'structrep[weights]'").safe_open(path, "pt") as file:
+    with files.safetensors().safe_open(path, "pt") as file:
         told: Mapping[str, str] = file.metadata() or {}
         return told.get(KEY)
 

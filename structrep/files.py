@@ -120,8 +120,14 @@ def safetensors() -> Any:
     return imported("safetensors.torch", "pip install 'structrep[weights]'")
 
 
-def save_safetensors(state: Mapping[str, Tensor], file: BinaryIO) -> None:
-    file.write(safetensors().save(dict(state), {"format": "pt"}))
+def as_safetensors(state: Mapping[str, Tensor], **told: str) -> bytes:
+    """A safetensors file of a plain state dict, with texts by name in its metadata."""
+    content: bytes = safetensors().save(dict(state), {"format": "pt", **told})
+    return content
+
+
+def save_bytes(content: bytes, file: BinaryIO) -> None:
+    file.write(content)
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------

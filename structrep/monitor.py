@@ -22,10 +22,11 @@ from structrep.search import Merge
 from structrep.trace import Example, shallow_copy
 
 LEVELS = 127  # of a sign, in symmetric int8
+DEAD = 1e-3  # the norm of a dead branch's kernel, relative to the merged one's
 
 
 def monitor(
-    model: nn.Module, example_inputs: Example | None = None, *, rules: Rules = None, dead: float = 1e-3
+    model: nn.Module, example_inputs: Example | None = None, *, rules: Rules = None, dead: float = DEAD
 ) -> MonitorRecord:
     """Each merged kernel that the model would have now, and what its branches do for it. The model may be in training
     mode, and is not changed; norms count with their running statistics.
@@ -40,11 +41,12 @@ def monitor(
     found = plan(shallow_copy(unwrapped(model)).eval(), example_inputs, rules=rules)
     return MonitorRecord(
         model=type(unwrapped(model)).__name__,
-        kernels=tuple(_kernel(where, merge, dead) for where, merge in found.merged.items()),
+        kernels=tuple(kernel(where, merge, dead) for where, merge in found.merged.items()),
     )
 
 
-def _kernel(where: str, merge: Merge, dead: float) -> KernelRecord:
+def kernel(where: str, merge: Merge, dead: float = DEAD) -> KernelRecord:
+    """A merged kernel as the weights are now; `where` is the name of its layer."""
     whole = merge.value()
     return KernelRecord(
         where=where,

@@ -14,12 +14,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from structrep.drawing import REFUSED, Drawing, Key
 from structrep.driver import Plan
-from structrep.files import imported, writer
+from structrep.files import imported, save_bytes, writer
 from structrep.flow import Graph, Part
 from structrep.latency import latency
 from structrep.markup import filled
-from structrep.monitor import _kernel
-from structrep.proof import _How
+from structrep.monitor import kernel
+from structrep.proof import How
 from structrep.report import Verification
 from structrep.trace import Example, as_arguments
 
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from markupsafe import Markup
 
 SECONDS, ROUNDS = 3.0, (3, 20)  # that latencies are measured for, about; fewest and most passes of each model
-DEAD = 1e-3  # as for `structrep.monitor`
 NARROW = 240  # pixels: two pictures of at most that width stand side by side on a phone
 MISSING = "give example inputs"
 INK = "#010203"  # stands for the colour of text while a chart is drawn
@@ -62,15 +61,25 @@ class View:
 def write(plan: Plan, model: nn.Module, path: Path, example_inputs: Example | None, force: bool) -> None:
     """See `structrep.Plan.report`; the model is the one that the plan is for."""
     save = writer(path, force)
-    if example_inputs is not None:
-        imported("matplotlib", "pip install 'structrep[plot]'")
-    save(lambda text, file: file.write(text.encode()), page(plan, model, example_inputs))
-
-
-def page(plan: Plan, model: nn.Module, example_inputs: Example | None = None) -> str:
-    """The page."""
+    _demand_plots(example_inputs)
     deploy = plan.apply()
     verification = None if example_inputs is None else plan.verify(example_inputs, deploy)
+    save(save_bytes, page(plan, model, deploy, example_inputs, verification))
+
+
+def page(
+    plan: Plan, model: nn.Module, deploy: nn.Module, example_inputs: Example | None, verification: Verification | None
+) -> bytes:
+    """The page.
+
+    Args:
+        model, deploy: the model that the plan is for, and what the plan gave.
+        verification: what `plan.verify` gave, if it was asked.
+
+    Raises:
+        BadInput: there are example inputs, and matplotlib is not installed.
+    """
+    _demand_plots(example_inputs)
     drawing = plan.drawing(deploy, example_inputs)
     tiles = [*_counts(drawing.graphs), *_measured(model, deploy, example_inputs), _error(verification)]
     text = filled(
@@ -80,14 +89,19 @@ def page(plan: Plan, model: nn.Module, example_inputs: Example | None = None) ->
         tiles=tiles,
         view=_view(drawing, drawing.whole, "graph"),
         drawing=drawing,
-        kernels=[_kernel(where, merge, DEAD) for where, merge in plan.merged.items()],
+        kernels=[kernel(where, merge) for where, merge in plan.merged.items()],
         verification=verification,
         chart=_chart(verification) if verification and verification.regions else "",
         inexact=plan.inexact,
         refused=REFUSED,
         missing=MISSING,
     )
-    return str(text)
+    return text.encode()
+
+
+def _demand_plots(example_inputs: Example | None) -> None:
+    if example_inputs is not None:
+        imported("matplotlib", "pip install 'structrep[plot]'")
 
 
 # --- numbers ----------------------------------------------------------------------------------------------------------
@@ -106,7 +120,7 @@ def _measured(model: nn.Module, deploy: nn.Module, example_inputs: Example | Non
     stored = _tile("parameters", *(sum(p.numel() for p in one.parameters()) for one in (model, deploy)))
     if example_inputs is None:
         return [stored, Tile("multiply-adds", note=MISSING), Tile("latency", note=MISSING)]
-    how = _How.of(model)
+    how = How.of(model)
     given = how.inputs(example_inputs)
     args, kwargs = as_arguments(given)
     models = {"training time": how.model(model), "deploy": how.model(deploy)}

@@ -27,7 +27,7 @@ from structrep.readers import Layer, counts_sizes, held, lower, only_asserted
 from structrep.registry import COEFFICIENT_ROUNDING
 from structrep.report import BorderRecord, OutputRecord, RegionRecord, Verification
 from structrep.search import Merge
-from structrep.trace import Example, as_arguments, computed, shallow_copy, trace
+from structrep.trace import Example, as_arguments, computed, doubled, shallow_copy, trace
 
 SLACK = 8.0  # rounding errors of two equal models are alike, not equal
 
@@ -68,9 +68,9 @@ def verify(
     merges = merges or {}
     # Weights that were cast to float32 when they were merged cannot be nearer the truth than that.
     coarsest = max(dtype, dtype_of(deploy), autocast or dtype, key=lambda d: torch.finfo(d).eps)
-    how = _How(device, dtype, autocast, channels_last, seed)
+    how = How(device, dtype, autocast, channels_last, seed)
     noisy = replace(how, dtype=max(dtype, dtype_of(deploy), key=lambda d: torch.finfo(d).eps))
-    exact = _How(device, torch.float64, None, False, seed)
+    exact = How(device, torch.float64, None, False, seed)
     with _tf32(tf32):
         truth = _Run(reference, example_inputs, exact)
         if truth.draws:  # other numbers in every dtype: only runs of one dtype can be compared
@@ -132,7 +132,7 @@ def _rounded(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 @dataclass(frozen=True)
-class _How:
+class How:
     """How a model is run."""
 
     device: torch.device
@@ -142,7 +142,7 @@ class _How:
     seed: int = 0
 
     @classmethod
-    def of(cls, model: nn.Module) -> _How:
+    def of(cls, model: nn.Module) -> How:
         """Where a model is, and in its dtype."""
         return cls(next((t.device for t in model.parameters()), torch.device("cpu")), dtype_of(model))
 
@@ -185,7 +185,7 @@ class _Run:
         BadInput: the model rejects the inputs.
     """
 
-    def __init__(self, model: nn.Module, example_inputs: Example, how: _How, watch: Iterable[str] = ()) -> None:
+    def __init__(self, model: nn.Module, example_inputs: Example, how: How, watch: Iterable[str] = ()) -> None:
         args, kwargs = as_arguments(how.inputs(example_inputs))
         twin = how.model(model)
         self.watched: dict[str, Tensor] = {}
@@ -215,12 +215,12 @@ def accepts(model: nn.Module, example_inputs: Example) -> None:
     Raises:
         BadInput: the model rejects the inputs.
     """
-    _Run(model, example_inputs, _How.of(model))
+    _Run(model, example_inputs, How.of(model))
 
 
 def inputs_of(model: nn.Module, example_inputs: Example, paths: Collection[str]) -> Iterator[tuple[str, Any]]:
     """What some modules are given at their first call, for the example inputs."""
-    how = _How.of(model)
+    how = How.of(model)
     twin = how.model(model)
     seen: dict[str, Any] = {}
     for path in paths:
@@ -235,9 +235,7 @@ def inputs_of(model: nn.Module, example_inputs: Example, paths: Collection[str])
     yield from seen.items()
 
 
-def _regions(
-    reference: nn.Module, example_inputs: Example, how: _How, merges: Mapping[str, Merge]
-) -> dict[str, Tensor]:
+def _regions(reference: nn.Module, example_inputs: Example, how: How, merges: Mapping[str, Merge]) -> dict[str, Tensor]:
     """What the stretches that were merged give as the training-time model runs, by where they were merged, in order."""
     alone = {where: merge for where, merge in merges.items() if not any(one.beside for one in merge.absorbed)}
     roots = {merge.root.name: where for where, merge in alone.items() if not merge.trace.path}
@@ -438,8 +436,7 @@ class _Region:
 
         def load(node: fx.Node) -> Any:
             if "value" in node.meta:
-                value = held(node)
-                return value.detach().double() if isinstance(value, Tensor) and value.is_floating_point() else value
+                return doubled(held(node))
             if node not in values and counts_sizes(node):
                 values[node] = computed(node, load)
             if node not in values:

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict
 from rich.console import Console
 from rich.table import Table
 
+from structrep.errors import some
 from structrep.markup import filled
 
 WORST = 8  # merged layers that a table of a verification shows
@@ -85,6 +86,11 @@ class PlanRecord(Record):
     model: str
     merges: tuple[MergeRecord, ...]
     refusals: tuple[RefusalRecord, ...]
+
+    @property
+    def reasons(self) -> str:
+        """The refusals, a line each, as part of an error; of many the first."""
+        return "".join(f"\n  {line}" for line in some(f"{r.where}, {r.what}: {r.reason}" for r in self.refusals))
 
 
 class ErrorRecord(Record):

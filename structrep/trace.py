@@ -421,7 +421,7 @@ def _fold_constants(tracer: _Tracer) -> None:
 
 def _recomputed(node: fx.Node) -> Any:
     """The value of a node, its constants computed in float64."""
-    given = [_double(readers.exact(n) if "recompute" in n.meta else n.meta["value"]) for n in node.all_input_nodes]
+    given = [doubled(readers.exact(n) if "recompute" in n.meta else n.meta["value"]) for n in node.all_input_nodes]
     values = dict(zip(node.all_input_nodes, given, strict=True))
     with torch.no_grad():
         try:
@@ -447,7 +447,8 @@ def _nearer(found: Any, stored: Any, given: Iterable[Any]) -> Any:
     return found.double() if off <= rounding else stored
 
 
-def _double(value: Any) -> Any:
+def doubled(value: Any) -> Any:
+    """A value in float64, if it is a tensor of floats."""
     return value.detach().double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
@@ -941,10 +942,10 @@ class _Constants(TorchFunctionMode):
                     raise RuntimeError("it is no longer what it was")
                 origin = self.origins.get(id(value))
                 if origin is None or isinstance(value, nn.Parameter):
-                    known[id(value)] = _double(value)
+                    known[id(value)] = doubled(value)
                 else:
                     args, kwargs = pytree.tree_map(again, (origin.args, origin.kwargs))
-                    known[id(value)] = _double(origin.function(*args, **kwargs))
+                    known[id(value)] = doubled(origin.function(*args, **kwargs))
             return known[id(value)]
 
         with torch.no_grad():

@@ -38,9 +38,8 @@ def merge(trained: nn.Module, norms: Literal["keep", "fold"] = "keep", **options
             "made, model = structrep.expand(model, 'repvgg')"
         )
     planned = plan(trained, norms=norms, **options)
-    planned.prove()
-    planned.apply(inplace=True)
+    planned.reparameterize(inplace=True)
     left = expand_layers(trained) if norms == "keep" else []
     if left or not planned.merges:
         what = f"of the blocks in {name} these cannot be merged: {', '.join(left)}" if left else f"{name}: no merge"
-        raise BadInput(what + "".join(f"\n{refused.where}: {refused.reason}" for refused in planned.refusals))
+        raise BadInput(f"{what}{planned.record.reasons}")
