@@ -4,7 +4,7 @@ JOBS ?= 2
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test test-thorough test-oldest test-gpu fuzz docs clean
+.PHONY: demo test test-thorough test-oldest test-gpu fuzz docs dist smoke clean
 
 demo: .venv/installed-demo
 	$(BIN)/python examples/demo.py
@@ -35,6 +35,22 @@ test-oldest: .venv-oldest/installed
 docs: .venv/installed-docs .venv/installed-test
 	$(BIN)/python docs/make_catalogue.py
 	$(BIN)/python -m mkdocs build --strict
+
+# sdist and wheel, the wheel built from the sdist; one built from the tree has to be the same
+dist: .venv/installed-dist
+	rm -rf dist build/tree
+	$(BIN)/python -m build --outdir dist
+	$(BIN)/python -m build --wheel --outdir build/tree
+	cmp dist/*.whl build/tree/*.whl
+
+# the wheel as users have it: in an environment of its own, run outside this folder
+smoke: dist
+	rm -rf build/smoke
+	$(PYTHON) -m venv build/smoke
+	build/smoke/bin/python -m pip --disable-pip-version-check install --quiet -c constraints.txt \
+		"$$(ls dist/*.whl)[weights,plot]" mypy
+	build/smoke/bin/python -m pip check
+	cd / && $(CURDIR)/build/smoke/bin/python -I $(CURDIR)/tests/smoke.py
 
 clean:
 	rm -rf .venv .venv-oldest build dist site .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -1,4 +1,4 @@
-"""What the benchmarks share: runs in turn in one process, ratios pair by pair, results as JSON, pages written from them."""
+"""What the benchmarks share: runs in turn in one process, ratios pair by pair, results as JSON, pages made of them."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ class Ratio:
 def ratio(samples: Mapping[str, Sequence[float]], of: str, to: str) -> Ratio:
     """How many times as long `of` takes as `to`, pair by pair."""
     pairs = sorted(a / b for a, b in zip(samples[of], samples[to], strict=True))
-    low, middle, high = statistics.quantiles(pairs, n=4) if len(pairs) > 1 else pairs * 3
+    low, middle, high = statistics.quantiles(pairs, n=4, method="inclusive") if len(pairs) > 1 else pairs * 3
     return Ratio(middle, low, high)
 
 

@@ -10,37 +10,31 @@ process, and each ratio is one step over the plain step beside it. Memory is the
 from __future__ import annotations
 
 import gc
-import json
 import os
-import platform
 import subprocess
 import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
-from statistics import median
 from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
 import typer
 from rich.console import Console
-from rich.progress import Progress
-from rich.table import Table
+from rich.progress import track
 from torch import Tensor, nn
 
 import structrep
+from benchmarks.measure import ROOT, in_turn, machine, markdown, ratio, save, show, write
+from benchmarks.memory import resident
 from tests.vision import import_torchvision
 
 _torchvision_ops = import_torchvision()  # which timm imports
 import timm  # noqa: E402
 
-HERE = Path(__file__).parent
-PAGE = HERE.parent / "docs" / "training.md"
-START, END = "<!-- benchmarks/training.py -->", "<!-- end -->"
+PAGE = ROOT / "docs" / "training.md"
 IN_WEIGHT_SPACE = ("diracnet", "doconv", "orepa", "expandnet")  # no norm on a branch: one convolution will do
 WITH_NORMS = ("repvgg", "acb", "mobileone", "dbb")  # norms of the branches' own statistics: each has to be run
-WARM = 1
+COLUMNS = ("family", "branches: time", "memory", "merged first: time", "memory")
 
 
 # --- the branches of a computed kernel, run one by one --------------------------------------------
@@ -128,20 +122,12 @@ class Trained:
         self.x = torch.randn(batch, 3, 224, 224, generator=generator).to(device)
         self.y = torch.randint(1000, (batch,), generator=generator).to(device)
 
-    def step(self) -> float:
-        """Seconds of one step."""
-        start = self._now()
+    def step(self) -> None:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
             loss = F.cross_entropy(self.model(self.x), self.y)
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return self._now() - start
-
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
 
 
 def peak(family: str, form: str, device: torch.device, batch: int, half: bool) -> float:
@@ -151,17 +137,13 @@ def peak(family: str, form: str, device: torch.device, batch: int, half: bool) -
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        trained.step(), trained.step()
+        trained.step()
+        trained.step()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
-    before = _resident("VmRSS")
-    trained.step(), trained.step()
-    return _resident("VmHWM") - before
-
-
-def _resident(what: str) -> float:
-    """MiB of this process: what it has, VmRSS, or has had at most, VmHWM, which unlike `ru_maxrss` starts with it."""
-    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(lines[what].split()[0]) / 2**10
+    before = resident("VmRSS")
+    trained.step()
+    trained.step()
+    return resident("VmHWM") - before
 
 
 def peak_elsewhere(family: str, form: str, batch: int, half: bool) -> float:
@@ -191,12 +173,7 @@ def measure(family: str, device: torch.device, batch: int, half: bool, rounds: i
     if family in IN_WEIGHT_SPACE:
         same(family)
     trained = {form: Trained(make(family, form), device, batch, half) for form in forms}
-    samples: dict[str, list[float]] = {form: [] for form in forms}
-    for index in range(WARM + rounds):
-        for form in forms:
-            seconds = trained[form].step()
-            if index >= WARM:
-                samples[form].append(seconds)
+    samples = in_turn({form: one.step for form, one in trained.items()}, rounds)
     del trained
     gc.collect()
     memory = {form: peak_elsewhere(family, form, batch, half) for form in forms}
@@ -206,31 +183,34 @@ def measure(family: str, device: torch.device, batch: int, half: bool, rounds: i
 # --- the page -------------------------------------------------------------------------------------
 
 
-def table(results: dict[str, Any]) -> str:
-    lines = [
-        f"ResNet-18, 224x224, batch {results['batch']}, {results['precision']}, on {results['device']}, "
-        f"torch {results['torch']}. Step time and peak memory over those of the plain model; in brackets the smallest "
-        f"and the largest ratio of {results['rounds']} rounds.",
-        "",
-        "| family | branches: time | memory | merged first: time | memory |",
-        "| --- | --- | --- | --- | --- |",
-    ]
+def introduction(results: dict[str, Any]) -> str:
+    on = results["machine"]
+    device = on["gpu"] or f"{on['cpu']}, {on['threads']} threads"
+    return (
+        f"ResNet-18, 224x224, batch {results['batch']}, {results['precision']}, on {device}, torch {on['torch']}. Step "
+        f"time and peak memory over those of the plain model; in brackets the middle half of the ratios of "
+        f"{results['rounds']} rounds."
+    )
+
+
+def table(results: dict[str, Any]) -> list[list[str]]:
+    rows = []
     for row in results["rows"]:
         cells = [row["family"]]
         for form in ("branches", "merged first"):
-            if form not in row["seconds"]:
+            if form in row["seconds"]:
+                cells += [
+                    str(ratio(row["seconds"], form, "plain")),
+                    f"{row['peak_mib'][form] / row['peak_mib']['plain']:.2f}",
+                ]
+            else:
                 cells += ["-", "-"]
-                continue
-            ratios = [a / b for a, b in zip(row["seconds"][form], row["seconds"]["plain"], strict=True)]
-            cells.append(f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
-            cells.append(f"{row['peak_mib'][form] / row['peak_mib']['plain']:.2f}")
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append(cells)
+    return rows
 
 
-def write(page: str, text: str) -> str:
-    before, rest = page.split(START)
-    return f"{before}{START}\n{text}\n{END}{rest.split(END, 1)[1]}"
+def page(results: dict[str, Any]) -> str:
+    return f"{introduction(results)}\n\n{markdown(COLUMNS, table(results))}"
 
 
 def main(
@@ -243,26 +223,20 @@ def main(
     if memory_of:
         print(peak(*memory_of.split("/"), device, batch, half))  # type: ignore[misc]
         return
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU"
     results: dict[str, Any] = {
-        "device": name if device.type == "cuda" else f"{name}, {torch.get_num_threads()} threads",
-        "torch": torch.__version__, "timm": timm.__version__, "python": platform.python_version(),
-        "batch": batch, "rounds": rounds, "precision": "bfloat16 autocast" if half else "float32", "rows": [],
-    }  # fmt: skip
-    with Progress(console=Console(stderr=True)) as progress:
-        task = progress.add_task("families", total=len(IN_WEIGHT_SPACE + WITH_NORMS))
-        for family in IN_WEIGHT_SPACE + WITH_NORMS:
-            progress.update(task, description=family)
-            results["rows"].append(measure(family, device, batch, half, rounds))
-            progress.advance(task)
-    where = HERE / "results" / f"training-{device.type}{'-bfloat16' if half else ''}.json"
-    where.write_text(json.dumps(results, indent=1) + "\n")
+        "machine": machine("timm"),
+        "batch": batch,
+        "rounds": rounds,
+        "precision": "bfloat16 autocast" if half else "float32",
+        "rows": [
+            measure(family, device, batch, half, rounds)
+            for family in track(IN_WEIGHT_SPACE + WITH_NORMS, "families", console=Console(stderr=True))
+        ],
+    }
+    save(f"training-{device.type}{'-bfloat16' if half else ''}", results)
     if device.type == "cpu" and not half:
-        PAGE.write_text(write(PAGE.read_text(), table(results)))
-    shown = Table(*[cell.strip() for cell in table(results).splitlines()[2].strip("|").split("|")])
-    for line in table(results).splitlines()[4:]:
-        shown.add_row(*(cell.strip() for cell in line.strip("|").split("|")))
-    Console().print(shown)
+        write(PAGE, "benchmarks/training.py", page(results))
+    show(introduction(results), COLUMNS, table(results))
 
 
 if __name__ == "__main__":

@@ -1,23 +1,36 @@
 """Structural re-parameterization for any model: train many linear branches, deploy the equal plain network.
 
 deploy = structrep.reparameterize(model)
+
+What is named here is imported when it is first asked for: beside `import torch`, `import structrep` costs little.
 """
 
-from structrep import rules as _rules  # noqa: F401  registers the catalogue
-from structrep.algebra import ConvMap
-from structrep.checkpoint import convert_checkpoint
-from structrep.driver import Plan, assert_merged, explain, plan, reparameterize
-from structrep.errors import Refusal, StructrepError, Unmerged, VerificationError
-from structrep.expand import expand, expand_layers
-from structrep.monitor import monitor
-from structrep.probe import probe
-from structrep.proof import verify
-from structrep.readers import reader
-from structrep.registry import Registry, Rule, rule
-from structrep.report import Verification
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from structrep import blocks as blocks
+    from structrep import errors as errors
+    from structrep import pattern as pattern
+    from structrep import testing as testing
+    from structrep.algebra import ConvMap
+    from structrep.checkpoint import convert_checkpoint
+    from structrep.driver import Plan, assert_merged, explain, plan, reparameterize
+    from structrep.errors import Refusal, StructrepError, Unmerged, VerificationError
+    from structrep.expand import expand, expand_layers
+    from structrep.measured import Measured
+    from structrep.monitor import monitor
+    from structrep.probe import probe
+    from structrep.proof import verify
+    from structrep.readers import reader
+    from structrep.registry import Registry, Rule, rule
+    from structrep.report import Verification
 
 __all__ = [
     "ConvMap",
+    "Measured",
     "Plan",
     "Refusal",
     "Registry",
@@ -39,3 +52,49 @@ __all__ = [
     "rule",
     "verify",
 ]
+
+_MODULES = {
+    "algebra": ("ConvMap",),
+    "checkpoint": ("convert_checkpoint",),
+    "driver": ("Plan", "assert_merged", "explain", "plan", "reparameterize"),
+    "errors": ("Refusal", "StructrepError", "Unmerged", "VerificationError"),
+    "expand": ("expand", "expand_layers"),
+    "measured": ("Measured",),
+    "monitor": ("monitor",),
+    "probe": ("probe",),
+    "proof": ("verify",),
+    "readers": ("reader",),
+    "registry": ("Registry", "Rule", "rule"),
+    "report": ("Verification",),
+}
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
+
+if not TYPE_CHECKING:  # to a type checker, what is not named above does not exist
+
+    def __getattr__(name: str) -> Any:
+        if home := _HOME.get(name):
+            value = getattr(importlib.import_module(f"{__name__}.{home}"), name)
+            globals()[name] = value
+            return value
+        module = f"{__name__}.{name}"
+        if not name.startswith("_"):
+            try:
+                return importlib.import_module(module)
+            except ModuleNotFoundError as error:
+                if error.name != module:
+                    raise
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}", name=name, obj=sys.modules[__name__])
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})
+
+
+class _Package(ModuleType):
+    """`structrep.explain` is the function, although there is a module of that name, which importing would put there."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (name in _HOME and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -278,8 +278,7 @@ class ConvMap:
         def each(value: int | Sequence[int]) -> Ints:
             return (value,) * len(taps) if isinstance(value, int) else tuple(value)
 
-        self.kernel = kernel.detach().to(torch.float64, copy=True)
-        self.geometry = Geometry(
+        geometry = Geometry(
             kernel.shape[1] * groups,
             kernel.shape[0],
             taps,
@@ -289,24 +288,45 @@ class ConvMap:
             groups,
             transposed,
         )
-        out_channels, in_channels = self.geometry.out_channels, self.geometry.in_channels
-        self.bias = self.kernel.new_zeros(out_channels) if bias is None else bias.detach().to(self.kernel, copy=True)
-        if self.bias.shape != (out_channels,):
-            raise ValueError(f"a bias of shape {tuple(self.bias.shape)} for {out_channels} output channels")
+        if bias is not None and bias.shape != (geometry.out_channels,):
+            raise ValueError(f"a bias of shape {tuple(bias.shape)} for {geometry.out_channels} output channels")
+        if isinstance(fill, Tensor) and fill.shape not in ((), (geometry.in_channels,)):
+            raise ValueError(f"a fill of shape {tuple(fill.shape)} for {geometry.in_channels} input channels")
+        kernel = kernel.detach().to(torch.float64, copy=True)
+        self._hold(geometry, kernel, None if bias is None else bias.detach().to(kernel, copy=True), fill, border)
+
+    def _hold(
+        self, geometry: Geometry, kernel: Tensor, bias: Tensor | None, fill: Tensor | float, border: Border
+    ) -> None:
+        """Take coefficients that are nobody else's to change."""
+        self.geometry, self.kernel = geometry, kernel
+        self.bias = kernel.new_zeros(geometry.out_channels) if bias is None else bias
         # A map that reads nothing outside has no border to speak of.
-        self.border: Border = border if self.geometry.pads else "constant"
-        self.fill = self.kernel.new_zeros(in_channels)
-        given = torch.as_tensor(fill, dtype=torch.float64, device=self.kernel.device).detach()
-        if given.shape not in ((), self.fill.shape):
-            raise ValueError(f"a fill of shape {tuple(given.shape)} for {in_channels} input channels")
-        if self.geometry.pads and border == "constant":
-            self.fill += given
+        self.border: Border = border if geometry.pads else "constant"
+        self.fill = kernel.new_zeros(geometry.in_channels)
+        if geometry.pads and border == "constant":
+            self.fill += torch.as_tensor(fill, dtype=torch.float64, device=kernel.device).detach()
         for name, numbers in (("kernel", self.kernel), ("bias", self.bias), ("fill", self.fill)):
-            if not bool(numbers.isfinite().all()):
+            # A finite sum has finite terms, and is quicker to have.
+            if not math.isfinite(float(numbers.sum())) and not bool(numbers.isfinite().all()):
                 raise Inexact(
                     f"the {name} of {self} holds {float(numbers[~numbers.isfinite()][0])}: only finite numbers can be "
                     f"merged; look for weights, norm statistics or pad values that are none"
                 )
+
+    @classmethod
+    def _of(
+        cls,
+        geometry: Geometry,
+        kernel: Tensor,
+        bias: Tensor | None,
+        fill: Tensor | float = 0.0,
+        border: Border = "constant",
+    ) -> ConvMap:
+        """The map of new coefficients, float64, which it keeps without a copy."""
+        made = cls.__new__(cls)
+        made._hold(geometry, kernel, bias, fill, border)
+        return made
 
     @classmethod
     def of(
@@ -351,7 +371,8 @@ class ConvMap:
             return NotImplemented
         frame = self.geometry + other.geometry
         outside = self._common_border(other)
-        return ConvMap.of(frame, self._framed(frame) + other._framed(frame), self.bias + other.bias, like=outside)
+        kernel = self._framed(frame) + other._framed(frame)
+        return ConvMap._of(frame, kernel, self.bias + other.bias, outside.fill, outside.border)
 
     __radd__ = __add__
 
@@ -405,7 +426,7 @@ class ConvMap:
         if factor.shape not in ((), (self.out_channels,)):
             raise ValueError(f"factors of shape {tuple(factor.shape)} for {self.out_channels} output channels")
         rows = factor if factor.ndim == 0 else factor.reshape(-1, *[1] * (self.kernel.ndim - 1))
-        return ConvMap.of(self.geometry, self.kernel * rows, self.bias * factor, like=self)
+        return ConvMap._of(self.geometry, self.kernel * rows, self.bias * factor, self.fill, self.border)
 
     __rmul__ = __mul__
 
@@ -457,19 +478,16 @@ class ConvMap:
         """
         if self.geometry + frame != frame:
             raise Incompatible(f"the frame {frame} does not hold {self.geometry}; their sum would")
-        return ConvMap.of(frame, self._framed(frame), self.bias, like=self)
+        return ConvMap._of(frame, self._framed(frame), self.bias, self.fill, self.border)
 
     def widened(self, overhang: Ints) -> ConvMap:
         """See `Geometry.widened`."""
-        return ConvMap.of(self.geometry.widened(overhang), self.kernel, self.bias, like=self)
+        return ConvMap._of(self.geometry.widened(overhang), self.kernel, self.bias, self.fill, self.border)
 
     def shifted(self, shift: Tensor) -> ConvMap:
         """The map that makes of x - shift what this one makes of x; `shift` is (I,), for a constant border."""
         bias = self.bias + _channel_mix(self.kernel, shift, self.geometry.groups)
-        g = self.geometry
-        return ConvMap(
-            self.kernel, bias, stride=g.stride, pad=g.pad, dilation=g.dilation, groups=g.groups, fill=self.fill - shift
-        )
+        return ConvMap._of(self.geometry, self.kernel, bias, self.fill - shift, self.border)
 
     def unrolled(self, size: Sequence[int]) -> ConvMap:
         """The map of inputs of one spatial size, as a Linear on all their numbers: (N, I * size) -> (N, O * out).
@@ -556,17 +574,7 @@ class ConvMap:
                 g,
                 geometry,
             )
-        return ConvMap(
-            kernel,
-            bias,
-            stride=geometry.stride,
-            pad=geometry.pad,
-            dilation=geometry.dilation,
-            groups=geometry.groups,
-            fill=fill,
-            border=(self if f.pads else other).border,
-            transposed=geometry.transposed,
-        )
+        return ConvMap._of(geometry, kernel, bias, fill, (self if f.pads else other).border)
 
     def _fill_before(self, other: ConvMap) -> Tensor:
         """The border law: what the composite is to read outside; raises unless this map makes of it what `other` reads.
@@ -676,9 +684,9 @@ def concat(maps: Iterable[ConvMap]) -> ConvMap:
     def pair(first: ConvMap, second: ConvMap) -> ConvMap:
         frame = first.geometry.concat(second.geometry)
         kernels = [m._framed(replace(frame, out_channels=m.geometry.out_channels)) for m in (first, second)]
-        return ConvMap.of(
-            frame, torch.cat(kernels), torch.cat([first.bias, second.bias]), like=first._common_border(second)
-        )
+        outside = first._common_border(second)
+        bias = torch.cat([first.bias, second.bias])
+        return ConvMap._of(frame, torch.cat(kernels), bias, outside.fill, outside.border)
 
     return reduce(pair, maps)
 

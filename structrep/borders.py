@@ -53,8 +53,13 @@ class Borders:
                     self.given[call.result.node].append(call)
         self.others: dict[type, list[Variant]] = {}
         self.mentioned: dict[tuple[type, str], frozenset[str] | None] = {}
-        self.below: dict[nn.Module, frozenset[nn.Module]] = {}  # a module and what it holds
+        self.below: dict[nn.Module, dict[nn.Module, frozenset[str]]] = {}  # a module's parts, by children they are in
         self.followed: dict[tuple[nn.Module, Variant], Method | None] = {}
+        self.usual = {
+            calls[0].path: calls[0]
+            for (_, method), calls in traced.calls.items()
+            if method == "forward" and len(calls) == 1 and _is_plain(calls[0])
+        }
 
     def check(self, inside: set[fx.Node], root: fx.Node | None, owner: Call) -> None:
         """Raise if a value that would vanish, all but the root's, is one that another forward gives back or looks at.
@@ -89,7 +94,7 @@ class Borders:
     def _check_methods(self, around: Call, call: Call, last: bool, inside: set[fx.Node]) -> None:
         """Raise if another forward of a module around looks at what a call of one of its parts gives, or gives it
         something else."""
-        parts = {name for name, child in around.module._modules.items() if child and self._holds(child, call.module)}
+        parts = self._parts(around.module, call.module)
         for variant in self._other_forwards(around):
             seen = self.mentioned[type(around.module), variant.method]
             if seen is not None and not parts & seen:
@@ -105,10 +110,15 @@ class Borders:
                     f"longer be there"
                 )
 
-    def _holds(self, module: nn.Module, part: nn.Module) -> bool:
+    def _parts(self, module: nn.Module, part: nn.Module) -> frozenset[str]:
+        """Names of a module's children that hold a part of it."""
         if module not in self.below:
-            self.below[module] = frozenset(module.modules())
-        return part in self.below[module]
+            found: dict[nn.Module, set[str]] = defaultdict(set)
+            for name, child in module._modules.items():
+                for below in child.modules() if child is not None else ():
+                    found[below].add(name)
+            self.below[module] = {below: frozenset(names) for below, names in found.items()}
+        return self.below[module].get(part, frozenset())
 
     def _differs(self, method: Method, call: Call, last: bool, inside: set[fx.Node]) -> bool:
         """Whether a method uses a part of a merge otherwise than `forward` does."""
@@ -139,7 +149,9 @@ class Borders:
     def _follow(self, around: Call, variant: Variant) -> Method | None:
         key = (around.module, variant)
         if key not in self.followed:
-            self.followed[key] = follow_method(around.module, around.path, variant.method, dict(variant.flags))
+            self.followed[key] = follow_method(
+                around.module, around.path, variant.method, dict(variant.flags), self.usual
+            )
         return self.followed[key]
 
 
@@ -158,13 +170,35 @@ def _readers(value: Any) -> set[tuple[str, str, str]]:
     node = value.node if isinstance(value, fx.Proxy) else value
     if not isinstance(node, fx.Node):
         return {("given back", "", "")}
-    return {(u.op, str(u.target), u.meta["call"].path if u.meta["call"] else "") for u in node.users}
+    found = set()
+    for user in node.users:
+        usual = user.meta.get("usual")
+        inside = [user] if usual is None else filter(usual.holds, usual.args[0].node.users)
+        found |= set(map(_named, inside))
+    return found
 
 
 def _feeders(call: Call) -> set[tuple[str, str, str]]:
     """What makes that which a call is given, as it is called and where."""
     nodes = [p.node for p in call.args if isinstance(p, fx.Proxy)]
-    return {(n.op, str(n.target), n.meta["call"].path if n.meta["call"] else "") for n in nodes}
+    return {_named(node.meta["usual"].result.node if "usual" in node.meta else node) for node in nodes}
+
+
+def _named(node: fx.Node) -> tuple[str, str, str]:
+    return node.op, str(node.target), node.meta["call"].path if node.meta["call"] else ""
+
+
+def _is_plain(call: Call) -> bool:
+    """Whether a call made one new value of one, and did nothing else."""
+    values = (*call.args, call.result)
+    return (
+        call.parent is not None
+        and not call.kwargs
+        and len(values) == 2
+        and all(isinstance(value, fx.Proxy) for value in values)
+        and values[0].node is not values[1].node
+        and not (call.leaf or call.mutates or call.written)
+    )
 
 
 def _is_forward(name: str) -> bool:

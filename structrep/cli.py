@@ -12,10 +12,12 @@ import math
 import platform
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import torch
 import typer
@@ -35,14 +37,18 @@ from structrep.report import ExportRecord, LatencyRecord, Provenance, Record, Ve
 
 HELP = (
     "Merges multi-branch training-time networks into plain deploy-time ones, exactly, and proves it.\n\n"
-    "Exit codes: 0 done; 1 refused, or the proof failed; 2 wrong usage, or input that cannot be used. "
+    "Exit codes: 0 done; 1 refused, or the proof failed; 2 wrong usage, or input that cannot be used; 130 interrupted. "
     "After 1 and 2 the reason is on stderr, and no file was written or changed."
 )
 
-REFUSED, UNUSABLE = 1, 2
+REFUSED, UNUSABLE, INTERRUPTED = 1, 2, 130
+ENDED = {REFUSED: "refused", UNUSABLE: "error", INTERRUPTED: "interrupted"}
 UNUSABLE_INPUT = (BadInput, TrainingMode, Uninitialized, UnknownRule)
 
 PAGE = 160  # columns of a table that no terminal shows
+
+
+Working = Callable[[str], AbstractContextManager[None]]  # given what is being done; see _outcome
 
 
 class Refused(Exception):
@@ -66,11 +72,25 @@ class RulesRecord(Record):
 
 app = typer.Typer(name="structrep", help=HELP, no_args_is_help=True, pretty_exceptions_enable=False)
 
+
+def _sources(incomplete: str) -> list[str]:
+    """The places of models; where it is clear which place is meant, all models there."""
+    places = [place for place in models.PLACES if place.startswith(incomplete) or incomplete.startswith(place)]
+    if len(places) != 1:
+        return places
+    return [f"{places[0]}{name}" for name in models.names(places[0])] or places
+
+
+def _rule_names(incomplete: str) -> list[str]:
+    return [rule.name for rule in registry.resolve(None)]
+
+
 Source = Annotated[
     str,
     typer.Argument(
         metavar="SOURCE",
         help=f"{models.FORMS}; a callable gives an nn.Module or is one, and is looked for in the current folder too.",
+        autocompletion=_sources,
         show_default=False,
     ),
 ]
@@ -123,10 +143,21 @@ Shapes = Annotated[
 Rules = Annotated[
     list[str] | None,
     typer.Option(
-        "--rules", metavar="NAME", help="Use this rule instead of all. Repeatable; see structrep rules.",
+        "--rules",
+        metavar="NAME",
+        help="Use this rule instead of all. Repeatable; see structrep rules.",
+        autocompletion=_rule_names,
         show_default=False,
     ),
-]  # fmt: skip
+]
+Norms = Annotated[
+    str,
+    typer.Option(
+        help="fold, or keep: merge the blocks of structrep.expand alone.", autocompletion=lambda: ["fold", "keep"]
+    ),
+]
+Device = Annotated[str | None, typer.Option(help="Where to run both; CUDA where there is one.", show_default=False)]
+Dtype = Annotated[str | None, typer.Option(help="What to run both in: float32, bfloat16, float16.", show_default=False)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the record as JSON.")]
 
 
@@ -183,9 +214,9 @@ def explain(
     as_json: AsJson = False,
 ) -> None:
     """Show what convert would merge in a model, and of the rest why not."""
-    with _outcome():
-        given = _prepare(source, weights, entry, arg, shape, download, trusted)
-        with _working("looking for merges"):
+    with _outcome(as_json) as working:
+        given = _prepare(working, source, weights, entry, arg, shape, download, trusted)
+        with working("looking for merges"):
             plan = structrep.plan(given.model, given.inputs, rules=rules or None, reserve=reserve or ())
             plan.prove()
             answer = plan.why(*why) if why else None
@@ -215,7 +246,7 @@ def convert(
     shape: Shapes = None,
     rules: Rules = None,
     reserve: Reserve = None,
-    norms: Annotated[str, typer.Option(help="fold, or keep: merge the blocks of structrep.expand alone.")] = "fold",
+    norms: Norms = "fold",
     download: Download = False,
     trusted: Trusted = False,
     verify: Annotated[
@@ -236,33 +267,30 @@ def convert(
     A state dict fits structrep.reparameterize(model): load it into that. A file is written whole or not at all; it says
     what was merged, by which rules and versions, from which weights, and how it was verified.
     """
-    with _outcome():
+    with _outcome(as_json) as working:
         if out.suffix not in export.SUFFIXES:
             raise BadInput(f"{out} has the suffix {out.suffix!r}: {', '.join(export.SUFFIXES)} are supported")
-        if norms not in ("fold", "keep"):
-            raise BadInput(f"--norms {norms!r}: give fold or keep")
+        how_norms = _norms(norms)
         write = files.writer(out, force)
         if report and report.resolve() == out.resolve():
             raise BadInput(f"--out and --report are the same file, {out}")
         write_report = files.writer(report, force) if report else None
-        given = _prepare(source, weights, entry, arg, shape, download, trusted)
+        given = _prepare(working, source, weights, entry, arg, shape, download, trusted)
         model, inputs = given.model, given.inputs
         if inputs is None and out.suffix in export.PROGRAMS:
             raise BadInput(f"{out} is made from an example input: give its --shape, 1x3x224x224 say")
-        with _working("merging"):
-            plan = structrep.plan(
-                model, inputs, rules=rules or None, reserve=reserve or (), norms="keep" if norms == "keep" else "fold"
-            )
+        with working("merging"):
+            plan = structrep.plan(model, inputs, rules=rules or None, reserve=reserve or (), norms=how_norms)
             if verify:
                 plan.prove()
             _demand_merges(plan)
             deploy = plan.apply()
         proof = None
         if verify and inputs is not None:
-            with _working("comparing the models"):
+            with working("comparing the models"):
                 proof = plan.verify(inputs, deploy)
             _demand(proof, "the merged model")
-        with _working("writing"):
+        with working("writing"):
             record = export.provenance(model, plan.record, source, proof)
             content = export.encoded(deploy, out.suffix, inputs, record)
             runs = None
@@ -302,44 +330,56 @@ def verify(
     arg: Arguments = None,
     rules: Rules = None,
     reserve: Reserve = None,
+    norms: Norms = "fold",
     download: Download = False,
     trusted: Trusted = False,
-    device: Annotated[str | None, typer.Option(help="Where to run both; CUDA where there is one.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="What to run both in: float32, bfloat16, float16.")] = None,
+    device: Device = None,
+    dtype: Dtype = None,
     autocast: Annotated[str | None, typer.Option(help="Run both under autocast to this dtype.")] = None,
     channels_last: Annotated[bool, typer.Option("--channels-last", help="Run both in that memory format.")] = False,
     tf32: Annotated[bool, typer.Option("--tf32", help="Let CUDA multiply float32 in TensorFloat-32.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Compare a model's deploy form with it: both against the float64 truth, on an example input."""
-    with _outcome():
+    with _outcome(as_json) as working:
         if not shape:
             raise BadInput("the models are compared on an example input: give its --shape, 1x3x224x224 say")
-        given = _prepare(source, weights, entry, arg, shape, download, trusted)
-        model, inputs = given.model, given.inputs
-        assert inputs is not None
+        how_norms = _norms(norms)
+        if file is not None and file.suffix == ".onnx":
+            asked = {
+                "--device": device not in (None, "cpu"), "--dtype": dtype, "--autocast": autocast,
+                "--channels-last": channels_last, "--tf32": tf32,
+            }  # fmt: skip
+            if given_for_torch := [option for option, value in asked.items() if value]:
+                raise BadInput(
+                    f"{file} is a program that onnxruntime runs on the CPU, in the dtype it was written in, so "
+                    f"{given_for_torch[0]} says nothing of it: leave that out, or verify a .pt2 file"
+                )
+            device = "cpu"
+        where = _device(device)
         how: dict[str, Any] = {
-            "device": _device(device), "dtype": _dtype(dtype), "autocast": _dtype(autocast),
+            "device": where, "dtype": _dtype(dtype), "autocast": _autocast(autocast, where),
             "channels_last": channels_last, "tf32": tf32,
         }  # fmt: skip
-        with _working("comparing the models"):
-            if file is not None:
-                _demand_weights(export.record_in(file), model, file)
-            if file is not None and file.suffix in export.PROGRAMS:
-                if file.suffix == ".onnx":
-                    how["device"] = torch.device("cpu")
-                found = compare(model, export.program(file.suffix, file.read_bytes()), inputs, **how)
+        with working("reading the file"):
+            written = export.read(file) if file is not None else None
+        given = _prepare(working, source, weights, entry, arg, shape, download, trusted)
+        model, inputs = given.model, given.inputs
+        assert inputs is not None
+        with working("comparing the models"):
+            if file is not None and written is not None:
+                _demand_weights(written.record, model, file)
+            if written is not None and isinstance(written.content, nn.Module):
+                found = compare(model, written.content, inputs, **how)
             else:
-                plan = structrep.plan(model, inputs, rules=rules or None, reserve=reserve or ())
+                plan = structrep.plan(model, inputs, rules=rules or None, reserve=reserve or (), norms=how_norms)
                 _demand_merges(plan)
                 deploy = plan.apply()
-                if file is not None:
-                    files.fit(deploy, files.read(file), file)
+                if file is not None and written is not None:
+                    files.fit(deploy, written.content, file)
                 found = plan.verify(inputs, deploy, **how)
-    print(found.model_dump_json(indent=2) if as_json else found, end="\n" if as_json else "")
-    if not found.ok:
-        with _outcome():
-            _demand(found, str(file or "the merged model"))
+        print(found.model_dump_json(indent=2) if as_json else found, end="\n" if as_json else "")
+        _demand(found, str(file or "the merged model"))
 
 
 @app.command()
@@ -352,23 +392,23 @@ def bench(
     rules: Rules = None,
     download: Download = False,
     trusted: Trusted = False,
-    device: Annotated[str | None, typer.Option(help="Where to run both; CUDA where there is one.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="What to run both in: float32, bfloat16, float16.")] = None,
+    device: Device = None,
+    dtype: Dtype = None,
     compiled: Annotated[bool, typer.Option("--compile", help="Compile both with torch.compile.")] = False,
     rounds: Annotated[int, typer.Option(min=1, help="How often each runs.")] = 20,
     as_json: AsJson = False,
 ) -> None:
     """Time a model and its deploy form in turn."""
-    with _outcome():
+    with _outcome(as_json) as working:
         if not shape:
             raise BadInput("the models are timed on an example input: give its --shape, 1x3x224x224 say")
-        given = _prepare(source, weights, entry, arg, shape, download, trusted)
+        given = _prepare(working, source, weights, entry, arg, shape, download, trusted)
         where, what = _device(device), _dtype(dtype)
-        with _working("merging"):
+        with working("merging"):
             plan = structrep.plan(given.model, given.inputs, rules=rules or None)
             _demand_merges(plan)
             forms = {"training-time": given.model, "deploy": plan.apply()}
-        with _working("timing"):
+        with working("timing"):
             inputs = tuple(one.to(where, what) for one in given.inputs or ())
             moved: dict[str, nn.Module] = {}
             for name, model in forms.items():
@@ -432,29 +472,31 @@ class DoctorRecord(Record):
 @app.command()
 def doctor(as_json: AsJson = False) -> None:
     """Say what is installed and for what, and prove every rule's example on this machine."""
-    with _working("looking at packages and rules"):
-        cuda = torch.cuda.is_available()
-        record = DoctorRecord(
-            python=platform.python_version(),
-            platform=platform.platform(terse=True),
-            device=torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads",
-            structrep=_version(),
-            parts=tuple(map(_looked_at, PARTS)),
-            rules={rule.name: _tried(rule) for rule in registry.resolve(None) if rule.example is not None},
-        )
-    wrong = {name: what for name, what in record.rules.items() if what}
-    if as_json:
-        print(record.model_dump_json(indent=2))
-    else:
-        table = Table("package", "version", "for", "", title=f"structrep {record.structrep}, Python {record.python}")
-        table.caption = f"{record.platform}; {record.device}"
-        for part in record.parts:
-            table.add_row(part.package, part.version or "-", part.of, part.trouble)
-        _show([table])
-        print(f"{len(record.rules) - len(wrong)} of {counted(len(record.rules), 'rule')} proved on their examples")
-    if wrong:
-        with _outcome():
-            raise Refused("\n  ".join(f"{name}: {what}" for name, what in wrong.items()))
+    with _outcome(as_json) as working:
+        with working("looking at packages and rules"):
+            cuda = torch.cuda.is_available()
+            record = DoctorRecord(
+                python=platform.python_version(),
+                platform=platform.platform(terse=True),
+                device=torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads",
+                structrep=_version(),
+                parts=tuple(map(_looked_at, PARTS)),
+                rules={rule.name: _tried(rule) for rule in registry.resolve(None) if rule.example is not None},
+            )
+        if as_json:
+            print(record.model_dump_json(indent=2))
+        else:
+            table = Table(
+                "package", "version", "for", "", title=f"structrep {record.structrep}, Python {record.python}"
+            )
+            table.caption = f"{record.platform}; {record.device}"
+            for part in record.parts:
+                table.add_row(part.package, part.version or "-", part.of, part.trouble)
+            _show([table])
+            proved = sum(not what for what in record.rules.values())
+            print(f"{proved} of {counted(len(record.rules), 'rule')} proved on their examples")
+        if wrong := [f"{name}: {what}" for name, what in record.rules.items() if what]:
+            raise Refused("\n  ".join(wrong))
 
 
 def _looked_at(part: Part) -> PartRecord:
@@ -483,27 +525,33 @@ def _tried(rule: structrep.Rule) -> str:
 
 
 @contextlib.contextmanager
-def _outcome() -> Iterator[None]:
-    """Say what went wrong on stderr, and exit with its code."""
+def _outcome(as_json: bool) -> Iterator[Working]:
+    """Say what went wrong on stderr, and exit with its code.
+
+    Given is what shows, on a terminal, what is being done; with a record to print it shows nothing.
+    """
     try:
-        yield
+        yield lambda what: _working(what, as_json)
     except UNUSABLE_INPUT as error:
         _end(UNUSABLE, error)
     except (Refused, StructrepError) as error:
         _end(REFUSED, error)
+    except KeyboardInterrupt as error:
+        _end(INTERRUPTED, error)
 
 
-def _end(code: int, error: Exception) -> NoReturn:
-    word = "refused" if code == REFUSED else "error"
-    message = Text.assemble((f"{word}:", "bold red"), f" {error}")
+def _end(code: int, error: BaseException) -> NoReturn:
+    message = Text.assemble((f"{ENDED[code]}:", "bold red"), f" {str(error) or 'before the command was done'}")
     Console(stderr=True, markup=False, highlight=False, soft_wrap=True).print(message)
     raise typer.Exit(code) from error
 
 
 @contextlib.contextmanager
-def _working(what: str) -> Iterator[None]:
+def _working(what: str, quiet: bool) -> Iterator[None]:
     """A spinner, on a terminal. What the model's own code prints meanwhile goes to stderr."""
-    with Console(stderr=True, markup=False).status(what), contextlib.redirect_stdout(sys.stderr):
+    spinner = Console(stderr=True, markup=False, quiet=quiet).status(what)
+    with spinner, contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # packages tell each other: exported programs, in torch itself
         yield
 
 
@@ -549,6 +597,7 @@ class Given:
 
 
 def _prepare(
+    working: Working,
     source: str,
     weights: Path | None,
     entry: str | None,
@@ -561,8 +610,8 @@ def _prepare(
     sizes = [_size(shape) for shape in shapes or []]
     if entry is not None and weights is None:
         raise BadInput(f"--entry {entry} is of a checkpoint: give it with --weights")
-    content = files.read(weights) if weights is not None else None
-    with _working(f"making {source}"):
+    with working(f"making {source}"):
+        content = files.read(weights) if weights is not None else None
         model = models.named(source, keywords, download, trusted)
         if weights is not None:
             found = checkpoint.weights_in(content, model, weights)
@@ -578,6 +627,23 @@ def _dtype(name: str | None) -> torch.dtype | None:
     if name and not (isinstance(found, torch.dtype) and found.is_floating_point):
         raise BadInput(f"{name!r} is no floating-point dtype: float32, bfloat16, float16 and float64 are")
     return found
+
+
+def _autocast(name: str | None, device: torch.device) -> torch.dtype | None:
+    found = _dtype(name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # torch only warns, and goes on without
+        try:
+            torch.autocast(device.type, found, enabled=found is not None)
+        except (RuntimeError, UserWarning) as error:
+            raise BadInput(f"torch has no autocast to {name} on {device.type}: give bfloat16 or float16") from error
+    return found
+
+
+def _norms(name: str) -> Literal["fold", "keep"]:
+    if name not in ("fold", "keep"):
+        raise BadInput(f"--norms {name!r}: give fold or keep")
+    return "keep" if name == "keep" else "fold"
 
 
 def _device(name: str | None) -> torch.device:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,16 +14,18 @@ from torch import nn
 from structrep import search
 from structrep.algebra import ConvMap
 from structrep.drawing import Drawing
-from structrep.errors import BadInput, Refusal, StructrepError, Unmerged, VerificationError, listed
+from structrep.errors import BadInput, Refusal, Slower, StructrepError, Unmerged, VerificationError, listed
 from structrep.expand import expand_layers, forget_norms, give_norms_back
 from structrep.explain import refusal, why
 from structrep.layers import Sizes
+from structrep.measured import Measured
 from structrep.pattern import Term, geometry
 from structrep.probe import probe as find_map
 from structrep.proof import accepts, border, inputs_of, prove, verify
 from structrep.registry import Registry, Rule, resolve
 from structrep.report import (
     Explanation,
+    LatencyRecord,
     MergeRecord,
     PlanRecord,
     RefusalRecord,
@@ -31,6 +33,7 @@ from structrep.report import (
     as_html,
     as_text,
     counted,
+    milliseconds,
     plan_tables,
 )
 from structrep.reserve import carry
@@ -39,17 +42,22 @@ from structrep.search import Findings, Merge, Missed
 from structrep.trace import Example, own_copy, shallow_copy
 
 Rules = Registry | Iterable[str | Rule] | None
+IN_TORCH = Measured()  # what cost="measured" is, so that timings are kept from one plan to the next
 
 
 class Plan:
     """All merges and refusals for one model. Nothing is changed before `apply`."""
 
-    def __init__(self, model: nn.Module, findings: Findings, reserve: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, model: nn.Module, findings: Findings, reserve: tuple[str, ...] = (), measured: Measured | None = None
+    ) -> None:
         self._model = model
+        self._reserve, self._measured = reserve, measured
+        self.latency: LatencyRecord | None = None  # of the whole model, if merges were chosen by measurement
         carry(findings, reserve)
         self._draft = Draft(findings.traced, findings.replicas, findings.merges)
         while self._draft.unwritable.keys() - findings.unwritable.keys():  # what stands apart from them may merge still
-            findings = search.without_writing(findings, {**findings.unwritable, **self._draft.unwritable})
+            findings = search.again(findings, unwritable=self._draft.unwritable)
             carry(findings, reserve)
             self._draft = Draft(findings.traced, findings.replicas, findings.merges)
         self._findings = findings
@@ -61,7 +69,8 @@ class Plan:
 
     @property
     def merges(self) -> tuple[MergeRecord, ...]:
-        return tuple(_record(merge, where) for where, merge in self.merged.items())
+        seconds = self._measured.seconds if self._measured else lambda merge: None
+        return tuple(_record(merge, where, seconds(merge)) for where, merge in self.merged.items())
 
     @property
     def refusals(self) -> tuple[RefusalRecord, ...]:
@@ -86,18 +95,35 @@ class Plan:
     def record(self) -> PlanRecord:
         return PlanRecord(model=type(self._model).__name__, merges=self.merges, refusals=self.refusals)
 
+    def faster(self, example_inputs: Example) -> Plan:
+        """This plan, or one without the merges that make the model slower, as measured: one by one, and all of them."""
+        assert self._measured is not None
+        chosen = self
+        while slower := self._measured.slower(chosen.merged.values()):
+            findings = search.again(chosen._findings, slower=slower)
+            chosen = Plan(self._model, findings, self._reserve, self._measured)
+        forms = {"merged": chosen.apply(), "all merged": self.apply(), "as it is": self._model}
+        if chosen is self:
+            del forms["all merged"]
+        best, latency = self._measured.fastest(forms, example_inputs)
+        chosen = self if best == "all merged" else chosen
+        chosen.latency = latency
+        if best == "as it is":
+            merged, before = (milliseconds(latency.models[form].median) for form in ("merged", best))
+            slow = Slower(f"the whole model takes {before} as it is, and {merged} merged: measured here")
+            chosen._leave(dict.fromkeys(chosen._draft.merges, slow))
+        return chosen
+
     def prove(self) -> None:
         """Prove every merge on its own region in float64; one that fails is taken out, and listed as refused."""
-        wrong: set[Merge] = set()
+        wrong: dict[Merge, Refusal] = {}
         with torch.random.fork_rng(devices=[]):
             for merge in self._draft.merges:
                 try:
                     prove(merge)
                 except Refusal as reason:
-                    self._refuse(merge, reason)
-                    wrong.add(merge)
-        if wrong:
-            self._draft = Draft(self._draft.traced, self._draft.replicas, without(self._draft.merges, wrong))
+                    wrong[merge] = reason
+        self._leave(wrong)
 
     def verify(self, example_inputs: Example, deploy: nn.Module | None = None, **how: Any) -> Verification:
         """Compare the deploy model with the model, as `structrep.verify` does, and each merged layer on the way.
@@ -141,9 +167,16 @@ class Plan:
     def reparameterize(
         self, example_inputs: Example | None = None, *, inplace: bool = False, verify: bool = True
     ) -> nn.Module:
-        """The deploy model, proved, as `structrep.reparameterize` gives it."""
+        """The deploy model, proved, as `structrep.reparameterize` gives it.
+
+        Raises:
+            Unmerged, VerificationError, BadInput: as for `structrep.reparameterize`.
+        """
         if verify:
             self.prove()
+        if left := [path for path in self._findings.blocks if path not in self.merged]:
+            name = type(self._model).__name__
+            raise Unmerged(f"of the blocks in {name} these cannot be merged: {', '.join(left)}{self.record.reasons}")
         if not verify or example_inputs is None or self.inexact:
             return self.apply(inplace)
         deploy = self.apply()
@@ -203,6 +236,12 @@ class Plan:
             f"<Plan for {type(self._model).__name__}: {len(self._draft.merges)} merges, {len(self._missed)} refusals>"
         )
 
+    def _leave(self, merges: Mapping[Merge, Refusal]) -> None:
+        for merge, reason in merges.items():
+            self._refuse(merge, reason)
+        if merges:
+            self._draft = Draft(self._draft.traced, self._draft.replicas, without(self._draft.merges, merges))
+
     def _refuse(self, merge: Merge, reason: Refusal) -> None:
         self._missed.append(Missed(merge.owner.path or "(root)", merge.rules[-1], str(merge.term), reason))
 
@@ -216,6 +255,7 @@ def plan(
     probe: str | Iterable[str] = (),
     reserve: str | Iterable[str] = (),
     norms: Literal["fold", "keep"] = "fold",
+    cost: Literal["counted", "measured"] | Measured = "counted",
 ) -> Plan:
     """Find every merge in a model, and say of the others why not. The model is not changed.
 
@@ -233,6 +273,10 @@ def plan(
             so that no addition is left (RMNet, arXiv:2111.00687). Their layers take more multiply-adds than before.
         norms: "keep" merges nothing but the blocks that `structrep.expand` has put into a model, each into the layer
             that it stands for, and puts norms back that stood behind: the model that there was, trained.
+        cost: what decides whether a merge pays. "counted": multiply-adds and stored numbers. "measured": the time that
+            both forms take, on the example inputs and their device; what is slower merged is left as it is, or merged
+            in part, and the whole model is never slower than with all merges or with none. A `structrep.Measured` says
+            in which runtime, and where timings are kept.
 
     Raises:
         TrainingMode: a norm has no fixed scale yet.
@@ -243,6 +287,11 @@ def plan(
     """
     if norms not in ("fold", "keep"):
         raise BadInput(f"norms={norms!r}: give 'fold' or 'keep'")
+    measured = _measured(cost)
+    if measured is not None and example_inputs is None:
+        raise BadInput("cost='measured' needs example_inputs: they tell the shapes that layers are timed on")
+    if measured is not None and norms == "keep":
+        raise BadInput("norms='keep' merges every block, whatever it costs: leave out cost='measured'")
     registry = resolve(rules)
     model = unwrapped(model)
     search.check_ready(model)
@@ -258,7 +307,16 @@ def plan(
         )
     with torch.random.fork_rng(devices=[]):  # a forward may draw numbers
         found = search.find(model, example_inputs, registry, _globs(inexact_borders), maps, refused, blocks)
-    return Plan(model, found, _globs(reserve))
+    planned = Plan(model, found, _globs(reserve), measured)
+    return planned if example_inputs is None or measured is None else planned.faster(example_inputs)
+
+
+def _measured(cost: object) -> Measured | None:
+    if cost == "counted" or isinstance(cost, Measured):
+        return cost if isinstance(cost, Measured) else None
+    if cost != "measured":
+        raise BadInput(f"cost={cost!r}: give 'counted', 'measured' or a structrep.Measured")
+    return IN_TORCH
 
 
 def _globs(names: str | Iterable[str]) -> tuple[str, ...]:
@@ -324,18 +382,20 @@ def reparameterize(
     probe: str | Iterable[str] = (),
     reserve: str | Iterable[str] = (),
     norms: Literal["fold", "keep"] = "fold",
+    cost: Literal["counted", "measured"] | Measured = "counted",
     inplace: bool = False,
     verify: bool = True,
 ) -> nn.Module:
     """The equal model with every branch merged: the same class, methods and names, fewer layers.
 
     Args:
-        model, example_inputs, rules, inexact_borders, probe, reserve, norms: as for `plan`.
+        model, example_inputs, rules, inexact_borders, probe, reserve, norms, cost: as for `plan`.
         inplace: change the model itself instead of a copy.
         verify: prove every merge on its region in float64 and, with example inputs, the whole model against its
             float64 self; the latter not if a border is inexact because you allowed it.
 
     Raises:
+        Unmerged: a block of `structrep.expand` cannot be merged, with norms="keep"; the model is as it was.
         VerificationError: the deploy model is farther from the truth than rounding explains; with `inplace`, the
             model is then as it was.
         TrainingMode, Uninitialized, Sharded, UnknownRule, BadInput: as for `plan`.
@@ -348,6 +408,7 @@ def reparameterize(
         probe=probe,
         reserve=reserve,
         norms=norms,
+        cost=cost,
     )
     return planned.reparameterize(example_inputs, inplace=inplace, verify=verify)
 
@@ -407,7 +468,7 @@ def _demand(found: Verification) -> None:
         )
 
 
-def _record(merge: Merge, where: str) -> MergeRecord:
+def _record(merge: Merge, where: str, seconds: tuple[float, float] | None) -> MergeRecord:
     shape, (before, after) = geometry(merge.term), merge.fit.costs
     taps = "x".join(map(str, shape.kernel))
     sizes = ""
@@ -425,4 +486,5 @@ def _record(merge: Merge, where: str) -> MergeRecord:
         border=str(border(merge)) if merge.fit.rigour == "inside" else merge.fit.remedy,
         sizes=sizes,
         notes=merge.fit.notes,
+        seconds=seconds,
     )

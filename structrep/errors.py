@@ -35,6 +35,10 @@ class Costlier(Refusal):
     """The merged layer would take more multiply-adds than the layers it replaces."""
 
 
+class Slower(Refusal):
+    """The merged layer takes longer than the layers it replaces, as measured."""
+
+
 class Overflow(Refusal):
     """A merged coefficient is larger than the layer's dtype can hold."""
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import logging
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -196,61 +198,79 @@ def program(suffix: str, content: bytes) -> nn.Module:
     Raises:
         BadInput: it is none.
     """
-    if suffix == ".onnx":
-        return OnnxModel(content)
+    return OnnxModel(content) if suffix == ".onnx" else _exported(content)[0]
+
+
+def _exported(content: bytes) -> tuple[nn.Module, str]:
+    """A program of `torch.export`, and what its file says of it."""
+    told = {f"{KEY}.json": ""}
+    log = logging.getLogger("torch.export")
+    level = log.level
     try:
-        made = torch.export.load(io.BytesIO(content))
+        log.setLevel(logging.CRITICAL)  # it logs the traceback of what it raises
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            graph = torch.export.load(io.BytesIO(content), extra_files=told).module()
     except Exception as error:
         raise BadInput(f"it is no program of torch.export: {said(error)}") from error
-    graph = made.module()
+    finally:
+        log.setLevel(level)
     for node in list(graph.graph.nodes):
         if node.target is torch.ops.aten._assert_tensor_metadata.default:
             graph.graph.erase_node(node)  # it runs in float64 too, to be compared
     graph.recompile()
-    return graph
+    return graph, told[f"{KEY}.json"]
 
 
-def record_in(path: Path) -> Provenance | None:
-    """What a file says of the deploy model in it, if `convert` has written it.
+@dataclass(frozen=True)
+class Written:
+    """What a file of `convert`'s holds: a state dict or a program, and its record if it has one."""
+
+    content: Any
+    record: Provenance | None
+
+
+def read(path: Path) -> Written:
+    """A deploy model's file.
 
     Raises:
-        BadInput: there is no such file, or it is damaged.
+        BadInput: there is no such file, `convert` writes none of that suffix, or it is damaged.
     """
     if path.suffix not in _READERS:
         raise BadInput(f"{path} has the suffix {path.suffix!r}: convert writes {', '.join(_READERS)}")
+    files.demand(path)
+    content, record = _READERS[path.suffix](path)
     try:
-        text = _READERS[path.suffix](path)
-        return Provenance.model_validate_json(text) if text else None
-    except Exception as error:
-        raise BadInput(f"{path} cannot be read: {said(error)}") from error
+        return Written(content, Provenance.model_validate_json(record) if record else None)
+    except ValueError as error:
+        raise BadInput(f"{path} has a record that is damaged: {said(error)}") from error
 
 
-def _in_safetensors(path: Path) -> str | None:
+def _read_safetensors(path: Path) -> tuple[Any, str]:
+    content = files.read(path)
     with files.safetensors().safe_open(path, "pt") as file:
-        told: Mapping[str, str] = file.metadata() or {}
-        return told.get(KEY)
+        return content, (file.metadata() or {}).get(KEY, "")
 
 
-def _in_torch(path: Path) -> str | None:
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    told: Mapping[str, Mapping[str, str]] = getattr(state, "_metadata", {})
-    return told.get(KEY, {}).get("record")
+def _read_torch(path: Path) -> tuple[Any, str]:
+    content = files.read(path)
+    told: Mapping[str, Mapping[str, str]] = getattr(content, "_metadata", {})
+    return content, told.get(KEY, {}).get("record", "")
 
 
-def _in_program(path: Path) -> str | None:
-    found = {f"{KEY}.json": ""}
-    torch.export.load(path, extra_files=found)
-    return found[f"{KEY}.json"] or None
+def _read_program(path: Path) -> tuple[Any, str]:
+    try:
+        if path.suffix == ".pt2":
+            return _exported(path.read_bytes())
+        made = OnnxModel(path.read_bytes())
+    except BadInput as error:
+        raise BadInput(f"{path}: {error}") from error
+    return made, made.session.get_modelmeta().custom_metadata_map.get(KEY, "")
 
 
-def _in_onnx(path: Path) -> str | None:
-    told: Mapping[str, str] = OnnxModel(path.read_bytes()).session.get_modelmeta().custom_metadata_map
-    return told.get(KEY)
-
-
-_READERS: dict[str, Callable[[Path], str | None]] = {
-    ".safetensors": _in_safetensors,
-    ".pt": _in_torch,
-    ".pt2": _in_program,
-    ".onnx": _in_onnx,
+_READERS: dict[str, Callable[[Path], tuple[Any, str]]] = {
+    ".safetensors": _read_safetensors,
+    ".pt": _read_torch,
+    ".pt2": _read_program,
+    ".onnx": _read_program,
 }

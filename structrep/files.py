@@ -51,8 +51,7 @@ def read(path: Path, trusted: bool = False) -> Any:
     Raises:
         BadInput: there is no such file, it is damaged, or holds more than tensors, numbers and texts.
     """
-    if not path.is_file():
-        raise BadInput(f"{path} is {'a folder' if path.is_dir() else 'not there'}: give a file")
+    demand(path)
     kind = "safetensors" if path.suffix == ".safetensors" else "torch"
     try:
         if kind == "safetensors":
@@ -72,6 +71,12 @@ def read(path: Path, trusted: bool = False) -> Any:
         ) from error
     except Exception as error:
         raise BadInput(f"{path} is damaged, or no {kind} file: {said(error)}") from error
+
+
+def demand(path: Path) -> None:
+    """Raises BadInput where there is no file."""
+    if not path.is_file():
+        raise BadInput(f"{path} is {'a folder' if path.is_dir() else 'not there'}: give a file")
 
 
 def fit(model: nn.Module, state: Any, path: Path) -> None:

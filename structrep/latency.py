@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -13,7 +14,7 @@ from torch import nn
 from structrep.report import Latency, LatencyRecord
 from structrep.trace import Example, as_arguments
 
-WARM = 3
+WARM, LEAST = 3, 5
 
 
 def latency(models: Mapping[str, nn.Module], example_inputs: Example, rounds: int = 20) -> LatencyRecord:
@@ -25,14 +26,26 @@ def latency(models: Mapping[str, nn.Module], example_inputs: Example, rounds: in
         rounds: how often each runs, after a few that do not count.
     """
     args, kwargs = as_arguments(example_inputs)
-    cuda = any(one.is_cuda for model in models.values() for one in model.parameters())
-    samples: dict[str, list[float]] = {name: [] for name in models}
     with torch.no_grad():
-        for index in range(WARM + rounds):
-            for name, model in models.items():
-                seconds = _timed(partial(model, *args, **kwargs), cuda)
-                if index >= WARM:
-                    samples[name].append(seconds)
+        return in_turn({name: partial(model, *args, **kwargs) for name, model in models.items()}, rounds)
+
+
+def in_turn(runs: Mapping[str, Callable[[], object]], rounds: int, enough: float = math.inf) -> LatencyRecord:
+    """Seconds of each run in turn, as `latency` has them.
+
+    Args:
+        enough: stop after so many seconds, if there were `LEAST` rounds.
+    """
+    cuda = torch.cuda.is_available()
+    samples: dict[str, list[float]] = {name: [] for name in runs}
+    begun = time.perf_counter()
+    for index in range(WARM + rounds):
+        if index >= WARM + LEAST and time.perf_counter() - begun > enough:
+            break
+        for name, run in runs.items():
+            seconds = _timed(run, cuda)
+            if index >= WARM:
+                samples[name].append(seconds)
     first = next(iter(samples.values()))
     return LatencyRecord(
         device=torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads",

@@ -19,9 +19,10 @@ from torch import nn
 
 from structrep import export
 from structrep.errors import BadInput, said
-from structrep.files import imported
+from structrep.files import demand, imported
 
 FORMS = "timm:NAME, torchvision:NAME, hf:PATH, package.module:callable, a .pt2 file or a saved module"
+PLACES = ("timm:", "torchvision:", "hf:")
 FETCHING = (
     "pretrained", "pretrained_backbone", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "weights",
     "weights_backbone",
@@ -78,13 +79,11 @@ def _saved(path: Path, keywords: dict[str, Any], trusted: bool) -> nn.Module:
     """A program of `torch.export`, or a module as `torch.save` writes it."""
     if keywords:
         raise BadInput(f"{path} is a module already, so it takes no --arg {next(iter(keywords))}")
-    if not path.is_file():
-        raise BadInput(f"{path} is {'a folder' if path.is_dir() else 'not there'}: give a file")
     if path.suffix == ".pt2":
-        try:
-            return export.program(path.suffix, path.read_bytes())
-        except BadInput as error:
-            raise BadInput(f"{path}: {error}") from error
+        found = export.read(path).content
+        assert isinstance(found, nn.Module)
+        return found
+    demand(path)
     if not trusted:
         raise BadInput(
             f"{path} would have to hold a whole module, and reading that could run any code: say --trusted if you know "
@@ -97,6 +96,26 @@ def _saved(path: Path, keywords: dict[str, Any], trusted: bool) -> nn.Module:
     if not isinstance(found, nn.Module):
         raise BadInput(f"{path} holds {_a(found)}, not an nn.Module: name the model and give --weights {path}")
     return found
+
+
+def names(place: str) -> list[str]:
+    """The models that `timm:` or `torchvision:` has, by name; none where that package is not installed."""
+    listing = {
+        "timm:": lambda: _imported_timm().list_models(),
+        "torchvision:": lambda: _imported_models().list_models(),
+    }
+    try:
+        return list(listing[place]()) if place in listing else []
+    except BadInput:
+        return []
+
+
+def _imported_timm() -> Any:
+    return imported("timm", "pip install 'structrep[timm]'")
+
+
+def _imported_models() -> Any:
+    return imported("torchvision", "pip install torchvision").models
 
 
 def _hugging_face(path: str, keywords: dict[str, Any], download: bool) -> nn.Module:
@@ -118,14 +137,14 @@ def _hugging_face(path: str, keywords: dict[str, Any], download: bool) -> nn.Mod
 
 
 def _timm(name: str) -> Callable[..., Any]:
-    timm = imported("timm", "pip install 'structrep[timm]'")
+    timm = _imported_timm()
     if not timm.is_model(name):
         raise BadInput(f"timm has no model named {name!r}{_near(name, timm.list_models())}")
     return lambda **keywords: timm.create_model(name, **{"pretrained": False, **keywords})
 
 
 def _torchvision(name: str) -> Callable[..., Any]:
-    models = imported("torchvision", "pip install torchvision").models
+    models = _imported_models()
     if name not in models.list_models():
         raise BadInput(f"torchvision has no model named {name!r}{_near(name, models.list_models())}")
     builder = models.get_model_builder(name)

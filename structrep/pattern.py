@@ -96,6 +96,7 @@ def value(
     dims: int | None = None,
     rigour: Rigour = "exact",
     at: dict[int, int] | None = None,
+    known: dict[tuple[int, int], ConvMap] | None = None,
 ) -> ConvMap:
     """The map a term computes.
 
@@ -103,6 +104,7 @@ def value(
         channels, dims: input channels and spatial dims, for terms whose layers leave them open.
         rigour: how the border law is kept, see `ConvMap.then`.
         at: notes how many channels there are before each layer, by the id of its term.
+        known: the maps of parts of terms that are there still, by id and channels; gets those that this one has.
 
     Raises:
         Inexact, Incompatible, Unreadable: it is not one map, or not known which.
@@ -114,7 +116,7 @@ def value(
     def then(first: ConvMap, second: ConvMap) -> ConvMap:
         return first.then(second, rigour)
 
-    return _evaluate(term, load, ConvMap.identity, then, algebra.concat, channels, dims, [], at)
+    return _evaluate(term, load, ConvMap.identity, then, algebra.concat, channels, dims, [], at, known)
 
 
 def geometry(term: Term, channels: int | None = None, dims: int | None = None) -> Geometry:
@@ -147,15 +149,16 @@ def _evaluate(
     dims: int | None,
     widened: list[Term],
     at: dict[int, int] | None = None,
+    known: dict[tuple[int, int], T] | None = None,
 ) -> T:
     """The value of a term over maps or over geometries: the same expression either way."""
     dims = _dims(term, dims)
-    known: dict[tuple[int, int], T] = {}  # a layer on two branches is read once
+    maps: dict[tuple[int, int], T] = {} if known is None else known  # a layer on two branches is read once
 
     def walk(part: Term, c: int) -> T:
-        if (id(part), c) not in known:
-            known[id(part), c] = step(part, c)
-        return known[id(part), c]
+        if (id(part), c) not in maps:
+            maps[id(part), c] = step(part, c)
+        return maps[id(part), c]
 
     def step(part: Term, c: int) -> T:
         if part.op == "one":
@@ -187,7 +190,8 @@ def _evaluate(
     try:
         return walk(term, found)
     finally:
-        known.clear()  # two functions that call each other are a cycle, and would keep every map until it is collected
+        if known is None:
+            maps.clear()  # functions that call each other are a cycle, which would keep each map until it is collected
 
 
 def _aligned(branches: list[T], size: Ints | None) -> list[T]:

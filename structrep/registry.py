@@ -59,20 +59,28 @@ class Rule:
         return self.merge.__module__.startswith("structrep.rules.")
 
     def merged(self, term: Term, found: Captures) -> ConvMap:
-        """The merge function's value, proved against the term's own.
+        """The term's value, after the merge function's was proved to be the same.
 
         Raises:
             WrongMerge: coefficients differ, or the function does not return a map.
             Inexact, Incompatible, Unreadable: from the algebra.
         """
         at: dict[int, int] = {}
-        truth = value(term, at=at)
-        if self.law:
-            return truth
+        known: dict[tuple[int, int], ConvMap] = {}  # of the term; what is captured are parts of it
+        try:
+            truth = value(term, at=at, known=known)
+            return truth if self.law else self._proved(truth, found, at, known)
+        finally:
+            known.clear()  # what has walked the term is a cycle, which would keep its maps until it is collected
+
+    def _proved(
+        self, truth: ConvMap, found: Captures, at: dict[int, int], known: dict[tuple[int, int], ConvMap]
+    ) -> ConvMap:
+        """A term's value, if the merge function makes the same of what was captured."""
         channels, dims = truth.geometry.in_channels, truth.geometry.dims
 
         def read(part: Term) -> ConvMap:
-            return value(part, channels_at(part, at) or channels, dims)
+            return value(part, channels_at(part, at) or channels, dims, known=known)
 
         result = self.merge(**arguments(self.pattern, found, read))
         if not isinstance(result, ConvMap):
@@ -85,7 +93,7 @@ class Rule:
                 f"rule {self.name!r} merges to {result}, the matched term is {truth}: coefficients differ by "
                 f"{gap:.1e}; its merge function does not compute its pattern"
             )
-        return result
+        return truth
 
 
 @dataclass
@@ -252,3 +260,6 @@ def resolve(rules: Registry | Iterable[str | Rule] | None) -> Registry:
     if isinstance(rules, Registry):
         return rules
     return default.select([rules] if isinstance(rules, (str, Rule)) else rules)
+
+
+import structrep.rules  # noqa: E402, F401  whoever has the registry has the catalogue in it

@@ -34,6 +34,7 @@ class MergeRecord(Record):
     border: str = ""  # what a layer of its own does for the border, or how far an inexact one is off
     sizes: str = ""  # the input sizes that it holds for, if not for all
     notes: tuple[str, ...] = ()  # what is to be known of its numbers: dead channels, half precision
+    seconds: tuple[float, float] | None = None  # before and after, if merges were chosen by measurement
 
 
 class BorderRecord(Record):
@@ -406,6 +407,10 @@ class MonitorRecord(Record):
         return as_text(self.table())
 
 
+def milliseconds(seconds: float) -> str:
+    return f"{1000 * seconds:.3g} ms"
+
+
 def plan_tables(plan: PlanRecord) -> Iterable[Table]:
     """A plan's merges, then its refusals."""
     merges = Table(title=f"{plan.model}: {counted(len(plan.merges), 'merge')}")
@@ -426,7 +431,12 @@ def plan_tables(plan: PlanRecord) -> Iterable[Table]:
     told = [
         (merge.where, about, text)
         for merge in plan.merges
-        for about, texts in (("border", [merge.border]), ("sizes", [merge.sizes]), ("numbers", merge.notes))
+        for about, texts in (
+            ("border", [merge.border]),
+            ("sizes", [merge.sizes]),
+            ("numbers", merge.notes),
+            ("time", [" -> ".join(map(milliseconds, merge.seconds))] if merge.seconds else []),
+        )
         for text in texts
         if text
     ]

@@ -109,7 +109,7 @@ def _block_at(segments: list[Segment]) -> tuple[Call | None, int]:
     for call in reversed(list(first.chain())):
         if call.leaf or call.method != "forward" or not isinstance(call.module, STAND_INS) or hooks(call.module):
             continue
-        if call.parent is None:
+        if call.parent is None and not call.path:
             continue
         inner = [s for s in segments if all(call.holds(n) for n in s.nodes)]
         count = len(inner)
@@ -315,6 +315,7 @@ class Draft:
 
     def _place(self, merge: Merge) -> None:
         map_, host = merge.value(), self.hosts[merge]
+        merge.kept = None
         bias = any(layer.shifts for layer in merge.term.leaves())
         plain = host.module is not None and host.block is None and merge.sizes is None
         if plain and _refill(self._at(host.module.path), map_, bias):  # type: ignore[union-attr]
@@ -347,6 +348,11 @@ class Draft:
         self.places[layer] = self.places.pop(old, [])
         for parent, name in self.places[layer]:
             parent._modules[name] = layer
+        gone = set(old.modules())
+        for part in gone - {old}:  # whose kernels would stay as long as they are known here
+            self.places[part] = [(parent, name) for parent, name in self.places[part] if parent not in gone]
+            if not self.places[part]:
+                del self.places[part]
 
     # --- what is left over ------------------------------------------------------------------------
 
@@ -438,6 +444,7 @@ class Draft:
                 store[name] = None
         if name == "running_mean" and "num_batches_tracked" in module._buffers:
             module._buffers["num_batches_tracked"] = None
+            module.__dict__["track_running_stats"] = False  # or loading a plain state dict would count batches again
 
 
 def _nothing(unit: Unit) -> nn.Module:

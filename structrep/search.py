@@ -64,6 +64,7 @@ from structrep.sources import names_reached, questions
 from structrep.trace import Call, Example, Trace, Traced, trace
 
 FARTHEST = 32  # how many dominators back a merge may reach
+KEPT = 2**25  # bytes of merged maps that a plan may hold, to have them at hand when it is applied
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,6 +112,7 @@ class Merge:
     trace: Trace
     fit: Fit
     carried: Carried | None = None
+    kept: ConvMap | None = None  # its value, until that is placed
 
     @property
     def base(self) -> fx.Node:
@@ -130,8 +132,8 @@ class Merge:
         return {one for segment in self.segments for one in segment.absorbed}
 
     def value(self) -> ConvMap:
-        """The merged map, read from the weights as they are now."""
-        return value(self.term, rigour=self.fit.rigour)
+        """The merged map; read from the weights as they are now, if it was not kept."""
+        return self.kept or value(self.term, rigour=self.fit.rigour)
 
     @property
     def sizes(self) -> tuple[Ints, Ints] | None:
@@ -163,9 +165,11 @@ class Findings:
     beforehand: tuple[Missed, ...] = ()  # refusals from before the search
     blocks: tuple[str, ...] = ()  # modules by path, inside each of which is all that may be merged; () for anywhere
     unwritable: Mapping[tuple[str, str], Refusal] = field(default_factory=dict)  # methods that cannot be written anew
+    slower: Mapping[tuple[fx.Node, fx.Node], Refusal] = field(default_factory=dict)  # stretches, by base and root
     merges: list[Merge] = field(default_factory=list)
     missed: list[Missed] = field(default_factory=list)
     searches: list[Search] = field(default_factory=list)
+    made: dict[tuple[fx.Node, fx.Node], ConvMap] = field(default_factory=dict)  # of stretches, by base and root
     replicas: Replicas = field(init=False)
     borders: Borders = field(init=False)
 
@@ -198,11 +202,23 @@ def find(
     return _search(findings, registry)
 
 
-def without_writing(found: Findings, unwritable: Mapping[tuple[str, str], Refusal]) -> Findings:
-    """What is found if some methods, by path and name, are left as they are written."""
+def again(
+    found: Findings,
+    unwritable: Mapping[tuple[str, str], Refusal] | None = None,
+    slower: Mapping[Merge, Refusal] | None = None,
+) -> Findings:
+    """What is found if some methods more, by path and name, are left as they are written, and some merges not done."""
     (registry, *_) = (search.registry for search in found.searches)
-    again = Findings(found.traced, found.inexact_borders, found.beforehand, found.blocks, unwritable)
-    return _search(again, registry)
+    left = {(merge.base, merge.root): reason for merge, reason in (slower or {}).items()}
+    findings = Findings(
+        found.traced,
+        found.inexact_borders,
+        found.beforehand,
+        found.blocks,
+        {**found.unwritable, **(unwritable or {})},
+        {**found.slower, **left},
+    )
+    return _search(findings, registry)
 
 
 def _search(findings: Findings, registry: Registry) -> Findings:
@@ -214,6 +230,7 @@ def _search(findings: Findings, registry: Registry) -> Findings:
         findings.searches.append(Search(findings, one, registry))
         findings.searches[-1].run()
     findings.missed += findings.beforehand
+    findings.made.clear()
     return findings
 
 
@@ -535,6 +552,9 @@ class Search:
         Raises:
             Refusal: it does not, whatever is done about the border.
         """
+        _, family, fit = self.families.get(stretch[-1].root, (None, [], None))
+        if fit is not None and len(family) == len(stretch):
+            return fit  # a family merges the same
         term = _term(stretch)
         forbidden: Inexact | None = None
         for rigour in self._rigours(stretch):
@@ -574,7 +594,7 @@ class Search:
 
     def _merge(self, stretch: list[Segment], fit: Fit, law: Rule | None = None) -> Merge:
         inside = set(_nodes(stretch))
-        families = [(rule, part) for root, (rule, part, _) in self.families.items() if root in inside]
+        families = [self.families[node][:2] for node in reversed(_nodes(stretch)) if node in self.families]
         named = list(dict.fromkeys(rule for rule, _ in families))
         if law and not any(len(part) == len(stretch) for _, part in families):
             named.append(law)
@@ -586,6 +606,7 @@ class Search:
             self.owner(inside | _scales(stretch)),
             self.trace,
             fit,
+            kept=self.findings.made.get((stretch[0].base, stretch[-1].root)),
         )
 
     # --- conditions -------------------------------------------------------------------------------
@@ -654,6 +675,9 @@ class Search:
                 f"{term} saves nothing" + (f": what its border takes, {border}, would stay" if border else "")
             )
         largest = max(float(kernel.detach().abs().max()) for kernel in kernels), map_.magnitude
+        made = self.findings.made
+        if sum(one.kernel.nbytes for one in made.values()) + map_.kernel.nbytes <= KEPT:
+            made[stretch[0].base, stretch[-1].root] = map_
         return Fit(costs, rigour, apart, largest, tuple(_notes(map_, leaves, dtype)))
 
     def stretch(self, early: fx.Node, late: fx.Node) -> list[Segment] | None:
@@ -677,6 +701,8 @@ class Search:
     def check(self, stretch: list[Segment]) -> None:
         """Raise unless the stretch can be cut out of the graph and of the modules that it is written in."""
         base, root = stretch[0].base, stretch[-1].root
+        if (base, root) in self.findings.slower:
+            raise self.findings.slower[base, root]
         inside = set(_nodes(stretch))
         same = aliases(base)
         readers = [user for alias in same for user in alias.users]

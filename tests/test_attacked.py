@@ -771,3 +771,30 @@ def test_layers_of_a_deploy_model_can_be_scripted_and_traced_by_others():
         assert relative_error(torch.fx.symbolic_trace(deploy)(x), truth) < 1e-13
         if not isinstance(model, Sized):  # whose forward is written anew, in terms that scripts do not know
             assert relative_error(torch.jit.script(deploy)(x), truth) < 1e-13
+
+
+class WritesToItsList(nn.Module):
+    """As heads of detectors do, with the list of maps that they are given; and it cannot be followed."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.head = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), DoublesInPlace()
+
+    def forward(self, x):
+        x = self.norm(self.conv(x))
+        return self.head([x, x + 1])
+
+
+class DoublesInPlace(nn.Module):
+    def forward(self, maps):
+        for index in range(len(maps)):
+            maps[index] = maps[index] * 2
+        return maps if maps[0].sum() > 0 else maps[::-1]
+
+
+def test_a_part_that_cannot_be_followed_may_write_to_a_list_that_it_is_given():
+    model, x = settled(WritesToItsList()), torch.randn(1, 3, 8, 8, dtype=torch.float64)
+    deploy = structrep.reparameterize(model, x)
+    assert isinstance(deploy.norm, nn.Identity)
+    for found, expected in zip(deploy(x), model(x), strict=True):
+        assert relative_error(found, expected) < 1e-13

@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib
+import io
 import json
 import os
 import pickle
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from typer.testing import CliRunner, Result
 
 import structrep
-from structrep import cli, export, models, registry
+from structrep import __main__, cli, export, models, registry
 from structrep.report import ExportRecord, LatencyRecord, PlanRecord, Verification
 
 NETS = """
@@ -89,6 +90,9 @@ class Plain(nn.Sequential):
 def Wide():
     import structrep
     return structrep.expand(Plain(), "repvgg")
+
+def empty():
+    return nn.Sequential()
 
 class Space:
     net = Net
@@ -273,6 +277,7 @@ def test_what_a_model_prints_stays_out_of_the_record(here: Path) -> None:
 
 def test_runs_as_a_module(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", ["structrep", "rules", "--json"])
+    monkeypatch.delitem(sys.modules, "structrep.__main__")
     with pytest.raises(SystemExit) as exit_:
         runpy.run_module("structrep", run_name="__main__")
     assert not exit_.value.code
@@ -282,6 +287,37 @@ def test_runs_as_a_module(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
 def test_version_and_help() -> None:
     assert run("--version").stdout.strip()
     assert "Exit codes: 0 done; 1 refused" in run("--help").stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "completions"),
+    [
+        ("con", ["convert"]),
+        ("explain\n", ["timm:", "torchvision:", "hf:"]),
+        ("explain\nhf", ["hf:"]),
+        ("explain\ntorchvision\n:\nresnet1", ["resnet101", "resnet152", "resnet18"]),  # bash parts words at colons
+        ("explain\ntorchvision:resnet1", [f"torchvision:resnet{n}" for n in (101, 152, 18)]),  # or is told not to
+        ("explain\ntimm\n:\nx\n--rules\nacb\n--rules\nmob", ["mobileone", "mobileone_pointwise"]),
+        ("convert\nx\n--norms\n", ["fold", "keep"]),
+    ],
+)
+def test_completion_in_bash(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: str, completions: list[str]
+) -> None:
+    monkeypatch.setenv("_STRUCTREP_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", f"structrep\n{words}")
+    monkeypatch.setenv("COMP_CWORD", str(words.count("\n") + 1))
+    __main__.main()
+    assert sorted(capsys.readouterr().out.split()) == sorted(completions)
+
+
+def test_completion_is_installed_for_bash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION", "1")
+    result = CliRunner().invoke(cli.app, ["--install-completion", "bash"], prog_name="structrep")
+    assert result.exit_code == 0, result.output
+    (script,) = (path for path in tmp_path.rglob("*") if path.is_file() and "structrep" in path.name)
+    assert "_STRUCTREP_COMPLETE=complete_bash" in script.read_text()
 
 
 # --- convert ------------------------------------------------------------------------------------------------------
@@ -331,7 +367,7 @@ def test_what_was_written_says_what_it_is_and_holds(
     result = run("convert", *given, "--out", out, "--shape", size, "--json")
     assert result.exit_code == 0, result.output
     written = ExportRecord.model_validate_json(result.stdout)
-    record = export.record_in(here / out)
+    record = export.read(here / out).record
     assert record == written.provenance
     assert record.weights_sha256 == export.checksum(trained)
     assert record.versions["torch"] == torch.__version__
@@ -358,8 +394,66 @@ def test_a_file_that_differs_is_found(here: Path) -> None:
     assert result.exit_code == 1
     assert "OFF" in result.stdout
     assert "net.pt differs from the original by more than rounding" in result.stderr
-    (here / "net.onnx").write_bytes(b"no program")
-    assert "net.onnx cannot be read" in failed(2, "verify", *given, "--file", "net.onnx")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("nowhere.pt", None, "nowhere.pt is not there: give a file"),
+        ("nowhere.onnx", None, "nowhere.onnx is not there: give a file"),
+        (".", None, "has the suffix '': convert writes .safetensors, .pt, .pt2, .onnx"),
+        ("nets.py", None, "has the suffix '.py': convert writes"),
+        ("bad.pt", b"no program", "bad.pt is damaged, or no torch file"),
+        ("bad.safetensors", b"no program", "bad.safetensors is damaged, or no safetensors file"),
+        ("bad.pt2", b"no program", "bad.pt2: it is no program of torch.export"),
+        ("bad.onnx", b"no program", "bad.onnx: onnxruntime cannot run it"),
+    ],
+)
+def test_files_to_verify_that_are_none(here: Path, name: str, content: bytes | None, said: str) -> None:
+    if content is not None:
+        (here / name).write_bytes(content)
+    message = failed(2, "verify", "nets:Net", "--shape", "2x3x9x7", "--file", name)
+    assert said in message
+    assert "weights_only" not in message
+    assert "Traceback" not in message
+
+
+@pytest.mark.parametrize("suffix", export.PROGRAMS)
+def test_a_program_is_read_once(here: Path, monkeypatch: pytest.MonkeyPatch, suffix: str) -> None:
+    torch.save(local("Net").state_dict(), here / "trained.pt")
+    given = ["nets:Net", "--weights", "trained.pt", "--shape", "2x3x9x7"]
+    assert run("convert", *given, "--out", f"net{suffix}").exit_code == 0
+    reads, read = [], Path.read_bytes
+
+    def counted(path: Path) -> bytes:
+        reads.append(path.name)
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", counted)
+    result = run("verify", *given, "--file", f"net{suffix}")
+    assert result.exit_code == 0, result.output
+    assert reads.count(f"net{suffix}") == 1
+    assert not result.stderr  # torch warns of its own deprecations
+
+
+@pytest.mark.parametrize(
+    "option",
+    [["--dtype", "float16"], ["--autocast", "bfloat16"], ["--device", "cuda"], ["--channels-last"], ["--tf32"]],
+)
+def test_an_onnx_program_runs_as_it_was_written(here: Path, option: list[str]) -> None:
+    message = failed(2, "verify", "nets:Net", "--shape", "2x3x9x7", "--file", "net.onnx", *option)
+    assert f"so {option[0]} says nothing of it: leave that out, or verify a .pt2 file" in message
+
+
+def test_norms_that_were_kept_are_verified_so(here: Path) -> None:
+    torch.save(local("Wide").state_dict(), here / "wide.pt")
+    given = ["nets:Wide", "--weights", "wide.pt", "--shape", "2x3x9x7"]
+    assert run("convert", *given, "--out", "net.pt", "--norms", "keep").exit_code == 0
+    result = run("verify", *given, "--file", "net.pt", "--norms", "keep", "--json")
+    assert result.exit_code == 0, result.output
+    assert Verification.model_validate_json(result.stdout).ok
+    assert "net.pt does not fit" in failed(2, "verify", *given, "--file", "net.pt")
+    assert "give fold or keep" in failed(2, "verify", *given, "--norms", "lose")
 
 
 def test_dtypes_and_devices(here: Path) -> None:
@@ -370,6 +464,7 @@ def test_dtypes_and_devices(here: Path) -> None:
     assert (record.dtype, record.channels_last, record.device) == ("bfloat16", True, "cpu")
     assert "is no floating-point dtype" in failed(2, *given, "--dtype", "int8")
     assert "--device 'nowhere' cannot be used" in failed(2, *given, "--device", "nowhere")
+    assert "torch has no autocast to float64 on cpu" in failed(2, *given, "--autocast", "float64", "--device", "cpu")
     assert "give its --shape" in failed(2, "verify", "nets:Net")
 
 
@@ -400,7 +495,9 @@ def test_half_precision(here: Path) -> None:
 def test_records_that_are_damaged(here: Path, record: str) -> None:
     state = structrep.reparameterize(local("Net").eval()).state_dict()
     safetensors.torch.save_file(state, here / "net.safetensors", {"structrep": record})
-    assert "cannot be read" in failed(2, "verify", "nets:Net", "--shape", "2x3x9x7", "--file", "net.safetensors")
+    assert "net.safetensors has a record that is damaged" in failed(
+        2, "verify", "nets:Net", "--shape", "2x3x9x7", "--file", "net.safetensors"
+    )
 
 
 def test_bench(here: Path) -> None:
@@ -447,7 +544,7 @@ def test_models_of_transformers(here: Path) -> None:
     model.save_pretrained(here / "resnet")
     result = run("convert", "hf:resnet", "--out", "deploy.pt", "--shape", "1x3x32x32")
     assert result.exit_code == 0, result.output
-    assert export.record_in(here / "deploy.pt").weights_sha256 == export.checksum(model)  # type: ignore[union-attr]
+    assert export.read(here / "deploy.pt").record.weights_sha256 == export.checksum(model)  # type: ignore[union-attr]
     assert run("explain", "hf:resnet/config.json").exit_code == 0
     assert "allow a download, --download" in failed(2, "explain", "hf:microsoft/resnet-50")
     (here / "empty").mkdir()
@@ -534,7 +631,33 @@ def test_a_failed_proof_writes_nothing(here: Path, monkeypatch: pytest.MonkeyPat
     assert said.startswith("refused: the merged model differs from the original by more than rounding")
 
 
+@pytest.mark.parametrize("method", ["prove", "apply", "verify"])
+def test_an_interrupt_ends_in_a_sentence_and_leaves_no_file(
+    here: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    def interrupted(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(structrep.Plan, method, interrupted)
+    said = failed(130, "convert", "nets:Net", "--out", "net.pt", "--shape", "1x3x8x8")
+    assert said == "interrupted: before the command was done\n"
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_a_terminal_sees_what_is_done_but_beside_a_record(monkeypatch: pytest.MonkeyPatch, quiet: bool) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setenv("TERM", "xterm")
+    with cli._working("merging", quiet):
+        pass
+    assert ("merging" in sys.stderr.getvalue()) != quiet  # type: ignore[attr-defined]
+
+
 def test_nothing_to_merge_is_said_with_the_reasons(here: Path) -> None:
+    assert "nothing to merge in this model" in failed(1, "convert", "nets:empty", "--out", "net.pt")
     assert "nothing to merge" in failed(1, "convert", "nets:plain", "--out", "net.pt")
     assert "or padded with it, the two would be one" in failed(1, "convert", "nets:Border", "--out", "net.pt")
 
@@ -706,7 +829,7 @@ def test_no_model_downloads(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(model, nn.Module)
 
 
-def test_a_package_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_package_that_is_not_installed(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "timm", None)
     assert "pip install 'structrep[timm]'" in failed(2, "explain", "timm:resnet10t")
 

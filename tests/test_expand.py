@@ -265,3 +265,32 @@ def test_as_the_paper_starts():
     expanded = structrep.expand(model, "repvgg", init="paper").eval()
     assert relative_error(expanded(X), model(X)) > 1e-3
     assert shapes(structrep.reparameterize(expanded, norms="keep")) == shapes(model)
+
+
+class Branching(nn.Module):
+    """A forward that cannot be followed, around layers that can."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.norm = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        y = self.norm(self.b(self.a(x)))
+        return y if y.sum() > 0 else -y
+
+
+@pytest.mark.parametrize("block", ["doconv", "expandnet", "ecbsr", "conv3xc", "diracnet", "orepa"])
+def test_blocks_come_back_where_the_forward_around_cannot_be_followed(block):
+    model = settled(Branching())
+    back = structrep.reparameterize(structrep.expand(model, block, where="b").eval(), norms="keep")
+    assert (shapes(back), kinds(back)) == (shapes(model), kinds(model))
+
+
+def test_a_block_that_cannot_be_merged_is_said_before_anything_changes():
+    expanded = structrep.expand(settled(Plain()), "repvgg").eval()
+    watched, *_ = structrep.expand_layers(expanded)
+    expanded.get_submodule(watched).register_forward_hook(lambda *given: None)
+    before = list(expanded.state_dict())
+    with pytest.raises(structrep.Unmerged, match=f"these cannot be merged: {watched}\n.*hook"):
+        structrep.reparameterize(expanded, norms="keep", inplace=True)
+    assert list(expanded.state_dict()) == before

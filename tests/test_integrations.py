@@ -425,7 +425,7 @@ def test_a_block_that_cannot_be_merged_is_named(tmp_path):
         def on_train_start(self, trainer, pl_module):
             pl_module.net[3].register_forward_hook(lambda module, args, output: None)
 
-    with pytest.raises(BadInput, match=r"of the blocks in Sequential these cannot be merged: 3\n.*hook"):
+    with pytest.raises(structrep.Unmerged, match=r"of the blocks in Sequential these cannot be merged: 3\n.*hook"):
         fit([Hook(), ReparameterizeOnExport("net")], tmp_path)
 
 

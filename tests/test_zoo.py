@@ -66,3 +66,12 @@ def test_the_deploy_model_loads_into_timms_own_deploy_model() -> None:
     image = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         assert torch.equal(theirs(image), deploy(image))
+
+
+@pytest.mark.parametrize(
+    "name", ["tinynet_e", "repghostnet_050", "fastvit_t8", "mobilenetv3_small_050", "lcnet_035", "regnetx_002"]
+)
+def test_a_deploy_model_takes_a_state_dict_that_lost_its_versions(name: str) -> None:
+    """safetensors keep no `_metadata`, and then torch makes norms count batches that they had no count of."""
+    deploy = structrep.reparameterize(timm.create_model(name).eval(), verify=False)
+    deploy.load_state_dict(dict(deploy.state_dict()))

@@ -28,7 +28,8 @@ def merge(trained: nn.Module, norms: Literal["keep", "fold"] = "keep", **options
         norms, options: as for `structrep.plan`.
 
     Raises:
-        BadInput: nothing would be merged; with norms="keep", some block would not.
+        BadInput: nothing would be merged.
+        Unmerged: with norms="keep", some block would not be.
         TrainingMode, Uninitialized, Sharded, UnknownRule: as for `structrep.plan`.
     """
     name = type(trained).__name__
@@ -39,7 +40,5 @@ def merge(trained: nn.Module, norms: Literal["keep", "fold"] = "keep", **options
         )
     planned = plan(trained, norms=norms, **options)
     planned.reparameterize(inplace=True)
-    left = expand_layers(trained) if norms == "keep" else []
-    if left or not planned.merges:
-        what = f"of the blocks in {name} these cannot be merged: {', '.join(left)}" if left else f"{name}: no merge"
-        raise BadInput(f"{what}{planned.record.reasons}")
+    if not planned.merges:
+        raise BadInput(f"{name}: no merge{planned.record.reasons}")

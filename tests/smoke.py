@@ -1,0 +1,130 @@
+"""What `make smoke` runs in the environment of an installed wheel: everything a user can do with it, once.
+
+It knows nothing of the tests, and imports nothing but torch and structrep.
+"""
+
+import importlib
+import os
+import subprocess
+import sys
+import tempfile
+from importlib import metadata
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import structrep
+
+USER = """
+import torch
+from torch import nn
+
+import structrep
+from structrep.blocks import RepVGGBlock2d
+
+model = nn.Sequential(RepVGGBlock2d(3, 8, 3, padding=1)).eval()
+x = torch.randn(1, 3, 9, 9)
+plan: structrep.Plan = structrep.plan(model, x)
+reveal_type(plan)
+reveal_type(plan.apply())
+reveal_type(plan.merges)
+reveal_type(structrep.reparameterize(model, x))
+reveal_type(structrep.verify(model, model, x))
+reveal_type(structrep.expand(model, "repvgg"))
+reveal_type(structrep.explain(model, "0.dense.conv", "0.point.conv"))
+reveal_type(structrep.testing.check_rule)
+"""
+REVEALED = [
+    "structrep.driver.Plan",
+    "torch.nn.modules.module.Module",
+    "tuple[structrep.report.MergeRecord, ...]",
+    "torch.nn.modules.module.Module",
+    "structrep.report.Verification",
+    "torch.nn.modules.module.Module",
+    "structrep.report.Explanation",
+    "def (rule: structrep.registry.Rule) -> list[str]",
+]
+LOADED = """
+import sys
+import torch
+
+sys.path.insert(0, ".")
+model = torch.load("deploy.pt", weights_only=False)
+torch.testing.assert_close(model(torch.load("input.pt")), torch.load("output.pt"))
+assert "structrep.generated" in sys.modules and "structrep.search" not in sys.modules, "it loads all of structrep"
+"""
+MYNET = """
+from torch import nn
+
+from structrep.blocks import ACBlock2d, RepVGGBlock2d
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.block = RepVGGBlock2d(3, 8, 3, padding=1)
+        self.wide = ACBlock2d(8, 8, 3, padding=1)
+        self.dense, self.point = nn.Conv2d(8, 4, 3, padding=1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x):
+        x = self.wide(self.block(x).relu()).relu()
+        return self.dense(x) + self.point(x)
+"""
+
+
+def run(*command: str) -> str:
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.returncode == 0, f"{' '.join(command)}\n{ended.stdout}{ended.stderr}"
+    return ended.stdout
+
+
+def library() -> None:
+    x = torch.randn(2, 3, 9, 7)
+    model: nn.Module = importlib.import_module("mynet").Net().eval()
+    plan = structrep.plan(model, x)
+    assert len(plan.merges) == 3, plan
+    deploy = plan.apply()
+    assert plan.verify(x, deploy).ok
+    assert "repvgg" in str(plan)
+    assert plan.draw().startswith("<svg")
+    plan.report("report.html", x)
+    assert Path("report.html").read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
+    structrep.assert_merged(structrep.reparameterize(model, x))
+    wide = structrep.expand(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)).eval(), "repvgg")
+    assert structrep.expand_layers(wide)
+    torch.save(deploy, "deploy.pt")
+    torch.save(x, "input.pt")
+    torch.save(deploy(x).detach(), "output.pt")
+    run(sys.executable, "-I", "-c", LOADED)
+
+
+def command() -> None:
+    structrep_ = str(Path(sys.executable).parent / "structrep")
+    version = metadata.version("structrep")
+    assert run(structrep_, "--version").strip() == version
+    assert version in run(structrep_, "doctor")
+    assert '"repvgg"' in run(structrep_, "rules", "--json")
+    run(structrep_, "convert", "mynet:Net", "--shape", "1x3x9x9", "--out", "net.pt", "--report", "net.html")
+    run(structrep_, "verify", "mynet:Net", "--shape", "1x3x9x9")
+
+
+def types() -> None:
+    Path("user.py").write_text(USER)
+    told = run(sys.executable, "-I", "-m", "mypy", "--strict", "user.py")
+    revealed = [line.split('Revealed type is "')[1].rstrip('"') for line in told.splitlines() if "Revealed" in line]
+    assert revealed == REVEALED, told
+
+
+if __name__ == "__main__":
+    place = Path(structrep.__file__).parent
+    assert place.is_relative_to(sys.prefix), f"structrep comes from {place}, not from {sys.prefix}"
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        sys.path.insert(0, folder)
+        Path("mynet.py").write_text(MYNET)
+        for check in (library, command, types):
+            check()
+            print(f"{check.__name__}: ok")
+        os.chdir("/")
