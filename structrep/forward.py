@@ -20,7 +20,7 @@ from torch import Tensor, fx
 
 from structrep.errors import Unreadable
 from structrep.generated import Method
-from structrep.readers import Same, aliases, asks_kind, counts_sizes, mutates, only_asserted, read_node
+from structrep.readers import Layer, Same, aliases, asks_kind, counts_sizes, mutates, only_asserted, read_node
 from structrep.trace import Call, Traced, storage
 from structrep.values import is_traced
 
@@ -170,11 +170,15 @@ class Forward:
         ):
             return None
         reading = read_node(node)
+        if not isinstance(reading, Same):
+            return None
+        if mutates(node) is reading.source:
+            return reading.source
         same = aliases(node)
         # An operation that changes nothing still gives a value of its own, which may be written to.
         written = any(mutates(user) in same for alias in same for user in alias.users)
-        alone = isinstance(reading, Same) and len(reading.source.users) == 1 and not written
-        return reading.source if isinstance(reading, Same) and alone and mutates(node) is None else None
+        alone = len(reading.source.users) == 1 and (not written or _is_new(reading.source))
+        return reading.source if alone else None
 
     def _collapse(self, call: Call) -> None:
         """A child's call, as it stands in its parent's forward."""
@@ -280,6 +284,18 @@ class Forward:
                 f"{self.call.path or 'the model'} passes a {type(value).__name__}, which cannot be written as code"
             )
         return value
+
+
+def _is_new(node: fx.Node) -> bool:
+    """Whether a node gives what a convolution or Linear has made, perhaps normed, and nothing else can look at."""
+    while sum(not only_asserted(user) for user in node.users) == 1:
+        reading = read_node(node)
+        if isinstance(reading, Layer) and reading.kind in ("conv", "linear"):
+            return True
+        if reading is None or not isinstance(reading, (Layer, Same)) or reading.source is None:
+            return False
+        node = reading.source
+    return False
 
 
 def _is_plain(cls: type) -> bool:

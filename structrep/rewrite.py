@@ -10,10 +10,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import operator
 from collections import Counter
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any, cast
 
 from torch import Tensor, fx, nn
@@ -26,10 +29,12 @@ from structrep.generated import install, regraph
 from structrep.layers import Features2d, Sizes
 from structrep.pattern import ONE, geometry
 from structrep.ranks import rank
-from structrep.readers import Layer, hooks, knows, lower, only_asserted, read_module
+from structrep.readers import Layer, Same, hooks, knows, lower, only_asserted, read_module, read_node
 from structrep.search import Merge, Replicas, Segment, site
 from structrep.trace import Call, Traced
 from structrep.values import proxies
+
+SUMS = (operator.add, operator.iadd)
 
 
 @dataclass(frozen=True)
@@ -242,7 +247,27 @@ class Draft:
             except Refusal as reason:
                 self.unwritable[site(owner)] = reason
                 failed.update(dict.fromkeys(self.owned[owner], reason))
+        for owner in self._idle_sums() - self.edits.owners.keys():
+            with contextlib.suppress(Refusal):
+                self.forwards[owner] = Forward(self.traced, self.edits, owner, set())
         return failed
+
+    def _idle_sums(self) -> set[Call]:
+        """Blocks whose forward adds a merged layer to 0, where other blocks of their class have more branches: written
+        anew, they launch nothing for it."""
+        same: dict[fx.Node, None] = {}  # as a merged layer, but for nothing
+        pending = [user for merge in self.merges for node in merge.nodes for user in node.users]
+        while pending:
+            node = pending.pop()
+            if node not in same and isinstance(read_node(node), Same):
+                same[node] = None
+                pending += node.users
+        owners = {next(n.meta["call"].homes()) for n in same if n.op == "call_function" and n.target in SUMS}
+        return {
+            call
+            for call in owners
+            if len(self.traced.calls[call.module, call.method]) == 1 and len(signature(call.function).parameters) == 1
+        }
 
     def where(self, merge: Merge) -> str:
         """The path that the merged layer will have."""

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import structrep
 from tests.models import relative_error, settled
@@ -204,3 +205,36 @@ def test_a_flag_that_cannot_be_followed_keeps_nothing_from_being_merged():
     for flag in (False, True):
         assert relative_error(deploy(X, probe=flag), model(X, probe=flag)) < 1e-14
     assert not any(isinstance(m, nn.BatchNorm2d) for m in deploy.modules())
+
+
+class SumFromZero(nn.Module):
+    """MobileOne's way to add up branches, of which this block has one, and no skip."""
+
+    def __init__(self, branches):
+        super().__init__()
+        pairs = (nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)) for _ in range(branches))
+        self.branches, self.drop, self.act = nn.ModuleList(pairs), nn.Identity(), nn.ReLU()
+
+    def forward(self, x):
+        skip = out = 0
+        for branch in self.branches:
+            out += branch(x)
+        out = self.drop(out)
+        out += skip
+        return self.act(out)
+
+
+class Launched(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names = [*getattr(self, "names", ()), func.overloadpacket.__name__]
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("branches", [1, 2])
+def test_nothing_is_launched_for_a_sum_with_zero(branches):
+    model, x = settled(SumFromZero(branches)), torch.randn(2, 4, 8, 8, dtype=torch.float64)
+    deploy = structrep.reparameterize(model)
+    with torch.no_grad(), Launched() as launched:
+        found = deploy(x)
+    assert launched.names == ["convolution", "relu"]
+    assert relative_error(found, model(x)) < 1e-14
