@@ -4,7 +4,7 @@ JOBS ?= 2
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test test-thorough test-oldest test-gpu fuzz docs dist smoke clean
+.PHONY: demo test test-thorough test-oldest test-gpu fuzz bench bench-full docs dist smoke clean
 
 demo: .venv/installed-demo
 	$(BIN)/python examples/demo.py
@@ -32,8 +32,18 @@ test-gpu:
 test-oldest: .venv-oldest/installed
 	.venv-oldest/bin/python -m pytest -n $(JOBS) --dist worksteal
 
+# the quick set: every script's smallest case, in some minutes; nothing is written
+bench: .venv/installed-dev
+	for one in conversion growth memory latency beyond measured; do $(BIN)/python -m benchmarks.$$one --quick || exit 1; done
+
+# all of it, hours on 2 cores; writes benchmarks/results, docs/benchmarks.md and docs/runtimes.md
+bench-full: .venv/installed-dev
+	for one in cold_start conversion growth memory plain latency beyond measured runtimes; do \
+		$(BIN)/python -m benchmarks.$$one || exit 1; done
+	$(BIN)/python -m benchmarks.page
+
 docs: .venv/installed-docs .venv/installed-test
-	$(BIN)/python docs/make_catalogue.py
+	for one in make_catalogue make_pictures draw_borders; do $(BIN)/python docs/$$one.py || exit 1; done
 	$(BIN)/python -m mkdocs build --strict
 
 # sdist and wheel, the wheel built from the sdist; one built from the tree has to be the same

@@ -71,6 +71,8 @@ def measured(
         like: dict[str, Any] = {"device": device, "dtype": DTYPES[dtype], "memory_format": layout}
         moved = {name: copy.deepcopy(form).to(**like) for name, form in forms.items()}
         for engine in names:
+            if device == "cpu" and engine.startswith("torch.compile") and case.name not in plain.COMPILED:
+                continue
             built = {name: engines.build(engine, form, small.to(**like)) for name, form in moved.items()}
             found = {"model": case.name, "engine": engine, "dtype": dtype, "channels_last": channels_last}
             failed = {name: one.reason for name, one in built.items() if isinstance(one, engines.Failed)}

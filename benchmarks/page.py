@@ -21,7 +21,7 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
-from benchmarks import beyond, latency, measure
+from benchmarks import beyond, latency, measure, measured
 from benchmarks.growth import Point, Series
 from benchmarks.measure import ROOT, Ratio, load, markdown, ratio
 
@@ -497,6 +497,38 @@ def beyond_published(record: Any) -> Section:
     )
 
 
+def by_measurement(record: Any) -> Section:
+    rows = record["rows"]
+    names = tuple(f"{one['model']}, {one['engine']}" for one in rows)
+    to = {
+        other: tuple(ratio(one["seconds"], measured.CHOSEN, other) for one in rows)
+        for other in (measured.NONE, measured.ALL)
+    }
+    return Section(
+        "Chosen by measurement",
+        'Which merges pay depends on the runtime. With `cost="measured"`, or `cost=structrep.Measured(runtime)`, both '
+        "forms of each merge are timed on the example inputs, what is slower merged is left, and the whole model is to "
+        "be no slower than with all merges or with none, up to noise: the lower end of the middle half is at most 1.",
+        "python -m benchmarks.measured",
+        record["machine"],
+        [markdown(measured.COLUMNS, map(measured.row, rows))],
+        [
+            Aim(f"chosen / {other}, lower end", 1.0, {n: one.low for n, one in zip(names, found, strict=True)})
+            for other, found in to.items()
+        ],
+        [
+            Dots(
+                "measured",
+                "Latency with the merges that were chosen by measurement",
+                "times as long as another form (middle half)",
+                names,
+                to,
+                (1.0,),
+            )
+        ],
+    )
+
+
 def cold_start(record: Any) -> Section:
     seconds = record["seconds"]
     to = {name: ratio(seconds, name, "import torch") for name in seconds if name != "import torch"}
@@ -544,6 +576,7 @@ SECTIONS: dict[str, Callable[[Any], Section]] = {
     "latency-cpu": partial(latency_of, "CPU"),
     "latency-cuda": partial(latency_of, "GPU"),
     "beyond": beyond_published,
+    "measured": by_measurement,
     "cold-start": cold_start,
 }
 TRAINING = """\

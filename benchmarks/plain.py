@@ -256,6 +256,9 @@ CASES = {
 }
 
 
+COMPILED = ("repvgg_a0", "acb_stack", "dbb_stack", "replknet_stack")  # by Inductor too: others take minutes each
+
+
 def chosen(names: list[str]) -> list[Case]:
     """The cases of these names, or all.
 

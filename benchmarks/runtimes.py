@@ -344,7 +344,8 @@ def int8_text(record: dict[str, Any]) -> str:
 def graphs(names: list[str], through: list[str], rounds: int, size: int, written: bool) -> None:
     record: dict[str, Any] = {"machine": measure.machine(*engines.PACKAGES), "rounds": rounds, "rows": []}
     for name in track(names, "runtimes", console=Console(stderr=True)):
-        for found in through_runtimes(name, through, rounds, size):
+        able = [one for one in through if name in plain.COMPILED or not one.startswith("torch.compile")]
+        for found in through_runtimes(name, able, rounds, size):
             record["rows"].append(found)
             if written:
                 measure.save("runtimes", record)  # each time: a runtime may take the process down

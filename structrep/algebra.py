@@ -325,7 +325,7 @@ class ConvMap:
     ) -> ConvMap:
         """The map of new coefficients, float64, which it keeps without a copy."""
         made = cls.__new__(cls)
-        made._hold(geometry, kernel, bias, fill, border)
+        made._hold(geometry, kernel.detach(), None if bias is None else bias.detach(), fill, border)
         return made
 
     @classmethod

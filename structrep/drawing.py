@@ -104,9 +104,10 @@ class Drawing:
         before = training(replicas, merges, plan.refusals)
         after: Graph = nx.DiGraph()
         if deploy is not None:
-            found = trace(deploy)
+            layers = [merge.where for merge in plan.merges if merge.where != "(root)"]
+            found = trace(deploy, layers=layers)
             if found.untraced or found.unfollowed:  # with sizes more can be followed, and it takes longer
-                found = trace(deploy, example_inputs)
+                found = trace(deploy, example_inputs, layers=layers)
             after = deployed(found, plan.merges, plan.refusals)
         self.graphs = before, after
         self.whole = Part(plan.model, "", (list(before), list(after)))

@@ -263,10 +263,13 @@ class Draft:
                 same[node] = None
                 pending += node.users
         owners = {next(n.meta["call"].homes()) for n in same if n.op == "call_function" and n.target in SUMS}
+        swapped = {unit.module for unit in (*self.hosts.values(), *self.idle)}
         return {
             call
             for call in owners
-            if len(self.traced.calls[call.module, call.method]) == 1 and len(signature(call.function).parameters) == 1
+            if len(self.traced.calls[call.module, call.method]) == 1
+            and len(signature(call.function).parameters) == 1
+            and swapped.isdisjoint(call.chain())
         }
 
     def where(self, merge: Merge) -> str:

@@ -165,12 +165,16 @@ class Origin:
 
 
 def trace(
-    model: nn.Module, example_inputs: Example | None = None, probed: Mapping[str, ConvMap] | None = None
+    model: nn.Module,
+    example_inputs: Example | None = None,
+    probed: Mapping[str, ConvMap] | None = None,
+    layers: Iterable[str] = (),
 ) -> Traced:
     """Follow the model's forward, and where that stops, its parts.
 
     Args:
         probed: layers by path that are taken to be those maps.
+        layers: layers by path that are traces of their own, if nothing that is followed calls them.
 
     Raises:
         BadInput: the model rejects the example inputs.
@@ -180,7 +184,11 @@ def trace(
         twin.get_submodule(path).__dict__[readers.PROBED] = map_
     paths = {module: path for path, module in twin.named_modules()}
     traced = Traced(twin, {id(tensor): name for name, tensor in _named_tensors(paths)})
-    _trace_below(traced, twin, paths, example_inputs, set())
+    seen: set[nn.Module] = set()
+    _trace_below(traced, twin, paths, example_inputs, seen)
+    for layer in map(twin.get_submodule, layers):
+        if layer not in seen:
+            _trace_below(traced, layer, paths, None, seen)
     for one in traced.traces:
         for call in one.calls:
             traced.calls[call.module, call.method].append(call)

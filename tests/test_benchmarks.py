@@ -61,7 +61,7 @@ def test_a_ratio_does_not_see_what_slows_a_pair(pairs):
 
 def test_quartiles_of_known_pairs():
     found = measure.ratio({"a": [5, 1, 14, 2, 3, 6, 7], "b": [1, 1, 2, 0.5, 1, 1, 3.5]}, "a", "b")
-    assert str(found) == "4.00 (2.00 to 6.00)"  # of 1, 2, 3, 4, 5, 6 and 7
+    assert str(found) == "4.00 (2.50 to 5.50)"  # of 1, 2, 3, 4, 5, 6 and 7
 
 
 def test_pairs_must_be_pairs():
