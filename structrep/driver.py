@@ -364,7 +364,8 @@ def explain(
     """Why two layers of a model, by their names, do not merge: what stands between them, which law forbids it and what
     would help, what each family's pattern wants that is not there.
 
-    >>> print(structrep.explain(model, "layer1.0.conv1", "layer1.0.conv2"))
+    Examples:
+        >>> print(structrep.explain(model, "layer1.0.conv1", "layer1.0.conv2"))
 
     Raises:
         BadInput: the model has no module of that name.
@@ -416,7 +417,8 @@ def reparameterize(
 def assert_merged(model: nn.Module, example_inputs: Example | None = None, *, rules: Rules = None) -> None:
     """Fail if there is anything left to merge in a model that is about to be exported: for a pipeline's own tests.
 
-    >>> structrep.assert_merged(deploy)
+    Examples:
+        >>> structrep.assert_merged(deploy)
 
     Args:
         model: in training mode too; it is not changed.

@@ -40,7 +40,8 @@ def eager(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ca
 class Measured:
     """How merges are timed.
 
-    >>> structrep.reparameterize(model, x, cost=structrep.Measured(runtime=mine, cache="timings.json"))
+    Examples:
+        >>> structrep.reparameterize(model, x, cost=structrep.Measured(runtime=mine, cache="timings.json"))
 
     Args:
         runtime: gets a module in eval mode and the arguments that it will be called with, and gives what runs it: a

@@ -154,9 +154,10 @@ def reader(*types: type[nn.Module]) -> Callable[[Callable[[Any], ConvMap]], Call
     The layer's code is not looked at any more: the tracer keeps it whole. A subclass with a forward of its own is not
     read so.
 
-    >>> @structrep.reader(MyConv)
-    ... def my_conv(layer):
-    ...     return ConvMap(layer.weight * layer.gain, layer.bias, pad=layer.padding)
+    Examples:
+        >>> @structrep.reader(MyConv)
+        ... def my_conv(layer):
+        ...     return ConvMap(layer.weight * layer.gain, layer.bias, pad=layer.padding)
 
     Raises:
         InvalidReader: there are no types, something is no module type, or a type is read already.

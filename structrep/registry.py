@@ -160,10 +160,11 @@ class Registry:
     ) -> Callable[[Merge], Merge]:
         """Decorator: register a merge function under its own name.
 
-        >>> registry = Registry()
-        >>> @registry.rule(Sum(conv_norm().named("a"), conv_norm().named("b")), source="my paper, section 3")
-        ... def twins(a, b):
-        ...     return a + b
+        Examples:
+            >>> registry = Registry()
+            >>> @registry.rule(Sum(conv_norm().named("a"), conv_norm().named("b")), source="my paper, section 3")
+            ... def twins(a, b):
+            ...     return a + b
         """
 
         def register(merge: Merge) -> Merge:

@@ -18,8 +18,8 @@ class Conv3XC2d(ComputedConv):
     Args:
         gain: channels inside the row, relative to those outside.
 
-    Parameters: expand (gain*I, I, 1, 1), dense (gain*O, gain*I, *K), reduce (O, gain*O, 1, 1), skip (O, I, 1, 1),
-    which is on the centre tap; bias (O,), or None.
+    Parameters: `expand (gain*I, I, 1, 1)`, `dense (gain*O, gain*I, *K)`, `reduce (O, gain*O, 1, 1)`, and
+    `skip (O, I, 1, 1)`, which is on the centre tap; bias (O,), or None.
 
     Raises ValueError for arguments that `nn.Conv2d` could not work with, for groups, and for a gain below 1.
     """
