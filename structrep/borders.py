@@ -52,6 +52,7 @@ class Borders:
                 if isinstance(call.result, fx.Proxy):
                     self.given[call.result.node].append(call)
         self.others: dict[type, list[Variant]] = {}
+        self.variants: dict[nn.Module, list[Variant]] = {}
         self.mentioned: dict[tuple[type, str], frozenset[str] | None] = {}
         self.below: dict[nn.Module, dict[nn.Module, frozenset[str]]] = {}  # a module's parts, by children they are in
         self.followed: dict[tuple[nn.Module, Variant], Method | None] = {}
@@ -94,8 +95,9 @@ class Borders:
     def _check_methods(self, around: Call, call: Call, last: bool, inside: set[fx.Node]) -> None:
         """Raise if another forward of a module around looks at what a call of one of its parts gives, or gives it
         something else."""
-        parts = self._parts(around.module, call.module)
-        for variant in self._other_forwards(around):
+        variants = self._other_forwards(around)
+        parts = self._parts(around.module, call.module) if variants else frozenset()
+        for variant in variants:
             seen = self.mentioned[type(around.module), variant.method]
             if seen is not None and not parts & seen:
                 continue
@@ -133,7 +135,7 @@ class Borders:
             or (given and any(_feeders(one) not in fed for one in calls))
         )
 
-    def _other_forwards(self, around: Call) -> Iterator[Variant]:
+    def _other_forwards(self, around: Call) -> list[Variant]:
         """Other ways to run a module than those that were traced."""
         cls = type(around.module)
         if cls not in self.others:
@@ -141,10 +143,13 @@ class Borders:
             names = [name for name in known if name == "forward" or _is_forward(name)]
             self.mentioned |= {(cls, name): mentions(cls, name) for name in names}
             self.others[cls] = [one for name in names for one in _variants(name, known[name])]
-        for variant in self.others[cls]:
+        if around.module not in self.variants:
             # what forward runs with its defaults is looked at with others; what it does not run, with its defaults
-            if bool(variant.flags) == ((around.module, variant.method) in self.traced.calls):
-                yield variant
+            calls = self.traced.calls
+            self.variants[around.module] = [
+                one for one in self.others[cls] if bool(one.flags) == ((around.module, one.method) in calls)
+            ]
+        return self.variants[around.module]
 
     def _follow(self, around: Call, variant: Variant) -> Method | None:
         key = (around.module, variant)

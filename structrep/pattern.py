@@ -17,7 +17,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import reduce
+from functools import cached_property, reduce
 from typing import Any, ClassVar, Literal, TypeVar
 
 from torch import fx
@@ -41,6 +41,11 @@ class Term:
     node: fx.Node | None = None  # where it was written: an addition, a concatenation
     dim: int = 1  # of a concat
     size: Ints | None = None  # spatial size of the example at the input of a sum or concat
+
+    @cached_property
+    def shape(self) -> Geometry:
+        """What its value will look like, from its layers alone; raises what `geometry` does."""
+        return _geometry(self, None, None, [])
 
     def leaves(self) -> Iterator[Layer]:
         if self.layer is not None:
@@ -121,7 +126,7 @@ def value(
 
 def geometry(term: Term, channels: int | None = None, dims: int | None = None) -> Geometry:
     """The geometry of `value(term)`, without touching a weight."""
-    return _geometry(term, channels, dims, [])
+    return term.shape if channels is None and dims is None else _geometry(term, channels, dims, [])
 
 
 def _geometry(term: Term, channels: int | None, dims: int | None, widened: list[Term]) -> Geometry:

@@ -9,7 +9,7 @@ if it is not dearer than what it replaces, and if the algebra finds it exact.
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
@@ -329,6 +329,8 @@ class Search:
                 self.taker_of.setdefault(taker, []).append(one)
         self.dominator = self._dominators()
         self.segments: dict[fx.Node, Segment | None] = {}
+        self.terms: dict[tuple[Segment, Segment], Term] = {}
+        self.ending: dict[fx.Node, list[list[Segment]]] = {}
         self.families: dict[fx.Node, tuple[Rule, list[Segment], Fit]] = {}  # root of what a family merges
         families = [rule for rule in self.registry if not rule.law]
         laws = [rule for rule in self.registry if rule.law]
@@ -422,7 +424,7 @@ class Search:
         for source, sign in [(n, 1.0) for n in reading.parts] if isinstance(reading, Stack) else reading.parts:
             steps = list(self.walk(source, base))
             nodes.update(dict.fromkeys(n for step in steps for n in step.nodes))
-            branches.append(signed(_term(reversed(steps)), sign))
+            branches.append(signed(seq([step.term for step in reversed(steps)]), sign))
         if any(layer.kind == "view" for branch in branches for layer in branch.leaves()):
             return None  # views stay where they are, and so must what they are views of
         if isinstance(reading, Total):
@@ -444,8 +446,19 @@ class Search:
 
     # --- matching ---------------------------------------------------------------------------------
 
+    def term(self, stretch: Sequence[Segment]) -> Term:
+        ends = stretch[0], stretch[-1]
+        if ends not in self.terms:
+            self.terms[ends] = seq([segment.term for segment in stretch])
+        return self.terms[ends]
+
     def _stretches(self, root: fx.Node) -> list[list[Segment]]:
         """Stretches that end at root and could vanish into one layer, shortest first; each from base to root."""
+        if root not in self.ending:
+            self.ending[root] = self._find_stretches(root)
+        return self.ending[root]
+
+    def _find_stretches(self, root: fx.Node) -> list[list[Segment]]:
         stretches: list[list[Segment]] = []
         reading = self._reading(root)
         if isinstance(reading, Same) or (isinstance(reading, Layer) and reading.kind == "pad"):
@@ -494,15 +507,15 @@ class Search:
         stretches = self._stretches(root)
         for rule in families:
             for stretch in reversed(stretches):
-                found = rule.pattern.match(_term(stretch))
+                found = rule.pattern.match(self.term(stretch))
                 if found is None:
                     continue
                 try:
                     self.check(stretch)
                     costs = self._price(stretch)
-                    fit = self.fit(rule.merged(_term(stretch), found), stretch, costs)
+                    fit = self.fit(rule.merged(self.term(stretch), found), stretch, costs)
                 except Refusal as reason:
-                    self._miss(_nodes(stretch), rule.name, str(_term(stretch)), reason)
+                    self._miss(_nodes(stretch), rule.name, str(self.term(stretch)), reason)
                     continue
                 return rule, stretch, fit
         return None
@@ -525,7 +538,7 @@ class Search:
         for stretch in self._stretches(root):
             if not self._whole_families(stretch):
                 continue
-            term = _term(stretch)
+            term = self.term(stretch)
             rule = next((law for law in laws if _says_something(term) and law.pattern.match(term) is not None), None)
             if rule is None:
                 continue
@@ -541,7 +554,7 @@ class Search:
             try:
                 fit = self._law_fit(stretch, costs)
             except Refusal as reason:
-                self._miss(_nodes(stretch), rule.name, str(_term(stretch)), reason)
+                self._miss(_nodes(stretch), rule.name, str(self.term(stretch)), reason)
                 continue
             return self._merge(stretch, fit, rule)
         return None
@@ -555,7 +568,7 @@ class Search:
         _, family, fit = self.families.get(stretch[-1].root, (None, [], None))
         if fit is not None and len(family) == len(stretch):
             return fit  # a family merges the same
-        term = _term(stretch)
+        term = self.term(stretch)
         forbidden: Inexact | None = None
         for rigour in self._rigours(stretch):
             try:
@@ -601,7 +614,7 @@ class Search:
         return Merge(
             tuple(rule.name for rule in named),
             tuple(rule.source for rule in named),
-            _term(stretch),
+            self.term(stretch),
             tuple(stretch),
             self.owner(inside | _scales(stretch)),
             self.trace,
@@ -617,7 +630,7 @@ class Search:
         Raises:
             Costlier: more multiply-adds or more stored numbers after than before.
         """
-        term = _term(stretch)
+        term = self.term(stretch)
         if not any(layer.weight is not None for layer in term.leaves()):
             raise Costlier(f"{term} holds no convolution or Linear: as one it would take more work than it does")
         if sized(term) != "any":
@@ -669,7 +682,7 @@ class Search:
             after += cost.of_border(map_)
         saved = before.multiply_adds - after.multiply_adds + before.parameters - after.parameters
         if not at_any_price and (saved < 0 or (not saved and before.operations <= after.operations)):
-            term = _term(stretch)
+            term = self.term(stretch)
             border = apart or ("a copy of pixels" if map_.border != "constant" else "")
             raise Costlier(
                 f"{term} saves nothing" + (f": what its border takes, {border}, would stay" if border else "")
@@ -716,7 +729,7 @@ class Search:
                 raise Mutated(f"{writer.name} overwrites the input of the merge before the merged layer would read it")
         given = channels(base)
         if given is not None and any(layer.dims for segment in stretch for layer in segment.term.leaves()):
-            wanted = geometry(_term(stretch)).in_channels
+            wanted = geometry(self.term(stretch)).in_channels
             if given != wanted:
                 raise Incompatible(
                     f"a value of {given} channels is spread over {wanted} by a scale, and no layer does so"
@@ -798,10 +811,6 @@ def _layer_of(node: fx.Node) -> str:
 
 
 _LAYERS = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.Linear)
-
-
-def _term(stretch: Iterable[Segment]) -> Term:
-    return seq([segment.term for segment in stretch])
 
 
 def _nodes(stretch: Iterable[Segment]) -> list[fx.Node]:
