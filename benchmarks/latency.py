@@ -146,20 +146,19 @@ def main(
     names = engine or list(("eager", "onnxruntime") if quick and device == "cpu" else every)
     batches = batch or ([1] if quick else [1, 8, 128] if device == "cuda" else [1, 8])
     cases = plain.chosen(model or (["acb_stack"] if quick else []))
-    rows = [
-        found
-        for case in track(cases, "cases", console=Console(stderr=True))
-        for found in measured(case, names, batches, 3 if quick else rounds, device)
-    ]
+    written = not (quick or model or engine or batch)
+    record: dict[str, Any] = {"machine": measure.machine(*engines.PACKAGES), "rounds": rounds, "rows": []}
+    rows: list[dict[str, Any]] = record["rows"]
+    for case in track(cases, "cases", console=Console(stderr=True)):
+        for found in measured(case, names, batches, 3 if quick else rounds, device):
+            rows.append(found)
+            if written:
+                measure.save(f"latency-{device}", record)  # each time: a runtime may take the process down
     measure.show("ratios: median (middle half)", COLUMNS, map(row, rows))
     for found in rows:
         for form, reason in found["failed"].items():
             print(f"{found['model']}, {form}, {found['engine']}: {reason}")
-    if quick or model or engine or batch:
-        return
-    record = {"machine": measure.machine(*engines.PACKAGES), "rounds": rounds, "rows": rows}
-    measure.save(f"latency-{device}", record)
-    if device == "cpu":
+    if written and device == "cpu":
         measure.write(PAGE, "benchmarks/latency.py", table(record))
 
 
