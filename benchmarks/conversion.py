@@ -45,17 +45,8 @@ MODELS = {
     "timm:fastvit_t8": "timm",
     "timm:repvit_m1": "timm",
     "timm:repghostnet_100": "timm",
-    "timm:ghostnetv3_100": "timm",
-    "timm:lcnetv2_base": "timm",
-    "timm:efficientvit_m0": "timm",
-    "timm:levit_128s": "timm",
-    "timm:tiny_vit_5m_224": "timm",
-    "timm:shvit_s1": "timm",
-    "timm:iformer_m": "timm",
-    "timm:nextvit_small": "timm",
     "timm:resnet18": "fuse",
     "timm:resnet50": "fuse",
-    "torchvision:resnet18": "fuse",
     "torchvision:resnet50": "fuse",
 }
 QUICK = ("timm:repvgg_a0", "timm:resnet18")

@@ -101,7 +101,7 @@ def main(
     rounds: Annotated[int, typer.Option(help="How often each form counts.")] = 20,
     threads: Annotated[int, typer.Option(help="Of every runtime.")] = 2,
 ) -> None:
-    engines.threads(threads)
+    torch.set_num_threads(threads)
     cases = [("replknet_stack", "eager")] if quick else [(name, engine) for name in CASES for engine in ENGINES]
     rows = [compared(name, engine, 5 if quick else rounds) for name, engine in cases]
     measure.show("ratios: median (middle half)", COLUMNS, map(row, rows))

@@ -56,11 +56,6 @@ class Borders:
         self.mentioned: dict[tuple[type, str], frozenset[str] | None] = {}
         self.below: dict[nn.Module, dict[nn.Module, frozenset[str]]] = {}  # a module's parts, by children they are in
         self.followed: dict[tuple[nn.Module, Variant], Method | None] = {}
-        self.usual = {
-            calls[0].path: calls[0]
-            for (_, method), calls in traced.calls.items()
-            if method == "forward" and len(calls) == 1 and _is_plain(calls[0])
-        }
 
     def check(self, inside: set[fx.Node], root: fx.Node | None, owner: Call) -> None:
         """Raise if a value that would vanish, all but the root's, is one that another forward gives back or looks at.
@@ -154,9 +149,7 @@ class Borders:
     def _follow(self, around: Call, variant: Variant) -> Method | None:
         key = (around.module, variant)
         if key not in self.followed:
-            self.followed[key] = follow_method(
-                around.module, around.path, variant.method, dict(variant.flags), self.usual
-            )
+            self.followed[key] = follow_method(around.module, around.path, variant.method, dict(variant.flags))
         return self.followed[key]
 
 
@@ -175,35 +168,17 @@ def _readers(value: Any) -> set[tuple[str, str, str]]:
     node = value.node if isinstance(value, fx.Proxy) else value
     if not isinstance(node, fx.Node):
         return {("given back", "", "")}
-    found = set()
-    for user in node.users:
-        usual = user.meta.get("usual")
-        inside = [user] if usual is None else filter(usual.holds, usual.args[0].node.users)
-        found |= set(map(_named, inside))
-    return found
+    return set(map(_named, node.users))
 
 
 def _feeders(call: Call) -> set[tuple[str, str, str]]:
     """What makes that which a call is given, as it is called and where."""
     nodes = [p.node for p in call.args if isinstance(p, fx.Proxy)]
-    return {_named(node.meta["usual"].result.node if "usual" in node.meta else node) for node in nodes}
+    return set(map(_named, nodes))
 
 
 def _named(node: fx.Node) -> tuple[str, str, str]:
     return node.op, str(node.target), node.meta["call"].path if node.meta["call"] else ""
-
-
-def _is_plain(call: Call) -> bool:
-    """Whether a call made one new value of one, and did nothing else."""
-    values = (*call.args, call.result)
-    return (
-        call.parent is not None
-        and not call.kwargs
-        and len(values) == 2
-        and all(isinstance(value, fx.Proxy) for value in values)
-        and values[0].node is not values[1].node
-        and not (call.leaf or call.mutates or call.written)
-    )
 
 
 def _is_forward(name: str) -> bool:

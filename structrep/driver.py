@@ -102,7 +102,7 @@ class Plan:
         while slower := self._measured.slower(chosen.merged.values()):
             findings = search.again(chosen._findings, slower=slower)
             chosen = Plan(self._model, findings, self._reserve, self._measured)
-        forms = {"merged": chosen.apply(), "all merged": self.apply(), "as it is": self._model}
+        forms = {"merged": chosen.apply(), "all merged": self.apply(), "as it is": own_copy(self._model)}
         if chosen is self:
             del forms["all merged"]
         best, latency = self._measured.fastest(forms, example_inputs)
@@ -285,6 +285,23 @@ def plan(
         UnknownRule: a name in `rules` is not registered.
         BadInput: the model rejects the example inputs.
     """
+    planned = _plan(model, example_inputs, rules, inexact_borders, probe, reserve, norms, cost)
+    for merge in planned.merged.values():
+        merge.kept = None  # weights may be written to before the plan is applied
+    return planned
+
+
+def _plan(
+    model: nn.Module,
+    example_inputs: Example | None,
+    rules: Rules,
+    inexact_borders: str | Iterable[str],
+    probe: str | Iterable[str],
+    reserve: str | Iterable[str],
+    norms: Literal["fold", "keep"],
+    cost: Literal["counted", "measured"] | Measured,
+) -> Plan:
+    """`plan`, with merged maps at hand."""
     if norms not in ("fold", "keep"):
         raise BadInput(f"norms={norms!r}: give 'fold' or 'keep'")
     measured = _measured(cost)
@@ -308,7 +325,10 @@ def plan(
     with torch.random.fork_rng(devices=[]):  # a forward may draw numbers
         found = search.find(model, example_inputs, registry, _globs(inexact_borders), maps, refused, blocks)
     planned = Plan(model, found, _globs(reserve), measured)
-    return planned if example_inputs is None or measured is None else planned.faster(example_inputs)
+    if example_inputs is None or measured is None:
+        return planned
+    with torch.random.fork_rng(devices=[]):
+        return planned.faster(example_inputs)
 
 
 def _measured(cost: object) -> Measured | None:
@@ -401,16 +421,7 @@ def reparameterize(
             model is then as it was.
         TrainingMode, Uninitialized, Sharded, UnknownRule, BadInput: as for `plan`.
     """
-    planned = plan(
-        model,
-        example_inputs,
-        rules=rules,
-        inexact_borders=inexact_borders,
-        probe=probe,
-        reserve=reserve,
-        norms=norms,
-        cost=cost,
-    )
+    planned = _plan(model, example_inputs, rules, inexact_borders, probe, reserve, norms, cost)
     return planned.reparameterize(example_inputs, inplace=inplace, verify=verify)
 
 

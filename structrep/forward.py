@@ -20,7 +20,7 @@ from torch import Tensor, fx
 
 from structrep.errors import Unreadable
 from structrep.generated import Method
-from structrep.readers import Layer, Same, aliases, asks_kind, counts_sizes, mutates, only_asserted, read_node
+from structrep.readers import Layer, Same, aliases, asks_kind, counts_sizes, mutates, only_asserted, read_node, writers
 from structrep.trace import Call, Traced, storage
 from structrep.values import is_traced
 
@@ -174,10 +174,10 @@ class Forward:
             return None
         if mutates(node) is reading.source:
             return reading.source
-        same = aliases(node)
-        # An operation that changes nothing still gives a value of its own, which may be written to.
-        written = any(mutates(user) in same for alias in same for user in alias.users)
-        alone = len(reading.source.users) == 1 and (not written or _is_new(reading.source))
+        # An operation that changes nothing still gives a value of its own, and either may be written to.
+        same = aliases(node) | aliases(reading.source)
+        written = any(not isinstance(read_node(writer), Same) for writer in writers(same))
+        alone = _is_new(reading.source) if written else len(reading.source.users) == 1
         return reading.source if alone else None
 
     def _collapse(self, call: Call) -> None:
@@ -288,7 +288,7 @@ class Forward:
 
 def _is_new(node: fx.Node) -> bool:
     """Whether a node gives what a convolution or Linear has made, perhaps normed, and nothing else can look at."""
-    while sum(not only_asserted(user) for user in node.users) == 1:
+    while sum(not only_asserted(user) for user in node.users) == 1 and not node.meta.get("kept"):
         reading = read_node(node)
         if isinstance(reading, Layer) and reading.kind in ("conv", "linear"):
             return True

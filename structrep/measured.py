@@ -21,6 +21,7 @@ from structrep.errors import BadInput, Slower, said
 from structrep.files import save_bytes, writer
 from structrep.latency import in_turn
 from structrep.pattern import Term, geometry
+from structrep.proof import How
 from structrep.readers import held, lower, only_asserted
 from structrep.report import LatencyRecord, milliseconds
 from structrep.search import Merge
@@ -44,13 +45,13 @@ class Measured:
         >>> structrep.reparameterize(model, x, cost=structrep.Measured(runtime=mine, cache="timings.json"))
 
     Args:
-        runtime: gets a module in eval mode and the arguments that it will be called with, and gives what runs it: a
+        runtime: gets a module and the arguments that it will be called with, and gives what runs it: a
             session of another runtime, say. Timed is that call.
         cache: a JSON file that timings of layers are kept in, and read from the next time; one file for each runtime.
             In a process they are kept anyway, as long as this object is.
 
     Raises:
-        BadInput: the cache is there and holds no timings.
+        BadInput: the cache is there and holds no timings, or cannot be written.
     """
 
     runtime: Runtime = eager
@@ -58,7 +59,10 @@ class Measured:
     timings: dict[str, tuple[float, float]] = field(init=False, default_factory=dict)  # seconds: as it is, and merged
 
     def __post_init__(self) -> None:
-        if self.cache is None or not (path := Path(self.cache)).exists():
+        if self.cache is None:
+            return
+        writer(path := Path(self.cache), force=True)  # says what would stop it
+        if not path.exists():
             return
         try:
             kept = json.loads(path.read_text(encoding="utf-8"))
@@ -88,7 +92,10 @@ class Measured:
             if (stretch := _stretch(merge)) is None:
                 return None
             x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(weight)
-            record = self._timed({"as it is": stretch, "merged": lower(merge.value(), weight)}, (x,), {})
+            try:
+                record = self._timed({"as it is": stretch, "merged": lower(merge.value(), weight)}, (x,), {})
+            except Exception:  # a runtime that takes whole models may not take such a part
+                return None
             before, after = record.models.values()
             low, _, high = statistics.quantiles(
                 (b / a for a, b in zip(before.seconds, after.seconds, strict=True)), n=4
@@ -99,15 +106,26 @@ class Measured:
         return self.timings[key]
 
     def fastest(self, models: Mapping[str, nn.Module], example_inputs: Example) -> tuple[str, LatencyRecord]:
-        """The name of the first of some models that none is faster than, and how long each takes."""
-        record = self._timed(models, *as_arguments(example_inputs))
+        """The name of the first of some models that none is faster than, and how long each takes.
+
+        Args:
+            models: they are run, and so are hooks on them; give copies.
+            example_inputs: as for `structrep.verify`.
+
+        Raises:
+            BadInput: the runtime does not take a model.
+        """
+        first = next(iter(models.values()))
+        try:
+            record = self._timed(models, *as_arguments(How.of(first).inputs(example_inputs)))
+        except Exception as error:
+            raise BadInput(f"the runtime does not take {type(first).__name__}: {said(error)}") from error
         best = min(one.median for one in record.models.values())
         return next(name for name, one in record.models.items() if one.median <= TIE * best), record
 
     def _timed(self, models: Mapping[str, nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]) -> LatencyRecord:
         with torch.no_grad():
-            runs = {name: self.runtime(model.eval(), args, kwargs) for name, model in models.items()}
-            return in_turn(runs, ROUNDS, ENOUGH)
+            return in_turn({n: self.runtime(model, args, kwargs) for n, model in models.items()}, ROUNDS, ENOUGH)
 
 
 def _stretch(merge: Merge) -> nn.Module | None:

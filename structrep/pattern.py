@@ -24,7 +24,7 @@ from torch import fx
 
 from structrep import algebra
 from structrep.algebra import ConvMap, Geometry, Ints, Rigour
-from structrep.errors import Incompatible, Unreadable
+from structrep.errors import Incompatible, InvalidRule, Unreadable
 from structrep.ranks import rank
 from structrep.readers import Formula, Layer, scale_layer
 
@@ -397,6 +397,13 @@ class Conv(_One):
     kernel: Kernel | None = None
     formula: Callable[[Formula], bool] | None = None
     depthwise: bool | None = None
+
+    def __post_init__(self) -> None:
+        for what, predicate in (("kernel", self.kernel), ("formula", self.formula)):
+            if predicate is not None and not callable(predicate):
+                raise InvalidRule(
+                    f"Conv({what}={predicate!r}): give a function of it, as in Conv(lambda {what}: {what} == (3, 3))"
+                )
 
     def accept(self, term: Term) -> Captures | None:
         if term.op != "leaf" or term.layer is None or term.layer.weight is None or term.layer.kind == "unrolled":

@@ -16,7 +16,7 @@ from importlib import metadata
 from torch import nn
 
 from structrep.algebra import ConvMap
-from structrep.errors import InvalidRule, UnknownRule, WrongMerge
+from structrep.errors import InvalidRule, Refusal, UnknownRule, WrongMerge, said
 from structrep.pattern import Captures, Pattern, Term, arguments, channels_at, value
 
 Merge = Callable[..., ConvMap]
@@ -58,6 +58,17 @@ class Rule:
         """Whether it is one of structrep's own, which give way to those of users."""
         return self.merge.__module__.startswith("structrep.rules.")
 
+    def match(self, term: Term) -> Captures | None:
+        """What a term's parts are called, or None if it is not of the pattern's form.
+
+        Raises:
+            WrongMerge: a predicate in the pattern raises.
+        """
+        try:
+            return self.pattern.match(term)
+        except Exception as error:
+            raise WrongMerge(f"the pattern of rule {self.name!r} cannot be matched: {said(error)}") from error
+
     def merged(self, term: Term, found: Captures) -> ConvMap:
         """The term's value, after the merge function's was proved to be the same.
 
@@ -82,7 +93,12 @@ class Rule:
         def read(part: Term) -> ConvMap:
             return value(part, channels_at(part, at) or channels, dims, known=known)
 
-        result = self.merge(**arguments(self.pattern, found, read))
+        try:
+            result = self.merge(**arguments(self.pattern, found, read))
+        except Refusal:
+            raise
+        except Exception as error:
+            raise WrongMerge(f"the merge function of rule {self.name!r} fails: {said(error)}") from error
         if not isinstance(result, ConvMap):
             raise WrongMerge(
                 f"the merge function of rule {self.name!r} returned {type(result).__name__}, not a ConvMap"

@@ -253,8 +253,8 @@ class Draft:
         return failed
 
     def _idle_sums(self) -> set[Call]:
-        """Blocks whose forward adds a merged layer to 0, where other blocks of their class have more branches: written
-        anew, they launch nothing for it."""
+        """Blocks whose forward adds a merged layer to 0, as those of their class with more branches do, whose forwards
+        are written anew: so are theirs, and launch nothing for it."""
         same: dict[fx.Node, None] = {}  # as a merged layer, but for nothing
         pending = [user for merge in self.merges for node in merge.nodes for user in node.users]
         while pending:
@@ -264,11 +264,14 @@ class Draft:
                 pending += node.users
         owners = {next(n.meta["call"].homes()) for n in same if n.op == "call_function" and n.target in SUMS}
         swapped = {unit.module for unit in (*self.hosts.values(), *self.idle)}
+        classes = {type(owner.module) for owner in self.edits.owners}
         return {
             call
             for call in owners
-            if len(self.traced.calls[call.module, call.method]) == 1
-            and len(signature(call.function).parameters) == 1
+            if type(call.module) in classes
+            and len(self.traced.calls[call.module, call.method]) == 1
+            and len(call.args) == len(signature(call.function).parameters) == 1
+            and isinstance(call.args[0], fx.Proxy)
             and swapped.isdisjoint(call.chain())
         }
 

@@ -64,7 +64,7 @@ from structrep.sources import names_reached, questions
 from structrep.trace import Call, Example, Trace, Traced, trace
 
 FARTHEST = 32  # how many dominators back a merge may reach
-KEPT = 2**25  # bytes of merged maps that a plan may hold, to have them at hand when it is applied
+KEPT = 2**25  # bytes of merged maps that are held until they are placed, if that is done at once
 
 
 @dataclass(frozen=True, eq=False)
@@ -329,6 +329,7 @@ class Search:
                 self.taker_of.setdefault(taker, []).append(one)
         self.dominator = self._dominators()
         self.segments: dict[fx.Node, Segment | None] = {}
+        self.findings.made.clear()  # what a first search made may be other maps
         self.terms: dict[tuple[Segment, Segment], Term] = {}
         self.ending: dict[fx.Node, list[list[Segment]]] = {}
         self.families: dict[fx.Node, tuple[Rule, list[Segment], Fit]] = {}  # root of what a family merges
@@ -507,10 +508,10 @@ class Search:
         stretches = self._stretches(root)
         for rule in families:
             for stretch in reversed(stretches):
-                found = rule.pattern.match(self.term(stretch))
-                if found is None:
-                    continue
                 try:
+                    found = rule.match(self.term(stretch))
+                    if found is None:
+                        continue
                     self.check(stretch)
                     costs = self._price(stretch)
                     fit = self.fit(rule.merged(self.term(stretch), found), stretch, costs)
@@ -581,9 +582,8 @@ class Search:
     def _rigours(self, stretch: list[Segment]) -> Iterator[Rigour]:
         """How a border may be treated, best first."""
         yield "exact"
-        if len(stretch) < 2 or not _has_kernel(stretch[0]):
-            return  # what a border takes is a pass over the input, and has to save a convolution
-        yield "padded"
+        if len(stretch) > 1 and _has_kernel(stretch[0]):
+            yield "padded"  # what a border takes is a pass over the input, and has to save a convolution
         paths = {path for node in _nodes(stretch) for path in (path_of(node),) if path}
         if any(fnmatch.fnmatchcase(path, glob) for path in paths for glob in self.findings.inexact_borders):
             yield "inside"
@@ -689,8 +689,9 @@ class Search:
             )
         largest = max(float(kernel.detach().abs().max()) for kernel in kernels), map_.magnitude
         made = self.findings.made
+        made.pop(ends := (stretch[0].base, stretch[-1].root), None)
         if sum(one.kernel.nbytes for one in made.values()) + map_.kernel.nbytes <= KEPT:
-            made[stretch[0].base, stretch[-1].root] = map_
+            made[ends] = map_
         return Fit(costs, rigour, apart, largest, tuple(_notes(map_, leaves, dtype)))
 
     def stretch(self, early: fx.Node, late: fx.Node) -> list[Segment] | None:

@@ -233,29 +233,27 @@ def own_copy(model: nn.Module) -> nn.Module:
 def _copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     groups = (getattr(module, "process_group", None) for module in model.modules())  # of SyncBatchNorm: one for all
     memo |= {id(group): group for group in groups if group is not None}
-    kinds = {kind for kind in map(type, model.modules()) if _copies_plainly(kind)}
-    plain = [module for module in model.modules() if type(module) in kinds and id(module) not in memo]
-    memo |= {id(module): type(module).__new__(type(module)) for module in plain}
     try:
-        for module in reversed(plain):  # as copy.deepcopy does, which asks of every object how it is to be copied
-            vars(memo[id(module)]).update((name, _copied_value(value, memo)) for name, value in vars(module).items())
-        return memo[id(model)] if id(model) in memo else copy.deepcopy(model, memo)
+        if not all(map(_copies_plainly, set(map(type, model.modules())))):
+            return copy.deepcopy(model, memo)
+        twins = {module: type(module).__new__(type(module)) for module in model.modules()}
+        memo |= {id(module): twin for module, twin in twins.items()}
+        for module, twin in twins.items():  # as copy.deepcopy does, which asks of every object how it is to be copied
+            vars(twin).update((name, _copied_value(value, memo)) for name, value in vars(module).items())
+        return twins[model]
     except Exception as error:
         raise BadInput(f"the model cannot be copied: {said(error)}") from error
 
 
-_HOLDERS = {dict, OrderedDict, list, set}
 _ATOMS = {bool, int, float, str, type(None), torch.dtype, torch.device, FunctionType, type}
 
 
 def _copied_value(value: Any, memo: dict[int, Any]) -> Any:
-    kind = type(value)
+    kind: Any = type(value)
     if kind in _ATOMS or (kind is tuple and all(type(item) in _ATOMS for item in value)):
         return value
     if id(value) in memo:
         return memo[id(value)]
-    if kind in _HOLDERS and not value:
-        return kind()
     if kind in (dict, OrderedDict) and all(type(key) is str for key in value):
         copied = memo[id(value)] = kind()
         copied.update((key, _copied_value(item, memo)) for key, item in value.items())
@@ -266,7 +264,7 @@ def _copied_value(value: Any, memo: dict[int, Any]) -> Any:
 def _copies_plainly(cls: type[nn.Module]) -> bool:
     """Whether modules of a class are copied attribute by attribute, as torch's own are."""
     own = ("__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__", "__setstate__", "__new__", "__slots__")
-    return not any(name in vars(base) for base in cls.__mro__[: cls.__mro__.index(nn.Module)] for name in own)
+    return not any(name in vars(base) for base in set(cls.__mro__) - {nn.Module, object} for name in own)
 
 
 def _tensors_of(module: nn.Module) -> Iterator[Tensor]:
@@ -341,19 +339,13 @@ class Method:
                 self.forwards.setdefault(call.path, []).append(call)
 
 
-def follow_method(
-    module: nn.Module, path: str, method: str, flags: Mapping[str, Any], usual: Mapping[str, Call]
-) -> Method | None:
+def follow_method(module: nn.Module, path: str, method: str, flags: Mapping[str, Any]) -> Method | None:
     """What a method of a module does, called with some flags (... is a tensor), on a copy; None if it cannot be
-    followed.
-
-    Args:
-        usual: by path, calls of modules that the method may make too; they are not followed again.
-    """
+    followed."""
     twin = shallow_copy(module)
     paths = {part: ".".join(filter(None, (path, name))) for name, part in twin.named_modules()}
     scratch = Traced(twin, {id(tensor): name for name, tensor in _named_tensors(paths)})
-    tracer = _follow(scratch, twin, paths, None, method, flags, usual)
+    tracer = _follow(scratch, twin, paths, None, method, flags)
     if tracer.stopped is not None:
         return None
     held = {
@@ -371,14 +363,13 @@ def _follow(
     example: Example | None,
     method: str = "forward",
     flags: Mapping[str, Any] | None = None,
-    usual: Mapping[str, Call] | None = None,
 ) -> _Tracer:
     """Trace, keeping whole one more function or module type after each failure, until all goes through or the root
     itself stops it."""
     opaque: set[type[nn.Module]] = set()
     whole: dict[FunctionType, tuple[str, Untraceable]] = {}
     while True:
-        tracer = _Tracer(module, method, paths, traced.names, opaque, whole.keys(), usual or {})
+        tracer = _Tracer(module, method, paths, traced.names, opaque, whole.keys())
         inputs = tracer.bind(example, flags or {})
         try:
             with torch.no_grad(), _unchanged(module), tracer.watching():
@@ -520,7 +511,6 @@ class _Tracer(fx.Tracer):
         names: dict[int, str],
         opaque: Set[type[nn.Module]],
         whole: Set[FunctionType],
-        usual: Mapping[str, Call],
     ) -> None:
         super().__init__()
         self.module = module
@@ -528,7 +518,6 @@ class _Tracer(fx.Tracer):
         self.paths = paths
         self.opaque = opaque
         self.whole = whole
-        self.usual = usual
         self.hooked = {m for m in module.modules() if m is not module and readers.hooks(m)}
         self.calls: list[Call] = []
         self.called: set[nn.Module] = set()  # also those whose calls are constants
@@ -608,23 +597,8 @@ class _Tracer(fx.Tracer):
         leaf = bool(self.stack) and self.is_leaf_module(m, self.paths[m])
         if leaf and not is_traced((args, kwargs)):
             leaf = False  # it depends on constants alone
-        usual = None if leaf else self._usual(m, args, kwargs)
-        if usual is not None:
-            return self._record(m, functools.partial(self._as_usual, usual), args, kwargs, True, "forward", m.forward)
         function = (lambda *a, **k: self.create_proxy("call_module", self.paths[m], a, k)) if leaf else forward
         return self._record(m, function, args, kwargs, leaf, "forward", m.forward)
-
-    def _usual(self, m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
-        """A known call that this one repeats: of a module as it is by itself, from a value to a value."""
-        usual = self.usual.get(self.paths[m]) if self.stack and not kwargs and len(args) == 1 else None
-        if usual is None or not isinstance(args[0], fx.Proxy):
-            return None
-        return usual if all(alike(self.before[part], part.__dict__) for part in m.modules()) else None
-
-    def _as_usual(self, usual: Call, x: fx.Proxy) -> fx.Proxy:
-        proxy = self.create_proxy("call_module", usual.path, (x,), {})
-        proxy.node.meta["usual"] = usual
-        return proxy
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
@@ -636,7 +610,6 @@ class _Tracer(fx.Tracer):
             traced_values_are_tensors(self.module),
             self.constants,
         ):
-            self.before = {m: snapshot(m.__dict__) for m in self.module.modules()} if self.usual else {}
             yield
 
     @contextlib.contextmanager

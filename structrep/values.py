@@ -106,8 +106,6 @@ def stand_in(node: fx.Node) -> Any:
 def _stand_in(node: fx.Node) -> Any:
     name = torch_name(node)
     if node.op == "call_module":
-        if "usual" in node.meta:
-            return stand_in(node.meta["usual"].result.node)
         module = node.meta["call"].module
         if node.meta["unfollowed"] or isinstance(module, (nn.RNNBase, nn.MultiheadAttention)) or not _is_torch(module):
             raise Unknown(f"what {type(module).__name__} gives")

@@ -1,6 +1,7 @@
 """Programs that somebody wrote to break it, each of which did: the result equals the original, on every forward."""
 
 import contextlib
+import threading
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
@@ -798,3 +799,126 @@ def test_a_part_that_cannot_be_followed_may_write_to_a_list_that_it_is_given():
     assert isinstance(deploy.norm, nn.Identity)
     for found, expected in zip(deploy(x), model(x), strict=True):
         assert relative_error(found, expected) < 1e-13
+
+
+class Pair(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        return self.norm(self.conv(x))
+
+
+class WrittenBesideASum(nn.Module):
+    """A sum with 0 is a value of its own, and what it is made of is written to afterwards."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.first, self.second, self.third = Pair(), Pair(), Pair()
+        self.drop, self.act, self.way = nn.Identity(), nn.ReLU(inplace=True), way
+
+    def forward(self, x):
+        if self.way == "branches":  # for which the forward is written anew
+            x = self.second(x) + self.third(x)
+        a = self.first(x)
+        if self.way == "view":
+            z = 0 + a.view(a.shape)
+        elif self.way == "dropout":
+            z = 0 + F.dropout(a, 0.5, self.training)
+        else:
+            z = 0 + self.drop(a)
+        self.act(a)
+        return z
+
+
+@pytest.mark.parametrize("way", ["branches", "view", "dropout", "identity"])
+def test_a_sum_with_zero_stays_where_its_source_is_written_to(way):
+    x = torch.randn(2, 4, 8, 8, dtype=torch.float64)
+    branches = settled(WrittenBesideASum("branches"))
+    model = branches if way == "branches" else nn.Sequential(branches, settled(WrittenBesideASum(way)))
+    assert relative_error(structrep.reparameterize(model)(x), model(x)) < 1e-13
+
+
+class Switched(nn.Module):
+    """A forward of another name that looks at what its part gives by a way that no attribute of the part tells of."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.body, self.norm, self.tail, self.way = Body(), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), way
+        self.config = self.body.config
+
+    def forward(self, x):
+        return self.tail(self.norm(self.body(x)).relu())
+
+    def forward_body(self, x):
+        if self.way == "hook":
+            seen = []
+            handle = self.body.register_forward_hook(lambda module, given, y: seen.append(y))
+            self.norm(self.body(x))
+            handle.remove()
+            return seen[0]
+        self.config.early = True
+        y = self.body(x)
+        self.config.early = False
+        return y
+
+
+class Body(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.config = nn.Conv2d(4, 4, 3, padding=1), SimpleNamespace(early=False)
+
+    def forward(self, x):
+        y = self.conv(x)
+        return y if self.config.early else y * 1.0
+
+
+@pytest.mark.parametrize("way", ["hook", "config"])
+def test_other_forwards_are_followed_into_what_they_run(way):
+    model, x = settled(Switched(way)), torch.randn(2, 4, 8, 8, dtype=torch.float64)
+    deploy = structrep.reparameterize(model)
+    assert relative_error(deploy(x), model(x)) < 1e-13
+    assert relative_error(deploy.forward_body(x), model.forward_body(x)) < 1e-13
+
+
+def test_weights_written_past_their_version_are_those_that_are_merged():
+    model, x = settled(nn.Sequential(Pair(), nn.ReLU())), torch.randn(2, 4, 8, 8, dtype=torch.float64)
+    plan = structrep.plan(model)
+    model[0].conv.weight.data.mul_(2)
+    assert relative_error(plan.apply()(x), model(x)) < 1e-13
+
+
+class Shares(nn.Module):
+    """A list that two modules hold: one writes, the other reads."""
+
+    def __init__(self):
+        super().__init__()
+        self.pair, self.kept = Pair(), []
+        self.pair.kept = self.kept
+
+    def forward(self, x):
+        self.pair.kept.append(1)
+        return self.pair(x) * self.kept.pop()
+
+
+class Mixed:
+    def __deepcopy__(self, memo):
+        made = type(self)()
+        made.load_state_dict(self.state_dict())
+        return made.to(next(self.parameters())).eval()
+
+
+class Locked(nn.Module, Mixed):
+    def __init__(self):
+        super().__init__()
+        self.pair, self.lock = Pair(), threading.Lock()
+
+    def forward(self, x):
+        return self.pair(x)
+
+
+@pytest.mark.parametrize("make", [Shares, Locked])
+def test_models_are_copied_as_deepcopy_copies_them(make):
+    model, x = settled(make()), torch.randn(2, 4, 8, 8, dtype=torch.float64)
+    assert relative_error(structrep.reparameterize(model)(x), model(x)) < 1e-13

@@ -236,3 +236,27 @@ def test_without_a_border_the_inside_is_exact(pair):
     inside = [slice(lo, n - hi) for n, (lo, hi) in zip(truth.shape[2:], second.geometry.pad, strict=True)]
     gap = (merged - truth)[(slice(None), slice(None), *inside)]
     assert not gap.numel() or float(gap.abs().max()) <= 1e-11 * float(truth.abs().max())
+
+
+class BottleBeside(nn.Module):
+    """Three branches, one of which is no single convolution at the border."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4))
+        self.b = nn.Sequential(nn.Conv2d(4, 8, 1), nn.Conv2d(8, 4, 3, padding=1))
+        self.c = nn.Sequential(nn.Conv2d(4, 4, 1, bias=False), nn.BatchNorm2d(4))
+
+    def forward(self, x):
+        return self.a(x) + self.b(x) + self.c(x)
+
+
+def test_a_border_that_may_differ_may_do_so_in_a_sum():
+    model = settled(BottleBeside())
+    plan = structrep.plan(model, inexact_borders="b.1")
+    assert len(plan.merges) == 1
+    assert plan.inexact
+    deploy = plan.reparameterize()
+    structrep.assert_merged(deploy)
+    x = torch.randn(1, 4, 9, 9, dtype=torch.float64)
+    assert relative_error(deploy(x)[..., 1:-1, 1:-1], model(x)[..., 1:-1, 1:-1]) < 1e-13

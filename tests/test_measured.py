@@ -127,3 +127,47 @@ def test_in_torch_itself():
     deploy = structrep.reparameterize(net, X, cost="measured")
     assert relative_error(deploy(X), net(X)) < 1e-13
     assert issubclass(Slower, structrep.Refusal)
+
+
+class Counts(nn.Module):
+    """A forward that changes its module, its input, and draws numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.block, self.drop = RepVGGBlock2d(4, 4, 3, padding=1), nn.Dropout()
+        self.register_buffer("runs", torch.zeros(()))
+
+    def forward(self, x):
+        self.runs.add_(1)
+        torch.rand(1)
+        return self.block(self.drop(x)).relu_() + x.add_(1)
+
+
+def test_neither_model_nor_input_are_changed_by_timing():
+    net = settled(nn.Sequential(Counts(), RepVGGBlock2d(4, 4, 3, padding=1)))
+    net[0].drop.train()
+    x, state = X.clone(), {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    torch.manual_seed(0)
+    structrep.plan(net, x.float(), cost="measured")
+    drawn = torch.rand(1)
+    torch.manual_seed(0)
+    assert drawn == torch.rand(1)
+    assert net[0].drop.training
+    assert torch.equal(x, X)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in net.state_dict().items())
+
+
+def test_a_runtime_that_fails(tmp_path):
+    def fails(layers, args, kwargs):
+        raise RuntimeError("no such operator")
+
+    def takes_whole_models(layers, args, kwargs):
+        if isinstance(layers, torch.fx.GraphModule):
+            raise RuntimeError("no such operator")
+        return runtime(every_layer_takes_as_long)(layers, args, kwargs)
+
+    with pytest.raises(BadInput, match=r"the runtime does not take Sequential: .*no such operator"):
+        structrep.plan(model(), X, cost=Measured(fails))
+    with pytest.raises(BadInput, match=r"is a folder"):
+        Measured(cache=tmp_path)
+    assert structrep.plan(model(), X, cost=Measured(takes_whole_models)).merges

@@ -172,3 +172,28 @@ def test_an_unknown_rule_name_says_what_there_is() -> None:
         structrep.plan(nn.Conv2d(1, 1, 1), rules=["repvg"])
     with pytest.raises(UnknownRule, match="there are acb"):
         structrep.plan(nn.Conv2d(1, 1, 1), rules=["qqqqqq"])
+
+
+def test_a_rule_that_raises_is_refused_and_named():
+    registry = Registry()
+    registry.rule(Seq(Conv().named("first"), Conv().named("second")), source="by zero")(broken)
+    registry.rule(Seq(Conv(lambda kernel: kernel.size), Conv()), source="kernels are tuples")(unmatched)
+    net = settled(nn.Sequential(nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1), nn.ReLU()))
+    plan = structrep.plan(net, rules=[*registry, *default])
+    assert [merge.rules for merge in plan.merges] == [("chain",)]
+    reasons = " ".join(refusal.reason for refusal in plan.refusals if refusal.kind == "WrongMerge")
+    assert "the merge function of rule 'broken' fails: ZeroDivisionError" in reasons
+    assert "cannot be matched: AttributeError" in reasons
+
+
+def broken(first, second):
+    return 1 / 0
+
+
+def test_a_predicate_must_be_one():
+    with pytest.raises(InvalidRule, match=r"Conv\(kernel=\(3, 3\)\): give a function of it"):
+        Conv((3, 3))
+
+
+def unmatched():
+    raise NotImplementedError
