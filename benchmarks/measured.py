@@ -55,7 +55,7 @@ class Strips(nn.Module):
 
 
 CASES = {
-    **{name: partial(plain.CASES[name].training) for name in ("repvgg_a0", "dbb_stack", "replknet_stack")},
+    **{name: partial(plain.CASES[name].training) for name in ("dbb_stack", "replknet_stack")},
     "large_kernel_stack": partial(
         plain.training_stack, partial(LargeKernelBlock2d, 64, 64, 31, padding=15, groups=64, branches=((5, 1),))
     ),
@@ -74,7 +74,7 @@ def run_by(engine: str, model: nn.Module, args: tuple[Any, ...], kwargs: dict[st
 
 def compared(name: str, engine: str, rounds: int) -> dict[str, Any]:
     model = CASES[name]().eval()
-    x = torch.randn(1, *(plain.IMAGE if name == "repvgg_a0" else plain.FEATURES))
+    x = torch.randn(1, *plain.FEATURES)
     measured = structrep.Measured(partial(run_by, engine))
     every, chosen = structrep.plan(model, x), structrep.plan(model, x, cost=measured)
     forms = {NONE: model, ALL: every.apply(), CHOSEN: chosen.apply()}
@@ -103,10 +103,12 @@ def main(
 ) -> None:
     torch.set_num_threads(threads)
     cases = [("replknet_stack", "eager")] if quick else [(name, engine) for name in CASES for engine in ENGINES]
-    rows = [compared(name, engine, 5 if quick else rounds) for name, engine in cases]
-    measure.show("ratios: median (middle half)", COLUMNS, map(row, rows))
-    if not quick:
-        measure.save("measured", {"machine": measure.machine(*engines.PACKAGES), "rounds": rounds, "rows": rows})
+    record: dict[str, Any] = {"machine": measure.machine(*engines.PACKAGES), "rounds": rounds, "rows": []}
+    for name, engine in cases:
+        record["rows"].append(compared(name, engine, 5 if quick else rounds))
+        if not quick:
+            measure.save("measured", record)
+    measure.show("ratios: median (middle half)", COLUMNS, map(row, record["rows"]))
 
 
 if __name__ == "__main__":
