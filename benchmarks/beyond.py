@@ -165,12 +165,13 @@ def main(
     if unknown := set(model) - set(MODELS):
         raise typer.BadParameter(f"there is no {', '.join(sorted(unknown))}; there are {', '.join(MODELS)}")
     names = model or (["lcnetv2_base", "resnet18, images in [0, 1]"] if quick else list(MODELS))
-    rows = [measured(name, 0 if quick else rounds) for name in track(names, "models", console=Console(stderr=True))]
-    measure.show("training-time → timm's → structrep's", COLUMNS, map(row, rows))
-    if not (quick or model) and rounds:
-        record = {"machine": measure.machine(*engines.PACKAGES), "rounds": rounds, "rows": rows}
-        measure.save("beyond", record)
-        measure.write(PAGE, "benchmarks/beyond.py", table(record))
+    record: dict[str, Any] = {"machine": measure.machine(*engines.PACKAGES), "rounds": rounds, "rows": []}
+    for name in track(names, "models", console=Console(stderr=True)):
+        record["rows"].append(measured(name, 0 if quick else rounds))
+        if not (quick or model) and rounds:  # each time: a runtime may take the process down
+            measure.save("beyond", record)
+            measure.write(PAGE, "benchmarks/beyond.py", table(record))
+    measure.show("training-time → timm's → structrep's", COLUMNS, map(row, record["rows"]))
 
 
 if __name__ == "__main__":

@@ -349,28 +349,25 @@ def graphs(names: list[str], through: list[str], rounds: int, size: int, written
             record["rows"].append(found)
             if written:
                 measure.save("runtimes", record)  # each time: a runtime may take the process down
+                measure.write(PAGE, "benchmarks/runtimes.py: graphs", graphs_text(record))
+                measure.write(PAGE, "benchmarks/runtimes.py: nothing quantized", nothing_quantized_text(record))
     measure.show("training-time → deploy", COLUMNS, map(row, record["rows"]))
     for one in record["rows"]:
         for form, reason in one["failed"].items():
             print(f"{one['model']}, {form}, {one['engine']}: {reason}")
-    if written:
-        measure.write(PAGE, "benchmarks/runtimes.py: graphs", graphs_text(record))
-        measure.write(PAGE, "benchmarks/runtimes.py: nothing quantized", nothing_quantized_text(record))
 
 
 def int8(families: tuple[str, ...], regime: Regime, written: bool) -> None:
-    rows = [
-        found
-        for seed in track(range(regime.seeds), "seeds", console=Console(stderr=True))
-        for family in families
-        for found in quantized(family, seed, regime)
-    ]
+    rows: list[dict[str, Any]] = []
+    record: dict[str, Any] = {"machine": measure.machine(*engines.PACKAGES), "regime": REGIME, "rows": rows}
+    for seed in track(range(regime.seeds), "seeds", console=Console(stderr=True)):
+        rows += [found for family in families for found in quantized(family, seed, regime)]
+        if written:
+            record["seeds"] = seed + 1
+            measure.save("int8", record)
+            measure.write(PAGE, "benchmarks/runtimes.py: int8", int8_text(record))
     measure.show("INT8", ACCURACY, accuracy_rows(rows))
     measure.show("in the worst layer, a scale per tensor", ("family", "form", *SPREAD), spread_rows(rows))
-    if written:
-        record = {"machine": measure.machine(*engines.PACKAGES), "regime": REGIME, "seeds": regime.seeds, "rows": rows}
-        measure.save("int8", record)
-        measure.write(PAGE, "benchmarks/runtimes.py: int8", int8_text(record))
 
 
 def main(
