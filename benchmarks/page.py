@@ -483,6 +483,7 @@ def beyond_published(record: Any) -> Section:
         [
             Aim(f"deploy / timm's deploy, {engine}, lower end", 1.0, {name: one.low for name, one in found.items()})
             for engine, found in to.items()
+            if found
         ],
         [
             Dots(
@@ -493,7 +494,9 @@ def beyond_published(record: Any) -> Section:
                 {engine: tuple(found[name] for name in both) for engine, found in to.items()},
                 (1.0,),
             )
-        ],
+        ]
+        if both
+        else [],
     )
 
 

@@ -153,7 +153,7 @@ def nothing_quantized_text(record: dict[str, Any]) -> str:
 FAMILIES = ("plain", "repvgg", "mobileone", "dbb", "acb")
 REGIME, SEEDS = "digits", 3
 CALIBRATION = 256  # training images
-# torchao's X86InductorQuantizer is left out: it stops with an assertion at the `0 + branch` of MobileOne's training form
+# torchao's X86InductorQuantizer is left out: it stops with an assertion at MobileOne's `0 + branch`
 QUANTIZERS = ("a scale per tensor", "a scale per channel")
 
 
