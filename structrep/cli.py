@@ -29,7 +29,7 @@ from torch import Tensor, fx, nn
 import structrep
 from structrep import checkpoint, export, files, models, registry
 from structrep.errors import BadInput, Refusal, StructrepError, TrainingMode, Uninitialized, UnknownRule, said
-from structrep.latency import latency
+from structrep.latency import device_name, latency
 from structrep.page import page
 from structrep.proof import dtype_of
 from structrep.proof import verify as compare
@@ -474,11 +474,10 @@ def doctor(as_json: AsJson = False) -> None:
     """Say what is installed and for what, and prove every rule's example on this machine."""
     with _outcome(as_json) as working:
         with working("looking at packages and rules"):
-            cuda = torch.cuda.is_available()
             record = DoctorRecord(
                 python=platform.python_version(),
                 platform=platform.platform(terse=True),
-                device=torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads",
+                device=device_name(torch.cuda.is_available()),
                 structrep=_version(),
                 parts=tuple(map(_looked_at, PARTS)),
                 rules={rule.name: _tried(rule) for rule in registry.resolve(None) if rule.example is not None},

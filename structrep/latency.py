@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 
 import torch
@@ -27,16 +27,27 @@ def latency(models: Mapping[str, nn.Module], example_inputs: Example, rounds: in
     """
     args, kwargs = as_arguments(example_inputs)
     with torch.no_grad():
-        return in_turn({name: partial(model, *args, **kwargs) for name, model in models.items()}, rounds)
+        runs = {name: partial(model, *args, **kwargs) for name, model in models.items()}
+        return in_turn(runs, rounds, on_cuda(models.values()))
 
 
-def in_turn(runs: Mapping[str, Callable[[], object]], rounds: int, enough: float = math.inf) -> LatencyRecord:
+def on_cuda(models: Iterable[nn.Module]) -> bool:
+    return any(one.is_cuda for model in models for one in model.parameters())
+
+
+def device_name(cuda: bool) -> str:
+    return torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
+
+
+def in_turn(
+    runs: Mapping[str, Callable[[], object]], rounds: int, cuda: bool, enough: float = math.inf
+) -> LatencyRecord:
     """Seconds of each run in turn, as `latency` has them.
 
     Args:
+        cuda: whether a run is over only when the GPU is done.
         enough: stop after so many seconds, if there were `LEAST` rounds.
     """
-    cuda = torch.cuda.is_available()
     samples: dict[str, list[float]] = {name: [] for name in runs}
     begun = time.perf_counter()
     for index in range(WARM + rounds):
@@ -48,7 +59,7 @@ def in_turn(runs: Mapping[str, Callable[[], object]], rounds: int, enough: float
                 samples[name].append(seconds)
     first = next(iter(samples.values()))
     return LatencyRecord(
-        device=torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads",
+        device=device_name(cuda),
         torch=torch.__version__,
         models={
             name: Latency(

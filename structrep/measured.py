@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from structrep.errors import BadInput, Slower, said
 from structrep.files import save_bytes, writer
-from structrep.latency import in_turn
+from structrep.latency import device_name, in_turn, on_cuda
 from structrep.pattern import Term, geometry
 from structrep.proof import How
 from structrep.readers import held, lower, only_asserted
@@ -87,7 +87,15 @@ class Measured:
         weight = next(layer.weight for layer in merge.term.leaves() if layer.weight is not None)
         if shape is None or merge.carried is not None:
             return None
-        key = " ".join((_written(merge.term), str(tuple(shape)), str(weight.dtype), _machine(weight)))
+        key = " ".join(
+            (
+                _written(merge.term),
+                str(tuple(shape)),
+                str(weight.dtype),
+                device_name(weight.is_cuda),
+                f"torch {torch.__version__}",
+            )
+        )
         if key not in self.timings:
             if (stretch := _stretch(merge)) is None:
                 return None
@@ -125,7 +133,8 @@ class Measured:
 
     def _timed(self, models: Mapping[str, nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]) -> LatencyRecord:
         with torch.no_grad():
-            return in_turn({n: self.runtime(model, args, kwargs) for n, model in models.items()}, ROUNDS, ENOUGH)
+            runs = {name: self.runtime(model, args, kwargs) for name, model in models.items()}
+            return in_turn(runs, ROUNDS, on_cuda(models.values()), ENOUGH)
 
 
 def _stretch(merge: Merge) -> nn.Module | None:
@@ -159,8 +168,3 @@ def _written(term: Term) -> str:
     whole = geometry(term)
     shapes = [layer.shape(layer.in_channels or whole.in_channels, whole.dims) for layer in term.leaves()]
     return f"{term}: {', '.join(str(astuple(shape)) for shape in (whole, *shapes))}"
-
-
-def _machine(weight: Tensor) -> str:
-    device = torch.cuda.get_device_name(weight.device) if weight.is_cuda else f"CPU, {torch.get_num_threads()} threads"
-    return f"{device}, torch {torch.__version__}"

@@ -169,12 +169,26 @@ class Findings:
     merges: list[Merge] = field(default_factory=list)
     missed: list[Missed] = field(default_factory=list)
     searches: list[Search] = field(default_factory=list)
-    made: dict[tuple[fx.Node, fx.Node], ConvMap] = field(default_factory=dict)  # of stretches, by base and root
     replicas: Replicas = field(init=False)
     borders: Borders = field(init=False)
 
     def __post_init__(self) -> None:
         self.replicas, self.borders = Replicas(self.traced), Borders(self.traced)
+        self.forget()
+
+    def hold(self, stretch: Sequence[Segment], map_: ConvMap) -> None:
+        """Keep a stretch's map at hand, in the place of an earlier one, while there is room."""
+        ends = stretch[0].base, stretch[-1].root
+        if (old := self.made.pop(ends, None)) is not None:
+            self.room += old.kernel.nbytes
+        if map_.kernel.nbytes <= self.room:
+            self.made[ends] = map_
+            self.room -= map_.kernel.nbytes
+
+    def forget(self) -> None:
+        """Hold no map any more."""
+        self.made: dict[tuple[fx.Node, fx.Node], ConvMap] = {}  # of stretches, by base and root
+        self.room = KEPT
 
 
 def find(
@@ -230,7 +244,7 @@ def _search(findings: Findings, registry: Registry) -> Findings:
         findings.searches.append(Search(findings, one, registry))
         findings.searches[-1].run()
     findings.missed += findings.beforehand
-    findings.made.clear()
+    findings.forget()
     return findings
 
 
@@ -329,7 +343,7 @@ class Search:
                 self.taker_of.setdefault(taker, []).append(one)
         self.dominator = self._dominators()
         self.segments: dict[fx.Node, Segment | None] = {}
-        self.findings.made.clear()  # what a first search made may be other maps
+        self.findings.forget()  # what a first search made may be other maps
         self.terms: dict[tuple[Segment, Segment], Term] = {}
         self.ending: dict[fx.Node, list[list[Segment]]] = {}
         self.families: dict[fx.Node, tuple[Rule, list[Segment], Fit]] = {}  # root of what a family merges
@@ -688,10 +702,7 @@ class Search:
                 f"{term} saves nothing" + (f": what its border takes, {border}, would stay" if border else "")
             )
         largest = max(float(kernel.detach().abs().max()) for kernel in kernels), map_.magnitude
-        made = self.findings.made
-        made.pop(ends := (stretch[0].base, stretch[-1].root), None)
-        if sum(one.kernel.nbytes for one in made.values()) + map_.kernel.nbytes <= KEPT:
-            made[ends] = map_
+        self.findings.hold(stretch, map_)
         return Fit(costs, rigour, apart, largest, tuple(_notes(map_, leaves, dtype)))
 
     def stretch(self, early: fx.Node, late: fx.Node) -> list[Segment] | None:
