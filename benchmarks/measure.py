@@ -23,14 +23,21 @@ END = "<!-- end -->"
 
 
 def machine(*packages: str) -> dict[str, Any]:
-    """Where this runs: processor, threads, GPU, and the versions of torch and of more packages."""
+    """Where this runs: processor, threads, GPU, and the versions of torch and of more packages, None for none."""
+
+    def version(package: str) -> str | None:
+        try:
+            return metadata.version(package)
+        except metadata.PackageNotFoundError:
+            return None
+
     return {
         "cpu": _processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
-        **{name: metadata.version(name) for name in ("torch", *packages)},
+        **{name: version(name) for name in ("torch", *packages)},
     }
 
 

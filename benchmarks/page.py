@@ -203,7 +203,7 @@ class Section:
 def where(machine: Mapping[str, Any]) -> str:
     """A machine and its versions, in words."""
     known = ("cpu", "cores", "threads", "gpu")
-    versions = ", ".join(f"{name} {version}" for name, version in machine.items() if name not in known)
+    versions = ", ".join(f"{name} {version}" for name, version in machine.items() if version and name not in known)
     gpu = f", {machine['gpu']}" if machine["gpu"] else ""
     return f"{machine['cpu']}, {_of(machine['cores'], 'core')}, {_of(machine['threads'], 'thread')}{gpu}; {versions}"
 

@@ -184,7 +184,7 @@ def timm_model(name: str) -> nn.Module:
 
 def by_timm(model: nn.Module) -> nn.Module:
     """A copy, converted as timm does it."""
-    converted: nn.Module = timm.models.reparameterize_model(model)
+    converted: nn.Module = timm.utils.reparameterize_model(model)
     return converted.eval()
 
 

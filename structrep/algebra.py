@@ -234,7 +234,7 @@ class Geometry:
 
 
 class ConvMap:
-    """An affine, translation-invariant map with finite float64 coefficients, its own copies; immutable.
+    """An affine, translation-invariant map with finite float64 coefficients, its own copies, on the CPU; immutable.
 
     Args:
         kernel: (O, I / groups, *K); (O, I) for a Linear.
@@ -292,7 +292,7 @@ class ConvMap:
             raise ValueError(f"a bias of shape {tuple(bias.shape)} for {geometry.out_channels} output channels")
         if isinstance(fill, Tensor) and fill.shape not in ((), (geometry.in_channels,)):
             raise ValueError(f"a fill of shape {tuple(fill.shape)} for {geometry.in_channels} input channels")
-        kernel = kernel.detach().to(torch.float64, copy=True)
+        kernel = kernel.detach().to("cpu", torch.float64, copy=True)
         self._hold(geometry, kernel, None if bias is None else bias.detach().to(kernel, copy=True), fill, border)
 
     def _hold(
@@ -505,8 +505,11 @@ class ConvMap:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Apply to x: (N, I, *spatial) -> (N, O, *out); without spatial dims (..., I) -> (..., O). Computed in
-        float64; raises where torch does: no output pixel, or a reflect or circular pad wider than x."""
-        x = x.to(self.kernel)
+        float64, on the CPU, and given back where x is; raises where torch does: no output pixel, or a reflect or
+        circular pad wider than x."""
+        return self._applied(x.to(self.kernel)).to(x.device)
+
+    def _applied(self, x: Tensor) -> Tensor:
         g = self.geometry
         if not g.dims:
             return F.linear(x, self.regrouped(1).kernel, self.bias)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from structrep import search
+from structrep import precision, search
 from structrep.algebra import ConvMap
 from structrep.drawing import Drawing
 from structrep.errors import BadInput, Refusal, Slower, StructrepError, Unmerged, VerificationError, listed
@@ -117,7 +117,7 @@ class Plan:
     def prove(self) -> None:
         """Prove every merge on its own region in float64; one that fails is taken out, and listed as refused."""
         wrong: dict[Merge, Refusal] = {}
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), precision.whole():
             for merge in self._draft.merges:
                 try:
                     prove(merge)
@@ -322,7 +322,7 @@ def _plan(
         raise BadInput(
             "norms='keep' gives back a model that structrep.expand has made, and in this one is no such block"
         )
-    with torch.random.fork_rng(devices=[]):  # a forward may draw numbers
+    with torch.random.fork_rng(devices=[]), precision.whole():  # a forward may draw numbers
         found = search.find(model, example_inputs, registry, _globs(inexact_borders), maps, refused, blocks)
     planned = Plan(model, found, _globs(reserve), measured)
     if example_inputs is None or measured is None:

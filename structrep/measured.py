@@ -99,7 +99,7 @@ class Measured:
         if key not in self.timings:
             if (stretch := _stretch(merge)) is None:
                 return None
-            x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(weight)
+            x = torch.randn(shape, generator=torch.Generator().manual_seed(0), device="cpu").to(weight)
             try:
                 record = self._timed({"as it is": stretch, "merged": lower(merge.value(), weight)}, (x,), {})
             except Exception:  # a runtime that takes whole models may not take such a part

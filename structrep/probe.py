@@ -52,7 +52,7 @@ def probe(module: nn.Module, example_input: Tensor) -> ConvMap:
 
 
 class _Layer:
-    """A layer in float64, on inputs of one device."""
+    """A layer in float64: runs on the device of an example, and takes and gives what is on the CPU."""
 
     def __init__(self, module: nn.Module, example: Tensor) -> None:
         if not (isinstance(example, Tensor) and 2 <= example.ndim <= 5):  # type: ignore[redundant-expr]
@@ -67,10 +67,10 @@ class _Layer:
             y = self.module(x.to(self.device))
         if not isinstance(y, Tensor) or y.ndim != x.ndim or len(y) != len(x):
             raise Unreadable(f"{self.name} gives no tensor of as many dims as it is given, batch first")
-        return y
+        return y.cpu()
 
     def random(self, shape: Ints) -> Tensor:
-        return torch.randn(shape, dtype=torch.float64, generator=self.generator)
+        return torch.randn(shape, dtype=torch.float64, generator=self.generator, device="cpu")
 
     def shrunk(self, example: Tensor) -> Ints:
         """The shape of a small input that it takes."""
@@ -87,7 +87,7 @@ class _Layer:
         Raises:
             Unreadable: it is not affine, or adds something else to each pixel.
         """
-        zero = self(torch.zeros(shape, dtype=torch.float64))
+        zero = self(torch.zeros(shape, dtype=torch.float64, device="cpu"))
         for _ in range(4):
             x, y, factor = self.random(shape), self.random(shape), float(self.random((1,)))
             both = self(factor * x + y) - zero
@@ -121,10 +121,10 @@ class _Layer:
 def _kernel(layer: _Layer, shape: Ints) -> tuple[Tensor, Geometry]:
     """The kernel that makes the middle output pixel, and where it lies."""
     dims = len(shape) - 2
-    zero = layer(torch.zeros(shape, dtype=torch.float64))
+    zero = layer(torch.zeros(shape, dtype=torch.float64, device="cpu"))
     outputs, size = zero.shape[1], tuple(zero.shape[2:])
     middle = tuple(n // 2 for n in size)
-    response = torch.zeros(outputs, shape[1], *shape[2:], dtype=torch.float64)
+    response = zero.new_zeros(outputs, shape[1], *shape[2:])
     for places, impulses in _impulses(shape):
         values = layer(impulses) - zero
         for place in middle:
@@ -132,7 +132,7 @@ def _kernel(layer: _Layer, shape: Ints) -> tuple[Tensor, Geometry]:
         for at, value in zip(places, values, strict=True):  # (O,)
             response.view(outputs, -1)[:, at] = value
     peak = response.abs().max()
-    taken = (response.abs() > EXACT * peak).flatten(0, 1).any(0) if dims else torch.zeros(())
+    taken = (response.abs() > EXACT * peak).flatten(0, 1).any(0) if dims else zero.new_zeros(())
     kernel = response
     strides, dilations, pads = [], [], []
     for dim in range(dims):
@@ -142,7 +142,7 @@ def _kernel(layer: _Layer, shape: Ints) -> tuple[Tensor, Geometry]:
         stride, overhang = _stride(layer, shape, dim)
         first, last = places_[0], places_[-1]
         step = math.gcd(*(p - first for p in places_)) or 1
-        kernel = kernel.index_select(dim + 2, torch.arange(first, last + 1, step))
+        kernel = kernel.index_select(dim + 2, torch.arange(first, last + 1, step, device="cpu"))
         lo = stride * middle[dim] - first
         strides.append(stride)
         dilations.append(step)
@@ -161,7 +161,7 @@ def _impulses(shape: Ints) -> Iterator[tuple[range, Tensor]]:
     count = math.prod(shape[1:])
     for start in range(0, count, BATCH):
         places = range(start, min(start + BATCH, count))
-        x = torch.zeros(len(places), count, dtype=torch.float64)
+        x = torch.zeros(len(places), count, dtype=torch.float64, device="cpu")
         x[range(len(places)), places] = 1
         yield places, x.reshape(-1, *shape[1:])
 
@@ -191,6 +191,6 @@ def _groups(kernel: Tensor) -> int:
     most = math.gcd(outputs, inputs)
     for groups in (g for g in range(most, 1, -1) if most % g == 0):
         blocks = used.unflatten(0, (groups, -1)).unflatten(2, (groups, -1)).any(1).any(2)  # (G, G)
-        if not bool((blocks & ~torch.eye(groups, dtype=torch.bool)).any()):
+        if not bool((blocks & ~torch.eye(groups, dtype=torch.bool, device="cpu")).any()):
             return groups
     return 1

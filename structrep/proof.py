@@ -17,6 +17,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
+from structrep import precision
 from structrep.absorb import Absorption
 from structrep.algebra import ConvMap
 from structrep.errors import BadInput, WrongMerge
@@ -71,7 +72,7 @@ def verify(
     how = How(device, dtype, autocast, channels_last, seed)
     noisy = replace(how, dtype=max(dtype, dtype_of(deploy), key=lambda d: torch.finfo(d).eps))
     exact = How(device, torch.float64, None, False, seed)
-    with _tf32(tf32):
+    with precision.whole(tf32=tf32):
         truth = _Run(reference, example_inputs, exact)
         if truth.draws:  # other numbers in every dtype: only runs of one dtype can be compared
             how, noisy, dtype, autocast = exact, exact, torch.float64, None
@@ -126,7 +127,7 @@ def _rounded(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     generator = torch.Generator().manual_seed(0)
     for tensor in (*twin.parameters(), *twin.buffers()):
         if tensor.is_floating_point():
-            signs = torch.randint(0, 2, tensor.shape, generator=generator).to(tensor) * 2 - 1
+            signs = torch.randint(0, 2, tensor.shape, generator=generator, device="cpu").to(tensor) * 2 - 1
             tensor.data = tensor.data * (1 + eps * signs)
     return twin
 
@@ -364,7 +365,9 @@ class _Both:
     """The stretch of the graph and the merged layer, on the same random input of some spatial size."""
 
     def __init__(self, merge: Merge, map_: ConvMap) -> None:
-        self.region, self.layer = _Region(merge), lower(map_, map_.kernel)
+        weights = (leaf.weight for leaf in merge.term.leaves())
+        self.device = next((weight.device for weight in weights if weight is not None), map_.kernel.device)
+        self.region, self.layer = _Region(merge), lower(map_, map_.kernel.to(self.device))
         self.map = map_
         self.rank = rank(merge.base)
         self.generator = torch.Generator().manual_seed(0)
@@ -381,7 +384,7 @@ class _Both:
         shapes = [(2, channels, *size)] if size else [(*range(2, max(2, r) + 1), channels) for r in ranks]
         with torch.no_grad():
             for shape in shapes:
-                x = torch.randn(shape, dtype=torch.float64, generator=self.generator).to(self.map.kernel.device)
+                x = torch.randn(shape, dtype=torch.float64, generator=self.generator, device="cpu").to(self.device)
                 try:
                     before = self.region(x)
                 except (RuntimeError, ValueError, IndexError):
@@ -518,16 +521,6 @@ def _scaled(x: Any, scales: list[Layer]) -> Any:
     for scale in scales:
         x = scale.load(x.shape[1], x.ndim - 2)(x) if scale.dims != 0 else scale.load(x.shape[-1], 0)(x)
     return x
-
-
-@contextlib.contextmanager
-def _tf32(on: bool) -> Iterator[None]:
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = on
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
 def _name(dtype: torch.dtype) -> str:

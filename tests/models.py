@@ -1,12 +1,23 @@
 """Small models and measures that several tests use."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+import structrep
+from structrep import Rule
 from structrep.blocks import Branches
 from structrep.proof import relative_error
 
-__all__ = ["Branches", "relative_error", "settled"]
+__all__ = ["Branches", "example_input", "relative_error", "settled"]
+
+
+def example_input(rule: Rule, model: nn.Module) -> Tensor:
+    """What the example of a rule takes, in float64: `model` is one, or several in a row."""
+    shape = rule.example_shape
+    if shape is None:
+        layer = next(m for m in structrep.reparameterize(model).modules() if isinstance(m, (nn.Conv2d, nn.Linear)))
+        shape = (3, layer.in_channels, 9, 8) if isinstance(layer, nn.Conv2d) else (3, layer.in_features)
+    return torch.randn(shape, dtype=torch.float64)
 
 
 def settled(model: nn.Module, seed: int = 0) -> nn.Module:

@@ -11,7 +11,7 @@ from torch import fx, nn
 
 import structrep
 from structrep.registry import default
-from tests.models import relative_error, settled
+from tests.models import example_input, relative_error, settled
 
 FAMILIES = [rule for rule in default if not rule.law]
 
@@ -22,18 +22,10 @@ def exported(model, x):
         return torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},)).module()
 
 
-def image(rule, model):
-    shape = rule.example_shape
-    if shape is None:
-        layer = next(m for m in structrep.reparameterize(model).modules() if isinstance(m, (nn.Conv2d, nn.Linear)))
-        shape = (3, layer.in_channels, 9, 8) if isinstance(layer, nn.Conv2d) else (3, layer.in_features)
-    return torch.randn(shape, dtype=torch.float64)
-
-
 @pytest.mark.parametrize("rule", FAMILIES, ids=lambda rule: rule.name)
 def test_an_exported_block_merges_as_it_did(rule):
     model = settled(nn.Sequential(rule.example()))
-    x = image(rule, model)
+    x = example_input(rule, model)
     if rule.name == "repmlp":
         pytest.skip("its pieces are permuted by sizes that an exported program computes")
     graph = exported(model, x)

@@ -9,7 +9,7 @@ from structrep import ConvMap, Registry, Rule
 from structrep.errors import InvalidRule, UnknownRule
 from structrep.pattern import Affine, Conv, Identity, Many, Norm, Optional, Seq, Sum, conv_norm, pointwise, spatial
 from structrep.registry import default
-from tests.models import Branches, relative_error, settled
+from tests.models import Branches, example_input, relative_error, settled
 
 FAMILIES = [rule for rule in default if not rule.law]
 
@@ -24,9 +24,7 @@ def test_a_rule_merges_its_example_under_its_name(rule: Rule) -> None:
     deploy = plan.apply()
     (layer,) = (module for module in deploy.modules() if list(module.parameters(recurse=False)))
     assert type(layer) in (nn.Conv2d, nn.Linear)
-    width = layer.in_channels if isinstance(layer, nn.Conv2d) else layer.in_features
-    shape = rule.example_shape or (3, width, *([9, 7] if isinstance(layer, nn.Conv2d) else []))
-    x = torch.randn(shape, dtype=torch.float64)
+    x = example_input(rule, model)
     assert relative_error(deploy(x), model(x)) < 1e-13
 
 

@@ -11,6 +11,7 @@ PACKAGE = Path(structrep.__file__).parent
 # What a module may import stands before it; a reader who goes in this order never meets an unknown name.
 ORDER = [
     "errors",
+    "precision",
     "algebra",
     "blocks",
     "layers",

@@ -13,13 +13,6 @@ import pytest
 import torch
 
 PAGE = Path(__file__).parents[2] / "docs" / "gpu.md"
-NONE = """# On the GPU
-
-`make test-gpu` runs the tests of `tests/gpu` on a CUDA device and writes this page: errors of every rule's example and
-of ten models in float32 (TF32 off and on), bfloat16, float16, channels last, compiled and as a CUDA graph, and times.
-
-No CUDA device could be had so far: nothing here was run on one.
-"""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -44,11 +37,16 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 
 @pytest.fixture(scope="session")
-def measured(request: pytest.FixtureRequest, device: torch.device) -> Iterator[Measured]:
-    found = Measured()
-    yield found
+def everything() -> Measured:
+    return Measured()
+
+
+@pytest.fixture
+def measured(request: pytest.FixtureRequest, everything: Measured, device: torch.device) -> Iterator[Measured]:
+    """Written down after each test, for a run may be cut short."""
+    yield everything
     if request.config.getoption("--gpu-page"):
-        PAGE.write_text(page(found, device))
+        PAGE.write_text(page(everything, device))
 
 
 def page(found: Measured, device: torch.device) -> str:
@@ -78,11 +76,6 @@ def page(found: Measured, device: torch.device) -> str:
         "",
     ]
     return "\n".join(lines)
-
-
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    if session.config.getoption("--gpu-page", default=False) and not torch.cuda.is_available():
-        PAGE.write_text(NONE)
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from torch import nn
 import structrep
 from structrep.proof import relative_error
 from structrep.registry import default
-from tests.models import settled
+from tests.models import example_input, settled
 
 pytestmark = pytest.mark.gpu
 
@@ -56,14 +56,25 @@ def converted(device):
 @pytest.mark.parametrize("rule", FAMILIES, ids=lambda rule: rule.name)
 def test_a_rule_s_example(rule, how, device, measured):
     torch.manual_seed(0)
-    model = settled(nn.Sequential(rule.example())).float().to(device)
-    kernel = next(p for p in structrep.reparameterize(model).parameters() if p.ndim > 1)
-    x = torch.randn(4, kernel.shape[1], *[16, 15][: kernel.ndim - 2], device=device)
+    model = settled(nn.Sequential(rule.example())).float()
+    x = example_input(rule, model).float().to(device)
+    model.to(device)
     plan = structrep.plan(model, x)
     assert {p.device.type for p in plan.apply().parameters()} == {device.type}
     found = plan.verify(x, device=device, **HOW[how])
     measured.errors.append((rule.name, how, found.error, found.noise))
     assert found.ok, found
+
+
+@pytest.mark.parametrize("rule", FAMILIES, ids=lambda rule: rule.name)
+def test_a_rule_s_example_where_tensors_are_made_there_by_default(rule, device):
+    model = settled(nn.Sequential(rule.example()))
+    x = example_input(rule, model)
+    truth = model(x)
+    with device:
+        deploy = structrep.reparameterize(model.to(device), x.to(device))
+    assert {one.device.type for one in deploy.state_dict().values()} == {device.type}
+    assert relative_error(deploy(x.to(device)).cpu(), truth) < 1e-12
 
 
 @pytest.mark.parametrize("how", HOW)
