@@ -18,7 +18,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
-from structrep import cost
+from structrep import cost, sums
 from structrep.absorb import Absorption, absorptions, readers_of
 from structrep.algebra import ConvMap, Ints, Rigour
 from structrep.borders import Borders
@@ -241,8 +241,14 @@ def _search(findings: Findings, registry: Registry) -> Findings:
     for function, (path, reason) in findings.traced.unfollowed.items():
         findings.missed.append(Missed(path or "(root)", "-", f"{function.__name__}() as it is", reason))
     for one in findings.traced.traces:
-        findings.searches.append(Search(findings, one, registry))
-        findings.searches[-1].run()
+        search = Search(findings, one, registry)
+        merges = search.run()
+        if search.reorder(merges):
+            findings.replicas, findings.borders = Replicas(findings.traced), Borders(findings.traced)
+            search = Search(findings, one, registry)
+            merges = search.run()
+        search.keep(merges)
+        findings.searches.append(search)
     findings.missed += findings.beforehand
     findings.forget()
     return findings
@@ -313,7 +319,7 @@ class Search:
                 self._miss([found[0]], "fold_prenorm", "norm -> several", found[1])
         self.known = tuple(self.missed)
 
-    def run(self) -> None:
+    def run(self) -> list[Merge]:
         """Search; again without the scales that were not absorbed by all that they were given to."""
         while True:
             merges = self._merges()
@@ -329,10 +335,39 @@ class Search:
                         kept, where=path_of(one.node) or "(root)", layers=(*kept.layers, _layer_of(one.node))
                     )
                     self.known += ((one.node, told),)
+        return merges
+
+    def keep(self, merges: list[Merge]) -> None:
+        """What was found is what is to be done."""
         self.findings.merges += merges
+        merged = {node for merge in merges for node in merge.nodes}
         covered = merged.union(*(one.nodes for one in self.absorptions))
         self._isolated(covered)
         self.findings.missed += [miss for node, miss in self.missed if node not in covered or self._matters(miss)]
+
+    def reorder(self, merges: list[Merge]) -> bool:
+        """Put sums of which a part would merge into an order in which it does; whether there were any."""
+        return sums.reorder(self.trace.graph, {node for merge in merges for node in merge.nodes}, self._adds)
+
+    def _adds(self, addends: Sequence[fx.Node], additions: Sequence[fx.Node]) -> bool:
+        """Whether some addends of a sum would merge; `additions` are its own, the last of which is the sum."""
+        root = additions[-1]
+        if len(self.replicas.bodies(root.meta["call"])) > 1:
+            return False  # all calls of a forward have to do the same
+        above = [{one: None, **dict.fromkeys(step.base for step in self.walk(one, None))} for one in addends]
+        base = next((node for node in above[0] if all(node in other for other in above)), None)
+        if base is None:
+            return False
+        nodes, branches = self._branches([(one, 1.0) for one in addends], base)
+        whole = Segment(base, root, total(branches, root, spatial_size(base)), (*nodes, *additions))
+        if any(layer.kind == "view" for layer in whole.term.leaves()) or self.leak([whole]) is not None:
+            return False
+        try:
+            self._price([whole])
+            value(whole.term)
+        except Refusal:
+            return False
+        return True
 
     def _merges(self) -> list[Merge]:
         self.missed, self.refused = list(self.known), {(node, miss.rule) for node, miss in self.known}
@@ -434,12 +469,8 @@ class Search:
             return Segment(base, root, term, (*reading.through, root), taken)
         if isinstance(reading, Same):
             return Segment(base, root, ONE, (root,))
-        nodes: dict[fx.Node, None] = {}
-        branches = []
-        for source, sign in [(n, 1.0) for n in reading.parts] if isinstance(reading, Stack) else reading.parts:
-            steps = list(self.walk(source, base))
-            nodes.update(dict.fromkeys(n for step in steps for n in step.nodes))
-            branches.append(signed(seq([step.term for step in reversed(steps)]), sign))
+        parts = [(n, 1.0) for n in reading.parts] if isinstance(reading, Stack) else reading.parts
+        nodes, branches = self._branches(parts, base)
         if any(layer.kind == "view" for branch in branches for layer in branch.leaves()):
             return None  # views stay where they are, and so must what they are views of
         if isinstance(reading, Total):
@@ -449,6 +480,18 @@ class Search:
         ordered = sorted(nodes, key=self.place.__getitem__)
         absorbed = dict.fromkeys(one for node in ordered for one in self.taker_of.get(node, ()))
         return Segment(base, root, term, (*ordered, root), tuple(absorbed))
+
+    def _branches(
+        self, parts: Iterable[tuple[fx.Node, float]], base: fx.Node
+    ) -> tuple[dict[fx.Node, None], list[Term]]:
+        """Between a value and others made of it: the nodes, and a term for each, times a number."""
+        nodes: dict[fx.Node, None] = {}
+        branches = []
+        for source, sign in parts:
+            steps = list(self.walk(source, base))
+            nodes.update(dict.fromkeys(n for step in steps for n in step.nodes))
+            branches.append(signed(seq([step.term for step in reversed(steps)]), sign))
+        return nodes, branches
 
     def walk(self, node: fx.Node, base: fx.Node | None) -> Iterator[Segment]:
         """Segments from a node back to `base`, or as far as they go."""

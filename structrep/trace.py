@@ -264,7 +264,9 @@ def _copied_value(value: Any, memo: dict[int, Any]) -> Any:
 def _copies_plainly(cls: type[nn.Module]) -> bool:
     """Whether modules of a class are copied attribute by attribute, as torch's own are."""
     own = ("__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__", "__setstate__", "__new__", "__slots__")
-    return not any(name in vars(base) for base in set(cls.__mro__) - {nn.Module, object} for name in own)
+    # what convolutions do with a state is to fill in what old versions of torch had not
+    plain = {nn.Module, object, nn.modules.conv._ConvNd}
+    return not any(name in vars(base) for base in set(cls.__mro__) - plain for name in own)
 
 
 def _tensors_of(module: nn.Module) -> Iterator[Tensor]:

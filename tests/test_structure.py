@@ -32,6 +32,7 @@ ORDER = [
     "frames",
     "absorb",
     "borders",
+    "sums",
     "search",
     "reserve",
     "expand",
