@@ -52,6 +52,7 @@ class Rule:
     example_shape: tuple[int, ...] | None = None
     published: str = ""
     law: bool = False
+    proved: set[tuple[object, ...]] = field(default_factory=set, init=False, repr=False, compare=False)
 
     @property
     def comes_along(self) -> bool:
@@ -70,7 +71,8 @@ class Rule:
             raise WrongMerge(f"the pattern of rule {self.name!r} cannot be matched: {said(error)}") from error
 
     def merged(self, term: Term, found: Captures) -> ConvMap:
-        """The term's value, after the merge function's was proved to be the same.
+        """The term's value, after the merge function's was proved to be the same; of a rule that comes along, once for
+        each geometry and set of branches.
 
         Raises:
             WrongMerge: coefficients differ, or the function does not return a map.
@@ -80,14 +82,18 @@ class Rule:
         known: dict[tuple[int, int], ConvMap] = {}  # of the term; what is captured are parts of it
         try:
             truth = value(term, at=at, known=known)
-            return truth if self.law else self._proved(truth, found, at, known)
+            if not self.law and (truth.geometry, *found) not in self.proved:
+                self._prove(truth, found, at, known)
+                if self.comes_along:  # a user's function may look at the weights
+                    self.proved.add((truth.geometry, *found))
+            return truth
         finally:
             known.clear()  # what has walked the term is a cycle, which would keep its maps until it is collected
 
-    def _proved(
+    def _prove(
         self, truth: ConvMap, found: Captures, at: dict[int, int], known: dict[tuple[int, int], ConvMap]
-    ) -> ConvMap:
-        """A term's value, if the merge function makes the same of what was captured."""
+    ) -> None:
+        """Raise unless the merge function makes a term's value of what was captured."""
         channels, dims = truth.geometry.in_channels, truth.geometry.dims
 
         def read(part: Term) -> ConvMap:
@@ -109,7 +115,6 @@ class Rule:
                 f"rule {self.name!r} merges to {result}, the matched term is {truth}: coefficients differ by "
                 f"{gap:.1e}; its merge function does not compute its pattern"
             )
-        return truth
 
 
 @dataclass

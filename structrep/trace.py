@@ -208,11 +208,8 @@ def shallow_copy(model: nn.Module) -> nn.Module:
     Raises:
         BadInput: the model holds something that cannot be copied.
     """
-    memo: dict[int, Any] = {}
-    for module in model.modules():
-        for tensor in _tensors_of(module):
-            memo[id(tensor)] = _alias(tensor)
-    return _copied(model, memo)
+    modules = list(model.modules())
+    return _copied(modules, {id(tensor): _alias(tensor) for module in modules for tensor in _tensors_of(module)})
 
 
 def own_copy(model: nn.Module) -> nn.Module:
@@ -222,25 +219,23 @@ def own_copy(model: nn.Module) -> nn.Module:
     Raises:
         BadInput: the model holds something that cannot be copied.
     """
-    memo: dict[int, Any] = {}
-    for module in model.modules():
-        for tensor in _tensors_of(module):
-            if not tensor.is_leaf:
-                memo[id(tensor)] = tensor.detach().clone()
-    return _copied(model, memo)
+    modules = list(model.modules())
+    computed = (tensor for module in modules for tensor in _tensors_of(module) if not tensor.is_leaf)
+    return _copied(modules, {id(tensor): tensor.detach().clone() for tensor in computed})
 
 
-def _copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    groups = (getattr(module, "process_group", None) for module in model.modules())  # of SyncBatchNorm: one for all
+def _copied(modules: list[nn.Module], memo: dict[int, Any]) -> nn.Module:
+    """A copy of the first of some modules, below which are the others, with what `memo` has for parts by their id."""
+    groups = (getattr(module, "process_group", None) for module in modules)  # of SyncBatchNorm: one for all
     memo |= {id(group): group for group in groups if group is not None}
     try:
-        if not all(map(_copies_plainly, set(map(type, model.modules())))):
-            return copy.deepcopy(model, memo)
-        twins = {module: type(module).__new__(type(module)) for module in model.modules()}
-        memo |= {id(module): twin for module, twin in twins.items()}
-        for module, twin in twins.items():  # as copy.deepcopy does, which asks of every object how it is to be copied
-            vars(twin).update((name, _copied_value(value, memo)) for name, value in vars(module).items())
-        return twins[model]
+        if not all(map(_copies_plainly, set(map(type, modules)))):
+            return copy.deepcopy(modules[0], memo)
+        twins = [type(module).__new__(type(module)) for module in modules]
+        memo |= {id(module): twin for module, twin in zip(modules, twins, strict=True)}
+        for module, twin in zip(modules, twins, strict=True):
+            vars(twin).update(_copied_items(vars(module), memo))
+        return twins[0]
     except Exception as error:
         raise BadInput(f"the model cannot be copied: {said(error)}") from error
 
@@ -248,15 +243,20 @@ def _copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
 _ATOMS = {bool, int, float, str, type(None), torch.dtype, torch.device, FunctionType, type}
 
 
+def _copied_items(items: dict[str, Any], memo: dict[int, Any]) -> dict[str, Any]:
+    """As copy.deepcopy does, which asks of every object how it is to be copied; most of a module's are plain."""
+    return {key: one if type(one) in _ATOMS else _copied_value(one, memo) for key, one in items.items()}
+
+
 def _copied_value(value: Any, memo: dict[int, Any]) -> Any:
-    kind: Any = type(value)
-    if kind in _ATOMS or (kind is tuple and all(type(item) in _ATOMS for item in value)):
-        return value
     if id(value) in memo:
         return memo[id(value)]
+    kind: Any = type(value)
+    if kind is tuple and all(type(item) in _ATOMS for item in value):
+        return value
     if kind in (dict, OrderedDict) and all(type(key) is str for key in value):
         copied = memo[id(value)] = kind()
-        copied.update((key, _copied_value(item, memo)) for key, item in value.items())
+        copied.update(_copied_items(value, memo))
         return copied
     return copy.deepcopy(value, memo)
 
