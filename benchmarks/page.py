@@ -488,8 +488,8 @@ def beyond_published(record: Any) -> Section:
         "What structrep merges and timm's own conversions leave: what one pass runs as the model trains, after timm's "
         "conversion, after structrep's, and how long a pass of one takes over a pass of the other. It is to be no "
         "longer, up to noise: the lower end of the middle half is at most 1. Where it is a little longer in eager, "
-        "that is Python's calls of modules: timm puts a fused layer in the place of a block, structrep leaves the block, "
-        "with the layer in it and an emptied norm, so that names and keys stay (LeViT-128S: 265 calls beside 166).",
+        "that is Python's calls of modules: timm puts a fused layer in the place of a block, structrep leaves the "
+        "block, with the layer in it and an emptied norm: names and keys stay (LeViT-128S: 265 calls beside 166).",
         "python -m benchmarks.beyond",
         record["machine"],
         [markdown(beyond.COLUMNS, map(beyond.row, rows))],

@@ -40,8 +40,10 @@ def _tf32(on: bool) -> Iterator[None]:
             for one, precision in settings:
                 one.fp32_precision = precision
         return
+    precision = torch.get_float32_matmul_precision()  # of which "medium" is not told from "high" by the flag
     matmul.allow_tf32 = cudnn.allow_tf32 = on
     try:
         yield
     finally:
         matmul.allow_tf32, cudnn.allow_tf32 = before
+        torch.set_float32_matmul_precision(precision)

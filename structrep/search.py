@@ -9,7 +9,7 @@ if it is not dearer than what it replaces, and if the algebra finds it exact.
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
@@ -241,17 +241,38 @@ def _search(findings: Findings, registry: Registry) -> Findings:
     for function, (path, reason) in findings.traced.unfollowed.items():
         findings.missed.append(Missed(path or "(root)", "-", f"{function.__name__}() as it is", reason))
     for one in findings.traced.traces:
-        search = Search(findings, one, registry)
-        merges = search.run()
-        if search.reorder(merges):
-            findings.replicas, findings.borders = Replicas(findings.traced), Borders(findings.traced)
-            search = Search(findings, one, registry)
-            merges = search.run()
+        search, merges = _best_order(findings, one, registry)
         search.keep(merges)
         findings.searches.append(search)
     findings.missed += findings.beforehand
     findings.forget()
     return findings
+
+
+def _best_order(findings: Findings, one: Trace, registry: Registry) -> tuple[Search, list[Merge]]:
+    """The merges of a graph, and of sums in another order where more merges so."""
+
+    def searched() -> tuple[Search, list[Merge]]:
+        search = Search(findings, one, registry)
+        return search, search.run()
+
+    def anew() -> tuple[Search, list[Merge]]:
+        findings.replicas, findings.borders = Replicas(findings.traced), Borders(findings.traced)
+        return searched()
+
+    def taken(merges: list[Merge]) -> int:
+        return sum(len(merge.nodes) for merge in merges)
+
+    search, merges = searched()
+    undo = search.reorder(merges)
+    if not undo:
+        return search, merges
+    other, more = anew()
+    if taken(more) > taken(merges):
+        return other, more
+    for step in reversed(undo):
+        step()
+    return anew()
 
 
 def check_ready(model: nn.Module) -> None:
@@ -345,9 +366,9 @@ class Search:
         self._isolated(covered)
         self.findings.missed += [miss for node, miss in self.missed if node not in covered or self._matters(miss)]
 
-    def reorder(self, merges: list[Merge]) -> bool:
-        """Put sums of which a part would merge into an order in which it does; whether there were any."""
-        return sums.reorder(self.trace.graph, {node for merge in merges for node in merge.nodes}, self._adds)
+    def reorder(self, merges: list[Merge]) -> list[Callable[[], None]]:
+        """Put sums of which a part would merge into an order in which it does; what undoes it, last first."""
+        return sums.reorder(self.trace, {node for merge in merges for node in merge.nodes}, self._adds)
 
     def _adds(self, addends: Sequence[fx.Node], additions: Sequence[fx.Node]) -> bool:
         """Whether some addends of a sum would merge; `additions` are its own, the last of which is the sum."""

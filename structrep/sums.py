@@ -1,7 +1,7 @@
 """Sums of three values and more, whose order of additions nobody chose: `a + b + c` is `a + c + b`.
 
 A graph has a node for each addition, and a merge takes all that one node adds up. So where b does not merge with a and
-c, the sum is put into the order in which a and c do.
+c, the sum is put into an order in which a and c do.
 """
 
 from __future__ import annotations
@@ -14,55 +14,56 @@ import torch
 from torch import fx
 
 from structrep.readers import aliases, writers
+from structrep.trace import Trace
+from structrep.values import proxies
 
 Merges = Callable[[Sequence[fx.Node], Sequence[fx.Node]], bool]
 
 
-def reorder(graph: fx.Graph, done: Set[fx.Node], merges: Merges) -> bool:
-    """Add up first what merges, in every sum of which it is not all; whether a sum has another order now.
+def reorder(trace: Trace, done: Set[fx.Node], merges: Merges) -> list[Callable[[], None]]:
+    """Add up first what merges, in every sum of which it is not all; what undoes it, last first.
 
     Args:
-        graph: of nodes that know their call and their place.
+        trace: its graph is changed, and the steps of its calls.
         done: additions that are part of a merge.
         merges: whether some addends of a sum would merge, given its additions, the last of which is the sum.
     """
-    changed = False
-    for root in list(graph.nodes):
-        if not _is_sum(root) or root in done or _sum_of(root) is not None:
+    passed = {one.node for call in trace.calls for one in proxies((call.args, call.kwargs, call.result))}
+    passed |= {node for call in trace.calls for written in call.written for node in written}
+    undo: list[Callable[[], None]] = []
+    for root in trace.nodes:
+        if not _is_sum(root) or root in done or _sum_of(root, passed) is not None:
             continue
-        additions = sorted(_additions(root, done), key=lambda node: int(node.meta["index"]))
-        addends = list(_addends(root, {*additions}))
-        if len(addends) > 2 and not _overwritten(addends, additions):
-            groups = _grouped(addends, lambda some: merges(some, additions))  # noqa: B023
-            written = [{*_addends(addition, {*additions})} for addition in additions]
-            if any(len(group) > 1 and {*group} not in written for group in groups):
-                _write(additions, groups)
-                changed = True
-    if changed:
-        for index, node in enumerate(graph.nodes):
-            node.meta["index"] = index
-    return changed
+        additions = list(_additions(root, lambda one: one not in done and _sum_of(one, passed) is not None))
+        addends = list(_addends(root, additions))
+        if len(addends) < 3 or _overwritten(addends, additions):
+            continue
+        groups = [some for some in _grouped(addends, lambda some: merges(some, additions)) if len(some) > 1]  # noqa: B023
+        written = [{*_addends(addition, additions)} for addition in additions]
+        if any({*group} not in written for group in groups):
+            merged = {one for group in groups for one in group}
+            # What adds up nothing that merges stays: numbers that are no floats may not be added up otherwise.
+            additions = [one for one in additions if not merged.isdisjoint(_addends(one, additions))]
+            others = [[one] for one in _addends(root, additions) if one not in merged]
+            undo.append(_write(trace, additions, [*groups, *others]))
+    if undo:
+        _place(trace)
+    return undo
 
 
 def _is_sum(node: fx.Node) -> bool:
-    """Whether a node adds two values, and writes to none that is looked at again."""
-    if len(node.args) != 2 or node.kwargs or not all(isinstance(one, fx.Node) for one in node.args):
-        return False
-    if node.meta["autocast"] or node.meta.get("kept"):
-        return False
-    if node.target is operator.iadd:
-        return _is_sum(_both(node)[0]) and _sum_of(_both(node)[0]) is node
-    return node.target in (operator.add, torch.add) or (node.op, node.target) == ("call_method", "add")
+    """Whether a node adds two values, and writes to neither."""
+    adds = node.target in (operator.add, torch.add) or (node.op, node.target) == ("call_method", "add")
+    plain = len(node.args) == 2 and not node.kwargs and all(isinstance(one, fx.Node) for one in node.args)
+    return adds and plain and not node.meta["autocast"] and not node.meta.get("kept")
 
 
-def _sum_of(addition: fx.Node) -> fx.Node | None:
-    """The sum, of the same forward, that alone takes what this one is."""
+def _sum_of(addition: fx.Node, passed: Set[fx.Node]) -> fx.Node | None:
+    """The sum, of the same forward, that alone takes what this one is; None if more see it."""
     (user, *more) = addition.users or (None,)
-    if user is None or more or user.args.count(addition) != 1 or user.meta["call"] is not addition.meta["call"]:
+    if user is None or more or addition in passed or not _is_sum(addition) or not _is_sum(user):
         return None
-    if user.target is operator.iadd:
-        return user if user.args[0] is addition and isinstance(user.args[1], fx.Node) and not user.kwargs else None
-    return user if _is_sum(user) else None
+    return user if user.args.count(addition) == 1 and user.meta["call"] is addition.meta["call"] else None
 
 
 def _both(addition: fx.Node) -> tuple[fx.Node, fx.Node]:
@@ -72,15 +73,15 @@ def _both(addition: fx.Node) -> tuple[fx.Node, fx.Node]:
     return left, right
 
 
-def _additions(root: fx.Node, done: Set[fx.Node]) -> Iterator[fx.Node]:
-    pending = [root]
-    while pending:
-        node = pending.pop()
-        yield node
-        pending += [one for one in _both(node) if _is_sum(one) and one not in done and _sum_of(one) is node]
+def _additions(root: fx.Node, inner: Callable[[fx.Node], bool]) -> list[fx.Node]:
+    """The additions of a sum, in the order of the graph."""
+    found = [root]
+    for one in found:
+        found += filter(inner, _both(one))
+    return sorted(found, key=lambda node: int(node.meta["index"]))
 
 
-def _addends(node: fx.Node, additions: Set[fx.Node]) -> Iterator[fx.Node]:
+def _addends(node: fx.Node, additions: Sequence[fx.Node]) -> Iterator[fx.Node]:
     for one in _both(node):
         yield from _addends(one, additions) if one in additions else (one,)
 
@@ -102,10 +103,16 @@ def _grouped(addends: Sequence[fx.Node], merge: Callable[[Sequence[fx.Node]], bo
     return groups
 
 
-def _write(additions: Sequence[fx.Node], groups: Sequence[Sequence[fx.Node]]) -> None:
+def _write(trace: Trace, additions: Sequence[fx.Node], groups: Sequence[Sequence[fx.Node]]) -> Callable[[], None]:
+    """Add up the groups, each for itself, then all; what undoes it."""
     *inner, root = additions
+    steps = root.meta["call"].steps
+    earlier = list(steps)
+    were = [(one, one.op, one.target, one.args, one.next) for one in additions]
     for addition in inner:  # all addends are there by the last one
         root.prepend(addition)
+        steps.remove(addition)
+        steps.insert(steps.index(root), addition)
     free = iter(additions)
 
     def add(left: fx.Node, right: fx.Node) -> fx.Node:
@@ -114,3 +121,19 @@ def _write(additions: Sequence[fx.Node], groups: Sequence[Sequence[fx.Node]]) ->
         return addition
 
     reduce(add, [reduce(add, group) for group in groups])
+
+    def undo() -> None:
+        for one, op, target, args, following in reversed(were):
+            one.op, one.target, one.args = op, target, args
+            following.prepend(one)
+        steps[:] = earlier
+        _place(trace)
+
+    return undo
+
+
+def _place(trace: Trace) -> None:
+    """Note places anew, and forget what was made of the old order."""
+    for index, node in enumerate(trace.graph.nodes):
+        node.meta["index"] = index
+        node.meta.pop("rank", None)

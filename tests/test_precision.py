@@ -22,6 +22,18 @@ def test_tf32_is_off_within_and_as_it_was_after() -> None:
     assert before == (MATMUL.allow_tf32, CUDNN.allow_tf32)
 
 
+@pytest.mark.parametrize("setting", ["highest", "high", "medium"])
+def test_the_precision_of_products_is_as_it_was_after(setting: str) -> None:
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision(setting)
+        with precision.whole():
+            assert not MATMUL.allow_tf32
+        assert torch.get_float32_matmul_precision() == setting
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 @pytest.mark.skipif(not hasattr(CUDNN, "conv"), reason="this torch has the old settings alone")
 @pytest.mark.parametrize("setting", ["ieee", "tf32"])
 def test_settings_that_torch_does_not_let_be_read_the_old_way(setting: str) -> None:

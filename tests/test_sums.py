@@ -85,9 +85,10 @@ class InPlace(Sum):
         return y
 
 
-def test_additions_in_place_to_a_sum_of_its_own():
+def test_additions_in_place_keep_their_order():
+    """What is written to keeps its dtype and shape, whatever is added."""
     model = settled(InPlace([conv(), OTHERS["not linear"](), conv()]))
-    assert convolutions(merged(model)) == 2
+    assert convolutions(merged(model)) == 3
 
 
 class Overwritten(Sum):
@@ -139,6 +140,101 @@ def test_a_block_that_is_run_twice_merges_or_stays_for_both():
             return self.block(torch.relu(self.block(x)))
 
     merged(settled(Twice()))
+
+
+class Inner(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = conv(), conv(), conv()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        partial = self.a(x) + self.b(x).relu()
+        return partial + self.c(x), partial
+
+
+class Outer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.block = Inner()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(x)[0]
+
+
+def test_a_partial_sum_that_a_block_gives_back_stays_though_nobody_takes_it():
+    model = settled(Outer())
+    x = torch.randn(2, 4, 7, 6, dtype=torch.float64)
+    for found, expected in zip(merged(model).block(x), model.block(x), strict=True):
+        assert relative_error(found, expected) < 1e-13
+
+
+class Passed(nn.Module):
+    """A partial sum goes through a module that does nothing in eval mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.c, self.drop = conv(), conv(), nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(self.a(x) + x.relu()) + self.c(x)
+
+
+def test_what_is_given_to_a_module_stays():
+    assert convolutions(merged(settled(Passed()))) == 2
+
+
+class Masks(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.c = conv(), conv()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x) + ((x > 0) + (x > -0.5)) + self.c(x)
+
+
+class MasksFirst(Masks):
+    def forward(self, x: Tensor) -> Tensor:
+        return (x > 0) + ((x > -0.5) + self.a(x)) + self.c(x)
+
+
+@pytest.mark.parametrize("kind", [Masks, MasksFirst])
+def test_what_is_no_float_is_added_up_as_it_was(kind):
+    """True + True is True."""
+    assert convolutions(merged(settled(kind()))) == 1
+
+
+class Ranks(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = conv(), conv()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * 2 - 1
+        return (x + (self.a(x) + (x.relu() + self.b(x)))) * 1.5
+
+
+def test_ranks_are_those_of_the_new_order():
+    model = settled(Ranks())
+    x = torch.randn(2, 4, 7, 6, dtype=torch.float64)
+    assert relative_error(structrep.reparameterize(model)(x), model(x)) < 1e-13
+
+
+class Late(nn.Module):
+    """The first addition is made before what the others add is."""
+
+    def __init__(self):
+        super().__init__()
+        self.p, self.q, self.a, self.c = conv(), conv(), conv(), conv()
+
+    def forward(self, x: Tensor) -> Tensor:
+        result = x + x.relu()
+        h = (self.p(x) + self.q(x)).relu()
+        result = result + self.a(h)
+        return result + self.c(h)
+
+
+def test_additions_are_made_where_their_addends_are():
+    assert convolutions(merged(settled(Late()))) == 2
 
 
 def test_a_sum_of_all_that_merges_is_left_in_its_order():
