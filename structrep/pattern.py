@@ -733,6 +733,8 @@ def _assign(patterns: tuple[Pattern, ...], branches: tuple[Term, ...]) -> Iterat
     """All ways to give every branch to one pattern; a Many takes what the others leave."""
     singles = [p for p in patterns if not isinstance(p, Many)]
     many = next((p for p in patterns if isinstance(p, Many)), None)
+    if many is None and len(branches) > len(singles):
+        return  # before each of many branches is tried for each pattern
 
     def place(left: list[Pattern], free: tuple[Term, ...], found: Captures) -> Iterator[Captures]:
         if left:

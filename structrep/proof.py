@@ -247,12 +247,17 @@ def _regions(reference: nn.Module, example_inputs: Example, how: How, merges: Ma
     found: dict[str, Tensor] = {}
     values: dict[fx.Node, Any] = {}
     given = iter([leaf for leaf in pytree.tree_leaves(as_arguments(inputs)) if isinstance(leaf, Tensor)])
+
+    def load(node: fx.Node) -> Any:
+        held = node.meta.get("value", node.meta.get("held"))
+        return values[node] if held is None else held
+
     with how.running():
         for node in traced.traces[0].nodes:
             if node.op == "placeholder":
                 values[node] = next(given)
             elif node.op not in ("get_attr", "output"):
-                values[node] = computed(node, lambda one: one.meta["value"] if "value" in one.meta else values[one])
+                values[node] = computed(node, load)
                 if node.name in roots:
                     value = values[node].detach()
                     scaled = _scaled(value, _behind(merges[roots[node.name]]))

@@ -20,6 +20,7 @@ from inspect import signature
 from typing import Any, cast
 
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 from structrep.algebra import ConvMap
 from structrep.blocks import STAND_INS
@@ -412,12 +413,25 @@ class Draft:
         dead: set[int] = set()
         alive: set[int] = set()
         for trace in self.traced.traces:
+            alive.update(*map(self._made_of, pytree.tree_leaves(trace.root.result)))
             for node in trace.nodes:
-                if node.op == "get_attr" and node.users and "module" not in node.meta:
+                if node.op == "get_attr" and node.users and "value" in node.meta:
                     formula = node.meta.get("formula")
                     held = {id(t) for t in formula.tensors} if formula else {id(node.meta["value"])}
                     (dead if self._only_dead(node) else alive).update(held)
         return dead, alive
+
+    def _made_of(self, given: Any) -> set[int]:
+        """A constant that the model gives back, and what it is computed from, by id."""
+        found: set[int] = set()
+        pending = [given]
+        while pending:
+            one = pending.pop()
+            if isinstance(one, Tensor) and id(one) not in found:
+                found.add(id(one))
+                if (origin := self.traced.origins.get(id(one))) is not None:
+                    pending += pytree.tree_leaves((origin.args, origin.kwargs))
+        return found
 
     def _only_dead(self, node: fx.Node) -> bool:
         """Whether a constant is of use to dead nodes alone, perhaps by way of other constants."""
@@ -497,7 +511,7 @@ def _all_dead(module: nn.Module, dead: set[nn.Module]) -> bool:
     if module in dead:
         return True
     children = list(module.children())
-    container = type(module).forward is nn.Module.forward
+    container = getattr(type(module), "forward", None) is nn.Module.forward  # a ScriptModule's class has none
     return container and bool(children) and all(_all_dead(child, dead) for child in children)
 
 

@@ -329,6 +329,7 @@ class Search:
         self.nodes = trace_.nodes
         self.place = {node: index for index, node in enumerate(self.nodes)}
         self.replicas = findings.replicas
+        self.memory: dict[fx.Node, tuple[set[fx.Node], set[fx.Node]]] = {}
         self.refused: set[tuple[fx.Node, str]] = set()
         self.missed: list[tuple[fx.Node, Missed]] = []
         self.readings = self._read()
@@ -793,10 +794,10 @@ class Search:
         if (base, root) in self.findings.slower:
             raise self.findings.slower[base, root]
         inside = set(_nodes(stretch))
-        same = aliases(base)
-        readers = [user for alias in same for user in alias.users]
-        for writer in writers(same):
+        same, writing = self._memory(base)
+        for writer in writing:
             at = self.place[writer]
+            readers = (user for alias in same for user in alias.users)
             if writer in inside and any(self.place[other] > at for other in readers if other not in inside):
                 raise Mutated(f"{writer.name} overwrites the input of the merge, which is read again later")
             if writer in inside and any(alias.op == "placeholder" for alias in same):
@@ -819,6 +820,13 @@ class Search:
         self.findings.borders.check(inside, root, owner)
         for one in {one for segment in stretch for one in segment.absorbed}:
             self.findings.borders.check(one.changed, None, owner)
+
+    def _memory(self, base: fx.Node) -> tuple[set[fx.Node], set[fx.Node]]:
+        """What looks at the memory of a value, and what writes to it; once for all branches that read it."""
+        if base not in self.memory:
+            same = aliases(base)
+            self.memory[base] = same, writers(same)
+        return self.memory[base]
 
     def owner(self, nodes: Iterable[fx.Node]) -> Call:
         """The innermost call that holds all nodes, and is no single layer."""

@@ -144,9 +144,9 @@ def taken_apart(module: nn.Module) -> set[str]:
         if name != "__init__":
             apart = _own_parts(function)
             if apart is None:
-                return set(module._modules)
+                return set(module._modules.keys())
             found |= apart
-    return found & module._modules.keys()
+    return found.intersection(module._modules.keys())  # of a ScriptModule, a list
 
 
 @functools.lru_cache(4096)

@@ -252,8 +252,8 @@ def _copied_value(value: Any, memo: dict[int, Any]) -> Any:
     if id(value) in memo:
         return memo[id(value)]
     kind: Any = type(value)
-    if kind is tuple and all(type(item) in _ATOMS for item in value):
-        return value
+    if kind in (tuple, set) and all(type(item) in _ATOMS for item in value):
+        return value if kind is tuple else memo.setdefault(id(value), set(value))
     if kind in (dict, OrderedDict) and all(type(key) is str for key in value):
         copied = memo[id(value)] = kind()
         copied.update(_copied_items(value, memo))
@@ -266,7 +266,8 @@ def _copies_plainly(cls: type[nn.Module]) -> bool:
     own = ("__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__", "__setstate__", "__new__", "__slots__")
     # what convolutions do with a state is to fill in what old versions of torch had not
     plain = {nn.Module, object, nn.modules.conv._ConvNd}
-    return not any(name in vars(base) for base in set(cls.__mro__) - plain for name in own)
+    special = any(name in vars(base) for base in set(cls.__mro__) - plain for name in own)
+    return not special and not issubclass(cls, torch.jit.ScriptModule)
 
 
 def _tensors_of(module: nn.Module) -> Iterator[Tensor]:
@@ -784,10 +785,13 @@ class _Tracer(fx.Tracer):
             return a.node
         if isinstance(a, nn.Module) and a in self.paths:
             held = self.create_node("get_attr", self.paths[a], (), {})
-            held.meta["module"] = a
+            held.meta["module"] = held.meta["held"] = a
             return held
         if not isinstance(a, Tensor):
-            return super().create_arg(a)
+            made: Any = super().create_arg(a)
+            if isinstance(a, torch.ScriptObject):
+                made.meta["held"] = a
+            return made
         if id(a) in self.constants.assigned:
             raise RuntimeError("it computes with weights that it assigns to")
         self.constants.touched.add(id(a))

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import structrep
-from tests.models import relative_error
+from tests.models import relative_error, settled
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -122,3 +122,26 @@ def test_programs_of_structured_inputs(given):
 def test_norms_are_folded_or_kept():
     with pytest.raises(structrep.StructrepError, match="norms='kep': give 'fold' or 'keep'"):
         structrep.plan(Two().eval(), norms="kep")
+
+
+class GivesItsConstant(nn.Module):
+    def __init__(self, how):
+        super().__init__()
+        self.conv, self.how = nn.Conv2d(4, 4, 3, padding=1), how
+        self.shift = nn.Parameter(torch.randn(4, 1, 1))
+
+    def forward(self, x):
+        shift = self.how(self.shift)
+        return self.conv(x) + shift, [shift]
+
+
+@pytest.mark.parametrize(
+    "how", [lambda p: p, lambda p: p + p, lambda p: p.exp().mul(2)], ids=["itself", "sum", "formula"]
+)
+def test_a_constant_that_is_merged_and_given_back_stays(how):
+    model = settled(GivesItsConstant(how))
+    x = torch.randn(1, 4, 6, 6, dtype=torch.float64)
+    found, (shift,) = structrep.reparameterize(model, x)(x)
+    expected, (given,) = model(x)
+    assert relative_error(found, expected) < 1e-13
+    assert torch.equal(shift, given)

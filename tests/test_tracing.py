@@ -454,3 +454,20 @@ def test_inferring_shapes_leaves_no_fake_tensors_behind():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), Caches(), nn.Linear(4, 4), nn.Linear(4, 4)).double().eval()
     x = torch.randn(2, 4, dtype=torch.float64)
     assert torch.allclose(structrep.reparameterize(model, x)(x), model(x))
+
+
+def test_a_scripted_child_is_left_as_it_is():
+    class Scripted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1)
+            self.last = torch.jit.script(nn.Conv2d(4, 4, 3))
+
+        def forward(self, x):
+            return self.last(torch.relu(self.a(x) + self.b(x)))
+
+    model = Scripted().double().eval()
+    x = torch.randn(1, 4, 6, 6, dtype=torch.float64)
+    deploy = structrep.reparameterize(model, x)
+    assert relative_error(deploy(x), model(x)) < 1e-13
+    assert len([module for module in deploy.modules() if isinstance(module, nn.Conv2d)]) == 1
