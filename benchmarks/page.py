@@ -61,8 +61,9 @@ class Aim:
             times = "" if self.limit == 1 else " times the aim"
             worst = sorted(((value / self.limit, name) for name, value in missed.items()), reverse=True)
             named = ", ".join(f"{name} {value:.2f}{times}" for value, name in worst[:NAMED])
-            more = f", and {len(worst) - NAMED} more, none above {worst[NAMED - 1][0]:.2f}{times}"
-            return f"{aim}Missed in {len(missed)} of {len(self.found)}: {named}{more if len(worst) > NAMED else ''}."
+            rest = worst[NAMED:]
+            more = f", and {len(rest)} more, none above {rest[0][0]:.2f}{times}" if rest else ""
+            return f"{aim}Missed in {len(missed)} of {len(self.found)}: {named}{more}."
         return f"{aim}Kept in all {len(self.found)}; the most is {max(self.found.values()):.2f}."
 
 

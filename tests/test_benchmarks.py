@@ -204,7 +204,7 @@ def test_an_aim_says_by_how_much_it_was_missed():
     many = str(page.Aim("a / b", 1.0, {str(size): 1 + size / 10 for size in range(1, 12)}))
     assert many.endswith(
         "Missed in 11 of 11: 11 2.10, 10 2.00, 9 1.90, 8 1.80, 7 1.70, 6 1.60, 5 1.50, 4 1.40, "
-        "and 3 more, none above 1.40."
+        "and 3 more, none above 1.30."
     )
     assert page.Aim("a / b", 2.0, {"x": math.nan}).missed()
 
