@@ -1,4 +1,4 @@
-"""Arithmetic as it is on the CPU, wherever a model is and whatever the caller has set."""
+"""Float64 and plain arithmetic, wherever a model is and whatever the caller has set."""
 
 from __future__ import annotations
 
@@ -7,6 +7,21 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
+
+WITHOUT_FLOAT64 = {"mps"}  # devices
+
+
+def exact(device: torch.device) -> torch.device:
+    """Where float64 is computed of what is on a device: there, or on the CPU."""
+    return torch.device("cpu") if device.type in WITHOUT_FLOAT64 else device
+
+
+def doubled(value: Any) -> Any:
+    """A value in float64, if it is a tensor of floats, where that can be."""
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return value.detach().to(exact(value.device), torch.float64)
+    return value
 
 
 @contextlib.contextmanager

@@ -28,7 +28,7 @@ from structrep.readers import Layer, counts_sizes, held, lower, only_asserted
 from structrep.registry import COEFFICIENT_ROUNDING
 from structrep.report import BorderRecord, OutputRecord, RegionRecord, Verification
 from structrep.search import Merge
-from structrep.trace import Example, as_arguments, computed, doubled, shallow_copy, trace
+from structrep.trace import Example, as_arguments, computed, shallow_copy, trace
 
 SLACK = 8.0  # rounding errors of two equal models are alike, not equal
 
@@ -122,7 +122,8 @@ def verify(
 
 def _rounded(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """The model with every number off by one rounding in that dtype, up or down."""
-    twin = shallow_copy(model).double()
+    there = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
+    twin = shallow_copy(model).to(precision.exact(there), torch.float64)
     eps = torch.finfo(dtype).eps
     generator = torch.Generator().manual_seed(0)
     for tensor in (*twin.parameters(), *twin.buffers()):
@@ -371,8 +372,9 @@ class _Both:
 
     def __init__(self, merge: Merge, map_: ConvMap) -> None:
         weights = (leaf.weight for leaf in merge.term.leaves())
-        self.device = next((weight.device for weight in weights if weight is not None), map_.kernel.device)
-        self.region, self.layer = _Region(merge), lower(map_, map_.kernel.to(self.device))
+        there = next((weight.device for weight in weights if weight is not None), map_.kernel.device)
+        self.device = precision.exact(there)
+        self.region, self.layer = _Region(merge, self.device), lower(map_, map_.kernel.to(self.device))
         self.map = map_
         self.rank = rank(merge.base)
         self.generator = torch.Generator().manual_seed(0)
@@ -426,8 +428,8 @@ def _sizes(merge: Merge, map_: ConvMap) -> list[tuple[int, ...]]:
 class _Region:
     """The nodes of a merge, as a function in float64."""
 
-    def __init__(self, merge: Merge) -> None:
-        self.merge = merge
+    def __init__(self, merge: Merge, device: torch.device) -> None:
+        self.merge, self.device = merge, device
         self.nodes = sorted(merge.nodes, key=lambda node: node.meta["index"])
         # scales that stand outside the region and are done in it
         self.absorbed = _absorbed(merge)
@@ -444,7 +446,7 @@ class _Region:
 
         def load(node: fx.Node) -> Any:
             if "value" in node.meta:
-                return doubled(held(node))
+                return precision.doubled(held(node))
             if node not in values and counts_sizes(node):
                 values[node] = computed(node, load)
             if node not in values:
@@ -495,7 +497,7 @@ class _Region:
             return None
         module = node.meta["call"].module
         if module not in self.modules:
-            self.modules[module] = shallow_copy(module).double()
+            self.modules[module] = shallow_copy(module).to(self.device, torch.float64)
         return self.modules[module]
 
 

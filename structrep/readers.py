@@ -27,6 +27,7 @@ from torch import Tensor, fx, nn
 from structrep.algebra import Border, ConvMap, Geometry, Ints, Pads, swapped
 from structrep.errors import InvalidReader, Unreadable
 from structrep.layers import Shift
+from structrep.precision import doubled
 from structrep.ranks import argument, rank, spatial_size, torch_name
 
 # --- what reading gives ---------------------------------------------------------------------------
@@ -412,10 +413,10 @@ def norm_layer(
         )
 
     def load(channels: int, dims: int) -> ConvMap:
-        scale = (var.double() + eps).rsqrt()
-        scale = scale if weight is None else weight.detach().double() * scale
-        shift = -mean.double() * scale
-        return ConvMap.scale(scale, shift if bias is None else bias.detach().double() + shift, dims=dims)
+        scale = (doubled(var) + eps).rsqrt()
+        scale = scale if weight is None else doubled(weight) * scale
+        shift = -doubled(mean) * scale
+        return ConvMap.scale(scale, shift if bias is None else doubled(bias) + shift, dims=dims)
 
     layer = diagonal_layer("norm", load, mean.numel(), dims, _count(mean, var, weight, bias))
     return replace(layer, dead=lambda: int((var < eps).sum()))
@@ -583,7 +584,7 @@ def scale_layer(scale: Tensor | float = 1.0, shift: Tensor | float = 0.0) -> Lay
         channels, dims = size, after
 
     def load(c: int, d: int) -> ConvMap:
-        s, t = (constant.detach().double().flatten().expand(c) for constant in constants)
+        s, t = (doubled(constant).flatten().expand(c) for constant in constants)
         return ConvMap.scale(s, t, dims=d)
 
     stored = sum(c.numel() for c in constants if c.numel() > 1)
@@ -877,7 +878,7 @@ def _written_border(pad: fx.Node, sides: Sequence[int]) -> tuple[Tensor | float,
         wide = [axis - first.ndim for axis, size in enumerate(first.shape) if size != 1]
         if wide not in ([], [-dims - 1]):
             return 0.0, ()
-        first = first.detach().double().flatten()
+        first = doubled(first).flatten()
     return first, writes
 
 
@@ -908,7 +909,7 @@ def _spread(node: fx.Node, dim: int) -> tuple[Tensor, int, int] | None:
     spatial = dim % len(sizes) >= 2
     if not spatial or not isinstance(width, int) or width < 1 or wide not in ([], [1 - len(sizes)]):
         return None
-    return value.detach().double().flatten(), width, len(sizes) - 2
+    return doubled(value).flatten(), width, len(sizes) - 2
 
 
 def _border_slice(index: Any, dims: int) -> tuple[int, int, int] | None:
@@ -1241,8 +1242,7 @@ def read_ending(node: fx.Node) -> Layer | None:
         return None
 
     def load(c: int, d: int) -> ConvMap:
-        ones = torch.ones(len(given), dtype=torch.float64, device=given.device)
-        return ConvMap.scale(ones if weight is None else weight.detach().double(), bias, dims=d)
+        return ConvMap.scale(doubled(torch.ones_like(given) if weight is None else weight), bias, dims=d)
 
     kind = "norm" if dims is None else "affine"
     scale = diagonal_layer(kind, load, len(given), dims, _count(weight, bias))

@@ -43,6 +43,7 @@ from structrep.intercept import (
     traced_values_are_tensors,
     unwatched,
 )
+from structrep.precision import doubled
 from structrep.sources import taken_apart, written_first
 from structrep.values import alike, holds_tensor, is_traced, proxies, snapshot
 
@@ -482,13 +483,8 @@ def _nearer(found: Any, stored: Any, given: Iterable[Any]) -> Any:
         return stored
     sizes = [one.detach().abs().max() for one in (found, *given) if isinstance(one, Tensor) and one.numel()]
     rounding = ROUNDINGS * torch.finfo(stored.dtype).eps * max(float(size) for size in sizes)
-    off = float((found.double() - stored.double()).detach().abs().max())
-    return found.double() if off <= rounding else stored
-
-
-def doubled(value: Any) -> Any:
-    """A value in float64, if it is a tensor of floats."""
-    return value.detach().double() if isinstance(value, Tensor) and value.is_floating_point() else value
+    off = float((doubled(found) - doubled(stored)).abs().max())
+    return doubled(found) if off <= rounding else stored
 
 
 def _owner(module: nn.Module) -> Tensor | None:

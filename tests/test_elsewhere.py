@@ -40,6 +40,23 @@ def test_a_rule_s_example(rule, by_default):
         assert relative_error(deploy(x.to(there)).cpu(), truth) < 1e-13
 
 
+@pytest.mark.parametrize("rule", FAMILIES, ids=lambda rule: rule.name)
+def test_a_rule_s_example_on_a_device_without_float64(rule):
+    model = settled(nn.Sequential(rule.example())).float()
+    x = example_input(rule, model).float()
+    expected = structrep.plan(model).apply().state_dict()
+    with elsewhere.device(float64=False) as there:
+        model.to(there)
+        with pytest.raises(TypeError, match="float64"):
+            x.to(there).double()
+        plan = structrep.plan(model)
+        plan.prove()
+        assert [merge.rules for merge in plan.merges] == [(rule.name,)]
+        for key, value in plan.apply().state_dict().items():
+            assert value.device == there
+            assert torch.equal(value.cpu(), expected[key])
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_a_model(name):
     torch.manual_seed(0)
