@@ -28,7 +28,7 @@ from structrep.readers import Layer, counts_sizes, held, lower, only_asserted
 from structrep.registry import COEFFICIENT_ROUNDING
 from structrep.report import BorderRecord, OutputRecord, RegionRecord, Verification
 from structrep.search import Merge
-from structrep.trace import Example, as_arguments, computed, shallow_copy, trace
+from structrep.trace import Example, as_arguments, computed, shallow_copy
 
 SLACK = 8.0  # rounding errors of two equal models are alike, not equal
 
@@ -81,7 +81,7 @@ def verify(
         theirs = [_Run(_rounded(reference, coarsest), example_inputs, noisy)]
         if noisy != exact:
             theirs.append(_Run(reference, example_inputs, noisy))
-        at_truth, at_noise = (_regions(reference, example_inputs, one, merges) for one in (exact, noisy))
+        at_truth, at_noise = (_regions(example_inputs, one, merges) for one in (exact, noisy))
     if not truth.outputs:
         raise BadInput(f"{type(reference).__name__} gives no tensor that could be compared")
     if len(truth.outputs) != len(ours.outputs):
@@ -237,32 +237,39 @@ def inputs_of(model: nn.Module, example_inputs: Example, paths: Collection[str])
     yield from seen.items()
 
 
-def _regions(reference: nn.Module, example_inputs: Example, how: How, merges: Mapping[str, Merge]) -> dict[str, Tensor]:
-    """What the stretches that were merged give as the training-time model runs, by where they were merged, in order."""
+def _regions(example_inputs: Example, how: How, merges: Mapping[str, Merge]) -> dict[str, Tensor]:
+    """What the stretches that were merged give as the training-time model runs, by where they were merged, in order:
+    the plan's own graph is run; none where it was made of other inputs than these."""
     alone = {where: merge for where, merge in merges.items() if not any(one.beside for one in merge.absorbed)}
-    roots = {merge.root.name: where for where, merge in alone.items() if not merge.trace.path}
-    if not roots:
+    roots = {merge.root: where for where, merge in alone.items() if not merge.trace.path}
+    nodes = next((merge.trace.nodes for merge in merges.values() if merge.root in roots), [])
+    given = [leaf for leaf in pytree.tree_leaves(as_arguments(how.inputs(example_inputs))) if isinstance(leaf, Tensor)]
+    places = [node for node in nodes if node.op == "placeholder"]
+    alike = (one.shape[1:] == place.meta.get("shape", one.shape)[1:] for place, one in zip(places, given, strict=False))
+    if not roots or len(places) != len(given) or not all(alike):
         return {}
-    inputs = how.inputs(example_inputs)
-    traced = trace(how.model(reference), inputs)
+    values: dict[fx.Node, Any] = dict(zip(places, given, strict=True))
+    modules: dict[nn.Module, nn.Module] = {}
     found: dict[str, Tensor] = {}
-    values: dict[fx.Node, Any] = {}
-    given = iter([leaf for leaf in pytree.tree_leaves(as_arguments(inputs)) if isinstance(leaf, Tensor)])
 
     def load(node: fx.Node) -> Any:
-        held = node.meta.get("value", node.meta.get("held"))
-        return values[node] if held is None else held
+        if node in values:
+            return values[node]
+        one = held(node) if "value" in node.meta else node.meta["held"]
+        floats = isinstance(one, Tensor) and one.is_floating_point()
+        return one.detach().to(how.device, how.dtype) if floats else one
 
-    with how.running():
-        for node in traced.traces[0].nodes:
-            if node.op == "placeholder":
-                values[node] = next(given)
-            elif node.op not in ("get_attr", "output"):
-                values[node] = computed(node, load)
-                if node.name in roots:
+    with how.running(), contextlib.suppress(Exception):  # a graph may hold for one size of batch alone
+        for node in nodes:
+            if node.op not in ("placeholder", "get_attr", "output") and "value" not in node.meta:
+                module = node.meta["call"].module if node.op == "call_module" else None
+                if module is not None and module not in modules:
+                    modules[module] = how.model(module)
+                values[node] = computed(node, load, None if module is None else modules[module])
+                if node in roots:
                     value = values[node].detach()
-                    scaled = _scaled(value, _behind(merges[roots[node.name]]))
-                    found[roots[node.name]] = scaled.to(value, copy=True)
+                    scaled = _scaled(value, _behind(merges[roots[node]]))
+                    found[roots[node]] = scaled.to(value, copy=True)
             for used in node.all_input_nodes:
                 if list(used.users)[-1] is node:
                     values.pop(used, None)
