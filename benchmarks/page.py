@@ -396,8 +396,8 @@ def growth(record: Any) -> Section:
         "number of blocks, in chains and in trees of modules of 8 channels, and with the number of weights, in one "
         "block that gets wider. The exponent is the slope of log(seconds) over log(size) by least squares, over the "
         "sizes from the largest down to a thirtieth of it: 1 is linear. The row is that of the largest size for which "
-        "there was time. The widest blocks have kernels of 1.2 GB in float64: the slope of their plans, which hold none "
-        "from one to the next, is that of memory that the system hands out page by page.",
+        "there was time. The widest blocks have kernels of 1.2 GB in float64: the slope of their plans, which "
+        "hold none from one to the next, is that of memory that the system hands out page by page.",
         "python -m benchmarks.growth",
         record["machine"],
         [markdown(columns, rows)],
