@@ -36,7 +36,8 @@ def reorder(trace: Trace, done: Set[fx.Node], merges: Merges) -> list[Callable[[
             continue
         additions = list(_additions(root, lambda one: one not in done and _sum_of(one, passed) is not None))
         addends = list(_addends(root, additions))
-        if len(addends) < 3 or _overwritten(addends, additions):
+        repeated = len({*addends}) < len(addends)  # groups are of addends, each of which stands once
+        if len(addends) < 3 or repeated or _overwritten(addends, additions):
             continue
         groups = [some for some in _grouped(addends, lambda some: merges(some, additions)) if len(some) > 1]  # noqa: B023
         written = [{*_addends(addition, additions)} for addition in additions]

@@ -219,6 +219,26 @@ def test_ranks_are_those_of_the_new_order():
     assert relative_error(structrep.reparameterize(model)(x), model(x)) < 1e-13
 
 
+class Repeated(nn.Module):
+    """An addend that stands twice, and another sum that is better in another order."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.c, self.d = conv(), conv(), conv()
+        self.n = nn.Sequential(conv(), nn.ReLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.n(x) + x + x + self.c(x)
+        y = y.relu()
+        return self.a(y) + self.n(y) + self.d(y)
+
+
+def test_an_addend_that_stands_twice_is_added_twice():
+    model = settled(Repeated())
+    x = torch.randn(2, 4, 7, 6, dtype=torch.float64)
+    assert relative_error(structrep.reparameterize(model)(x), model(x)) < 1e-13
+
+
 class Late(nn.Module):
     """The first addition is made before what the others add is."""
 
