@@ -43,22 +43,22 @@ def whole(*, tf32: bool = False) -> Iterator[None]:
 def _tf32(on: bool) -> Iterator[None]:
     matmul: Any = torch.backends.cuda.matmul
     cudnn: Any = torch.backends.cudnn
+    owners: tuple[Any, ...]
+    wanted: bool | str
+    precision = None
     try:
-        before = matmul.allow_tf32, cudnn.allow_tf32
+        name, owners, wanted = "allow_tf32", (matmul, cudnn), on
+        before = [getattr(one, name) for one in owners]
+        precision = torch.get_float32_matmul_precision()  # of which "medium" is not told from "high" by the flag
     except RuntimeError:  # the settings that took their place were used, which cannot be read this way
-        settings = [(one, one.fp32_precision) for one in (matmul, cudnn.conv, cudnn.rnn)]
-        for one, _ in settings:
-            one.fp32_precision = "tf32" if on else "ieee"
-        try:
-            yield
-        finally:
-            for one, precision in settings:
-                one.fp32_precision = precision
-        return
-    precision = torch.get_float32_matmul_precision()  # of which "medium" is not told from "high" by the flag
-    matmul.allow_tf32 = cudnn.allow_tf32 = on
+        name, owners, wanted = "fp32_precision", (matmul, cudnn.conv, cudnn.rnn), "tf32" if on else "ieee"
+        before = [getattr(one, name) for one in owners]
     try:
+        for one in owners:
+            setattr(one, name, wanted)
         yield
     finally:
-        matmul.allow_tf32, cudnn.allow_tf32 = before
-        torch.set_float32_matmul_precision(precision)
+        for one, value in zip(owners, before, strict=True):
+            setattr(one, name, value)
+        if precision is not None:
+            torch.set_float32_matmul_precision(precision)

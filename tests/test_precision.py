@@ -53,6 +53,20 @@ def test_settings_that_torch_does_not_let_be_read_the_old_way(setting: str) -> N
             one.fp32_precision = value
 
 
+@pytest.mark.skipif(not hasattr(CUDNN, "conv"), reason="this torch has the old settings alone")
+@pytest.mark.parametrize("setting", ["bf16", "tf32", "ieee"])
+def test_settings_of_the_cpu(setting: str) -> None:
+    """A plan read the precision of products, which raises once that of the CPU's alone was set."""
+    owner = torch.backends.mkldnn.matmul
+    before = owner.fp32_precision
+    try:
+        owner.fp32_precision = setting
+        assert structrep.plan(settled(nn.Sequential(nn.Conv2d(2, 2, 3), nn.BatchNorm2d(2)))).merges
+        assert owner.fp32_precision == setting
+    finally:
+        owner.fp32_precision = before
+
+
 @pytest.mark.parametrize("name", COMPUTED)
 def test_autocast_changes_nothing(name: str) -> None:
     model = settled(nn.Sequential(default[name].example())).float()
