@@ -166,7 +166,7 @@ def measure(name: str) -> dict[str, Any]:
     }
     if name.startswith("timm:"):
         try:
-            counted = Executed(timm.models.reparameterize_model(model), image)
+            counted = Executed(timm.utils.reparameterize_model(model), image)
         except RuntimeError as error:  # its new layers are float32
             line["timm"] = {"exception": str(error).splitlines()[0][:100]}
         else:

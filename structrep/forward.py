@@ -16,7 +16,7 @@ from typing import Any, cast
 
 import torch
 import torch.utils._pytree as pytree
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from structrep.errors import Unreadable
 from structrep.generated import Method
@@ -214,7 +214,7 @@ class Forward:
         return node in self.env or node.op == "get_attr"
 
     def _load(self, node: fx.Node) -> Any:
-        if "module" in node.meta:
+        if isinstance(node.meta.get("held"), nn.Module):
             return self.graph.get_attr(_ITSELF if node.target == self.call.path else self._relative(str(node.target)))
         if node.op == "get_attr":
             return self._constant(node.meta["value"])

@@ -265,13 +265,12 @@ def _best_order(findings: Findings, one: Trace, registry: Registry) -> tuple[Sea
 
     search, merges = searched()
     undo = search.reorder(merges)
-    if not undo:
+    if undo is None:
         return search, merges
     other, more = anew()
     if taken(more) > taken(merges):
         return other, more
-    for step in reversed(undo):
-        step()
+    undo()
     return anew()
 
 
@@ -367,8 +366,8 @@ class Search:
         self._isolated(covered)
         self.findings.missed += [miss for node, miss in self.missed if node not in covered or self._matters(miss)]
 
-    def reorder(self, merges: list[Merge]) -> list[Callable[[], None]]:
-        """Put sums of which a part would merge into an order in which it does; what undoes it, last first."""
+    def reorder(self, merges: list[Merge]) -> Callable[[], None] | None:
+        """Put sums of which a part would merge into an order in which it does; what undoes it, if there were any."""
         return sums.reorder(self.trace, {node for merge in merges for node in merge.nodes}, self._adds)
 
     def _adds(self, addends: Sequence[fx.Node], additions: Sequence[fx.Node]) -> bool:

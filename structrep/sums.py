@@ -20,8 +20,9 @@ from structrep.values import proxies
 Merges = Callable[[Sequence[fx.Node], Sequence[fx.Node]], bool]
 
 
-def reorder(trace: Trace, done: Set[fx.Node], merges: Merges) -> list[Callable[[], None]]:
-    """Add up first what merges, in every sum of which it is not all; what undoes it, last first.
+def reorder(trace: Trace, done: Set[fx.Node], merges: Merges) -> Callable[[], None] | None:
+    """Add up first what merges, in every sum of which it is not all; what undoes it, or None if no sum has another
+    order.
 
     Args:
         trace: its graph is changed, and the steps of its calls.
@@ -30,7 +31,7 @@ def reorder(trace: Trace, done: Set[fx.Node], merges: Merges) -> list[Callable[[
     """
     passed = {one.node for call in trace.calls for one in proxies((call.args, call.kwargs, call.result))}
     passed |= {node for call in trace.calls for written in call.written for node in written}
-    undo: list[Callable[[], None]] = []
+    steps: list[Callable[[], None]] = []
     for root in trace.nodes:
         if not _is_sum(root) or root in done or _sum_of(root, passed) is not None:
             continue
@@ -46,9 +47,16 @@ def reorder(trace: Trace, done: Set[fx.Node], merges: Merges) -> list[Callable[[
             # What adds up nothing that merges stays: numbers that are no floats may not be added up otherwise.
             additions = [one for one in additions if not merged.isdisjoint(_addends(one, additions))]
             others = [[one] for one in _addends(root, additions) if one not in merged]
-            undo.append(_write(trace, additions, [*groups, *others]))
-    if undo:
+            steps.append(_write(trace, additions, [*groups, *others]))
+    if not steps:
+        return None
+    _place(trace)
+
+    def undo() -> None:
+        for step in reversed(steps):
+            step()
         _place(trace)
+
     return undo
 
 
@@ -128,7 +136,6 @@ def _write(trace: Trace, additions: Sequence[fx.Node], groups: Sequence[Sequence
             one.op, one.target, one.args = op, target, args
             following.prepend(one)
         steps[:] = earlier
-        _place(trace)
 
     return undo
 

@@ -781,7 +781,7 @@ class _Tracer(fx.Tracer):
             return a.node
         if isinstance(a, nn.Module) and a in self.paths:
             held = self.create_node("get_attr", self.paths[a], (), {})
-            held.meta["module"] = held.meta["held"] = a
+            held.meta["held"] = a
             return held
         if not isinstance(a, Tensor):
             made: Any = super().create_arg(a)

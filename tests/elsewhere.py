@@ -15,6 +15,8 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from structrep import precision
+
 DEVICE = torch.device("cuda", 0)
 MOVES = {Tensor.to, Tensor.cpu, Tensor.cuda, Tensor.copy_, Tensor.type_as}
 # What is asked of the tensor itself; a module's `to` parses its arguments for later.
@@ -82,7 +84,7 @@ def _call(func: Any, args: Any, kwargs: Any, *, mode: bool = False) -> Any:
     def placed(one: Any) -> Any:
         if not (isinstance(one, Tensor) and stays):
             return one
-        if _without_float64 and one.dtype is torch.float64:
+        if DEVICE.type in precision.WITHOUT_FLOAT64 and one.dtype is torch.float64:
             raise TypeError("Cannot convert a Tensor to float64 dtype as the device doesn't support float64")
         return next((tensor for tensor in there if tensor.numbers is one), Elsewhere(one))
 
@@ -113,21 +115,16 @@ def _here(one: Any) -> Any:
     return torch.device("cpu") if _is_device(one) else one
 
 
-_without_float64 = False
-
-
 @contextlib.contextmanager
 def device(*, float64: bool = True) -> Iterator[torch.device]:
     """The device, for as long as this lasts, and whether it has float64: Apple's has none."""
-    without = {DEVICE.type} if not float64 else set()
     torch._C._ensureCUDADeviceGuardSet()
     before = torch.__future__.get_overwrite_module_params_on_conversion()
     torch.__future__.set_overwrite_module_params_on_conversion(True)
     try:
         with (
             mock.patch("torch.cuda._lazy_init"),
-            mock.patch(f"{__name__}._without_float64", not float64),
-            mock.patch("structrep.precision.WITHOUT_FLOAT64", without),
+            mock.patch.object(precision, "WITHOUT_FLOAT64", set() if float64 else {DEVICE.type}),
             _Everywhere(),
         ):
             yield DEVICE

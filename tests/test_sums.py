@@ -61,16 +61,25 @@ def test_two_groups_merge_each_for_itself(order):
     assert convolutions(merged(model)) == 2
 
 
-class Skip(nn.Module):
+class Convs(nn.Module):
+    """Convolutions by the letters of `names`."""
+
+    names = ""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in self.names:
+            setattr(self, name, conv())
+
+
+class Skip(Convs):
     """A sum with the input of an earlier block."""
 
-    def __init__(self):
-        super().__init__()
-        self.before, self.one, self.two = conv(), conv(), conv()
+    names = "abc"
 
     def forward(self, x: Tensor) -> Tensor:
-        y = torch.relu(self.before(x))
-        return self.one(y) + x + self.two(y)
+        y = torch.relu(self.a(x))
+        return self.b(y) + x + self.c(y)
 
 
 def test_a_skip_between_two_branches():
@@ -142,10 +151,8 @@ def test_a_block_that_is_run_twice_merges_or_stays_for_both():
     merged(settled(Twice()))
 
 
-class Inner(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.a, self.b, self.c = conv(), conv(), conv()
+class Inner(Convs):
+    names = "abc"
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         partial = self.a(x) + self.b(x).relu()
@@ -168,12 +175,14 @@ def test_a_partial_sum_that_a_block_gives_back_stays_though_nobody_takes_it():
         assert relative_error(found, expected) < 1e-13
 
 
-class Passed(nn.Module):
+class Passed(Convs):
     """A partial sum goes through a module that does nothing in eval mode."""
+
+    names = "ac"
 
     def __init__(self):
         super().__init__()
-        self.a, self.c, self.drop = conv(), conv(), nn.Dropout(0.5)
+        self.drop = nn.Dropout(0.5)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.drop(self.a(x) + x.relu()) + self.c(x)
@@ -183,10 +192,8 @@ def test_what_is_given_to_a_module_stays():
     assert convolutions(merged(settled(Passed()))) == 2
 
 
-class Masks(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.a, self.c = conv(), conv()
+class Masks(Convs):
+    names = "ac"
 
     def forward(self, x: Tensor) -> Tensor:
         return self.a(x) + ((x > 0) + (x > -0.5)) + self.c(x)
@@ -203,10 +210,8 @@ def test_what_is_no_float_is_added_up_as_it_was(kind):
     assert convolutions(merged(settled(kind()))) == 1
 
 
-class Ranks(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.a, self.b = conv(), conv()
+class Ranks(Convs):
+    names = "ab"
 
     def forward(self, x: Tensor) -> Tensor:
         x = x * 2 - 1
@@ -219,12 +224,13 @@ def test_ranks_are_those_of_the_new_order():
     assert relative_error(structrep.reparameterize(model)(x), model(x)) < 1e-13
 
 
-class Repeated(nn.Module):
+class Repeated(Convs):
     """An addend that stands twice, and another sum that is better in another order."""
+
+    names = "acd"
 
     def __init__(self):
         super().__init__()
-        self.a, self.c, self.d = conv(), conv(), conv()
         self.n = nn.Sequential(conv(), nn.ReLU())
 
     def forward(self, x: Tensor) -> Tensor:
@@ -239,12 +245,10 @@ def test_an_addend_that_stands_twice_is_added_twice():
     assert relative_error(structrep.reparameterize(model)(x), model(x)) < 1e-13
 
 
-class Late(nn.Module):
+class Late(Convs):
     """The first addition is made before what the others add is."""
 
-    def __init__(self):
-        super().__init__()
-        self.p, self.q, self.a, self.c = conv(), conv(), conv(), conv()
+    names = "pqac"
 
     def forward(self, x: Tensor) -> Tensor:
         result = x + x.relu()

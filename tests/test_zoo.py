@@ -33,7 +33,7 @@ def test_timm_models_of_the_families_are_left_with_one_conv_a_block(name: str, b
     model = settled(timm.create_model(name))
     image = torch.randn(1, 3, 224, 224, dtype=torch.float64)
     deploy = structrep.reparameterize(model)
-    theirs = timm.models.reparameterize_model(model)
+    theirs = timm.utils.reparameterize_model(model)
     assert count(deploy) == (blocks, 0)
     assert count(theirs)[0] == blocks
     assert additions(deploy) == 0
@@ -61,7 +61,7 @@ def test_the_deploy_model_loads_into_timms_own_deploy_model() -> None:
     """Merged layers are called what timm calls them."""
     model = settled(timm.create_model("repvgg_a0")).float()
     deploy = structrep.reparameterize(model)
-    theirs = timm.models.reparameterize_model(model)
+    theirs = timm.utils.reparameterize_model(model)
     theirs.load_state_dict(deploy.state_dict())
     image = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
