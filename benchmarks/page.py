@@ -344,8 +344,7 @@ def memory(record: Any) -> Section:
         f"was made from given back, before the next: a few of the largest layers, {FEW} at most, not a second model. "
         "Resident memory of a process of its own, by the kernel's record of the most. In it are kernels in float64, "
         "twice their size; up to 32 MiB of merged kernels that are held from the plan until they are placed, so that "
-        "they are not computed twice; and the plan's own objects (3 MiB for ResNet-50, 17 for RepViT-M2.3). A small "
-        "model is above the aim for these alone.",
+        "they are not computed twice; and the plan's own objects. A small model is above the aim for these alone.",
         "python -m benchmarks.memory",
         record["machine"],
         [markdown(columns, rows)],
@@ -494,7 +493,7 @@ def beyond_published(record: Any) -> Section:
         "conversion, after structrep's, and how long a pass of one takes over a pass of the other. It is to be no "
         "longer, up to noise: the lower end of the middle half is at most 1. Where it is a little longer in eager, "
         "that is Python's calls of modules: timm puts a fused layer in the place of a block, structrep leaves the "
-        "block, with the layer in it and an emptied norm: names and keys stay (LeViT-128S: 265 calls beside 166).",
+        "block, with the layer in it and an emptied norm: names and keys stay.",
         "python -m benchmarks.beyond",
         record["machine"],
         [markdown(beyond.COLUMNS, map(beyond.row, rows))],
