@@ -24,9 +24,15 @@ N ?= 1000
 fuzz: .venv/installed-test
 	$(BIN)/python -m tests.fuzz $(N)
 
-# tests/gpu on a CUDA device, in the environment of PYTHON, whose torch is built for it; writes docs/gpu.md
+# tests/gpu on a CUDA device, in the environment of PYTHON, whose torch is built for it: errors in GPU_JOBS processes, then
+# what measures time, alone; writes docs/gpu.md, also of a run that failed
+GPU_JOBS ?= 10
 test-gpu:
-	$(PYTHON) -m pytest tests/gpu --gpu-page
+	rm -rf build/gpu
+	failed=0; \
+	$(PYTHON) -m pytest tests/gpu -m "not alone" -n $(GPU_JOBS) --gpu-results build/gpu || failed=1; \
+	$(PYTHON) -m pytest tests/gpu -m alone --gpu-results build/gpu || failed=1; \
+	$(PYTHON) -m tests.gpu build/gpu && exit $$failed
 
 # the suite on the oldest torch that pyproject.toml allows, in an environment of its own
 test-oldest: .venv-oldest/installed

@@ -1,31 +1,44 @@
-"""`make test-gpu`: the tests of this folder, and a page of what they measured."""
+"""What the tests of this folder measured goes to a folder, row by row: `python -m tests.gpu` makes the page of it."""
 
 from __future__ import annotations
 
+import json
+import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-PAGE = Path(__file__).parents[2] / "docs" / "gpu.md"
+from tests.gpu.near import Error
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", default="cuda", help="where tests/gpu runs; cpu tries the tests themselves")
-    parser.addoption("--gpu-page", action="store_true", help="write docs/gpu.md")
+    parser.addoption("--gpu-results", type=Path, help="a folder for what was measured")
 
 
 @dataclass
-class Measured:
-    """What the tests found, for the page."""
+class Results:
+    """Rows for the page, in a file for each process that finds some."""
 
-    errors: list[tuple[str, str, float, float]] = field(default_factory=list)  # model, how, error, noise
-    latencies: list[tuple[str, str, float, float]] = field(default_factory=list)  # model, how, before, after, in ms
+    folder: Path | None
+
+    def error(self, model: str, how: str, found: Error) -> None:
+        self._add("error", model, how, found.error, found.noise)
+
+    def latency(self, model: str, how: str, before: float, after: float) -> None:
+        """Note medians in milliseconds."""
+        self._add("latency", model, how, before, after)
+
+    def _add(self, *row: str | float) -> None:
+        if self.folder is not None:
+            with (self.folder / f"{os.getpid()}.jsonl").open("a") as file:
+                file.write(json.dumps(row) + "\n")
 
 
 @pytest.fixture(scope="session")
@@ -37,45 +50,21 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 
 @pytest.fixture(scope="session")
-def everything() -> Measured:
-    return Measured()
+def results(request: pytest.FixtureRequest, device: torch.device) -> Results:
+    folder: Path | None = request.config.getoption("--gpu-results")
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "device.json").write_text(json.dumps(described(device)))
+    return Results(folder)
 
 
-@pytest.fixture
-def measured(request: pytest.FixtureRequest, everything: Measured, device: torch.device) -> Iterator[Measured]:
-    """Written down after each test, for a run may be cut short."""
-    yield everything
-    if request.config.getoption("--gpu-page"):
-        PAGE.write_text(page(everything, device))
-
-
-def page(found: Measured, device: torch.device) -> str:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    cudnn = f", cuDNN {torch.backends.cudnn.version()}" if device.type == "cuda" else ""
-    lines = [
-        "# On the GPU",
-        "",
-        f"Written by `make test-gpu` on {name}: torch {torch.__version__}, CUDA {torch.version.cuda}{cudnn}.",
-        "",
-        "## Errors",
-        "",
-        "Largest error of an output, relative to its largest value, against the float64 truth: of the deploy model, "
-        "and of the training-time model by its own rounding in the same dtype. The limit is 8 times the latter.",
-        "",
-        "| model | how | error | noise | ratio |",
-        "| --- | --- | --- | --- | --- |",
-        *(f"| {m} | {how} | {e:.1e} | {n:.1e} | {e / n:.2f} |" for m, how, e, n in found.errors),
-        "",
-        "## Latency",
-        "",
-        "Medians of interleaved runs, in milliseconds, batch of 8.",
-        "",
-        "| model | how | training time | deploy | times faster |",
-        "| --- | --- | --- | --- | --- |",
-        *(f"| {m} | {how} | {a:.3f} | {b:.3f} | {a / b:.2f} |" for m, how, a, b in found.latencies),
-        "",
-    ]
-    return "\n".join(lines)
+def described(device: torch.device) -> str:
+    if device.type != "cuda":
+        return f"{device.type}: torch {torch.__version__}"
+    return (
+        f"{torch.cuda.get_device_name(device)}: torch {torch.__version__}, CUDA {torch.version.cuda}, "
+        f"cuDNN {torch.backends.cudnn.version()}"
+    )
 
 
 @pytest.fixture
