@@ -23,7 +23,8 @@ Record = Callable[[str, Any, tuple[Any, ...], dict[str, Any]], Any]
 
 _SIZED_METHODS = ("expand", "repeat", "tile", "view", "reshape", "broadcast_to", "new_zeros", "new_ones", "new_full",
                   "new_empty")  # fmt: skip
-_SIZED_FACTORIES = ("zeros", "ones", "full", "empty", "arange", "linspace", "eye", "rand", "randn", "broadcast_to")
+_SIZED_FACTORIES = ("zeros", "ones", "full", "empty", "arange", "linspace", "eye", "rand", "randn", "broadcast_to",
+                    "as_tensor", "asarray")  # fmt: skip
 _ENGINE = ("torch.fx", "structrep.", "torch._", "torch.overrides")
 
 
