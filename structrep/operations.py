@@ -60,6 +60,8 @@ _UNSAID_WRITES = {
 _MAKERS = {"activation", "batchnorm", "conv", "instancenorm", "loss", "normalization", "pooling", "rnn", "sparse"}
 # What a tensor tells apart from its numbers and its memory.
 _TOLD = {"shape", "ndim", "dtype", "device", "layout", "requires_grad", "itemsize", "nbytes", "names"}
+_CASTS = {"float", "double", "half", "bfloat16", "int", "long", "short", "char", "byte", "bool", "cfloat", "cdouble"}
+_MORE = ("return_indices", "return_inverse", "return_counts")  # arguments with which a function gives several tensors
 _CHANCE = ("training", "train", "dropout_p", "dropout", "p")  # arguments of 0, with which nothing is drawn
 
 
@@ -208,7 +210,7 @@ def _is_sequence(value: Any) -> bool:
     """Whether a value is several tensors, or may be."""
     if isinstance(value, fx.Node):
         known = value.op in ("call_function", "call_method") and not value.meta.get("unfollowed")
-        return gives(value.target) == "several" if known else bool(value.meta.get("unfollowed"))  # type: ignore[arg-type]
+        return _given(value.target) == "several" if known else bool(value.meta.get("unfollowed"))  # type: ignore[arg-type]
     return isinstance(value, (list, tuple))
 
 
@@ -234,10 +236,19 @@ def moves(target: Target) -> bool:
     return reshapes(target) and name_of(target) in ("set_", "resize_", "resize_as_", "resize_as_sparse_")
 
 
+def gives(target: Target, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
+    """What a call gives: "tensor", "several" of them, "number", or "" where that cannot be told."""
+    given = _named(target, args, kwargs)
+    return "several" if any(given.get(name) for name in _MORE) else _given(target)
+
+
 @functools.cache
-def gives(target: Target) -> str:
-    """What an operation of tensors gives: "tensor", "several" of them, "number", or "" where that may be several."""
-    found = {_kind(overload._schema.returns) for overload in _overloads(target)}
+def _given(target: Target) -> str:
+    overloads = _overloads(target)
+    if not overloads and isinstance(target, FunctionType):
+        hint = str(inspect.signature(target).return_annotation)
+        return "tensor" if hint in ("Tensor", "torch.Tensor", str(torch.Tensor)) else ""
+    found = {_kind(overload._schema.returns) for overload in overloads} or {"tensor" if name_of(target) in _CASTS else ""}
     return found.pop() if len(found) == 1 else ""
 
 

@@ -17,6 +17,7 @@ import functools
 import inspect
 import operator
 import random
+import sys
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
@@ -637,12 +638,12 @@ class _Tracer(fx.Tracer):
         self.called.add(m)
         self.stack.append(call)
         attributes = {} if leaf else snapshot(m.__dict__)
-        drawn = None if leaf else random.getstate()  # a leaf only makes a node
+        drawn = None if leaf else _chance()  # a leaf only makes a node
         try:
             result = run(*args, **kwargs)
             if isinstance(result, Iterator):
                 raise RuntimeError("it gives an iterator, whose code runs later")
-            if not leaf and random.getstate() != drawn:
+            if not leaf and _chance() != drawn:
                 raise RuntimeError("it draws new random numbers at every call")
         except Exception:
             self.stopped = self.stopped or call
@@ -759,8 +760,7 @@ class _Tracer(fx.Tracer):
         node.meta["unfollowed"] = node.target in self.whole or (
             node.op == "call_module"
             and call is not None
-            and type(call.module) in self.opaque
-            and not readers.knows(call.module)
+            and (call.module in self.hooked or (type(call.module) in self.opaque and not readers.knows(call.module)))
         )
         self.count += 1
         for one in operations.writes(node) if not node.meta["unfollowed"] else ():
@@ -841,6 +841,11 @@ class _Proxy(fx.Proxy):
         tracer = self.tracer
         assert isinstance(tracer, _Tracer)
         return tracer.refuse(error)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("data", "real", "imag"):
+            raise self._refuse(RuntimeError(f"it assigns to .{name} of a value that depends on the input"))
+        super().__setattr__(name, value)
 
     def __setitem__(self, index: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
@@ -1019,6 +1024,15 @@ class _Constants(TorchFunctionMode):
                     leaf for leaf in pytree.tree_leaves((origin.args, origin.kwargs)) if isinstance(leaf, Tensor)
                 ]
         return readers.Formula(frozenset(calls), tuple(tensors.values())) if calls else None
+
+
+def _chance() -> tuple[Any, ...]:
+    """The state of Python's own random numbers, and of numpy's."""
+    numpy: Any = sys.modules.get("numpy.random")
+    if numpy is None:
+        return (random.getstate(),)
+    _, keys, *rest = numpy.get_state()
+    return random.getstate(), keys.tobytes(), *rest
 
 
 def storage(tensor: Tensor) -> int:
