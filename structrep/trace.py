@@ -902,10 +902,10 @@ class _Constants(TorchFunctionMode):
         kwargs = kwargs or {}
         if is_traced((args, kwargs)):
             return func(*args, **kwargs)
-        func = unwatched(func)
         if isinstance(func, OpOverload):
             kind, func, args, kwargs = in_torch(func, args, kwargs)
             func = getattr(Tensor, func) if kind == "call_method" else func
+        func = unwatched(func)
         name = getattr(func, "__name__", "")
         self._note_touched(func, pytree.tree_leaves((args, kwargs)))
         if name == "__set__" and id(args[0]) in self.tracer.names:  # `weight.data = ...`, at every call
