@@ -1,10 +1,10 @@
 """What torch's operations do with the memory that they are given, and with chance: asked of their own schemas.
 
-The schema of an ATen operator says which arguments it writes to and which of them its result may look at; a tag says that
-it draws random numbers. What has no such words is listed here:
+The schema of an ATen operator says which arguments it writes to and which of them its result may look at; a tag says
+that it draws random numbers. What has no such words is listed here:
 
-* composite operators, and functions in Python: some give back what they were given (`dropout`, `einsum`, `type_as`). They
-  may, unless `COPIES` has their name: one that is missing there costs a merge, and never makes a wrong one.
+* composite operators, and functions in Python: some give back what they were given (`dropout`, `einsum`, `type_as`).
+  They may, unless `COPIES` has their name: one that is missing there costs a merge, and never makes a wrong one.
 * what writes without a word: running statistics, embeddings that are renormed as they are looked up.
 * modules, by the file of torch that they are from.
 
@@ -210,7 +210,7 @@ def _is_sequence(value: Any) -> bool:
     """Whether a value is several tensors, or may be."""
     if isinstance(value, fx.Node):
         known = value.op in ("call_function", "call_method") and not value.meta.get("unfollowed")
-        return _given(value.target) == "several" if known else bool(value.meta.get("unfollowed"))  # type: ignore[arg-type]
+        return _given(value.target) == "several" if known else bool(value.meta.get("unfollowed"))
     return isinstance(value, (list, tuple))
 
 
@@ -248,7 +248,9 @@ def _given(target: Target) -> str:
     if not overloads and isinstance(target, FunctionType):
         hint = str(inspect.signature(target).return_annotation)
         return "tensor" if hint in ("Tensor", "torch.Tensor", str(torch.Tensor)) else ""
-    found = {_kind(overload._schema.returns) for overload in overloads} or {"tensor" if name_of(target) in _CASTS else ""}
+    found = {_kind(overload._schema.returns) for overload in overloads} or {
+        "tensor" if name_of(target) in _CASTS else ""
+    }
     return found.pop() if len(found) == 1 else ""
 
 
@@ -268,7 +270,7 @@ def writes(node: fx.Node) -> set[fx.Node]:
         in_place = getattr(node.meta["call"].module, "inplace", False)
         found = _first(node.args, node.kwargs) if in_place else []
     else:
-        found = written(node.target, node.args, node.kwargs) if node.op.startswith("call") else []  # type: ignore[arg-type]
+        found = written(node.target, node.args, node.kwargs) if node.op.startswith("call") else []
     return _nodes([*found, *(node.all_input_nodes if node.meta.get("unfollowed") else ())])
 
 
@@ -279,7 +281,7 @@ def shares(node: fx.Node) -> set[fx.Node]:
         return inputs
     if node.op == "call_module":
         return writes(node) if _makes(node.meta["call"].module) else inputs
-    return _nodes(shared(node.target, node.args, node.kwargs)) if node.op.startswith("call") else set()  # type: ignore[arg-type]
+    return _nodes(shared(node.target, node.args, node.kwargs)) if node.op.startswith("call") else set()
 
 
 def _nodes(values: list[Any]) -> set[fx.Node]:

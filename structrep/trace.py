@@ -32,18 +32,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.proxy import TraceError
 from torch.overrides import TorchFunctionMode
 
-from structrep import operations, readers
+from structrep import operations, process, readers
 from structrep.algebra import ConvMap
 from structrep.answers import length, spared
 from structrep.aten import in_torch
 from structrep.errors import BadInput, StructrepError, Untraceable, said
-from structrep.intercept import (
-    kept_whole,
-    stopping_function,
-    traced_sizes,
-    traced_values_are_tensors,
-    unwatched,
-)
+from structrep.intercept import keep_whole, show_tensors, stopping_function, take_traced_sizes, unwatched
 from structrep.precision import doubled
 from structrep.sources import taken_apart, written_first
 from structrep.values import alike, holds_tensor, is_traced, proxies, snapshot
@@ -163,6 +157,13 @@ def trace(
     Raises:
         BadInput: the model rejects the example inputs.
     """
+    with process.alone():
+        return _trace(model, example_inputs, probed, layers)
+
+
+def _trace(
+    model: nn.Module, example_inputs: Example | None, probed: Mapping[str, ConvMap] | None, layers: Iterable[str]
+) -> Traced:
     twin = shallow_copy(model)
     for path, map_ in (probed or {}).items():
         twin.get_submodule(path).__dict__[readers.PROBED] = map_
@@ -490,7 +491,7 @@ class _Root(nn.Module):
     def forward(self) -> None: ...
 
 
-class _Tracer(fx.Tracer):
+class _Tracer(process.Tracer):
     def __init__(
         self,
         module: nn.Module,
@@ -560,7 +561,7 @@ class _Tracer(fx.Tracer):
 
     # --- torch.fx's hooks --------------------------------------------------------------------------------------------
 
-    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
+    def arguments_of(self, root_fn: Any, is_module: bool, concrete_args: Any) -> tuple[Any, list[Any]]:
         args, kwargs = pytree.tree_map(
             lambda leaf: self.create_proxy("placeholder", leaf.name, (), {}) if isinstance(leaf, _Slot) else leaf,
             self.arguments,
@@ -591,13 +592,10 @@ class _Tracer(fx.Tracer):
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
         """All that has to be watched or changed while the trace runs."""
-        with (
-            self.watched_methods(),
-            traced_sizes(self.create_proxy),
-            kept_whole(self.whole, self.create_proxy),
-            traced_values_are_tensors(self.module),
-            self.constants,
-        ):
+        with self.watched_methods(), process.alone(), self.constants:
+            take_traced_sizes(self.create_proxy)
+            keep_whole(self.whole, self.create_proxy)
+            show_tensors(self.module)
             yield
 
     @contextlib.contextmanager

@@ -116,7 +116,7 @@ def _stand_in(node: fx.Node) -> Any:
     if not node.op.startswith("call") or name == "getitem":
         return _PROBE
     if getattr(node.target, "__module__", None) != "_operator":
-        kind = operations.gives(node.target, node.args, node.kwargs)  # type: ignore[arg-type]
+        kind = operations.gives(node.target, node.args, node.kwargs)
         if kind not in ("tensor", "several"):
             raise Unknown(f"what {name or node.target} gives")
         return () if kind == "several" else _PROBE

@@ -1,15 +1,13 @@
 """What torch's operations do with memory and chance: the table against the schemas, and against what they are seen to do."""
 
 import inspect
-import operator
 import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.testing._internal.common_methods_invocations import op_db
-from torch.testing._internal.common_modules import module_db
 from torch.utils import _pytree as pytree
 
 from structrep import operations
@@ -75,7 +73,9 @@ def seen(target, call, args, kwargs):
     shared = storages(operations.shared(target, args, kwargs))
     written = {id(one) for one in operations.written(target, args, kwargs)}
     given = storages(result) & storages(leaves) - shared
-    wrote = [one for one, version in zip(leaves, before, strict=True) if one._version != version and id(one) not in written]
+    wrote = [
+        one for one, version in zip(leaves, before, strict=True) if one._version != version and id(one) not in written
+    ]
     return given, wrote
 
 
@@ -89,7 +89,9 @@ def test_what_operators_are_seen_to_do_the_table_says():
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         for info in op_db:
-            dtype = next((d for d in (torch.float32, torch.int64, torch.complex64, torch.bool) if d in info.dtypes), None)
+            dtype = next(
+                (d for d in (torch.float32, torch.int64, torch.complex64, torch.bool) if d in info.dtypes), None
+            )
             if dtype is None:
                 continue
             try:
