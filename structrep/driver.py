@@ -8,10 +8,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import nn
 
-from structrep import precision, search
+from structrep import precision, process, search
 from structrep.algebra import ConvMap
 from structrep.drawing import Drawing
 from structrep.errors import BadInput, Refusal, Slower, StructrepError, Unmerged, VerificationError, listed
@@ -117,7 +116,7 @@ class Plan:
     def prove(self) -> None:
         """Prove every merge on its own region in float64; one that fails is taken out, and listed as refused."""
         wrong: dict[Merge, Refusal] = {}
-        with torch.random.fork_rng(devices=[]), precision.whole():
+        with process.same_chance(), precision.whole():
             for merge in self._draft.merges:
                 try:
                     prove(merge)
@@ -157,7 +156,8 @@ class Plan:
             )
         self._applied = inplace
         model = self._model if inplace else own_copy(self._model)
-        deploy = self._draft.apply(model, release=inplace)
+        with process.alone():  # a draft has one model at a time
+            deploy = self._draft.apply(model, release=inplace)
         if self._findings.blocks:
             give_norms_back(deploy)
         else:
@@ -322,12 +322,12 @@ def _plan(
         raise BadInput(
             "norms='keep' gives back a model that structrep.expand has made, and in this one is no such block"
         )
-    with torch.random.fork_rng(devices=[]), precision.whole():  # a forward may draw numbers
+    with process.same_chance(), precision.whole():  # a forward may draw numbers
         found = search.find(model, example_inputs, registry, _globs(inexact_borders), maps, refused, blocks)
     planned = Plan(model, found, _globs(reserve), measured)
     if example_inputs is None or measured is None:
         return planned
-    with torch.random.fork_rng(devices=[]):
+    with process.same_chance():
         return planned.faster(example_inputs)
 
 

@@ -20,7 +20,8 @@ from torch import Tensor, fx, nn
 
 from structrep.errors import Unreadable
 from structrep.generated import Method
-from structrep.readers import Layer, Same, aliases, asks_kind, counts_sizes, mutates, only_asserted, read_node, writers
+from structrep.operations import writes
+from structrep.readers import Layer, Same, aliases, asks_kind, counts_sizes, only_asserted, read_node, writers
 from structrep.trace import Call, Traced, storage
 from structrep.values import is_traced
 
@@ -172,7 +173,7 @@ class Forward:
         reading = read_node(node)
         if not isinstance(reading, Same):
             return None
-        if mutates(node) is reading.source:
+        if reading.source in writes(node):
             return reading.source
         # An operation that changes nothing still gives a value of its own, and either may be written to.
         same = aliases(node) | aliases(reading.source)

@@ -15,6 +15,8 @@ from typing import Any
 
 from torch import fx, nn
 
+from structrep.process import Tracer
+
 
 @dataclass(frozen=True)
 class Method:
@@ -61,7 +63,7 @@ def generated_class(base: type[nn.Module], methods: tuple[Method, ...]) -> type[
 
         digest = hashlib.sha256("".join(m.source for m in methods).encode()).hexdigest()[:12]
         body = {m.name: m.compile(f"<reparameterized {base.__qualname__}.{m.name} {digest}>") for m in methods}
-        _CLASSES[key] = type(
+        made = type(
             base.__name__,
             (base,),
             {
@@ -74,10 +76,11 @@ def generated_class(base: type[nn.Module], methods: tuple[Method, ...]) -> type[
                 "__structrep_methods__": methods,
             },
         )
+        _CLASSES.setdefault(key, made)  # another thread may have been faster
     return _CLASSES[key]
 
 
-class _Whole(fx.Tracer):
+class _Whole(Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
 

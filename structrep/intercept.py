@@ -7,8 +7,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from types import FunctionType, ModuleType, TracebackType
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
+from structrep import process
 from structrep.sources import gives_something, reads_settings_only
 from structrep.values import Unknown, is_traced, proxies, stand_in
 
@@ -23,31 +23,30 @@ Record = Callable[[str, Any, tuple[Any, ...], dict[str, Any]], Any]
 
 _SIZED_METHODS = ("expand", "repeat", "tile", "view", "reshape", "broadcast_to", "new_zeros", "new_ones", "new_full",
                   "new_empty")  # fmt: skip
-_SIZED_FACTORIES = ("zeros", "ones", "full", "empty", "arange", "linspace", "eye", "rand", "randn", "broadcast_to")
+_SIZED_FACTORIES = ("zeros", "ones", "full", "empty", "arange", "linspace", "eye", "rand", "randn", "broadcast_to",
+                    "as_tensor", "asarray")  # fmt: skip
 _ENGINE = ("torch.fx", "structrep.", "torch._", "torch.overrides")
 
 
-@contextlib.contextmanager
-def kept_whole(functions: Iterable[FunctionType], record: Record) -> Iterator[None]:
-    """Calls of these functions on traced values become single nodes, whatever name they are called by.
+def keep_whole(functions: Iterable[FunctionType], record: Record) -> None:
+    """Make single nodes of the calls of these functions on traced values, whatever name they are called by.
 
-    The code of each is exchanged for as long as the trace runs: a function may be known by any name in any module.
+    The code of each is exchanged for as long as the process is ours: a function may be known by any name in any module.
     """
-    with contextlib.ExitStack() as stack:
-        for function in functions:
-            stack.enter_context(_exchanged(function, record))
-        yield
+    for function in functions:
+        hook = _hook(function, record)
+        # the code last, and put back first: whoever calls it meanwhile finds a code and what it needs
+        process.change(function, "__kwdefaults__", {**(function.__kwdefaults__ or {}), "_hook": hook})
+        process.change(function, "__code__", _forwards.__code__)
 
 
 def _forwards(*args: Any, _hook: Any, **kwargs: Any) -> Any:
     return _hook(*args, **kwargs)
 
 
-@contextlib.contextmanager
-def _exchanged(function: FunctionType, record: Record) -> Iterator[None]:
-    code, defaults = function.__code__, function.__kwdefaults__
-    original = FunctionType(code, function.__globals__, function.__name__, function.__defaults__)
-    original.__kwdefaults__ = defaults
+def _hook(function: FunctionType, record: Record) -> Callable[..., Any]:
+    original = FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__)
+    original.__kwdefaults__ = function.__kwdefaults__
     something = gives_something(original)
 
     def hook(*args: Any, **kwargs: Any) -> Any:
@@ -63,11 +62,7 @@ def _exchanged(function: FunctionType, record: Record) -> Iterator[None]:
                 raise RuntimeError(f"{function.__name__} is given a module, which it may run")
         return record("call_function", function, args, kwargs)
 
-    function.__code__, function.__kwdefaults__ = _forwards.__code__, {"_hook": hook}
-    try:
-        yield
-    finally:
-        function.__code__, function.__kwdefaults__ = code, defaults
+    return process.here(hook, original)
 
 
 def stopping_function(traceback: TracebackType | None, outermost: Callable[..., Any]) -> FunctionType | None:
@@ -97,16 +92,13 @@ def _holds_values(container: Any) -> bool:
     return False
 
 
-@contextlib.contextmanager
-def traced_sizes(record: Record) -> Iterator[None]:
-    """Real tensors and factories take traced sizes: such a call becomes a node."""
-    with contextlib.ExitStack() as stack:
-        for name in _SIZED_METHODS:
-            stack.enter_context(_patched(Tensor, name, _sized(getattr(Tensor, name), "call_method", name, record)))
-        for name in _SIZED_FACTORIES:
-            factory = getattr(torch, name)
-            stack.enter_context(_patched(torch, name, _sized(factory, "call_function", factory, record)))
-        yield
+def take_traced_sizes(record: Record) -> None:
+    """Make real tensors and factories take traced sizes: such a call becomes a node."""
+    for name in _SIZED_METHODS:
+        process.change(Tensor, name, _sized(getattr(Tensor, name), "call_method", name, record))
+    for name in _SIZED_FACTORIES:
+        factory = getattr(torch, name)
+        process.change(torch, name, _sized(factory, "call_function", factory, record))
 
 
 def _sized(function: Callable[..., Any], kind: str, target: Any, record: Record) -> Callable[..., Any]:
@@ -115,18 +107,18 @@ def _sized(function: Callable[..., Any], kind: str, target: Any, record: Record)
             return record(kind, target, args, kwargs)
         return function(*args, **kwargs)
 
-    call.__dict__["watched"] = function
-    return call
+    watching = process.here(call, function)
+    watching.__dict__["watched"] = function
+    return watching
 
 
 def unwatched(function: Callable[..., Any]) -> Callable[..., Any]:
-    """What a function is outside of `traced_sizes`: torch itself looks up a tensor's methods, and finds these."""
+    """What a function is outside of `take_traced_sizes`: torch itself looks up a tensor's methods, and finds these."""
     found: Callable[..., Any] = getattr(function, "watched", function)
     return found
 
 
-@contextlib.contextmanager
-def traced_values_are_tensors(model: nn.Module) -> Iterator[None]:
+def show_tensors(model: nn.Module) -> None:
     """Make type questions of a model's code see traced values as what they stand for.
 
     `isinstance` is shadowed in the namespaces of that code alone: torch's own code has to see proxies.
@@ -143,15 +135,10 @@ def traced_values_are_tensors(model: nn.Module) -> Iterator[None]:
     def is_tensor(value: Any) -> bool:
         return is_instance(value, Tensor)
 
-    spaces = [space for space in _namespaces(model) if "isinstance" not in space]
-    for space in spaces:
-        space["isinstance"] = is_instance
-    try:
-        with _patched(torch, "is_tensor", is_tensor):
-            yield
-    finally:
-        for space in spaces:
-            space.pop("isinstance", None)
+    for space in _namespaces(model):
+        if "isinstance" not in space:
+            process.change(space, "isinstance", is_instance)
+    process.change(torch, "is_tensor", is_tensor)
 
 
 def _namespaces(model: nn.Module) -> list[dict[str, Any]]:
@@ -167,17 +154,3 @@ def _namespaces(model: nn.Module) -> list[dict[str, Any]]:
                     if isinstance(one, (FunctionType, ModuleType)) and isinstance(inner, dict):
                         found[id(inner)] = inner
     return [s for s in found.values() if not str(s.get("__name__", "")).startswith(("torch.", "structrep."))]
-
-
-@contextlib.contextmanager
-def _patched(owner: Any, name: str, value: Any) -> Iterator[None]:
-    own = name in vars(owner)
-    before = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        if own:
-            setattr(owner, name, before)
-        else:
-            delattr(owner, name)

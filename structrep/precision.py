@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from structrep import process
 
 WITHOUT_FLOAT64 = {"mps"}  # devices
 
@@ -35,30 +38,20 @@ def whole(*, tf32: bool = False) -> Iterator[None]:
         for device in ("cpu", "cuda"):
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
-        stack.enter_context(_tf32(tf32))
+        stack.enter_context(process.alone())
+        _set_tf32(tf32)
         yield
 
 
-@contextlib.contextmanager
-def _tf32(on: bool) -> Iterator[None]:
+def _set_tf32(on: bool) -> None:
     matmul: Any = torch.backends.cuda.matmul
     cudnn: Any = torch.backends.cudnn
-    owners: tuple[Any, ...]
-    wanted: bool | str
-    precision = None
     try:
-        name, owners, wanted = "allow_tf32", (matmul, cudnn), on
-        before = [getattr(one, name) for one in owners]
-        precision = torch.get_float32_matmul_precision()  # of which "medium" is not told from "high" by the flag
+        # of which "medium" is not told from "high" by the flag
+        process.afterwards(functools.partial(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision()))
+        for owner in (matmul, cudnn):
+            process.keep(owner, "allow_tf32")
+        matmul.allow_tf32 = cudnn.allow_tf32 = on
     except RuntimeError:  # the settings that took their place were used, which cannot be read this way
-        name, owners, wanted = "fp32_precision", (matmul, cudnn.conv, cudnn.rnn), "tf32" if on else "ieee"
-        before = [getattr(one, name) for one in owners]
-    try:
-        for one in owners:
-            setattr(one, name, wanted)
-        yield
-    finally:
-        for one, value in zip(owners, before, strict=True):
-            setattr(one, name, value)
-        if precision is not None:
-            torch.set_float32_matmul_precision(precision)
+        for owner in (matmul, cudnn.conv, cudnn.rnn):
+            process.change(owner, "fp32_precision", "tf32" if on else "ieee")

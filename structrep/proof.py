@@ -17,7 +17,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
-from structrep import precision
+from structrep import precision, process
 from structrep.absorb import Absorption
 from structrep.algebra import ConvMap
 from structrep.errors import BadInput, WrongMerge
@@ -174,7 +174,7 @@ class How:
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
         cast = torch.autocast(self.device.type, self.autocast) if self.autocast else contextlib.nullcontext()
-        with torch.no_grad(), torch.random.fork_rng(), cast:
+        with torch.no_grad(), process.same_chance(cuda=True), cast:
             torch.manual_seed(self.seed)
             yield
 

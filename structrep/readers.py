@@ -27,6 +27,7 @@ from torch import Tensor, fx, nn
 from structrep.algebra import Border, ConvMap, Geometry, Ints, Pads, swapped
 from structrep.errors import InvalidReader, Unreadable
 from structrep.layers import Shift
+from structrep.operations import shares, writes
 from structrep.precision import doubled
 from structrep.ranks import argument, rank, spatial_size, torch_name
 
@@ -647,9 +648,9 @@ def _within(scale: Layer, most: int) -> Layer:
 
 
 def constant(value: Any) -> Tensor | float | None:
-    """The number or tensor that an argument is, if it does not depend on the input."""
+    """The number or tensor that an argument is, if it does not depend on the input, nor on how often it was asked."""
     if isinstance(value, fx.Node):
-        value = value.meta.get("value")
+        value = value.meta.get("value") if not value.meta.get("unsteady") else None
         if isinstance(value, Tensor):
             return value
     return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
@@ -660,7 +661,8 @@ def exact(value: Any) -> Tensor | float | None:
     a border by so much is another one."""
     if isinstance(value, fx.Node) and "recompute" in value.meta and "exact" not in value.meta:
         value.meta["exact"] = value.meta["recompute"]()
-    return held(value) if isinstance(value, fx.Node) and "exact" in value.meta else constant(value)
+    known = constant(value)
+    return held(value) if known is not None and isinstance(value, fx.Node) and "exact" in value.meta else known
 
 
 def held(node: fx.Node) -> Any:
@@ -1251,98 +1253,29 @@ def read_ending(node: fx.Node) -> Layer | None:
 
 # --- what reads without computing -----------------------------------------------------------------
 
-AUGMENTED = (
-    operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod, operator.ipow,
-    operator.iand, operator.ior, operator.ixor,
-)  # fmt: skip
-
-
-def mutates(node: fx.Node) -> fx.Node | None:
-    """The input that a node overwrites in place, if any."""
-    target = None
-    if isinstance(node.kwargs.get("out"), fx.Node):
-        return node.kwargs["out"]  # type: ignore[return-value]
-    if node.op == "call_module":
-        target = node.args[0] if getattr(node.meta["call"].module, "inplace", False) and node.args else None
-    elif node.op == "call_method":
-        name = str(node.target)
-        target = node.args[0] if (name.endswith("_") and not name.endswith("__")) or name.startswith("__i") else None
-    elif node.op == "call_function":
-        name = getattr(node.target, "__name__", "")
-        in_place = (
-            node.target in (*AUGMENTED, operator.setitem)
-            or node.kwargs.get("inplace") is True
-            or (name.endswith("_") and not name.endswith("__"))
-        )
-        in_place = in_place or (len(node.args) > 1 and node.args[-1] is True and name in _INPLACE_ARGUMENT)
-        target = node.args[0] if in_place and node.args else None
-    return target if isinstance(target, fx.Node) else None
-
-
-_INPLACE_ARGUMENT = {
-    "relu",
-    "relu6",
-    "hardswish",
-    "hardsigmoid",
-    "silu",
-    "mish",
-    "leaky_relu",
-    "elu",
-    "celu",
-    "selu",
-    "hardtanh",
-}
 _QUERIES = {"shape", "ndim", "dtype", "device", "is_cuda", "size", "dim", "numel", "is_floating_point"}
 
 
 def aliases(node: fx.Node) -> set[fx.Node]:
     """A node and all values that may look at the same memory: those made of it, and those of what it was made of."""
-    while (source := _viewed(node)) is not None:
-        node = source
     found, pending = {node}, [node]
+    while pending:  # what it may look at
+        sources = {one for one in shares(pending.pop()) if "value" not in one.meta} - found
+        found |= sources
+        pending += sources
+    pending = list(found)
     while pending:
-        for user in pending.pop().users:
-            views = _is_view(user)
-            if user not in found and (views or mutates(user) in found):
-                found.add(user)
-                pending.append(user)
+        one = pending.pop()
+        views = {user for user in one.users if one in shares(user)} - found
+        found |= views
+        pending += views
     return found
 
 
 def writers(same: set[fx.Node]) -> set[fx.Node]:
-    """What overwrites one of some values, or may: what could not be followed may write to what it is given."""
+    """What overwrites one of some values, or may."""
     users = {user for alias in same for user in alias.users}
-    return {user for user in users if mutates(user) in same or user.meta["unfollowed"]}
-
-
-def _is_view(node: fx.Node) -> bool:
-    """Whether a node may give memory that it was given."""
-    if node.meta.get("unfollowed"):
-        return True
-    if node.target is F.pad:
-        sides = argument(node, 1, "pad")
-        return not (_are_ints(sides) and any(sides))  # a pad of something is a copy
-    if node.op == "call_module":
-        return isinstance(node.meta["call"].module, (*_IDENTITIES, nn.Flatten, nn.Unflatten))
-    return torch_name(node).strip("_") in _VIEWS
-
-
-def _viewed(node: fx.Node) -> fx.Node | None:
-    """What a view is of."""
-    return next((n for n in node.all_input_nodes if "value" not in n.meta), None) if _is_view(node) else None
-
-
-_VIEWS = {
-    *("view", "reshape", "flatten", "unflatten", "transpose", "permute", "squeeze", "unsqueeze", "expand", "expand_as"),
-    *("getitem", "chunk", "split", "unbind", "narrow", "select", "detach", "contiguous", "view_as", "reshape_as", "to"),
-    *("type_as", "pos", "einsum", "unfold", "swapdims", "ravel", "moveaxis", "as_strided", "atleast_1d", "atleast_2d"),
-    *("atleast_3d", "broadcast_to", "broadcast_tensors", "cpu", "cuda", "alpha_dropout", "feature_dropout", "conj"),
-    *("feature_alpha_dropout", "dropout1d", "dropout2d", "dropout3d", "resolve_conj", "resolve_neg", "adjoint"),
-    *("split_with_sizes", "hsplit", "vsplit", "dsplit", "tensor_split", "unsafe_chunk", "unsafe_split", "sum_to_size"),
-    *("view_as_real", "view_as_complex", "real", "imag", "pixel_shuffle", "pad", "requires_grad", "bfloat16"),
-    *("H", "mH"),
-    *("dropout", "type", "float", "double", "half", "swapaxes", "movedim", "T", "mT", "data", "getattr", "diagonal"),
-}
+    return {user for user in users if not writes(user).isdisjoint(same)}
 
 
 def asks_shape(node: fx.Node) -> bool:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
+from structrep import process
 from structrep.driver import Plan, plan
 from structrep.errors import BrokenRule, TrainingMode
 from structrep.pattern import geometry
@@ -89,7 +90,7 @@ def _broken(rule: Rule, what: str) -> BrokenRule:
 
 def _settled(rule: Rule, make: Callable[[], nn.Module], seed: int) -> nn.Module:
     """A module in a sequence, in float64 and eval mode, with weights as training leaves them."""
-    with torch.random.fork_rng():
+    with process.same_chance(cuda=True):
         torch.manual_seed(seed)
         try:
             module = make()

@@ -17,6 +17,7 @@ import functools
 import inspect
 import operator
 import random
+import sys
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
@@ -31,41 +32,17 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.proxy import TraceError
 from torch.overrides import TorchFunctionMode
 
-from structrep import readers
+from structrep import operations, process, readers
 from structrep.algebra import ConvMap
 from structrep.answers import length, spared
 from structrep.aten import in_torch
 from structrep.errors import BadInput, StructrepError, Untraceable, said
-from structrep.intercept import (
-    kept_whole,
-    stopping_function,
-    traced_sizes,
-    traced_values_are_tensors,
-    unwatched,
-)
+from structrep.intercept import keep_whole, show_tensors, stopping_function, take_traced_sizes, unwatched
 from structrep.precision import doubled
 from structrep.sources import taken_apart, written_first
 from structrep.values import alike, holds_tensor, is_traced, proxies, snapshot
 
 Example = Tensor | tuple[Any, ...] | Mapping[str, Any]
-
-RANDOM = {
-    "rand",
-    "randn",
-    "randint",
-    "randperm",
-    "rand_like",
-    "randn_like",
-    "randint_like",
-    "bernoulli",
-    "multinomial",
-    "normal",
-}
-
-IN_PLACE = {
-    "__setitem__",
-    *(f"__i{op}__" for op in ("add", "sub", "mul", "truediv", "floordiv", "pow", "and", "or", "xor")),
-}
 
 
 @dataclass(eq=False)
@@ -180,6 +157,13 @@ def trace(
     Raises:
         BadInput: the model rejects the example inputs.
     """
+    with process.alone():
+        return _trace(model, example_inputs, probed, layers)
+
+
+def _trace(
+    model: nn.Module, example_inputs: Example | None, probed: Mapping[str, ConvMap] | None, layers: Iterable[str]
+) -> Traced:
     twin = shallow_copy(model)
     for path, map_ in (probed or {}).items():
         twin.get_submodule(path).__dict__[readers.PROBED] = map_
@@ -431,7 +415,12 @@ def _fold_constants(tracer: _Tracer) -> None:
     `torch.eye(n, device=x.device)` is a constant; inputs are taken to be where the parameters are, and of their dtype.
     """
     owner = _owner(tracer.module)
+    unsteady = tracer.constants.unsteady
     for node in tracer.graph.nodes:
+        if node.op == "get_attr" and isinstance(node.meta.get("value"), Tensor):
+            formula = node.meta.get("formula")
+            made = (node.meta["value"], *(formula.tensors if formula else ()))
+            node.meta["unsteady"] = not unsteady.isdisjoint(map(storage, made))
         if node.op not in ("call_function", "call_method"):
             continue
         if readers.asks_kind(node):
@@ -442,7 +431,7 @@ def _fold_constants(tracer: _Tracer) -> None:
         if not inputs or not all("value" in n.meta for n in inputs):
             continue
         name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-        if name in RANDOM or _in_place(str(name)):
+        if operations.draws(node.target, node.args, node.kwargs) or operations.writes(node):
             continue
         drawn = torch.get_rng_state()
         with torch.no_grad(), contextlib.suppress(Exception):
@@ -450,6 +439,7 @@ def _fold_constants(tracer: _Tracer) -> None:
             if not torch.equal(drawn, torch.get_rng_state()):
                 continue  # other numbers at every call
             node.meta["value"] = value
+            node.meta["unsteady"] = any(n.meta.get("unsteady") for n in inputs)
             node.meta["recompute"] = functools.partial(_recomputed, node)
             formulas = [n.meta["formula"] for n in inputs if n.meta.get("formula")]
             stored = [n.meta["value"] for n in inputs if n.op == "get_attr" and "formula" not in n.meta]
@@ -501,7 +491,7 @@ class _Root(nn.Module):
     def forward(self) -> None: ...
 
 
-class _Tracer(fx.Tracer):
+class _Tracer(process.Tracer):
     def __init__(
         self,
         module: nn.Module,
@@ -571,7 +561,7 @@ class _Tracer(fx.Tracer):
 
     # --- torch.fx's hooks --------------------------------------------------------------------------------------------
 
-    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
+    def arguments_of(self, root_fn: Any, is_module: bool, concrete_args: Any) -> tuple[Any, list[Any]]:
         args, kwargs = pytree.tree_map(
             lambda leaf: self.create_proxy("placeholder", leaf.name, (), {}) if isinstance(leaf, _Slot) else leaf,
             self.arguments,
@@ -602,13 +592,10 @@ class _Tracer(fx.Tracer):
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
         """All that has to be watched or changed while the trace runs."""
-        with (
-            self.watched_methods(),
-            traced_sizes(self.create_proxy),
-            kept_whole(self.whole, self.create_proxy),
-            traced_values_are_tensors(self.module),
-            self.constants,
-        ):
+        with self.watched_methods(), process.alone(), self.constants:
+            take_traced_sizes(self.create_proxy)
+            keep_whole(self.whole, self.create_proxy)
+            show_tensors(self.module)
             yield
 
     @contextlib.contextmanager
@@ -649,12 +636,12 @@ class _Tracer(fx.Tracer):
         self.called.add(m)
         self.stack.append(call)
         attributes = {} if leaf else snapshot(m.__dict__)
-        drawn = None if leaf else random.getstate()  # a leaf only makes a node
+        drawn = None if leaf else _chance()  # a leaf only makes a node
         try:
             result = run(*args, **kwargs)
             if isinstance(result, Iterator):
                 raise RuntimeError("it gives an iterator, whose code runs later")
-            if not leaf and random.getstate() != drawn:
+            if not leaf and _chance() != drawn:
                 raise RuntimeError("it draws new random numbers at every call")
         except Exception:
             self.stopped = self.stopped or call
@@ -756,7 +743,12 @@ class _Tracer(fx.Tracer):
     ) -> fx.Proxy:
         if isinstance(target, OpOverload):
             kind, target, args, kwargs = in_torch(target, args, kwargs)
-        return super().create_proxy(kind, target, args, kwargs, *more, **named)
+        if operations.moves(target):
+            raise RuntimeError(f"{operations.name_of(target)} gives a value other memory")
+        proxy = super().create_proxy(kind, target, args, kwargs, *more, **named)
+        if operations.reshapes(target) and args and isinstance(args[0], fx.Proxy):
+            args[0].node = proxy.node  # whoever else holds this value holds it in its new shape
+        return proxy
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         node = super().create_node(*args, **kwargs)
@@ -766,10 +758,12 @@ class _Tracer(fx.Tracer):
         node.meta["unfollowed"] = node.target in self.whole or (
             node.op == "call_module"
             and call is not None
-            and type(call.module) in self.opaque
-            and not readers.knows(call.module)
+            and (call.module in self.hooked or (type(call.module) in self.opaque and not readers.knows(call.module)))
         )
         self.count += 1
+        for one in operations.writes(node) if not node.meta["unfollowed"] else ():
+            if isinstance(one.meta.get("value"), Tensor):
+                self.constants.note_written(one.meta["value"], operations.name_of(node.target))
         if node.op == "call_module" and call is not None:
             self.constants.note_assigned(node, call)
         if self.stack and node.op != "get_attr":
@@ -846,6 +840,11 @@ class _Proxy(fx.Proxy):
         assert isinstance(tracer, _Tracer)
         return tracer.refuse(error)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("data", "real", "imag"):
+            raise self._refuse(RuntimeError(f"it assigns to .{name} of a value that depends on the input"))
+        super().__setattr__(name, value)
+
     def __setitem__(self, index: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
 
@@ -869,7 +868,7 @@ def _augmented(function: Callable[[Any, Any], Any]) -> Callable[[_Proxy, Any], _
     return write
 
 
-for _function in readers.AUGMENTED:
+for _function in operations.AUGMENTED:
     setattr(_Proxy, f"__{_function.__name__}__", _augmented(_function))
 
 
@@ -892,6 +891,7 @@ class _Constants(TorchFunctionMode):
         self.tracer = tracer
         self.origins: dict[int, Origin] = {}
         self.written: set[int] = set()  # storages written in place: how they came about is no longer one expression
+        self.unsteady: set[int] = set()  # storages that are other numbers at every call
         self.assigned: dict[int, tuple[Tensor, Call]] = {}  # id of a parameter -> what was assigned to its data, where
         self.touched: set[int] = set()  # ids of what was computed with
         self.used: dict[int, list[fx.Node]] = defaultdict(list)  # id of a parameter -> layers called that have it
@@ -900,10 +900,10 @@ class _Constants(TorchFunctionMode):
         kwargs = kwargs or {}
         if is_traced((args, kwargs)):
             return func(*args, **kwargs)
-        func = unwatched(func)
         if isinstance(func, OpOverload):
             kind, func, args, kwargs = in_torch(func, args, kwargs)
             func = getattr(Tensor, func) if kind == "call_method" else func
+        func = unwatched(func)
         name = getattr(func, "__name__", "")
         self._note_touched(func, pytree.tree_leaves((args, kwargs)))
         if name == "__set__" and id(args[0]) in self.tracer.names:  # `weight.data = ...`, at every call
@@ -915,23 +915,32 @@ class _Constants(TorchFunctionMode):
                 node.meta["assigned"] = None  # it was called with other numbers than it is left with
         if name == "__get__" and func.__self__.__name__ in ("dtype", "device") and id(args[0]) in self.tracer.names:
             self.tracer.asked[self.tracer.names[id(args[0])], self.tracer.stack[-1]] += 1
-        if name in RANDOM:
+        if operations.draws(func, args, kwargs):
             raise RuntimeError(f"torch.{name} draws new numbers at every call")
-        writes = bool(args) and isinstance(args[0], Tensor) and _in_place(name)
-        if writes:
-            self.written.add(storage(args[0]))
-            if not self._is_fresh(args[0]):
-                if storage(args[0]) in self.tracer.stored:
-                    raise RuntimeError(f"{name} writes to a parameter during forward")
-                self.tracer.stack[-1].mutates = True
+        written = [one for one in operations.written(func, args, kwargs) if isinstance(one, Tensor)]
+        for one in written:
+            self.note_written(one, name)
         drawn = torch.get_rng_state()
         result = func(*args, **kwargs)
         if not torch.equal(drawn, torch.get_rng_state()):
             raise RuntimeError(f"{name} draws new random numbers at every call")
         itself = any(result is one for one in pytree.tree_leaves((args, kwargs)))  # `x.to(x.dtype)`
-        if isinstance(result, Tensor) and not writes and not itself:
+        if isinstance(result, Tensor) and not written and not itself:
             self.origins[id(result)] = Origin(result, func, args, kwargs)
         return result
+
+    def note_written(self, tensor: Tensor, name: str) -> None:
+        """Note that a forward writes to a tensor.
+
+        Raises:
+            RuntimeError: the model computes with it, as a parameter.
+        """
+        self.written.add(storage(tensor))
+        if not self._is_fresh(tensor):
+            if storage(tensor) in self.tracer.stored:
+                raise RuntimeError(f"{name} writes to a parameter during forward")
+            self.unsteady.add(storage(tensor))
+            self.tracer.stack[-1].mutates = True
 
     def _is_fresh(self, tensor: Tensor) -> bool:
         """Whether a tensor was made during this trace, and is no view of what the model holds."""
@@ -1015,13 +1024,18 @@ class _Constants(TorchFunctionMode):
         return readers.Formula(frozenset(calls), tuple(tensors.values())) if calls else None
 
 
+def _chance() -> tuple[Any, ...]:
+    """The state of Python's own random numbers, and of numpy's."""
+    numpy: Any = sys.modules.get("numpy.random")
+    if numpy is None:
+        return (random.getstate(),)
+    _, keys, *rest = numpy.get_state()
+    return random.getstate(), keys.tobytes(), *rest
+
+
 def storage(tensor: Tensor) -> int:
     """Which memory a tensor looks at."""
     return tensor.untyped_storage().data_ptr()
-
-
-def _in_place(name: str) -> bool:
-    return name in IN_PLACE or (name.endswith("_") and not name.endswith("__"))
 
 
 def as_arguments(example: Example) -> tuple[tuple[Any, ...], dict[str, Any]]:

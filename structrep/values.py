@@ -12,6 +12,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
+from structrep import operations
 from structrep.ranks import torch_name
 
 
@@ -81,14 +82,6 @@ _SIZES: dict[str, Any] = {
     **{"ndim": 0, "dtype": torch.float32, "device": torch.device("cpu"), "is_cuda": False, "requires_grad": False},
     **{"layout": torch.strided, "is_floating_point": False, "is_complex": False, "itemsize": 0, "nbytes": 0},
 }
-_SEVERAL = {
-    *("chunk", "split", "split_with_sizes", "tensor_split", "unbind", "hsplit", "vsplit", "dsplit", "unsafe_chunk"),
-    *("unsafe_split", "broadcast_tensors", "meshgrid", "atleast_1d", "atleast_2d", "atleast_3d"),
-}
-_PERHAPS_SEVERAL = {
-    *("max", "min", "median", "mode", "sort", "topk", "kthvalue", "cummax", "cummin", "std_mean", "var_mean", "unique"),
-    *("aminmax", "frexp", "qr", "svd", "eigh", "slogdet", "where", "item", "tolist", "numpy"),
-}
 _PROBE = torch.empty(0)
 
 
@@ -105,14 +98,13 @@ def stand_in(node: fx.Node) -> Any:
 
 def _stand_in(node: fx.Node) -> Any:
     name = torch_name(node)
+    if node.meta.get("unfollowed"):
+        raise Unknown(f"what {node.target} gives")
     if node.op == "call_module":
         module = node.meta["call"].module
-        if node.meta["unfollowed"] or isinstance(module, (nn.RNNBase, nn.MultiheadAttention)) or not _is_torch(module):
+        if not _gives_a_tensor(module):
             raise Unknown(f"what {type(module).__name__} gives")
-    if node.meta.get("unfollowed") or name in _PERHAPS_SEVERAL:
-        raise Unknown(f"what {name or node.target} gives")
-    if name in _SEVERAL:
-        return ()
+        return _PROBE
     if node.op == "call_method" and name in _SIZES:
         return 0 if name in ("size", "stride") and (len(node.args) > 1 or node.kwargs) else _SIZES[name]
     if node.target is getattr:
@@ -121,14 +113,22 @@ def _stand_in(node: fx.Node) -> Any:
     if node.target is operator.getitem and inputs and isinstance(inputs[0], tuple):
         sliced = isinstance(node.args[1], slice)
         return inputs[0] if sliced else 0 if isinstance(inputs[0], torch.Size) else _PROBE
-    if node.op != "call_function" or not inputs or any(isinstance(one, Tensor) for one in inputs):
+    if not node.op.startswith("call") or name == "getitem":
+        return _PROBE
+    if getattr(node.target, "__module__", None) != "_operator":
+        kind = operations.gives(node.target, node.args, node.kwargs)
+        if kind not in ("tensor", "several"):
+            raise Unknown(f"what {name or node.target} gives")
+        return () if kind == "several" else _PROBE
+    if not inputs or any(isinstance(one, Tensor) for one in inputs):
         return _PROBE
     if name in ("eq", "ne", "lt", "le", "gt", "ge", "not_", "contains"):
         return False
-    if getattr(node.target, "__module__", None) != "_operator":
-        return _PROBE
     return 0.0 if node.target is operator.truediv or any(isinstance(one, float) for one in inputs) else 0
 
 
-def _is_torch(module: nn.Module) -> bool:
-    return type(module).__module__.startswith("torch.nn")
+def _gives_a_tensor(module: nn.Module) -> bool:
+    """Whether a module is one of torch's that give one tensor."""
+    several = isinstance(module, nn.MultiheadAttention) or getattr(module, "return_indices", False)
+    space, _, file = type(module).__module__.rpartition(".")
+    return space.startswith("torch.nn") and file not in ("rnn", "adaptive") and not several

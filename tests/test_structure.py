@@ -11,11 +11,13 @@ PACKAGE = Path(structrep.__file__).parent
 # What a module may import stands before it; a reader who goes in this order never meets an unknown name.
 ORDER = [
     "errors",
+    "process",
     "precision",
     "algebra",
     "blocks",
     "layers",
     "aten",
+    "operations",
     "ranks",
     "moves",
     "answers",

@@ -20,6 +20,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from structrep import process
 from structrep.errors import BadInput
 from structrep.integrations.export import merge, trained_copy
 
@@ -86,7 +87,7 @@ class ReparameterizeOnExport(TrainerCallback):
         Raises:
             BadInput: nothing is merged.
         """
-        with torch.random.fork_rng(devices=[]):
+        with process.same_chance():
             training_time = trained_copy(self.trainer.model)
             deploy = trained_copy(training_time)
             merge(deploy)

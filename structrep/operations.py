@@ -1,0 +1,297 @@
+"""What torch's operations do with the memory that they are given, and with chance: asked of their own schemas.
+
+The schema of an ATen operator says which arguments it writes to and which of them its result may look at; a tag says
+that it draws random numbers. What has no such words is listed here:
+
+* composite operators, and functions in Python: some give back what they were given (`dropout`, `einsum`, `type_as`).
+  They may, unless `COPIES` has their name: one that is missing there costs a merge, and never makes a wrong one.
+* what writes without a word: running statistics, embeddings that are renormed as they are looked up.
+* modules, by the file of torch that they are from.
+
+Nothing is known of what is not torch's own: it may write to what it is given, and give it back.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import operator
+import re
+from collections.abc import Callable, Mapping, Sequence
+from types import FunctionType
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import fx, nn
+from torch._ops import OpOverload, OpOverloadPacket
+
+Target = Callable[..., Any] | str  # a function, or the name of a method of tensors
+
+AUGMENTED = (
+    operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod, operator.ipow,
+    operator.iand, operator.ior, operator.ixor, operator.ilshift, operator.irshift,
+)  # fmt: skip
+_WRITES_FIRST = {"setitem", "delitem", *(function.__name__ for function in AUGMENTED)}
+
+# Composite operators, functions in Python, and operators of Python itself whose result is memory of its own.
+COPIES = re.compile(
+    r"(batch|layer|group|instance|rms)_norm|normalize|linear|bilinear|inner|outer|ger|kron|cross"
+    r"|conv(_transpose)?[123]d|(adaptive_)?(avg|max)_pool[123]d(_with_indices)?|lp_pool[123]d|max_unpool1d"
+    r"|upsample(_\w+)?|interpolate|grid_sampler?|affine_grid|fold|one_hot|embedding_bag|lstm|gru|rnn_(tanh|relu)"
+    r"|relu6|rrelu|selu|prelu|(log_)?softmax|softmin|softsign|tanhshrink|log_?sigmoid|scaled_dot_product_attention"
+    r"|concat(enate)?|[hvd]stack|(row|column)_stack|tile|where|repeat_interleave|flip(lr|ud)|take_along_dim|msort"
+    r"|clip|square|absolute|arc(cos|sin|tan)h?|arctan2|isclose|isfinite|isreal|max|min|std(_mean)?|var(_mean)?|nanmean"
+    r"|(nan)?quantile|argsort|\w+_loss|cosine_similarity|special_\w+|multiply|(true_)?divide|subtract|negative"
+    r"|(greater|less|not)(_equal)?|r?(add|sub|mul|truediv|div|floordiv|mod|pow|matmul|and|or|xor|lshift|rshift)_?"
+    r"|neg|abs|inv|invert|eq|ne|lt|le|gt|ge|not_|truth|is_|is_not|contains|index|len"
+)
+# Operators whose schemas do not say that they may look at what they are given, on some devices.
+_UNSAID_VIEWS = re.compile(r"_?unsafe_\w+|(native_)?channel_shuffle|pixel_(un)?shuffle")
+# Operators whose schemas do not say that they write to these arguments, if another one is given.
+_UNSAID_WRITES = {
+    "batch_norm": (("running_mean", "running_var"), "training"),
+    "native_batch_norm": (("running_mean", "running_var"), "training"),
+    "instance_norm": (("running_mean", "running_var"), "use_input_stats"),
+    "embedding": (("weight",), "max_norm"),
+    "embedding_bag": (("weight",), "max_norm"),
+}
+# Files of torch.nn whose modules give memory of their own, unless they are told to work in place.
+_MAKERS = {"activation", "batchnorm", "conv", "instancenorm", "loss", "normalization", "pooling", "rnn", "sparse"}
+# What a tensor tells apart from its numbers and its memory.
+_TOLD = {"shape", "ndim", "dtype", "device", "layout", "requires_grad", "itemsize", "nbytes", "names"}
+_CASTS = {"float", "double", "half", "bfloat16", "int", "long", "short", "char", "byte", "bool", "cfloat", "cdouble"}
+_MORE = ("return_indices", "return_inverse", "return_counts")  # arguments with which a function gives several tensors
+_CHANCE = ("training", "train", "dropout_p", "dropout", "p")  # arguments of 0, with which nothing is drawn
+
+
+def name_of(target: Target) -> str:
+    """What torch calls an operation, or an attribute of tensors; "" for those of others.
+
+    `Tensor.__add__`, `operator.add` and `torch.add` are all `add`.
+    """
+    if isinstance(target, (OpOverload, OpOverloadPacket)):
+        space, _, name = _qualified(target).partition("::")
+        return name if space == "aten" else ""
+    name = target if isinstance(target, str) else getattr(target, "__name__", "")
+    if name in ("__get__", "__set__"):
+        return str(getattr(getattr(target, "__self__", None), "__name__", ""))
+    own = isinstance(target, str) or _is_torch(target)
+    return (name.strip("_") if name.startswith("__") else name) if own else ""
+
+
+def _is_torch(target: Callable[..., Any]) -> bool:
+    module = getattr(target, "__module__", None) or ""
+    return module.partition(".")[0] in ("torch", "_operator", "builtins", "math", "")
+
+
+def _qualified(target: OpOverload | OpOverloadPacket) -> str:
+    name: str = target._schema.name if isinstance(target, OpOverload) else target._qualified_op_name
+    return name
+
+
+@functools.cache
+def _overloads(target: Target) -> tuple[OpOverload, ...]:
+    """The operators of tensors that a call may run; () where torch has none of that name."""
+    if isinstance(target, OpOverload):
+        return (target,)
+    packet = target if isinstance(target, OpOverloadPacket) else getattr(torch.ops.aten, name_of(target) or " ", None)
+    if not isinstance(packet, OpOverloadPacket):
+        return ()
+    found = (getattr(packet, name) for name in packet.overloads())
+    return tuple(one for one in found if "Tensor" in str(one._schema))  # others are of numbers, in TorchScript
+
+
+def _is_composite(overload: OpOverload) -> bool:
+    """Whether an operator is made of others, whose memory its result may look at though its schema does not say so."""
+    try:
+        return bool(torch._C._dispatch_has_kernel_for_dispatch_key(overload.name(), "CompositeImplicitAutograd"))
+    except RuntimeError:  # of TorchScript alone
+        return False
+
+
+def _aliased(argument: Any, results: Sequence[Any]) -> bool:
+    """Whether one of an operator's results may look at an argument; of a list of results no schema says at which."""
+    mine = argument.alias_info
+    theirs = [result.alias_info for result in results if result.alias_info is not None]
+    return mine is not None and any(not one.before_set or one.before_set & mine.before_set for one in theirs)
+
+
+@functools.cache
+def _marked(target: Target) -> tuple[frozenset[int | str], frozenset[int | str], frozenset[str]]:
+    """The arguments that the result of an operator may look at, and those it writes to, by place and name; all names.
+
+    Arguments by name alone, such as `out`, count by name.
+    """
+    shared: set[int | str] = set()
+    written: set[int | str] = set()
+    names: set[str] = set()
+    for overload in _overloads(target):
+        for place, argument in enumerate(overload._schema.arguments):
+            keys: set[int | str] = {argument.name, *(() if argument.kwarg_only else (place,))}
+            keys |= {"input"} if argument.name == "self" else set()
+            names |= {key for key in keys if isinstance(key, str)}
+            if _aliased(argument, overload._schema.returns):
+                shared |= keys
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                written |= keys
+    return frozenset(shared), frozenset(written), frozenset(names)
+
+
+@functools.cache
+def _may_share(target: Target) -> bool:
+    """Whether an operation may give back any memory that it is given: its schema does not say, or there is none."""
+    name = name_of(target)
+    if _UNSAID_VIEWS.fullmatch(name):
+        return True
+    overloads = _overloads(target)
+    return not COPIES.fullmatch(name) and (not overloads or any(map(_is_composite, overloads)))
+
+
+@functools.cache
+def _defaults(target: Target) -> dict[str, Any]:
+    """The arguments of an operation by name, in order; of its first operator, if it is no function in Python."""
+    if isinstance(target, FunctionType):
+        return {one.name: one.default for one in inspect.signature(target).parameters.values()}
+    return {a.name: a.default_value for one in _overloads(target)[:1] for a in one._schema.arguments}
+
+
+def _named(target: Target, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    defaults = _defaults(target)
+    return {**defaults, **dict(zip(defaults, args, strict=False)), **kwargs}
+
+
+def _first(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+    return pytree.tree_leaves(list(args[:1]) or dict(kwargs))
+
+
+def _at(
+    marks: frozenset[int | str], names: frozenset[str], target: Target, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> list[Any]:
+    """The arguments that are marked in a schema, and those of names that no schema has."""
+    if not marks or isinstance(target, FunctionType):  # whose arguments may be in another order
+        return pytree.tree_leaves((args, dict(kwargs))) if marks else []
+    named = [value for key, value in kwargs.items() if key in marks or key not in {*names, "out"}]
+    return pytree.tree_leaves([*(value for place, value in enumerate(args) if place in marks), *named])
+
+
+def written(target: Target, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+    """What a call overwrites of what it is given, or may."""
+    name, plain = name_of(target), target if isinstance(target, str) else getattr(target, "__name__", "")
+    _, marks, names = _marked(target)
+    if not (name or _overloads(target)):
+        return pytree.tree_leaves((args, dict(kwargs)))
+    found = [*_at(marks, names, target, args, kwargs), *pytree.tree_leaves(kwargs.get("out", ()))]
+    given = _named(target, args, kwargs)
+    ends = plain.endswith("_") and not plain.endswith("__") and getattr(target, "__module__", "") != "_operator"
+    if ends or name in _WRITES_FIRST or given.get("inplace", False) is not False:
+        found += _first(args, kwargs)
+    if name in _UNSAID_WRITES:
+        arguments, asked = _UNSAID_WRITES[name]
+        found += [given.get(one) for one in arguments] if given.get(asked) else []
+    return found
+
+
+def shared(target: Target, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+    """What a call's result may look at of what it is given, or hold."""
+    if target is getattr:
+        return [] if args[1] in _TOLD else [args[0]]
+    if name_of(target) == "getitem":
+        return _first(args, kwargs)
+    if getattr(target, "__module__", "") == "_operator" and any(map(_is_sequence, args)):
+        return pytree.tree_leaves(args)  # tuples, added up
+    if _may_share(target):
+        return pytree.tree_leaves((args, dict(kwargs)))
+    marks, _, names = _marked(target)
+    return [*_at(marks, names, target, args, kwargs), *written(target, args, kwargs)]
+
+
+def _is_sequence(value: Any) -> bool:
+    """Whether a value is several tensors, or may be."""
+    if isinstance(value, fx.Node):
+        known = value.op in ("call_function", "call_method") and not value.meta.get("unfollowed")
+        return _given(value.target) == "several" if known else bool(value.meta.get("unfollowed"))
+    return isinstance(value, (list, tuple))
+
+
+def _tagged(target: Target, tag: str) -> bool:
+    return any(getattr(torch.Tag, tag) in overload.tags for overload in _overloads(target))
+
+
+def draws(target: Target, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call draws random numbers."""
+    if not _tagged(target, "nondeterministic_seeded"):
+        return False
+    given = _named(target, args, kwargs)
+    return not any(isinstance(given.get(name), (bool, float)) and not given[name] for name in _CHANCE)
+
+
+def reshapes(target: Target) -> bool:
+    """Whether an operation gives the very tensor that it is given another shape."""
+    return _tagged(target, "inplace_view")
+
+
+def moves(target: Target) -> bool:
+    """Whether an operation gives the very tensor that it is given other memory."""
+    return reshapes(target) and name_of(target) in ("set_", "resize_", "resize_as_", "resize_as_sparse_")
+
+
+def gives(target: Target, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
+    """What a call gives: "tensor", "several" of them, "number", or "" where that cannot be told."""
+    given = _named(target, args, kwargs)
+    return "several" if any(given.get(name) for name in _MORE) else _given(target)
+
+
+@functools.cache
+def _given(target: Target) -> str:
+    overloads = _overloads(target)
+    if not overloads and isinstance(target, FunctionType):
+        hint = str(inspect.signature(target).return_annotation)
+        return "tensor" if hint in ("Tensor", "torch.Tensor", str(torch.Tensor)) else ""
+    found = {_kind(overload._schema.returns) for overload in overloads} or {
+        "tensor" if name_of(target) in _CASTS else ""
+    }
+    return found.pop() if len(found) == 1 else ""
+
+
+def _kind(results: Sequence[Any]) -> str:
+    kinds = [str(result.type) for result in results]
+    if kinds == ["Tensor"]:
+        return "tensor"
+    return "several" if kinds and all("Tensor" in kind for kind in kinds) else "number"
+
+
+# --- nodes of a graph -----------------------------------------------------------------------------
+
+
+def writes(node: fx.Node) -> set[fx.Node]:
+    """The inputs that a node overwrites in place, or may."""
+    if node.op == "call_module":
+        in_place = getattr(node.meta["call"].module, "inplace", False)
+        found = _first(node.args, node.kwargs) if in_place else []
+    else:
+        found = written(node.target, node.args, node.kwargs) if node.op.startswith("call") else []
+    return _nodes([*found, *(node.all_input_nodes if node.meta.get("unfollowed") else ())])
+
+
+def shares(node: fx.Node) -> set[fx.Node]:
+    """The inputs whose memory a node may give, or hold."""
+    inputs = set(node.all_input_nodes)
+    if node.meta.get("unfollowed"):
+        return inputs
+    if node.op == "call_module":
+        return writes(node) if _makes(node.meta["call"].module) else inputs
+    return _nodes(shared(node.target, node.args, node.kwargs)) if node.op.startswith("call") else set()
+
+
+def _nodes(values: list[Any]) -> set[fx.Node]:
+    return {one for one in values if isinstance(one, fx.Node)}
+
+
+def _makes(module: nn.Module) -> bool:
+    """Whether a module gives memory of its own, if it does not write to its input: torch's own, run as it is."""
+    for base in type(module).__mro__:
+        space, _, file = base.__module__.rpartition(".")
+        if space == "torch.nn.modules" and base.forward is type(module).forward:  # type: ignore[attr-defined]
+            return file in _MAKERS or base.__name__ in ("Linear", "Bilinear")
+    return False
