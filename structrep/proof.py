@@ -24,7 +24,7 @@ from structrep.errors import BadInput, WrongMerge
 from structrep.frames import frame, pieces
 from structrep.pattern import geometry
 from structrep.ranks import rank, spatial_size
-from structrep.readers import Layer, counts_sizes, held, lower, only_asserted
+from structrep.readers import Layer, called, counts_sizes, held, lower, only_asserted
 from structrep.registry import COEFFICIENT_ROUNDING
 from structrep.report import BorderRecord, OutputRecord, RegionRecord, Verification
 from structrep.search import Merge
@@ -504,7 +504,7 @@ class _Region:
             return None
         module = node.meta["call"].module
         if module not in self.modules:
-            self.modules[module] = shallow_copy(module).to(self.device, torch.float64)
+            self.modules[module] = shallow_copy(called(node)).to(self.device, torch.float64)
         return self.modules[module]
 
 

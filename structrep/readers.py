@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -27,6 +27,7 @@ from torch import Tensor, fx, nn
 from structrep.algebra import Border, ConvMap, Geometry, Ints, Pads, swapped
 from structrep.errors import InvalidReader, Unreadable
 from structrep.layers import Shift
+from structrep.parametrized import hooks, plain
 from structrep.precision import doubled
 from structrep.ranks import argument, rank, spatial_size, torch_name
 
@@ -40,9 +41,25 @@ class Formula:
     calls: frozenset[str]
     tensors: tuple[Tensor, ...]
 
+    @classmethod
+    def of(cls, formulas: Iterable[Formula]) -> Formula:
+        """One for what several tensors are computed of."""
+        parts = list(formulas)
+        tensors = {id(tensor): tensor for part in parts for tensor in part.tensors}
+        return cls(frozenset().union(*(part.calls for part in parts)), tuple(tensors.values()))
+
     @property
     def parameters(self) -> tuple[Tensor, ...]:
         return tuple(tensor for tensor in self.tensors if isinstance(tensor, nn.Parameter))
+
+
+@dataclass(frozen=True, eq=False)
+class Computed:
+    """A tensor that a layer computes before every call: as it is in the layer's dtype, how, and in float64."""
+
+    value: Tensor
+    formula: Formula
+    exact: Callable[[], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -210,11 +227,6 @@ def knows(module: nn.Module) -> bool:
 def settings(module: nn.Module) -> dict[str, Any]:
     """The plain attributes of a layer: its mode, sizes, eps."""
     return {k: v for k, v in module.__dict__.items() if isinstance(v, (bool, int, float, str))}
-
-
-def hooks(module: nn.Module) -> bool:
-    """Whether something watches or changes what goes in or out of a module."""
-    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def generated(module: nn.Module) -> bool:
@@ -703,10 +715,43 @@ def _read_call(node: fx.Node) -> Reading | None:
     if isinstance(module, _IDENTITIES):
         inert = isinstance(module, nn.Identity) or not module.training or getattr(module, "p", 1) == 0
         return Same(node.args[0]) if inert else None
-    layer = _read_pool(module, spatial_size(node.args[0])) or read_module(module)
+    layer = _read_pool(module, spatial_size(node.args[0])) or read_module(called(node, exactly=False))
+    if layer and (numbers := node.meta["computed"]):
+        layer = replace(
+            layer,
+            load=lambda c, d: _map_of(called(node), c, d),
+            formula=Formula.of(one.formula for one in numbers.values()),
+            parameters=sum(p.numel() for p in module.parameters()),
+        )
     if layer and (formula := node.meta["assigned"]):
         layer = replace(layer, formula=formula, parameters=_count(*formula.parameters))
     return _placed(layer, node) if layer else None
+
+
+def called(node: fx.Node, *, exactly: bool = True) -> nn.Module:
+    """The layer that a node calls, plain: what it computes before every call stands in it as numbers.
+
+    Args:
+        exactly: with numbers in float64, as all that is computed of weights is; or as the layer has them.
+
+    Raises:
+        Unreadable: what it computes is not the same at every call.
+    """
+    module: nn.Module = node.meta["call"].module
+    numbers = node.meta.get("computed")
+    if isinstance(numbers, Unreadable):
+        raise numbers
+    return (
+        plain(module, {name: one.exact() if exactly else one.value for name, one in numbers.items()})
+        if numbers
+        else module
+    )
+
+
+def _map_of(module: nn.Module, c: int, d: int) -> ConvMap:
+    layer = read_module(module)
+    assert layer is not None
+    return layer.load(c, d)
 
 
 def _read_pool(pool: Any, size: Ints | None) -> Layer | None:
@@ -1218,16 +1263,21 @@ _ENDINGS: dict[Any, int | None] = {
 }  # fmt: skip
 
 
+def ends(module: nn.Module) -> bool:
+    """Whether a module is a norm of each value, which may end with a scale."""
+    type_: Any = next((base for base in type(module).__mro__ if base in _ENDINGS), None)
+    return type_ is not None and type(module).forward is type_.forward and "forward" not in module.__dict__
+
+
 def read_ending(node: fx.Node) -> Layer | None:
     """The scale and shift per channel that a norm of each value ends with; None where there is none."""
     if node.op == "call_module":
         module = node.meta["call"].module
-        type_: Any = next((base for base in type(module).__mro__ if base in _ENDINGS), None)
-        if type_ is None or type(module).forward is not type_.forward or "forward" in module.__dict__ or hooks(module):
+        if not ends(module) or hooks(module) or isinstance(node.meta["computed"], Unreadable):
             return None
-        dims, weight, bias = _ENDINGS[type_], module.weight, getattr(module, "bias", None)
-        if weight is not module._parameters.get("weight") or bias is not module._parameters.get("bias"):
-            return None  # computed by a parametrization
+        dims = next(_ENDINGS[base] for base in type(module).__mro__ if base in _ENDINGS)
+        held = called(node)._parameters
+        weight, bias = held.get("weight"), held.get("bias")
     elif node.op == "call_function" and node.target in _ENDINGS:
         a = _Arguments(node)
         try:

@@ -39,6 +39,7 @@ from structrep.errors import (
     Uninitialized,
     Unreadable,
 )
+from structrep.parametrized import about_hooks, hooks
 from structrep.pattern import ONE, Term, geometry, leaf, seq, signed, sized, stack, total, value
 from structrep.ranks import channels, spatial_size
 from structrep.readers import (
@@ -52,7 +53,6 @@ from structrep.readers import (
     asks_shape,
     asserts_rank,
     counts_sizes,
-    hooks,
     only_asserted,
     read_ending,
     read_node,
@@ -438,9 +438,7 @@ class Search:
             if reading is not None:
                 readings[node] = reading
             elif node.op == "call_module" and hooks(node.meta["call"].module):
-                module = node.meta["call"].module
-                hooked = Hooked(f"{type(module).__name__} has a forward hook, which must go on seeing its own values")
-                self._miss([node], "-", "layer with a hook", hooked)
+                self._miss([node], "-", "layer with a hook", Hooked(about_hooks(node.meta["call"].module)))
         return readings
 
     def _endings(self) -> dict[fx.Node, Layer]:
@@ -756,7 +754,7 @@ class Search:
             )
         apart = remedy(map_)
         before, after = costs
-        if apart or map_.border != "constant":
+        if apart or (map_.border != "constant" and self.term(stretch).op != "leaf"):  # which has it already
             after += cost.of_border(map_)
         saved = before.multiply_adds - after.multiply_adds + before.parameters - after.parameters
         if not at_any_price and (saved < 0 or (not saved and before.operations <= after.operations)):
@@ -1000,6 +998,7 @@ class Replicas:
             raise Shared(f"{owner.path or 'the model'} is called {len(bodies)} times, and not always in the same way")
         touched = {call for node in inside for call in node.meta["call"].chain() if owner in call.chain()}
         anew = _written_in(inside)
+        self._check_computed(inside)
         for call in touched - {owner}:
             self._check_reach(call, touched, anew, inside)
             if call.inlined:
@@ -1035,6 +1034,18 @@ class Replicas:
         for path, names in self.unread.items():
             if name in names and path != parent and (not path or f"{parent}.".startswith(f"{path}.")):
                 raise Shared(f"{path or 'the model'}, whose forward cannot be followed, mentions .{name} of a child")
+
+    def _check_computed(self, inside: set[fx.Node]) -> None:
+        """Raise where what a layer of a merge computes before its calls is of use elsewhere."""
+        for node in inside:
+            for name, one in (node.meta.get("computed") or {}).items():
+                path = f"{path_of(node)}.{name}"
+                made = (tensor for tensor in one.formula.tensors if isinstance(tensor, nn.Parameter))
+                held = (
+                    n for one in self.traced.traces for n in one.graph.find_nodes(op="get_attr") if n.target == path
+                )
+                if any(not inside.issuperset(n.users) for n in held) or any(self._needed(t, inside) for t in made):
+                    raise Shared(f"{path}, or what it is computed of, is of use elsewhere too")
 
     def _needed(self, tensor: Tensor | None, inside: set[fx.Node]) -> bool:
         """Whether a constant made of a tensor is of use to a node that stays."""

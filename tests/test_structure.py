@@ -19,6 +19,7 @@ ORDER = [
     "ranks",
     "moves",
     "answers",
+    "parametrized",
     "readers",
     "pattern",
     "cost",
