@@ -22,6 +22,11 @@ _KEPT: dict[type, tuple[str, ...]] = {
 }  # fmt: skip
 
 
+_REMOVERS = {WeightNorm: "remove_weight_norm", SpectralNorm: "remove_spectral_norm", BasePruningMethod: "prune.remove"}
+_HELD = ("weight", "bias", "running_mean", "running_var")
+_RUNS = ("forward", "_conv_forward", "__call__")
+
+
 def _kind(hook: Any) -> type | None:
     """Which of torch's hooks one is that set a tensor of their module and see no values; None for any other."""
     return next((kind for kind in _KEPT if isinstance(hook, kind) and type(hook).__call__ is kind.__call__), None)
@@ -38,9 +43,23 @@ def _sets(hook: Any) -> str:
 
 
 def computed(module: nn.Module) -> tuple[str, ...]:
-    """The names of the tensors that a module computes before every call."""
+    """The names of the tensors that a module computes before every call, or when its forward, torch's own, asks."""
     by_hooks = (_sets(hook) for hook in module._forward_pre_hooks.values() if _kind(hook))
-    return tuple(dict.fromkeys((*_lists(module), *by_hooks)))
+    return tuple(dict.fromkeys((*_lists(module), *by_hooks, *by_properties(module))))
+
+
+def by_properties(module: nn.Module) -> list[str]:
+    """The names of those that the module's own class has as properties."""
+    cls = type(module).__bases__[0] if _lists(module) else type(module)
+    base = torch_kind(module)
+    return [name for name in _HELD if base not in (None, cls) and isinstance(getattr(cls, name, None), property)]
+
+
+def torch_kind(module: nn.Module) -> type[nn.Module] | None:
+    """The class of torch's whose forward a module runs; None for a module that does more than that."""
+    base = next((base for base in type(module).__mro__ if base.__module__.startswith("torch.nn.modules.")), None)
+    same = all(getattr(type(module), name, None) is getattr(base, name, None) for name in _RUNS)
+    return base if same and "forward" not in module.__dict__ else None
 
 
 def _lists(module: nn.Module) -> dict[str, nn.Module | None]:
@@ -83,6 +102,15 @@ def about_hooks(module: nn.Module) -> str:
     )
 
 
+def removals(module: nn.Module, path: str) -> str:
+    """What makes constants of the tensors that a module computes, as calls of torch's functions."""
+    at = f"model.get_submodule({path!r})" if path else "model"
+    calls = [f"parametrize.remove_parametrizations({at}, {name!r})" for name in _lists(module)]
+    kinds = ((hook, _kind(hook)) for hook in module._forward_pre_hooks.values())
+    calls += [f"{_REMOVERS[kind]}({at}, {_sets(hook)!r})" for hook, kind in kinds if kind]
+    return " and ".join(f"torch.nn.utils.{call}" for call in calls)
+
+
 def _named(hook: Any) -> str:
     what = hook if hasattr(hook, "__qualname__") else type(hook)
     return f"{what.__qualname__} from {what.__module__}"
@@ -96,6 +124,8 @@ def plain(module: nn.Module, numbers: Mapping[str, Tensor]) -> nn.Module:
     twin.__dict__.update((key, dict(one) if isinstance(one, dict) else one) for key, one in vars(module).items())
     buffers = _buffered(module)
     settle(twin)
+    if by_properties(twin):
+        twin.__class__ = torch_kind(twin) or cls
     for name, number in numbers.items():
         if name in buffers:
             twin._buffers[name] = number
@@ -105,15 +135,17 @@ def plain(module: nn.Module, numbers: Mapping[str, Tensor]) -> nn.Module:
 
 
 def _buffered(module: nn.Module) -> set[str]:
-    """Which of the computed tensors are computed of buffers."""
-    return {name for name, one in _lists(module).items() if one is not None and not one._parameters}
+    """Which of the computed tensors are no parameters."""
+    of_buffers = {name for name, one in _lists(module).items() if one is not None and not one._parameters}
+    return of_buffers | {"running_mean", "running_var"}
 
 
 def settle(module: nn.Module) -> None:
-    """Take from a module all that it computes tensors with, and these: they are for the caller to put in."""
+    """Take from a module all that it computes tensors with, but properties, and these: they are for the caller to put
+    in."""
     names = computed(module)
     if _lists(module):
-        module.__class__ = parametrize.type_before_parametrizations(module)
+        module.__class__ = type(module).__bases__[0]
         del module._modules["parametrizations"]
     for key, hook in list(module._forward_pre_hooks.items()):
         if _kind(hook):

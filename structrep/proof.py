@@ -22,6 +22,7 @@ from structrep.absorb import Absorption
 from structrep.algebra import ConvMap
 from structrep.errors import BadInput, WrongMerge
 from structrep.frames import frame, pieces
+from structrep.parametrized import uncached
 from structrep.pattern import geometry
 from structrep.ranks import rank, spatial_size
 from structrep.readers import Layer, called, counts_sizes, held, lower, only_asserted
@@ -174,7 +175,7 @@ class How:
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
         cast = torch.autocast(self.device.type, self.autocast) if self.autocast else contextlib.nullcontext()
-        with torch.no_grad(), torch.random.fork_rng(), cast:
+        with torch.no_grad(), torch.random.fork_rng(), uncached(), cast:
             torch.manual_seed(self.seed)
             yield
 

@@ -14,9 +14,10 @@ keeps whole. Everything is read in float64.
 
 from __future__ import annotations
 
+import copy
 import math
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -24,10 +25,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from structrep import precision
 from structrep.algebra import Border, ConvMap, Geometry, Ints, Pads, swapped
 from structrep.errors import InvalidReader, Unreadable
 from structrep.layers import Shift
-from structrep.parametrized import hooks, plain
+from structrep.parametrized import by_properties, hooks, plain
 from structrep.precision import doubled
 from structrep.ranks import argument, rank, spatial_size, torch_name
 
@@ -203,7 +205,7 @@ def map_layer(module: nn.Module, read: Callable[[Any], ConvMap] | ConvMap) -> La
     """
 
     def found() -> ConvMap:
-        map_ = read if isinstance(read, ConvMap) else read(module)
+        map_ = read if isinstance(read, ConvMap) else read(_doubled(module))
         if not isinstance(map_, ConvMap):
             raise Unreadable(f"the reader of {type(module).__name__} gave a {type(map_).__name__}, not a ConvMap")
         return map_
@@ -217,6 +219,12 @@ def map_layer(module: nn.Module, read: Callable[[Any], ConvMap] | ConvMap) -> La
     weight = map_.kernel.to(like.device, like.dtype)
     layer = _kernel_layer("conv" if g.dims else "linear", g, lambda c, d: found(), weight, map_.bias)
     return replace(layer, parameters=stored)
+
+
+def _doubled(module: nn.Module) -> nn.Module:
+    """A copy of a layer in float64, in which what is computed of its numbers is the truth that merges are proved by."""
+    like = next((p for p in module.parameters() if p.is_floating_point()), torch.empty(0))
+    return copy.deepcopy(module).to(precision.exact(like.device), torch.float64)
 
 
 def knows(module: nn.Module) -> bool:
@@ -688,16 +696,14 @@ def _placed(layer: Layer, node: fx.Node) -> Layer | None:
     if len(inputs) != 1 and layer.kind != "view":
         return None
     formulas = [n.meta["formula"] for n in node.all_input_nodes if n.meta.get("formula")]
-    computed = any(n.meta.get("value") is layer.weight and n.meta.get("formula") for n in node.all_input_nodes)
-    if layer.weight is None or not computed:
+    if layer.weight is None or not formulas:
         return replace(layer, source=inputs[0], node=node)
+    if not any(n.meta.get("value") is layer.weight and n.meta.get("formula") for n in node.all_input_nodes):
+        formulas.append(Formula(frozenset(), (layer.weight,)))  # it is the bias that is computed
     plain = [n.meta["value"] for n in node.all_input_nodes if n.op == "get_attr" and not n.meta.get("formula")]
     learned = [p for formula in formulas for p in formula.parameters]
     stored = {id(p): p.numel() for p in (*learned, *(t for t in plain if isinstance(t, Tensor)))}
-    whole = Formula(
-        frozenset().union(*(f.calls for f in formulas)), tuple(t for formula in formulas for t in formula.tensors)
-    )
-    return replace(layer, source=inputs[0], node=node, formula=whole, parameters=sum(stored.values()))
+    return replace(layer, source=inputs[0], node=node, formula=Formula.of(formulas), parameters=sum(stored.values()))
 
 
 def _read_call(node: fx.Node) -> Reading | None:
@@ -720,7 +726,7 @@ def _read_call(node: fx.Node) -> Reading | None:
         layer = replace(
             layer,
             load=lambda c, d: _map_of(called(node), c, d),
-            formula=Formula.of(one.formula for one in numbers.values()),
+            formula=Formula.of((*(one.formula for one in numbers.values()), *_stored(module, numbers))),
             parameters=sum(p.numel() for p in module.parameters()),
         )
     if layer and (formula := node.meta["assigned"]):
@@ -746,6 +752,12 @@ def called(node: fx.Node, *, exactly: bool = True) -> nn.Module:
         if numbers
         else module
     )
+
+
+def _stored(module: nn.Module, numbers: Mapping[str, Computed]) -> Iterator[Formula]:
+    """The kernel of a layer that computes another tensor, as a formula that computes nothing."""
+    if "weight" not in numbers and (weight := module._parameters.get("weight")) is not None:
+        yield Formula(frozenset(), (weight,))
 
 
 def _map_of(module: nn.Module, c: int, d: int) -> ConvMap:
@@ -1273,11 +1285,12 @@ def read_ending(node: fx.Node) -> Layer | None:
     """The scale and shift per channel that a norm of each value ends with; None where there is none."""
     if node.op == "call_module":
         module = node.meta["call"].module
-        if not ends(module) or hooks(module) or isinstance(node.meta["computed"], Unreadable):
+        computes = by_properties(module) or isinstance(node.meta["computed"], Unreadable)
+        if not ends(module) or hooks(module) or computes:
             return None
         dims = next(_ENDINGS[base] for base in type(module).__mro__ if base in _ENDINGS)
-        held = called(node)._parameters
-        weight, bias = held.get("weight"), held.get("bias")
+        numbers: dict[str, Any] = called(node)._parameters
+        weight, bias = numbers.get("weight"), numbers.get("bias")
     elif node.op == "call_function" and node.target in _ENDINGS:
         a = _Arguments(node)
         try:

@@ -28,7 +28,7 @@ from structrep.errors import Refusal
 from structrep.forward import Edits, Forward
 from structrep.generated import install, regraph
 from structrep.layers import Features2d, Sizes
-from structrep.parametrized import computed, hooks, made_of, settle
+from structrep.parametrized import by_properties, computed, hooks, made_of, settle, torch_kind
 from structrep.pattern import ONE, geometry
 from structrep.ranks import rank
 from structrep.readers import Layer, Same, knows, lower, only_asserted, read_module, read_node
@@ -262,7 +262,7 @@ class Draft:
         pending = [user for merge in self.merges for node in merge.nodes for user in node.users]
         while pending:
             node = pending.pop()
-            if node not in same and isinstance(read_node(node), Same):
+            if node not in same and _does_nothing(node):
                 same[node] = None
                 pending += node.users
         owners = {next(n.meta["call"].homes()) for n in same if n.op == "call_function" and n.target in SUMS}
@@ -512,6 +512,13 @@ class Draft:
             module.__dict__["track_running_stats"] = False  # or loading a plain state dict would count batches again
 
 
+def _does_nothing(node: fx.Node) -> bool:
+    try:
+        return isinstance(read_node(node), Same)
+    except Refusal:  # a norm of each batch
+        return False
+
+
 def _nothing(unit: Unit) -> nn.Module:
     """What stands in the place of a layer whose work another one does now."""
     layer = unit.segments[0].term.layer
@@ -538,8 +545,10 @@ def _all_dead(module: nn.Module, dead: set[nn.Module]) -> bool:
 def _refill(module: nn.Module, map_: ConvMap, like: Tensor, *, bias: bool, requires_grad: bool) -> bool:
     """Give a plain layer new coefficients where it stands, in place of those that it has or computes; False if the map
     does not have its geometry."""
-    layer = read_module(module) if _runs_as_torch_does(module) else None
-    g = map_.geometry
+    kind, g = torch_kind(module), map_.geometry
+    if kind is None or not issubclass(kind, (nn.Linear, nn.modules.conv._ConvNd)) or by_properties(module):
+        return False
+    layer = read_module(module)
     if layer is None or isinstance(module, nn.modules.conv._ConvTransposeNd) != g.transposed:
         return False  # a transposed convolution of stride 1 becomes an ordinary one
     border = {"zeros": "constant"}.get(mode := getattr(module, "padding_mode", "zeros"), mode)
@@ -553,13 +562,3 @@ def _refill(module: nn.Module, map_: ConvMap, like: Tensor, *, bias: bool, requi
         {**fresh._parameters, **{name: one for name, one in rest.items() if name not in fresh._parameters}}
     )
     return True
-
-
-def _runs_as_torch_does(module: nn.Module) -> bool:
-    """Whether a module is a convolution or Linear that does with its weight and bias what torch's own does, no more."""
-    base = next(base for base in type(module).__mro__ if base.__module__.startswith("torch.nn.modules."))
-    if not issubclass(base, (nn.Linear, nn.modules.conv._ConvNd)) or not knows(module):
-        return False
-    return all(
-        getattr(type(module), n, None) is getattr(base, n, None) for n in ("forward", "_conv_forward", "__call__")
-    )

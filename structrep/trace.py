@@ -713,7 +713,10 @@ class _Tracer(fx.Tracer):
         except Exception as error:
             self.stopped, self.refused = stopped, refused
             which = f"{' and '.join(names)} of {self.paths[m] or 'the model'}"
-            return Unreadable(f"{which}, computed before every call, cannot be made a constant: {said(error)}")
+            remedy = parametrized.removals(m, self.paths[m])
+            return Unreadable(
+                f"{which}, computed before every call, cannot be made a constant: {said(error)}{remedy and f'; or {remedy}'}"
+            )
         return {name: self.constants.computed(value) for name, value in values.items()}
 
     def _compute(self, m: nn.Module, names: Collection[str]) -> dict[str, Tensor]:
@@ -722,7 +725,8 @@ class _Tracer(fx.Tracer):
         values = parametrized.compute(m)
         now, written = _state(m, names)
         if written != versions or not alike(held, now):
-            raise RuntimeError(f"computing it changes {type(m).__name__}: call model.eval() first")
+            mode = ", in training mode: call model.eval() first" if any(one.training for one in m.modules()) else ""
+            raise RuntimeError(f"to compute it changes the layer{mode}")
         return values
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:

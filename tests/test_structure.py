@@ -34,6 +34,7 @@ ORDER = [
     "absorb",
     "borders",
     "sums",
+    "beside",
     "search",
     "reserve",
     "expand",
