@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod
-from torch.nn.utils.spectral_norm import SpectralNorm, SpectralNormLoadStateDictPreHook, SpectralNormStateDictHook
+from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 # The hooks, and how the names end of what they keep beside the tensor that they set.
@@ -23,6 +23,7 @@ _KEPT: dict[type, tuple[str, ...]] = {
 
 
 _REMOVERS = {WeightNorm: "remove_weight_norm", SpectralNorm: "remove_spectral_norm", BasePruningMethod: "prune.remove"}
+_TRANSLATE = {"torch.nn.utils.parametrizations", "torch.nn.utils.spectral_norm"}  # whose hooks translate state dicts
 _HELD = ("weight", "bias", "running_mean", "running_var")
 _RUNS = ("forward", "_conv_forward", "__call__")
 
@@ -50,9 +51,13 @@ def computed(module: nn.Module) -> tuple[str, ...]:
 
 def by_properties(module: nn.Module) -> list[str]:
     """The names of those that the module's own class has as properties."""
-    cls = type(module).__bases__[0] if _lists(module) else type(module)
-    base = torch_kind(module)
+    cls, base = own_class(module), torch_kind(module)
     return [name for name in _HELD if base not in (None, cls) and isinstance(getattr(cls, name, None), property)]
+
+
+def own_class(module: nn.Module) -> type[nn.Module]:
+    """The class of a module, without what torch's parametrizations make of it."""
+    return type(module).__bases__[0] if _lists(module) else type(module)
 
 
 def torch_kind(module: nn.Module) -> type[nn.Module] | None:
@@ -77,9 +82,10 @@ def compute(module: nn.Module) -> dict[str, Tensor]:
 
 
 def made_of(module: nn.Module) -> set[str]:
-    """The names of the parameters that a module computes tensors of."""
+    """The names of the parameters and buffers that a module computes tensors of."""
     ends = {_sets(hook) + end for hook in module._forward_pre_hooks.values() for end in _kept(hook)}
-    return {n for n, _ in module.named_parameters() if n in ends or n.startswith("parametrizations.")}
+    held = (*module.named_parameters(), *module.named_buffers())
+    return {name for name, _ in held if name in ends or name.startswith("parametrizations.")}
 
 
 def hooks(module: nn.Module) -> bool:
@@ -145,7 +151,7 @@ def settle(module: nn.Module) -> None:
     in."""
     names = computed(module)
     if _lists(module):
-        module.__class__ = type(module).__bases__[0]
+        module.__class__ = own_class(module)
         del module._modules["parametrizations"]
     for key, hook in list(module._forward_pre_hooks.items()):
         if _kind(hook):
@@ -153,7 +159,7 @@ def settle(module: nn.Module) -> None:
             _forget(module, {_sets(hook) + end for end in _kept(hook)})
     for table in (module._state_dict_hooks, module._load_state_dict_pre_hooks):
         for key, hook in list(table.items()):
-            if isinstance(getattr(hook, "hook", hook), (SpectralNormStateDictHook, SpectralNormLoadStateDictPreHook)):
+            if getattr(getattr(hook, "hook", hook), "__module__", "") in _TRANSLATE:
                 del table[key]
     for name in names:
         module.__dict__.pop(name, None)

@@ -311,14 +311,13 @@ class Draft:
             settle(module)
             module._parameters |= dict.fromkeys((*module._parameters, *names))
             vars(module).update(dict.fromkeys(vars(module).keys() & {"affine", "elementwise_affine"}, False))
-        for owner in self.edits.owners:
-            self._settle(self._at(owner.path), owner.path)
+        dead = self._settle()
         for owner, forward in self.forwards.items():
             module = self._at(owner.path)
             for name, tensor in forward.constants.items():
                 module.register_buffer(name, tensor.detach().clone(), persistent=False)
             install(module, forward.method)
-        self._bury()
+        self._bury(dead)
         for owner in self.forwards:
             if isinstance(module := self._at(owner.path), fx.GraphModule):
                 regraph(module)
@@ -398,18 +397,28 @@ class Draft:
 
     # --- what is left over ------------------------------------------------------------------------
 
-    def _settle(self, module: nn.Module, path: str) -> None:
-        """Take from a module whose forward is written anew what it computes tensors of, if nothing needs them."""
-        names, held = computed(module), {f"{path}.{name}" if path else name for name in made_of(module)}
-        if names and held <= self._dead_tensors():
-            settle(module)
-            module._parameters |= dict.fromkeys(names)
+    def _settle(self) -> set[str]:
+        """Take from modules whose forward is written anew what they compute tensors of, if nothing needs those; gives
+        the paths of all other tensors that nothing needs."""
+        dead = self._dead_tensors() if self.edits.owners else set()
+        alive = {self.traced.names.get(tensor) for tensor in self._used()[1]} if dead else set()
+        for owner in self.edits.owners if dead else ():
+            module, names = self._at(owner.path), computed(self._at(owner.path))
+            held = {f"{owner.path}.{name}" if owner.path else name for name in made_of(module)}
+            if held & dead and held.isdisjoint(alive):
+                settle(module)
+                module._parameters |= dict.fromkeys(names)
+            dead -= held
+        return dead
 
-    def _bury(self) -> None:
-        """Set to None the modules and parameters that only dead nodes used."""
+    def _bury(self, tensors: set[str]) -> None:
+        """Set to None the modules and parameters that only dead nodes used.
+
+        Args:
+            tensors: paths of such parameters and buffers.
+        """
         if not self.edits.owners:
             return
-        tensors = self._dead_tensors()
         dead = {self._at(call.path) for call in self._dead_calls()} | self._idle_holders(tensors)
         for owner in self.edits.owners:
             self._bury_below(self._at(owner.path), dead)

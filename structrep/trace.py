@@ -307,8 +307,13 @@ def _trace_below(
                     apart += _parts(call.module)
             apart += _never_called(module, tracer.called)
     for child in apart:
-        if child not in seen and (not readers.knows(child) or parametrized.computed(child)):
+        if child not in seen and (not readers.knows(child) or _settles(child)):
             _trace_below(traced, child, paths, None, seen)
+
+
+def _settles(module: nn.Module) -> bool:
+    """Whether a module is a layer that is read as a whole and computes its numbers: it may hold them, wherever it is."""
+    return readers.knows(module) and bool(parametrized.computed(module))
 
 
 def _never_called(module: nn.Module, called: set[nn.Module]) -> Iterator[nn.Module]:
@@ -323,7 +328,7 @@ def _parts(module: nn.Module) -> Iterator[nn.Module]:
     """The children of a module; the children of those that its code takes apart."""
     apart = taken_apart(module)
     for name, child in module.named_children():
-        if name in apart:
+        if name in apart and not _settles(child):
             yield from child.children()
         else:
             yield child
@@ -714,9 +719,8 @@ class _Tracer(fx.Tracer):
             self.stopped, self.refused = stopped, refused
             which = f"{' and '.join(names)} of {self.paths[m] or 'the model'}"
             remedy = parametrized.removals(m, self.paths[m])
-            return Unreadable(
-                f"{which}, computed before every call, cannot be made a constant: {said(error)}{remedy and f'; or {remedy}'}"
-            )
+            remedy = remedy and f"; or {remedy}"
+            return Unreadable(f"{which}, computed before every call, cannot be made a constant: {said(error)}{remedy}")
         return {name: self.constants.computed(value) for name, value in values.items()}
 
     def _compute(self, m: nn.Module, names: Collection[str]) -> dict[str, Tensor]:
@@ -730,11 +734,12 @@ class _Tracer(fx.Tracer):
         return values
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        library = parametrized.own_class(m).__module__.startswith(("torch.nn", "torch.ao.nn"))
         return (
             type(m) in self.opaque
             or m in self.hooked
             or readers.knows(m)
-            or (super().is_leaf_module(m, module_qualified_name) and not readers.generated(m))
+            or (library and not isinstance(m, nn.Sequential) and not readers.generated(m))
         )
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: Any) -> Any:
