@@ -7,7 +7,9 @@ Such a layer is a plain one whose numbers are constants: it is read, proved and 
 from __future__ import annotations
 
 import contextlib
+import dis
 from collections.abc import Iterator, Mapping
+from types import CodeType
 from typing import Any
 
 from torch import Tensor, nn
@@ -106,6 +108,22 @@ def about_hooks(module: nn.Module) -> str:
         f"{type(module).__name__} has a {kind}, {_named(after or before)}, which {does}: remove it before converting "
         f"if it is only for training"
     )
+
+
+def may_set(module: nn.Module) -> str:
+    """A pre-hook that may give a module new attributes before each call, by its code; "" if there is none."""
+    for hook in module._forward_pre_hooks.values():
+        function = getattr(hook, "__func__", getattr(hook, "func", hook))
+        code = getattr(function, "__code__", getattr(type(hook).__call__, "__code__", None))
+        if not _kind(hook) and (code is None or _stores(code)):
+            return f"the forward pre-hook {_named(hook)}"
+    return ""
+
+
+def _stores(code: CodeType) -> bool:
+    """Whether code sets attributes or writes in place."""
+    writes = (name in ("setattr", "data") or name.endswith("_") for name in code.co_names)
+    return any(writes) or any(step.opname == "STORE_ATTR" for step in dis.get_instructions(code))
 
 
 def removals(module: nn.Module, path: str) -> str:

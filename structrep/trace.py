@@ -293,6 +293,9 @@ def _trace_below(
     apart: list[nn.Module] = []
     if type(module).forward is nn.Module.forward:  # a container such as ModuleList
         apart += _parts(module)
+    elif setting := parametrized.may_set(module):
+        traced.untraced[paths[module]] = Untraceable(f"{setting} may set what {type(module).__name__}.forward reads")
+        apart += _parts(module)
     else:
         tracer = _follow(traced, module, paths, example)
         if tracer.stopped is not None:
@@ -312,8 +315,8 @@ def _trace_below(
 
 
 def _settles(module: nn.Module) -> bool:
-    """Whether a module is a layer that is read as a whole and computes its numbers: it may hold them, wherever it is."""
-    return readers.knows(module) and bool(parametrized.computed(module))
+    """Whether a module is a layer that computes its numbers, and may hold them instead wherever it is called."""
+    return readers.knows(module) and bool(parametrized.computed(module)) and not parametrized.hooks(module)
 
 
 def _never_called(module: nn.Module, called: set[nn.Module]) -> Iterator[nn.Module]:
