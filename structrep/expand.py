@@ -20,8 +20,8 @@ from structrep import blocks, search
 from structrep.algebra import ConvMap
 from structrep.blocks.places import NormInBlock
 from structrep.errors import BadInput
+from structrep.parametrized import computed, hooks
 from structrep.pattern import Conv, Norm, Seq
-from structrep.readers import hooks
 from structrep.registry import Registry
 from structrep.trace import own_copy, shallow_copy
 
@@ -227,6 +227,8 @@ def _held_back(layer: nn.Module, held: Counter[int]) -> str:
     """Why a layer has to stay, if it has; `held` says how many modules hold a parameter."""
     if hooks(layer):
         return "it has a hook, which must go on seeing its own values"
+    if names := computed(layer):
+        return f"its {' and '.join(names)} is computed before every call"
     if any(held[id(parameter)] > 1 for parameter in layer.parameters()):
         return "another module holds its weight too"
     return ""

@@ -8,10 +8,11 @@ from collections.abc import Iterable
 import networkx as nx
 from torch import fx
 
+from structrep.beside import named
 from structrep.errors import BadInput, Refusal
 from structrep.pattern import Term, seq
 from structrep.report import Explanation, RefusalRecord
-from structrep.search import Findings, Merge, Missed, Search, Segment, named
+from structrep.search import Findings, Merge, Missed, Search, Segment
 
 
 def why(findings: Findings, merges: Iterable[tuple[str, Merge]], first: str, second: str) -> Explanation:

@@ -10,10 +10,11 @@ from typing import TypeAlias
 import networkx as nx
 from torch import fx
 
+from structrep.beside import named
 from structrep.errors import Refusal
 from structrep.readers import Layer, Reading, Same, Stack, Total, asks_kind, counts_sizes, only_asserted, read_node
 from structrep.report import MergeRecord, RefusalRecord
-from structrep.search import Merge, Replicas, named
+from structrep.search import Merge, Replicas
 from structrep.trace import Call, Traced
 
 MOST = 40  # boxes in one picture

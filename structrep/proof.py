@@ -22,9 +22,10 @@ from structrep.absorb import Absorption
 from structrep.algebra import ConvMap
 from structrep.errors import BadInput, WrongMerge
 from structrep.frames import frame, pieces
+from structrep.parametrized import uncached
 from structrep.pattern import geometry
 from structrep.ranks import rank, spatial_size
-from structrep.readers import Layer, counts_sizes, held, lower, only_asserted
+from structrep.readers import Layer, called, counts_sizes, held, lower, only_asserted
 from structrep.registry import COEFFICIENT_ROUNDING
 from structrep.report import BorderRecord, OutputRecord, RegionRecord, Verification
 from structrep.search import Merge
@@ -174,7 +175,7 @@ class How:
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
         cast = torch.autocast(self.device.type, self.autocast) if self.autocast else contextlib.nullcontext()
-        with torch.no_grad(), process.same_chance(cuda=True), cast:
+        with torch.no_grad(), process.same_chance(cuda=True), uncached(), cast:
             torch.manual_seed(self.seed)
             yield
 
@@ -504,7 +505,7 @@ class _Region:
             return None
         module = node.meta["call"].module
         if module not in self.modules:
-            self.modules[module] = shallow_copy(module).to(self.device, torch.float64)
+            self.modules[module] = shallow_copy(called(node)).to(self.device, torch.float64)
         return self.modules[module]
 
 

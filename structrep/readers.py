@@ -14,9 +14,10 @@ keeps whole. Everything is read in float64.
 
 from __future__ import annotations
 
+import copy
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -24,10 +25,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from structrep import precision
 from structrep.algebra import Border, ConvMap, Geometry, Ints, Pads, swapped
 from structrep.errors import InvalidReader, Unreadable
 from structrep.layers import Shift
 from structrep.operations import shares, writes
+from structrep.parametrized import by_properties, hooks, plain
 from structrep.precision import doubled
 from structrep.ranks import argument, rank, spatial_size, torch_name
 
@@ -41,9 +44,25 @@ class Formula:
     calls: frozenset[str]
     tensors: tuple[Tensor, ...]
 
+    @classmethod
+    def of(cls, formulas: Iterable[Formula]) -> Formula:
+        """One for what several tensors are computed of."""
+        parts = list(formulas)
+        tensors = {id(tensor): tensor for part in parts for tensor in part.tensors}
+        return cls(frozenset().union(*(part.calls for part in parts)), tuple(tensors.values()))
+
     @property
     def parameters(self) -> tuple[Tensor, ...]:
         return tuple(tensor for tensor in self.tensors if isinstance(tensor, nn.Parameter))
+
+
+@dataclass(frozen=True, eq=False)
+class Computed:
+    """A tensor that a layer computes before every call: as it is in the layer's dtype, how, and in float64."""
+
+    value: Tensor
+    formula: Formula
+    exact: Callable[[], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,7 +206,7 @@ def map_layer(module: nn.Module, read: Callable[[Any], ConvMap] | ConvMap) -> La
     """
 
     def found() -> ConvMap:
-        map_ = read if isinstance(read, ConvMap) else read(module)
+        map_ = read if isinstance(read, ConvMap) else read(_doubled(module))
         if not isinstance(map_, ConvMap):
             raise Unreadable(f"the reader of {type(module).__name__} gave a {type(map_).__name__}, not a ConvMap")
         return map_
@@ -203,6 +222,12 @@ def map_layer(module: nn.Module, read: Callable[[Any], ConvMap] | ConvMap) -> La
     return replace(layer, parameters=stored)
 
 
+def _doubled(module: nn.Module) -> nn.Module:
+    """A copy of a layer in float64, in which what is computed of its numbers is the truth that merges are proved by."""
+    like = next((p for p in module.parameters() if p.is_floating_point()), torch.empty(0))
+    return copy.deepcopy(module).to(precision.exact(like.device), torch.float64)
+
+
 def knows(module: nn.Module) -> bool:
     """Whether a module is read as a whole."""
     return _reader(module) is not None
@@ -211,11 +236,6 @@ def knows(module: nn.Module) -> bool:
 def settings(module: nn.Module) -> dict[str, Any]:
     """The plain attributes of a layer: its mode, sizes, eps."""
     return {k: v for k, v in module.__dict__.items() if isinstance(v, (bool, int, float, str))}
-
-
-def hooks(module: nn.Module) -> bool:
-    """Whether something watches or changes what goes in or out of a module."""
-    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def generated(module: nn.Module) -> bool:
@@ -678,16 +698,14 @@ def _placed(layer: Layer, node: fx.Node) -> Layer | None:
     if len(inputs) != 1 and layer.kind != "view":
         return None
     formulas = [n.meta["formula"] for n in node.all_input_nodes if n.meta.get("formula")]
-    computed = any(n.meta.get("value") is layer.weight and n.meta.get("formula") for n in node.all_input_nodes)
-    if layer.weight is None or not computed:
+    if layer.weight is None or not formulas:
         return replace(layer, source=inputs[0], node=node)
+    if not any(n.meta.get("value") is layer.weight and n.meta.get("formula") for n in node.all_input_nodes):
+        formulas.append(Formula(frozenset(), (layer.weight,)))  # it is the bias that is computed
     plain = [n.meta["value"] for n in node.all_input_nodes if n.op == "get_attr" and not n.meta.get("formula")]
     learned = [p for formula in formulas for p in formula.parameters]
     stored = {id(p): p.numel() for p in (*learned, *(t for t in plain if isinstance(t, Tensor)))}
-    whole = Formula(
-        frozenset().union(*(f.calls for f in formulas)), tuple(t for formula in formulas for t in formula.tensors)
-    )
-    return replace(layer, source=inputs[0], node=node, formula=whole, parameters=sum(stored.values()))
+    return replace(layer, source=inputs[0], node=node, formula=Formula.of(formulas), parameters=sum(stored.values()))
 
 
 def _read_call(node: fx.Node) -> Reading | None:
@@ -705,10 +723,49 @@ def _read_call(node: fx.Node) -> Reading | None:
     if isinstance(module, _IDENTITIES):
         inert = isinstance(module, nn.Identity) or not module.training or getattr(module, "p", 1) == 0
         return Same(node.args[0]) if inert else None
-    layer = _read_pool(module, spatial_size(node.args[0])) or read_module(module)
+    layer = _read_pool(module, spatial_size(node.args[0])) or read_module(called(node, exactly=False))
+    if layer and (numbers := node.meta["computed"]):
+        layer = replace(
+            layer,
+            load=lambda c, d: _map_of(called(node), c, d),
+            formula=Formula.of((*(one.formula for one in numbers.values()), *_stored(module, numbers))),
+            parameters=sum(p.numel() for p in module.parameters()),
+        )
     if layer and (formula := node.meta["assigned"]):
         layer = replace(layer, formula=formula, parameters=_count(*formula.parameters))
     return _placed(layer, node) if layer else None
+
+
+def called(node: fx.Node, *, exactly: bool = True) -> nn.Module:
+    """The layer that a node calls, plain: what it computes before every call stands in it as numbers.
+
+    Args:
+        exactly: with numbers in float64, as all that is computed of weights is; or as the layer has them.
+
+    Raises:
+        Unreadable: what it computes is not the same at every call.
+    """
+    module: nn.Module = node.meta["call"].module
+    numbers = node.meta.get("computed")
+    if isinstance(numbers, Unreadable):
+        raise numbers
+    return (
+        plain(module, {name: one.exact() if exactly else one.value for name, one in numbers.items()})
+        if numbers
+        else module
+    )
+
+
+def _stored(module: nn.Module, numbers: Mapping[str, Computed]) -> Iterator[Formula]:
+    """The kernel of a layer that computes another tensor, as a formula that computes nothing."""
+    if "weight" not in numbers and (weight := module._parameters.get("weight")) is not None:
+        yield Formula(frozenset(), (weight,))
+
+
+def _map_of(module: nn.Module, c: int, d: int) -> ConvMap:
+    layer = read_module(module)
+    assert layer is not None
+    return layer.load(c, d)
 
 
 def _read_pool(pool: Any, size: Ints | None) -> Layer | None:
@@ -1220,16 +1277,22 @@ _ENDINGS: dict[Any, int | None] = {
 }  # fmt: skip
 
 
+def ends(module: nn.Module) -> bool:
+    """Whether a module is a norm of each value, which may end with a scale."""
+    type_: Any = next((base for base in type(module).__mro__ if base in _ENDINGS), None)
+    return type_ is not None and type(module).forward is type_.forward and "forward" not in module.__dict__
+
+
 def read_ending(node: fx.Node) -> Layer | None:
     """The scale and shift per channel that a norm of each value ends with; None where there is none."""
     if node.op == "call_module":
         module = node.meta["call"].module
-        type_: Any = next((base for base in type(module).__mro__ if base in _ENDINGS), None)
-        if type_ is None or type(module).forward is not type_.forward or "forward" in module.__dict__ or hooks(module):
+        computes = by_properties(module) or isinstance(node.meta["computed"], Unreadable)
+        if not ends(module) or hooks(module) or computes:
             return None
-        dims, weight, bias = _ENDINGS[type_], module.weight, getattr(module, "bias", None)
-        if weight is not module._parameters.get("weight") or bias is not module._parameters.get("bias"):
-            return None  # computed by a parametrization
+        dims = next(_ENDINGS[base] for base in type(module).__mro__ if base in _ENDINGS)
+        numbers: dict[str, Any] = called(node)._parameters
+        weight, bias = numbers.get("weight"), numbers.get("bias")
     elif node.op == "call_function" and node.target in _ENDINGS:
         a = _Arguments(node)
         try:

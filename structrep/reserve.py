@@ -19,9 +19,10 @@ from torch import fx, nn
 from structrep import cost
 from structrep.algebra import ConvMap, Ints
 from structrep.errors import Incompatible, Mutated, Refusal, Shared, Unreadable
+from structrep.parametrized import hooks
 from structrep.pattern import ONE, Term, geometry, leaf, seq, stack, total, value
 from structrep.ranks import torch_name
-from structrep.readers import Total, aliases, asks_kind, conv_layer, hooks, only_asserted, slice_layer, writers
+from structrep.readers import Total, aliases, asks_kind, conv_layer, only_asserted, slice_layer, writers
 from structrep.search import Carried, Findings, Merge, Missed, Search, Segment, path_of
 
 RULE, SOURCE = "rmnet", "RMNet, arXiv:2111.00687, section 3"

@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from inspect import signature
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
@@ -28,9 +28,10 @@ from structrep.errors import Refusal
 from structrep.forward import Edits, Forward
 from structrep.generated import install, regraph
 from structrep.layers import Features2d, Sizes
+from structrep.parametrized import by_properties, computed, hooks, made_of, settle, torch_kind
 from structrep.pattern import ONE, geometry
 from structrep.ranks import rank
-from structrep.readers import Layer, Same, hooks, knows, lower, only_asserted, read_module, read_node
+from structrep.readers import Layer, Same, knows, lower, only_asserted, read_module, read_node
 from structrep.search import Merge, Replicas, Segment, site
 from structrep.trace import Call, Traced
 from structrep.values import proxies
@@ -113,9 +114,10 @@ def _block_at(segments: list[Segment]) -> tuple[Call | None, int]:
     """The largest block that the first segments are all of, and how many they are."""
     first = segments[0].nodes[0].meta["call"]
     for call in reversed(list(first.chain())):
-        if call.leaf or call.method != "forward" or not isinstance(call.module, STAND_INS) or hooks(call.module):
+        layer = knows(call.module) and bool(computed(call.module))  # which is a call of its own only as a root
+        if call.leaf or call.method != "forward" or hooks(call.module):
             continue
-        if call.parent is None and not call.path:
+        if not layer and (not isinstance(call.module, STAND_INS) or (call.parent is None and not call.path)):
             continue
         inner = [s for s in segments if all(call.holds(n) for n in s.nodes)]
         count = len(inner)
@@ -260,7 +262,7 @@ class Draft:
         pending = [user for merge in self.merges for node in merge.nodes for user in node.users]
         while pending:
             node = pending.pop()
-            if node not in same and isinstance(read_node(node), Same):
+            if node not in same and _does_nothing(node):
                 same[node] = None
                 pending += node.users
         owners = {next(n.meta["call"].homes()) for n in same if n.op == "call_function" and n.target in SUMS}
@@ -305,14 +307,17 @@ class Draft:
             self._swap(unit.module.path, _nothing(unit))
         for call in self.ended:
             module = self._at(call.path)
-            module._parameters |= dict.fromkeys(module._parameters)
+            names = computed(module)
+            settle(module)
+            module._parameters |= dict.fromkeys((*module._parameters, *names))
             vars(module).update(dict.fromkeys(vars(module).keys() & {"affine", "elementwise_affine"}, False))
+        dead = self._settle()
         for owner, forward in self.forwards.items():
             module = self._at(owner.path)
             for name, tensor in forward.constants.items():
                 module.register_buffer(name, tensor.detach().clone(), persistent=False)
             install(module, forward.method)
-        self._bury()
+        self._bury(dead)
         for owner in self.forwards:
             if isinstance(module := self._at(owner.path), fx.GraphModule):
                 regraph(module)
@@ -349,13 +354,17 @@ class Draft:
         map_, host = merge.value(), self.hosts[merge]
         merge.kept = None
         bias = any(layer.shifts for layer in merge.term.leaves())
-        plain = host.module is not None and host.block is None and merge.sizes is None
-        if plain and _refill(self._at(host.module.path), map_, bias):  # type: ignore[union-attr]
-            return
         kernels = [layer for segment in host.segments for layer in segment.term.leaves() if layer.weight is not None]
-        learned = [tensor for layer in kernels for tensor in _kernels(layer)]
-        assert kernels[0].weight is not None
-        layer = lower(map_, kernels[0].weight, bias=bias, requires_grad=any(p.requires_grad for p in learned))
+        learned = any(tensor.requires_grad for layer in kernels for tensor in _kernels(layer))
+        like = kernels[0].weight
+        assert like is not None
+        if (
+            host.module is not None
+            and merge.sizes is None
+            and _refill(self._at(host.module.path), map_, like, bias=bias, requires_grad=learned)
+        ):
+            return
+        layer = lower(map_, like, bias=bias, requires_grad=learned)
         if merge.sizes is not None:
             layer = nn.Sequential(Sizes(*merge.sizes), *(layer if isinstance(layer, nn.Sequential) else [layer]))
         if host.module is not None:
@@ -388,11 +397,28 @@ class Draft:
 
     # --- what is left over ------------------------------------------------------------------------
 
-    def _bury(self) -> None:
-        """Set to None the modules and parameters that only dead nodes used."""
+    def _settle(self) -> set[str]:
+        """Take from modules whose forward is written anew what they compute tensors of, if nothing needs those; gives
+        the paths of all other tensors that nothing needs."""
+        dead = self._dead_tensors() if self.edits.owners else set()
+        alive = {self.traced.names.get(tensor) for tensor in self._used()[1]} if dead else set()
+        for owner in self.edits.owners if dead else ():
+            module, names = self._at(owner.path), computed(self._at(owner.path))
+            held = {f"{owner.path}.{name}" if owner.path else name for name in made_of(module)}
+            if held & dead and held.isdisjoint(alive):
+                settle(module)
+                module._parameters |= dict.fromkeys(names)
+            dead -= held
+        return dead
+
+    def _bury(self, tensors: set[str]) -> None:
+        """Set to None the modules and parameters that only dead nodes used.
+
+        Args:
+            tensors: paths of such parameters and buffers.
+        """
         if not self.edits.owners:
             return
-        tensors = self._dead_tensors()
         dead = {self._at(call.path) for call in self._dead_calls()} | self._idle_holders(tensors)
         for owner in self.edits.owners:
             self._bury_below(self._at(owner.path), dead)
@@ -412,6 +438,7 @@ class Draft:
         """The tensors that dead nodes use otherwise than by calling a layer, and those that others do, by id."""
         dead: set[int] = set()
         alive: set[int] = set()
+        merged = {node for merge in self.merges for node in merge.nodes}
         for trace in self.traced.traces:
             alive.update(*map(self._made_of, pytree.tree_leaves(trace.root.result)))
             for node in trace.nodes:
@@ -419,6 +446,8 @@ class Draft:
                     formula = node.meta.get("formula")
                     held = {id(t) for t in formula.tensors} if formula else {id(node.meta["value"])}
                     (dead if self._only_dead(node) else alive).update(held)
+                for one in (node.meta.get("computed") or {}).values() if node not in merged else ():
+                    alive.update(map(id, one.formula.tensors))
         return dead, alive
 
     def _made_of(self, given: Any) -> set[int]:
@@ -492,6 +521,13 @@ class Draft:
             module.__dict__["track_running_stats"] = False  # or loading a plain state dict would count batches again
 
 
+def _does_nothing(node: fx.Node) -> bool:
+    try:
+        return isinstance(read_node(node), Same)
+    except Refusal:  # a norm of each batch
+        return False
+
+
 def _nothing(unit: Unit) -> nn.Module:
     """What stands in the place of a layer whose work another one does now."""
     layer = unit.segments[0].term.layer
@@ -515,23 +551,23 @@ def _all_dead(module: nn.Module, dead: set[nn.Module]) -> bool:
     return container and bool(children) and all(_all_dead(child, dead) for child in children)
 
 
-def _refill(module: nn.Module, map_: ConvMap, bias: bool) -> bool:
-    """Give a plain layer new coefficients where it stands; False if the map does not have its geometry."""
-    plain = isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)) and knows(module)
-    weight = module._parameters.get("weight")
-    if not plain or weight is None:
+def _refill(module: nn.Module, map_: ConvMap, like: Tensor, *, bias: bool, requires_grad: bool) -> bool:
+    """Give a plain layer new coefficients where it stands, in place of those that it has or computes; False if the map
+    does not have its geometry."""
+    kind, g = torch_kind(module), map_.geometry
+    if kind is None or not issubclass(kind, (nn.Linear, nn.modules.conv._ConvNd)) or by_properties(module):
         return False
     layer = read_module(module)
-    assert layer is not None
-    g = map_.geometry
-    if isinstance(module, nn.modules.conv._ConvTransposeNd) != g.transposed:
+    if layer is None or isinstance(module, nn.modules.conv._ConvTransposeNd) != g.transposed:
         return False  # a transposed convolution of stride 1 becomes an ordinary one
     border = {"zeros": "constant"}.get(mode := getattr(module, "padding_mode", "zeros"), mode)
     if layer.shape(g.in_channels, g.dims) != g or (g.pads and border != map_.border) or bool(map_.fill.any()):
         return False
-    fresh = lower(map_, weight, bias=bias, requires_grad=weight.requires_grad)
-    module._parameters["weight"], module._parameters["bias"] = (
-        cast(nn.Parameter, fresh.weight),
-        cast("nn.Parameter | None", fresh.bias),
+    fresh = lower(map_, like, bias=bias, requires_grad=requires_grad)
+    settle(module)
+    rest = dict(module._parameters)
+    module._parameters.clear()
+    module._parameters.update(
+        {**fresh._parameters, **{name: one for name, one in rest.items() if name not in fresh._parameters}}
     )
     return True

@@ -9,7 +9,7 @@ if it is not dearer than what it replaces, and if the algebra finds it exact.
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
@@ -19,8 +19,9 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
 from structrep import cost, sums
-from structrep.absorb import Absorption, absorptions, readers_of
+from structrep.absorb import Absorption, absorptions
 from structrep.algebra import ConvMap, Ints, Rigour
+from structrep.beside import isolation
 from structrep.borders import Borders
 from structrep.cost import Cost
 from structrep.errors import (
@@ -39,6 +40,7 @@ from structrep.errors import (
     Uninitialized,
     Unreadable,
 )
+from structrep.parametrized import about_hooks, hooks
 from structrep.pattern import ONE, Term, geometry, leaf, seq, signed, sized, stack, total, value
 from structrep.ranks import channels, spatial_size
 from structrep.readers import (
@@ -52,7 +54,6 @@ from structrep.readers import (
     asks_shape,
     asserts_rank,
     counts_sizes,
-    hooks,
     only_asserted,
     read_ending,
     read_node,
@@ -362,7 +363,9 @@ class Search:
         """What was found is what is to be done."""
         self.findings.merges += merges
         merged = {node for merge in merges for node in merge.nodes}
-        covered = merged.union(*(one.nodes for one in self.absorptions))
+        lone = {node.meta["call"].module for merge in merges if _lone(merge.nodes) for node in merge.nodes}
+        again = {n for n in self.nodes if n.op == "call_module" and n.meta["call"].module in lone}
+        covered = merged.union(again, *(one.nodes for one in self.absorptions))
         self._isolated(covered)
         self.findings.missed += [miss for node, miss in self.missed if node not in covered or self._matters(miss)]
 
@@ -438,9 +441,7 @@ class Search:
             if reading is not None:
                 readings[node] = reading
             elif node.op == "call_module" and hooks(node.meta["call"].module):
-                module = node.meta["call"].module
-                hooked = Hooked(f"{type(module).__name__} has a forward hook, which must go on seeing its own values")
-                self._miss([node], "-", "layer with a hook", hooked)
+                self._miss([node], "-", "layer with a hook", Hooked(about_hooks(node.meta["call"].module)))
         return readings
 
     def _endings(self) -> dict[fx.Node, Layer]:
@@ -756,7 +757,7 @@ class Search:
             )
         apart = remedy(map_)
         before, after = costs
-        if apart or map_.border != "constant":
+        if apart or (map_.border != "constant" and self.term(stretch).op != "leaf"):  # which has it already
             after += cost.of_border(map_)
         saved = before.multiply_adds - after.multiply_adds + before.parameters - after.parameters
         if not at_any_price and (saved < 0 or (not saved and before.operations <= after.operations)):
@@ -846,24 +847,16 @@ class Search:
             self.missed.append((root, Missed(path_of(root) or "(root)", rule, what, reason, layers)))
 
     def _isolated(self, covered: set[fx.Node]) -> None:
-        """Say of every norm that stays, and that no refusal is about, what it stands between."""
+        """Say of every norm that stays, and that no refusal is about, what it stands between; not of those that stay
+        because blocks alone are to be merged."""
+        if self.findings.blocks:
+            return
         told = {layer for _, miss in self.missed for layer in miss.layers}
         for node, reading in self.readings.items():
             norm = isinstance(reading, Layer) and reading.kind == "norm" and node not in covered
             if norm and _layer_of(node) not in told:
-                source = _inputs(reading)[0]
-                ours, everyone = (readers_of(one, self.readings) for one in (node, source))
-                others = [user for user in everyone if user is not node and not only_asserted(user)]
-                also = f", which {_listed(others)} {'reads' if len(others) == 1 else 'read'} too," if others else ""
-                self._miss(
-                    [node],
-                    "-",
-                    "norm",
-                    Isolated(
-                        f"it scales what {named(source)} gives{also} for {_listed(ours)}: there is no "
-                        f"convolution or Linear beside it that is its alone"
-                    ),
-                )
+                told_of = isolation(node, _inputs(reading)[0], self.readings)
+                self._miss([node], "-", "norm", Isolated(told_of))
 
 
 def _notes(map_: ConvMap, leaves: Iterable[Layer], dtype: torch.dtype) -> Iterator[str]:
@@ -896,6 +889,11 @@ def _layer_of(node: fx.Node) -> str:
 _LAYERS = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.Linear)
 
 
+def _lone(nodes: Collection[fx.Node]) -> bool:
+    """Whether nodes are a call of one layer, which computes its weights."""
+    return len(nodes) == 1 and all(node.op == "call_module" and node.meta["computed"] for node in nodes)
+
+
 def _nodes(stretch: Iterable[Segment]) -> list[fx.Node]:
     return [node for segment in stretch for node in segment.nodes]
 
@@ -903,20 +901,6 @@ def _nodes(stretch: Iterable[Segment]) -> list[fx.Node]:
 def _scales(stretch: Iterable[Segment]) -> set[fx.Node]:
     """The scales that a stretch does a part of."""
     return {node for segment in stretch for one in segment.absorbed for node in one.nodes}
-
-
-def named(node: fx.Node) -> str:
-    """What a node is called in the user's code."""
-    if node.op == "call_module":
-        return str(node.target)
-    if node.op == "placeholder":
-        return "the input"
-    return str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", str(node.target))
-
-
-def _listed(nodes: list[fx.Node]) -> str:
-    names = sorted({named(node) for node in nodes if node.op != "output"}) or ["the output"]
-    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
 def _keeps_shape(segment: Segment) -> bool:
@@ -1000,11 +984,16 @@ class Replicas:
             raise Shared(f"{owner.path or 'the model'} is called {len(bodies)} times, and not always in the same way")
         touched = {call for node in inside for call in node.meta["call"].chain() if owner in call.chain()}
         anew = _written_in(inside)
+        self._check_computed(inside)
         for call in touched - {owner}:
             self._check_reach(call, touched, anew, inside)
             if call.inlined:
                 continue  # written out in its caller
             calls = self.traced.calls[call.module, call.method]
+            if _lone(inside):  # a layer that is the same at every call, and is so still
+                if call is calls[0]:
+                    continue
+                raise Shared(f"{call.path} is merged where it is called first")
             homes = {next((body for body in bodies if body in one.chain()), None) for one in calls}
             if len(calls) != len(bodies) or None in homes or len(homes) != len(bodies):
                 raise Shared(
@@ -1035,6 +1024,18 @@ class Replicas:
         for path, names in self.unread.items():
             if name in names and path != parent and (not path or f"{parent}.".startswith(f"{path}.")):
                 raise Shared(f"{path or 'the model'}, whose forward cannot be followed, mentions .{name} of a child")
+
+    def _check_computed(self, inside: set[fx.Node]) -> None:
+        """Raise where what a layer of a merge computes before its calls is of use elsewhere."""
+        for node in inside:
+            for name, one in (node.meta.get("computed") or {}).items():
+                path = f"{path_of(node)}.{name}"
+                made = (tensor for tensor in one.formula.tensors if isinstance(tensor, nn.Parameter))
+                held = (
+                    n for one in self.traced.traces for n in one.graph.find_nodes(op="get_attr") if n.target == path
+                )
+                if any(not inside.issuperset(n.users) for n in held) or any(self._needed(t, inside) for t in made):
+                    raise Shared(f"{path}, or what it is computed of, is of use elsewhere too")
 
     def _needed(self, tensor: Tensor | None, inside: set[fx.Node]) -> bool:
         """Whether a constant made of a tensor is of use to a node that stays."""

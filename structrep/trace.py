@@ -19,7 +19,7 @@ import operator
 import random
 import sys
 from collections import Counter, OrderedDict, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from types import FunctionType
 from typing import Any
@@ -32,11 +32,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.proxy import TraceError
 from torch.overrides import TorchFunctionMode
 
-from structrep import operations, process, readers
+from structrep import operations, parametrized, process, readers
 from structrep.algebra import ConvMap
 from structrep.answers import length, spared
 from structrep.aten import in_torch
-from structrep.errors import BadInput, StructrepError, Untraceable, said
+from structrep.errors import BadInput, StructrepError, Unreadable, Untraceable, said
 from structrep.intercept import keep_whole, show_tensors, stopping_function, take_traced_sizes, unwatched
 from structrep.precision import doubled
 from structrep.sources import taken_apart, written_first
@@ -277,6 +277,9 @@ def _trace_below(
     apart: list[nn.Module] = []
     if type(module).forward is nn.Module.forward:  # a container such as ModuleList
         apart += _parts(module)
+    elif setting := parametrized.may_set(module):
+        traced.untraced[paths[module]] = Untraceable(f"{setting} may set what {type(module).__name__}.forward reads")
+        apart += _parts(module)
     else:
         tracer = _follow(traced, module, paths, example)
         if tracer.stopped is not None:
@@ -291,8 +294,13 @@ def _trace_below(
                     apart += _parts(call.module)
             apart += _never_called(module, tracer.called)
     for child in apart:
-        if child not in seen and not readers.knows(child):
+        if child not in seen and (not readers.knows(child) or _settles(child)):
             _trace_below(traced, child, paths, None, seen)
+
+
+def _settles(module: nn.Module) -> bool:
+    """Whether a module is a layer that computes its numbers, and may hold them instead wherever it is called."""
+    return readers.knows(module) and bool(parametrized.computed(module)) and not parametrized.hooks(module)
 
 
 def _never_called(module: nn.Module, called: set[nn.Module]) -> Iterator[nn.Module]:
@@ -307,7 +315,7 @@ def _parts(module: nn.Module) -> Iterator[nn.Module]:
     """The children of a module; the children of those that its code takes apart."""
     apart = taken_apart(module)
     for name, child in module.named_children():
-        if name in apart:
+        if name in apart and not _settles(child):
             yield from child.children()
         else:
             yield child
@@ -507,7 +515,7 @@ class _Tracer(process.Tracer):
         self.paths = paths
         self.opaque = opaque
         self.whole = whole
-        self.hooked = {m for m in module.modules() if m is not module and readers.hooks(m)}
+        self.hooked = {m for m in module.modules() if m is not module and parametrized.hooks(m)}
         self.calls: list[Call] = []
         self.called: set[nn.Module] = set()  # also those whose calls are constants
         self.stack: list[Call] = []
@@ -571,9 +579,15 @@ class _Tracer(process.Tracer):
             function = getattr(self.module, self.method)
             if self.method in self.module.__dict__ and self.method != "forward":
                 function = function.args[-1]  # the method itself, not what watches it
-            return list(proxies(self._record(self.module, function, args, kwargs, False, self.method, function)))
+            run = functools.partial(self._run_root, function)
+            return list(proxies(self._record(self.module, run, args, kwargs, False, self.method, function)))
 
         return enter, []
+
+    def _run_root(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if self.method == "forward" and self.module._forward_pre_hooks:
+            self._compute(self.module, parametrized.computed(self.module))
+        return function(*args, **kwargs)
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -592,7 +606,7 @@ class _Tracer(process.Tracer):
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
         """All that has to be watched or changed while the trace runs."""
-        with self.watched_methods(), process.alone(), self.constants:
+        with self.watched_methods(), process.alone(), parametrized.uncached(), self.constants:
             take_traced_sizes(self.create_proxy)
             keep_whole(self.whole, self.create_proxy)
             show_tensors(self.module)
@@ -652,7 +666,8 @@ class _Tracer(process.Tracer):
         given = zip(proxies((call.args, call.kwargs)), proxies((args, kwargs)), strict=False)
         call.written = [(old.node, new.node) for old, new in given if old.node is not new.node]
         constant = not any(map(is_traced, (args, kwargs, result)))
-        if parent and constant and parent.steps[-1] is call and self.calls[-1] is call:
+        dropped = parent and constant and parent.steps[-1] is call and self.calls[-1] is call
+        if parent and dropped:
             del parent.steps[-1], self.calls[-1]  # its origin says how it came about
         if not leaf:
             self._note_kept(call, attributes)
@@ -660,11 +675,15 @@ class _Tracer(process.Tracer):
         now = {key: value for key, value in held.items() if not self._settles(m, key, attributes.get(key), value)}
         before = {key: value for key, value in attributes.items() if key in now or key not in held}
         call.mutates |= not alike((call.args, call.kwargs, before), (args, kwargs, now))
+        if parent and dropped:
+            parent.mutates |= call.mutates
         return result
 
     def _settles(self, m: nn.Module, key: str, before: Any, value: Any) -> bool:
         """Whether an attribute was given what a call computes of the model's tensors alone, the same at every call."""
-        if not isinstance(value, Tensor) or value is before or not written_first(type(m), key):
+        if not isinstance(value, Tensor) or value is before:
+            return False
+        if key not in parametrized.computed(m) and not written_first(type(m), key):
             return False
         formula = self.constants.formula(value)
         return formula is not None and all(t is not before for t in formula.tensors)
@@ -677,12 +696,39 @@ class _Tracer(process.Tracer):
                 proxy.node.meta["kept"] = True
                 call.mutates = True
 
+    def _computed(self, m: nn.Module) -> dict[str, readers.Computed] | Unreadable:
+        """What a layer that is read as a whole computes before every call; or why that is no constant."""
+        names = parametrized.computed(m) if readers.knows(m) or readers.ends(m) else ()
+        if not names:
+            return {}
+        stopped, refused = self.stopped, self.refused
+        try:
+            values = self._compute(m, names)
+        except Exception as error:
+            self.stopped, self.refused = stopped, refused
+            which = f"{' and '.join(names)} of {self.paths[m] or 'the model'}"
+            remedy = parametrized.removals(m, self.paths[m])
+            remedy = remedy and f"; or {remedy}"
+            return Unreadable(f"{which}, computed before every call, cannot be made a constant: {said(error)}{remedy}")
+        return {name: self.constants.computed(value) for name, value in values.items()}
+
+    def _compute(self, m: nn.Module, names: Collection[str]) -> dict[str, Tensor]:
+        """What a module computes before every call."""
+        held, versions = _state(m, names)
+        values = parametrized.compute(m)
+        now, written = _state(m, names)
+        if written != versions or not alike(held, now):
+            mode = ", in training mode: call model.eval() first" if any(one.training for one in m.modules()) else ""
+            raise RuntimeError(f"to compute it changes the layer{mode}")
+        return values
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        library = parametrized.own_class(m).__module__.startswith(("torch.nn", "torch.ao.nn"))
         return (
             type(m) in self.opaque
             or m in self.hooked
             or readers.knows(m)
-            or (super().is_leaf_module(m, module_qualified_name) and not readers.generated(m))
+            or (library and not isinstance(m, nn.Sequential) and not readers.generated(m))
         )
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: Any) -> Any:
@@ -766,6 +812,7 @@ class _Tracer(process.Tracer):
                 self.constants.note_written(one.meta["value"], operations.name_of(node.target))
         if node.op == "call_module" and call is not None:
             self.constants.note_assigned(node, call)
+            node.meta["computed"] = self._computed(call.module)
         if self.stack and node.op != "get_attr":
             self.stack[-1].steps.append(node)
         return node
@@ -977,6 +1024,10 @@ class _Constants(TorchFunctionMode):
         for tensor in held:
             self.used[id(tensor)].append(node)
 
+    def computed(self, tensor: Tensor) -> readers.Computed:
+        formula = self.formula(tensor) or readers.Formula(frozenset(), (tensor,))
+        return readers.Computed(tensor, formula, functools.partial(self.exact, tensor))
+
     def exact(self, tensor: Tensor) -> Tensor:
         """A constant computed again, in float64; as it is where its storage was written to since."""
         known: dict[int, Tensor] = {}
@@ -1031,6 +1082,13 @@ def _chance() -> tuple[Any, ...]:
         return (random.getstate(),)
     _, keys, *rest = numpy.get_state()
     return random.getstate(), keys.tobytes(), *rest
+
+
+def _state(module: nn.Module, but: Collection[str]) -> tuple[Any, list[int]]:
+    """What a module and all below it hold, but for some of its tensors, and how often tensors were written."""
+    held = [{k: v for k, v in part.__dict__.items() if part is not module or k not in but} for part in module.modules()]
+    tensors = (*module.parameters(), *module.buffers())
+    return snapshot(held), [0 if tensor.is_inference() else tensor._version for tensor in tensors]
 
 
 def storage(tensor: Tensor) -> int:

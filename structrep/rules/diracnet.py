@@ -18,8 +18,8 @@ SUMS = {"add", "iadd", "radd"}
 
 
 def normalized_plus_identity(formula: Formula) -> bool:
-    """A normalised kernel to which something is added."""
-    return bool(formula.calls & NORMS and formula.calls & SUMS)
+    """A normalised kernel to which something is added, each of them scaled."""
+    return bool(formula.calls & NORMS and formula.calls & SUMS and len(formula.parameters) > 1)
 
 
 @rule(
