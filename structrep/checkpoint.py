@@ -82,7 +82,7 @@ def convert_checkpoint(
         raise BadInput(f"{target} has the suffix {target.suffix!r}: {', '.join(suffixes)} are supported")
     write = files.writer(target, force)
     if target.suffix == ".safetensors":
-        files.safetensors()
+        files.safetensors(writes=True)
     model = unwrapped(model)
     content = _sharded(source, model) if source.is_dir() else files.read(source, trusted)
     found = weights_in(content, model, source)

@@ -268,8 +268,7 @@ def convert(
     what was merged, by which rules and versions, from which weights, and how it was verified.
     """
     with _outcome(as_json) as working:
-        if out.suffix not in export.SUFFIXES:
-            raise BadInput(f"{out} has the suffix {out.suffix!r}: {', '.join(export.SUFFIXES)} are supported")
+        export.demand(out)
         how_norms = _norms(norms)
         write = files.writer(out, force)
         if report and report.resolve() == out.resolve():
@@ -438,7 +437,8 @@ class Part:
 PARTS = (
     Part("torch", "everything"),
     Part("networkx", "everything"),
-    Part("safetensors", ".safetensors files", "pip install 'structrep[weights]'"),
+    Part("safetensors", ".safetensors files", files.WEIGHTS),
+    Part("numpy", "writing .safetensors files", files.WEIGHTS),
     Part("timm", "timm: models", "pip install 'structrep[timm]'"),
     Part("torchvision", "torchvision: models", "pip install torchvision"),
     Part("transformers", "hf: models, the callback", "pip install 'structrep[transformers]'"),

@@ -19,6 +19,7 @@ from structrep.errors import BadInput, listed, said
 
 Save = Callable[[Any, BinaryIO], object]
 TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".tar")
+WEIGHTS = "pip install 'structrep[weights]'"
 
 
 def imported(name: str, remedy: str) -> Any:
@@ -121,13 +122,21 @@ def _same(loaded: Tensor, given: Tensor) -> bool:
     return torch.equal(loaded.nan_to_num(), given.to(loaded).nan_to_num())
 
 
-def safetensors() -> Any:
-    return imported("safetensors.torch", "pip install 'structrep[weights]'")
+def safetensors(writes: bool = False) -> Any:
+    """The package for such files, which needs numpy to write one.
+
+    Raises:
+        BadInput: one of the two is not there.
+    """
+    found = imported("safetensors.torch", WEIGHTS)
+    if writes:
+        imported("numpy", WEIGHTS)
+    return found
 
 
 def as_safetensors(state: Mapping[str, Tensor], **told: str) -> bytes:
     """A safetensors file of a plain state dict, with texts by name in its metadata."""
-    content: bytes = safetensors().save(dict(state), {"format": "pt", **told})
+    content: bytes = safetensors(writes=True).save(dict(state), {"format": "pt", **told})
     return content
 
 

@@ -517,9 +517,12 @@ def test_doctor(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     record = cli.DoctorRecord.model_validate_json(result.stdout)
     assert not any(record.rules.values())
     assert {part.package for part in record.parts if part.version} >= {"torch", "timm", "onnxruntime"}
-    monkeypatch.setitem(sys.modules, "timm", None)
+    for package in ("timm", "numpy"):
+        monkeypatch.setitem(sys.modules, package, None)
     monkeypatch.setattr(cli.registry, "resolve", lambda rules: iter(()))
-    assert "there is no module named 'timm'" in run("doctor").stdout.replace("\n", " ")
+    told = run("doctor").stdout.replace("\n", " ")
+    assert "there is no module named 'timm'" in told
+    assert "there is no module named 'numpy'" in told
 
 
 def test_models_in_files(here: Path) -> None:
