@@ -59,14 +59,18 @@ dist: .venv/installed-dist
 	$(BIN)/python -m build --wheel --outdir build/tree
 	cmp dist/*.whl build/tree/*.whl
 
-# the wheel as users have it: in an environment of its own, run outside this folder
+# the wheel as users have it: in an environment of its own, run outside this folder; bare first, then with extras
+SMOKE := $(CURDIR)/build/smoke/bin/python
 smoke: dist
 	rm -rf build/smoke
 	$(PYTHON) -m venv build/smoke
-	build/smoke/bin/python -m pip --disable-pip-version-check install --quiet -c constraints.txt \
+	$(SMOKE) -m pip --disable-pip-version-check install --quiet -c constraints.txt dist/*.whl
+	$(SMOKE) -m pip check
+	cd / && $(SMOKE) -I $(CURDIR)/tests/smoke.py bare
+	$(SMOKE) -m pip --disable-pip-version-check install --quiet -c constraints.txt \
 		"$$(ls dist/*.whl)[weights,plot]" mypy
-	build/smoke/bin/python -m pip check
-	cd / && $(CURDIR)/build/smoke/bin/python -I $(CURDIR)/tests/smoke.py
+	$(SMOKE) -m pip check
+	cd / && $(SMOKE) -I $(CURDIR)/tests/smoke.py
 
 clean:
 	rm -rf .venv .venv-oldest build dist site .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -5,9 +5,11 @@ import io
 import os
 import re
 import sys
+import warnings
 
 
 def main() -> None:
+    warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # torch says so where nothing needs it
     try:
         from structrep.cli import app
     except KeyboardInterrupt:  # importing torch takes seconds

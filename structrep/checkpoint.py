@@ -5,6 +5,9 @@ structrep.convert_checkpoint("last.ckpt", "deploy.ckpt", structrep.expand(model,
 
 from __future__ import annotations
 
+import contextlib
+import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,8 +18,8 @@ from torch import Tensor, nn
 
 from structrep import files
 from structrep.driver import plan, unwrapped
-from structrep.errors import BadInput, listed, said
-from structrep.expand import plain_name
+from structrep.errors import BadInput, StructrepError, listed, said
+from structrep.expand import expand_layers, plain_name
 from structrep.report import CheckpointRecord, PlanRecord
 from structrep.trace import Example, own_copy
 
@@ -25,6 +28,7 @@ OF_TRAINING = {
     "amp_scaler", "callbacks", "grad_scaler", "loops", "lr_scheduler", "lr_schedulers", "optim", "optimizer",
     "optimizer_state", "optimizer_states", "optimizers", "opt_state", "scaler", "scheduler",
 }  # fmt: skip
+COUNTER = "num_batches_tracked"  # of a norm: how often it has run in training mode
 
 
 @dataclass(frozen=True)
@@ -56,11 +60,14 @@ def convert_checkpoint(
 
     Every state dict that is the model's is found by its names, under whatever key and behind whatever prefix: bare
     ones, Lightning's (`state_dict`, `model.`), timm's (`state_dict`, `state_dict_ema`), those of `AveragedModel` or
-    DistributedDataParallel (`module.`), `torch.compile` and FSDP.
+    DistributedDataParallel (`module.`), `torch.compile` and FSDP. It is taken where torch would load it strictly (norms
+    need no counters), where weights that are tied are there once, and with the counts of thop in it. Integers that were
+    saved in half precision are integers again.
 
     Args:
-        train_ckpt: a .safetensors file, a torch file, or a folder of `torch.distributed.checkpoint`, whose metadata
-            torch unpickles: read only those that you trust.
+        train_ckpt: a .safetensors file; a torch file; the index of several, `model.safetensors.index.json`, or the
+            folder with it; or a folder of `torch.distributed.checkpoint`, whose metadata torch unpickles: read only
+            those that you trust.
         out: a .safetensors file, which holds one state dict without a prefix; or a torch file (.pt, .pth, .ckpt, .bin,
             .tar) with all that the checkpoint held, but the deploy models' weights in the place of the training-time
             ones, and without optimizers, schedulers and the like, which fit those no longer.
@@ -82,9 +89,9 @@ def convert_checkpoint(
         raise BadInput(f"{target} has the suffix {target.suffix!r}: {', '.join(suffixes)} are supported")
     write = files.writer(target, force)
     if target.suffix == ".safetensors":
-        files.safetensors()
+        files.safetensors(writes=True)
     model = unwrapped(model)
-    content = _sharded(source, model) if source.is_dir() else files.read(source, trusted)
+    content = read(source, model, trusted or source.is_dir())
     found = weights_in(content, model, source)
     bare = entry is not None or target.suffix == ".safetensors" or source.is_dir()
     if bare:
@@ -108,35 +115,86 @@ def convert_checkpoint(
     return CheckpointRecord(source=str(source), out=str(target), entries=records, left=left)
 
 
-def weights_in(content: Any, model: nn.Module, path: Path) -> list[Weights]:
-    """Every state dict in a checkpoint that has the model's very names.
+def read(source: Path, model: nn.Module, trusted: bool = False) -> Any:
+    """What a checkpoint holds: a file, an index of several, or a folder with one, or of `torch.distributed.checkpoint`.
+
+    Args:
+        model: whose names say which tensors of such a folder are read.
+        trusted: whether a torch file may hold any Python object, and a folder's metadata be unpickled.
 
     Raises:
-        BadInput: there is none; what the nearest has too much, too little, or in another shape.
+        BadInput: it cannot be read, with why.
     """
-    expected = set(model.state_dict())
+    if not source.is_dir():
+        return files.read(source, trusted)
+    if (source / ".metadata").is_file():
+        if not trusted:
+            raise BadInput(
+                f"{source} is a folder of torch.distributed.checkpoint, and reading its metadata could run any code: "
+                f"say --trusted if you know who wrote it"
+            )
+        return _distributed(source, model)
+    for pattern in (f"*.safetensors{files.INDEX}", "*.safetensors", f"*{files.INDEX}"):
+        found = sorted(source.glob(pattern))
+        if len(found) > 1:
+            raise BadInput(f"{source} has {len(found)} of {pattern}: give one, {listed(path.name for path in found)}")
+        if found:
+            return files.read(found[0], trusted)
+    raise BadInput(
+        f"{source} is no folder of torch.distributed.checkpoint, with .metadata in it, and has no weights as "
+        f"transformers writes them, model.safetensors or model.safetensors{files.INDEX}"
+    )
+
+
+Found = list[tuple[tuple[str, ...], dict[str, Any]]]  # mappings with tensors in them, and the keys that lead there
+
+
+def weights_in(content: Any, model: nn.Module, path: Path) -> list[Weights]:
+    """Every state dict in a checkpoint that the model takes.
+
+    Weights that are tied in the model may be there once, and what thop has counted is passed over. Otherwise torch's
+    own strict loading decides: norms need no counters, say.
+
+    Raises:
+        BadInput: there is none; what the nearest has too much, too little, or in another shape, and whether it is that
+            of a deploy form.
+    """
     states = list(_mappings(content))
-    found = [
-        Weights(at, prefix, {name: named[prefix + name] for name in expected})
-        for at, named in states
-        for prefix in _whole(named, expected)
-    ]
-    if found:
+    if found := _fitting(states, model):
         return found
-    near = [
-        (len(expected & _under(named, prefix)), Weights(at, prefix, {}), named)
-        for at, named in states
-        for prefix in {"", *_prefixes(named, expected)}
-    ]
-    if not near:
+    if not states:
         raise BadInput(
             f"{path} holds an object of type {type(content).__name__} but no state dict: save one with "
             f"torch.save(model.state_dict(), FILE)"
         )
-    _, nearest, named = max(near, key=lambda one: one[0])
-    state = {name: named[nearest.prefix + name] for name in _under(named, nearest.prefix)}
-    files.fit(model, state, path)
-    raise AssertionError("a state dict that fits has the model's names")
+    own = model.state_dict(keep_vars=True)
+    near = [(count, prefix, named) for _, named in states for prefix, count in _prefixes(named, own).items()]
+    _, prefix, named = max(near, key=lambda one: one[0], default=(0, "", states[0][1]))
+    try:
+        load(own_copy(model), Weights((), prefix, _under(named, prefix, own)), path)
+    except BadInput as error:
+        raise BadInput(f"{error}{_other_form(states, model)}") from error
+    raise AssertionError("a state dict that fits was found before")
+
+
+def _fitting(states: Found, model: nn.Module) -> list[Weights]:
+    return [Weights(at, prefix, state) for at, named in states for prefix, state in _whole(named, model).items()]
+
+
+def _other_form(states: Found, model: nn.Module) -> str:
+    """Of weights that do not fit a training-time model, whether they fit what becomes of it, or was before it."""
+    forms: list[tuple[Literal["keep", "fold"], str]] = [
+        ("fold", "of the deploy form already: load them into structrep.reparameterize(model)")
+    ]
+    if expand_layers(model):
+        forms.append(("keep", "of the plain model, which has no blocks: load them before expand"))
+    for norms, told in forms:
+        with contextlib.suppress(StructrepError):
+            if _fitting(states, plan(own_copy(model).eval(), norms=norms).reparameterize(verify=False)):
+                return f"\n  these are the weights {told}"
+    if any("reparam" in name for _, named in states for name in named.keys() - model.state_dict().keys()):
+        return "\n  by their names, these are the weights of a deploy form already"
+    return ""
 
 
 def chosen(found: list[Weights], entry: str | None, path: Path) -> Weights:
@@ -154,17 +212,40 @@ def chosen(found: list[Weights], entry: str | None, path: Path) -> Weights:
 
 
 def load(model: nn.Module, weights: Weights, path: Path) -> None:
-    """Load weights into a model, which takes on their dtypes.
+    """Load weights into a model, which takes on their dtypes; integers stay what they are in the model.
 
     Raises:
         BadInput: their shapes differ, or numbers stand where there are none of their kind.
     """
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if isinstance(given := weights.state.get(name), Tensor):
-            if tensor.is_floating_point() != given.is_floating_point():
-                raise BadInput(f"{path} has {name} as {given.dtype}, and the model as {tensor.dtype}")
+    state = dict(weights.state)
+    for name, tensor in (
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ):
+        if not isinstance(given := state.get(name), Tensor):
+            continue
+        if given.is_floating_point() and not tensor.is_floating_point():
+            state[name] = _as_integers(given, tensor, name, path)
+        elif tensor.is_floating_point() != given.is_floating_point():
+            raise BadInput(f"{path} has {name} as {given.dtype}, and the model as {tensor.dtype}")
+        else:
             tensor.data = tensor.data.to(given.dtype)
-    files.fit(model, weights.state, path)
+    files.fit(model, state, path)
+
+
+def _as_integers(given: Tensor, own: Tensor, name: str, path: Path) -> Tensor:
+    """Integers that were saved as floating-point numbers, as `{name: value.half()}` saves them.
+
+    Raises:
+        BadInput: the dtype that they were saved in has rounded them. How often a norm has run makes no difference.
+    """
+    whole = given.to(own.dtype)
+    if name.endswith(COUNTER):
+        return whole if given.isfinite().all() else own.detach().clone()
+    exact = 2 / torch.finfo(given.dtype).eps  # below, each integer is a number of that dtype
+    if not (torch.equal(whole.to(given.dtype), given) and (given.abs() < exact).all()):
+        raise BadInput(f"{path} has {name} as {given.dtype}, and the model as {own.dtype}: it was rounded")
+    return whole
 
 
 def _mappings(content: Any, at: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], dict[str, Any]]]:
@@ -186,27 +267,60 @@ def _of_module(key: Any, value: Any) -> bool:
     return isinstance(key, str) and (isinstance(value, Tensor) or key.endswith("_extra_state"))
 
 
-def _prefixes(names: Iterable[str], expected: set[str]) -> list[str]:
-    """What stands, in names, before a name of the model."""
-    known = min(expected, default="")
-    return [name.removesuffix(known) for name in names if known and f".{name}".endswith(f".{known}")]
+def _endings(name: str) -> Iterator[int]:
+    """Where a name of a model may begin in a longer one."""
+    yield 0
+    yield from (dot.end() for dot in re.finditer(r"\.", name))
 
 
-def _whole(names: Iterable[str], expected: set[str]) -> list[str]:
-    """The prefixes behind which the model's names stand, all of them and no others but those of a longer prefix."""
-    left, found = set(names), []
-    for prefix in sorted(_prefixes(left, expected), key=len, reverse=True):
-        if _under(left, prefix) == expected:
-            found.append(prefix)
-            left -= {prefix + name for name in expected}
-    return found[::-1]
+def _prefixes(names: Iterable[str], own: Mapping[str, Any]) -> Counter[str]:
+    """What stands, in names, before names of a state dict, and before how many of them."""
+    return Counter(name[:start] for name in names for start in _endings(name) if name[start:] in own)
 
 
-def _under(names: Iterable[str], prefix: str) -> set[str]:
-    return {name.removeprefix(prefix) for name in names if name.startswith(prefix)}
+def _whole(named: dict[str, Any], model: nn.Module) -> dict[str, dict[str, Any]]:
+    """The model's state dicts in a mapping, by their prefixes: the names behind one are the model's, and no others.
+
+    Of what is left by those that have its very names, torch is asked whether it loads what has the most of them.
+    """
+    own, left = model.state_dict(keep_vars=True), dict(named)
+    found: dict[str, dict[str, Any]] = {}
+
+    def take(prefix: str, state: dict[str, Any]) -> None:
+        found[prefix] = state
+        for name in [name for name in left if name.startswith(prefix)]:
+            del left[name]
+
+    apart = len({id(value) for value in own.values()})  # tied ones once
+    counts = _prefixes(left, own)
+    for prefix in sorted(counts, key=len, reverse=True):
+        if counts[prefix] >= apart and (state := _under(left, prefix, own)).keys() == own.keys():
+            take(prefix, state)
+    counts = _prefixes(left, own)
+    most = max(counts.values(), default=0)
+    nearest = [prefix for prefix in counts if counts[prefix] == most and (not found or 2 * most >= apart)]
+    for prefix in sorted(nearest, key=len, reverse=True):
+        state = _under(left, prefix, own)
+        with contextlib.suppress(BadInput):
+            load(own_copy(model), Weights((), prefix, state), Path())
+            take(prefix, state)
+    return dict(sorted(found.items(), key=lambda one: len(one[0])))
 
 
-def _sharded(folder: Path, model: nn.Module) -> dict[str, Tensor]:
+def _under(named: dict[str, Any], prefix: str, own: Mapping[str, Any]) -> dict[str, Any]:
+    """What stands behind a prefix: without what thop has counted, and under each of the names that are tied."""
+    state = {name.removeprefix(prefix): value for name, value in named.items() if name.startswith(prefix)}
+    state = {name: value for name, value in state.items() if name in own or not _counted(name)}
+    kept = {id(own[name]): value for name, value in state.items() if isinstance(own.get(name), Tensor)}
+    return state | {name: kept[id(one)] for name, one in own.items() if name not in state and id(one) in kept}
+
+
+def _counted(name: str) -> bool:
+    """Whether a name is of what thop hangs on every module."""
+    return name.rpartition(".")[2] in ("total_ops", "total_params")
+
+
+def _distributed(folder: Path, model: nn.Module) -> dict[str, Tensor]:
     """The model's weights in a folder of `torch.distributed.checkpoint`, whole.
 
     Raises:
@@ -221,12 +335,11 @@ def _sharded(folder: Path, model: nn.Module) -> dict[str, Tensor]:
     except Exception as error:
         raise BadInput(f"{folder} is no folder of torch.distributed.checkpoint: {said(error)}") from error
     sizes = {name: entry for name, entry in known.items() if isinstance(entry, TensorStorageMetadata)}
-    expected = set(model.state_dict())
-    of_weights = {prefix + name for prefix in _prefixes(map(plain_name, sizes), expected) for name in expected}
+    expected = model.state_dict().keys()
     state = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
         for name, entry in sizes.items()
-        if plain_name(name) in of_weights
+        if any(plain_name(name)[start:] in expected for start in _endings(plain_name(name)))
     }
     try:
         load_sharded(state, checkpoint_id=folder, no_dist=True)
@@ -244,7 +357,7 @@ def _exchanged(content: Any, before: list[Weights], after: list[Weights], at: tu
     new = {
         key: _exchanged(value, before, after, (*at, key))
         for key, value in content.items()
-        if plain_name(str(key)) not in gone and (at or key not in OF_TRAINING)
+        if plain_name(str(key)) not in gone and (at or key not in OF_TRAINING) and not (here and _counted(str(key)))
     }
     for one in after:
         if one.at == at:

@@ -99,7 +99,8 @@ Weights = Annotated[
     typer.Option(
         metavar="FILE",
         help="Trained weights: a state dict or a training checkpoint, in a .safetensors file or one that "
-        "torch.load(weights_only=True) reads.",
+        "torch.load(weights_only=True) reads; or an index of such files, or the folder with it. With --trusted, files "
+        "with any object in them and folders of torch.distributed.checkpoint.",
         show_default=False,
     ),
 ]
@@ -120,7 +121,9 @@ Reserve = Annotated[
     ),
 ]
 Download = Annotated[bool, typer.Option("--download", help="Allow weights and configurations to be fetched.")]
-Trusted = Annotated[bool, typer.Option("--trusted", help="Allow a file to hold a module, which can run any code.")]
+Trusted = Annotated[
+    bool, typer.Option("--trusted", help="Allow files to hold any object, a module say: reading it can run any code.")
+]
 Arguments = Annotated[
     list[str] | None,
     typer.Option(
@@ -268,8 +271,7 @@ def convert(
     what was merged, by which rules and versions, from which weights, and how it was verified.
     """
     with _outcome(as_json) as working:
-        if out.suffix not in export.SUFFIXES:
-            raise BadInput(f"{out} has the suffix {out.suffix!r}: {', '.join(export.SUFFIXES)} are supported")
+        export.demand(out)
         how_norms = _norms(norms)
         write = files.writer(out, force)
         if report and report.resolve() == out.resolve():
@@ -438,7 +440,8 @@ class Part:
 PARTS = (
     Part("torch", "everything"),
     Part("networkx", "everything"),
-    Part("safetensors", ".safetensors files", "pip install 'structrep[weights]'"),
+    Part("safetensors", ".safetensors files", files.WEIGHTS),
+    Part("numpy", "writing .safetensors files", files.WEIGHTS),
     Part("timm", "timm: models", "pip install 'structrep[timm]'"),
     Part("torchvision", "torchvision: models", "pip install torchvision"),
     Part("transformers", "hf: models, the callback", "pip install 'structrep[transformers]'"),
@@ -610,9 +613,9 @@ def _prepare(
     if entry is not None and weights is None:
         raise BadInput(f"--entry {entry} is of a checkpoint: give it with --weights")
     with working(f"making {source}"):
-        content = files.read(weights) if weights is not None else None
         model = models.named(source, keywords, download, trusted)
         if weights is not None:
+            content = checkpoint.read(weights, model, trusted)
             found = checkpoint.weights_in(content, model, weights)
             checkpoint.load(model, checkpoint.chosen(found, entry, weights), weights)
         if not isinstance(model, fx.GraphModule):  # an exported one has no modes

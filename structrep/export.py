@@ -6,6 +6,7 @@ By suffix: `.safetensors` and `.pt`, a state dict; `.pt2`, a program of `torch.e
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import hashlib
 import io
 import logging
@@ -61,27 +62,35 @@ def checksum(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         if isinstance(value, Tensor):
-            plain = value.detach().cpu().contiguous()
-            digest.update(f"{name} {plain.dtype} {tuple(plain.shape)}".encode())
-            digest.update(plain.flatten().view(torch.uint8).numpy().tobytes() if plain.numel() else b"")
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            plain = value.detach().cpu().contiguous().flatten().view(torch.uint8)
+            digest.update((ctypes.c_char * len(plain)).from_address(plain.data_ptr()) if len(plain) else b"")
     return digest.hexdigest()
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
+def demand(out: Path) -> None:
+    """Raises BadInput where no format has the suffix of `out`, or a package is missing that writes it."""
+    if out.suffix not in SUFFIXES:
+        raise BadInput(f"{out} has the suffix {out.suffix!r}: {', '.join(SUFFIXES)} are supported")
+    if out.suffix == ".safetensors":
+        files.safetensors(writes=True)
+    if out.suffix == ".onnx":
+        files.imported("onnxscript", ONNX)
+
+
 def encoded(deploy: nn.Module, suffix: str, example_inputs: Example | None, record: Provenance) -> bytes:
     """A deploy model as the content of a file.
 
     Args:
-        suffix: ".safetensors", ".pt", ".pt2" or ".onnx".
+        suffix: ".safetensors", ".pt", ".pt2" or ".onnx"; see `demand`.
         example_inputs: needed for programs, whose batch, dim 0 of all inputs, is left open where the model allows it.
 
     Raises:
-        BadInput: there is no such suffix, no example inputs, or the program cannot be made.
+        BadInput: there are no example inputs, or the program cannot be made.
     """
-    if suffix not in _ENCODERS:
-        raise BadInput(f"there is no format for the suffix {suffix!r}: {', '.join(_ENCODERS)} are supported")
     return _ENCODERS[suffix](deploy, example_inputs, record.model_dump_json())
 
 
@@ -111,8 +120,6 @@ def _program(deploy: nn.Module, example_inputs: Example | None, record: str) -> 
 
 
 def _onnx(deploy: nn.Module, example_inputs: Example | None, record: str) -> bytes:
-    files.imported("onnxscript", ONNX)
-
     def export(args: Any, kwargs: Any, shapes: Any) -> Any:
         return torch.onnx.export(deploy, args, kwargs=kwargs, dynamic_shapes=shapes, dynamo=True, verbose=False)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import os
 import pickle
 import re
@@ -19,6 +20,8 @@ from structrep.errors import BadInput, listed, said
 
 Save = Callable[[Any, BinaryIO], object]
 TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".tar")
+INDEX = ".index.json"  # which says of each tensor which of several files it is in
+WEIGHTS = "pip install 'structrep[weights]'"
 
 
 def imported(name: str, remedy: str) -> Any:
@@ -43,15 +46,18 @@ def imported(name: str, remedy: str) -> Any:
 
 
 def read(path: Path, trusted: bool = False) -> Any:
-    """What a .safetensors or torch file holds, on the CPU.
+    """What a .safetensors or torch file holds, on the CPU; or all files of an index, as transformers writes them.
 
     Args:
+        path: a file, or an index: model.safetensors.index.json, say.
         trusted: whether a torch file may hold any Python object: reading those can run any code.
 
     Raises:
         BadInput: there is no such file, it is damaged, or holds more than tensors, numbers and texts.
     """
     demand(path)
+    if path.name.endswith(INDEX):
+        return _indexed(path, trusted)
     kind = "safetensors" if path.suffix == ".safetensors" else "torch"
     try:
         if kind == "safetensors":
@@ -67,10 +73,32 @@ def read(path: Path, trusted: bool = False) -> Any:
             raise BadInput(f"{path} is damaged, or no torch file") from error
         raise BadInput(
             f"{path} holds more than tensors: it asks for {wanted[1]}, and reading that could run any code. "
-            f"Save a plain state dict: torch.save(model.state_dict(), FILE)"
+            f"Save a plain state dict, torch.save(model.state_dict(), FILE), or say --trusted, trusted=True, if you "
+            f"know who wrote it"
         ) from error
     except Exception as error:
         raise BadInput(f"{path} is damaged, or no {kind} file: {said(error)}") from error
+
+
+def _indexed(index: Path, trusted: bool) -> dict[str, Any]:
+    """The tensors that an index names, each from its file beside it."""
+    try:
+        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = {str(file): [name for name, at in places.items() if at == file] for file in places.values()}
+    except Exception as error:
+        raise BadInput(f"{index} is damaged, or no index of weights: {said(error)}") from error
+    state: dict[str, Any] = {}
+    for file, there in names.items():
+        shard = index.parent / file
+        if shard.name != file or not file.endswith((".safetensors", *TORCH_SUFFIXES)):
+            raise BadInput(f"{index} names {file!r}, which is no file of weights beside it")
+        if not shard.is_file():
+            raise BadInput(f"{index} names {file}, which is not there: it would hold {listed(there)}")
+        content = read(shard, trusted)
+        if lost := [name for name in there if not (isinstance(content, Mapping) and name in content)]:
+            raise BadInput(f"{shard} does not hold what {index.name} says: {listed(lost)}")
+        state |= {name: content[name] for name in there}
+    return state
 
 
 def demand(path: Path) -> None:
@@ -80,10 +108,10 @@ def demand(path: Path) -> None:
 
 
 def fit(model: nn.Module, state: Any, path: Path) -> None:
-    """Load a state dict into a model.
+    """Load a state dict into a model, if torch loads it strictly.
 
     Raises:
-        BadInput: their keys or shapes differ, with which.
+        BadInput: their keys or shapes differ, with which. The model may have been changed then.
     """
     if not (isinstance(state, Mapping) and all(isinstance(value, Tensor) for value in state.values())):
         raise BadInput(f"{path} holds no state dict, whose values are all tensors")
@@ -93,23 +121,25 @@ def fit(model: nn.Module, state: Any, path: Path) -> None:
         for key, value in state.items()
         if isinstance(own.get(key), Tensor) and not nn.parameter.is_lazy(own[key]) and own[key].shape != value.shape
     ]
+    missing, unexpected = [key for key in own if key not in state], [key for key in state if key not in own]
+    if not differing:
+        try:  # modules may do without some, or take others: norms their counters, weight norm its old names
+            missing, unexpected = model.load_state_dict(dict(state), strict=False)
+        except Exception as error:
+            raise BadInput(f"{path} does not fit {type(model).__name__}: {said(error)}") from error
     told = [
         f"\n  {what}: {listed(names)}"
         for what, names in (
-            ("only in the model", [key for key in own if key not in state]),
-            ("only in the file", [key for key in state if key not in own]),
+            ("only in the model", missing),
+            ("only in the file", unexpected),
             ("of another shape", differing),
         )
         if names
     ]
     if told:
         raise BadInput(f"{path} does not fit {type(model).__name__}{''.join(told)}")
-    try:
-        model.load_state_dict(dict(state))
-    except Exception as error:
-        raise BadInput(f"{path} does not fit {type(model).__name__}: {said(error)}") from error
     loaded = model.state_dict()
-    lost = [key for key, value in state.items() if not _same(loaded[key], value)]
+    lost = [key for key, value in state.items() if key in loaded and not _same(loaded[key], value)]
     if lost:
         raise BadInput(
             f"{path} does not fit {type(model).__name__}, where other names are tied to the weights of {listed(lost)}: "
@@ -121,13 +151,21 @@ def _same(loaded: Tensor, given: Tensor) -> bool:
     return torch.equal(loaded.nan_to_num(), given.to(loaded).nan_to_num())
 
 
-def safetensors() -> Any:
-    return imported("safetensors.torch", "pip install 'structrep[weights]'")
+def safetensors(writes: bool = False) -> Any:
+    """The package for such files, which needs numpy to write one.
+
+    Raises:
+        BadInput: one of the two is not there.
+    """
+    found = imported("safetensors.torch", WEIGHTS)
+    if writes:
+        imported("numpy", WEIGHTS)
+    return found
 
 
 def as_safetensors(state: Mapping[str, Tensor], **told: str) -> bytes:
     """A safetensors file of a plain state dict, with texts by name in its metadata."""
-    content: bytes = safetensors().save(dict(state), {"format": "pt", **told})
+    content: bytes = safetensors(writes=True).save(dict(state), {"format": "pt", **told})
     return content
 
 

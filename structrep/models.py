@@ -89,6 +89,7 @@ def _saved(path: Path, keywords: dict[str, Any], trusted: bool) -> nn.Module:
             f"{path} would have to hold a whole module, and reading that could run any code: say --trusted if you know "
             f"who wrote it; if it holds weights alone, name the model and give --weights {path}"
         )
+    _look_here()
     try:
         found = torch.load(path, map_location="cpu", weights_only=False)
     except Exception as error:
@@ -158,15 +159,20 @@ def _found(place: str, name: str) -> Any:
     """What a module calls `name`, dots and all."""
     if place.endswith(".py") or not all(part.isidentifier() for part in place.split(".")):
         raise BadInput(f"{place!r} is no module's name: write package.module:callable, without .py or slashes")
-    if (here := os.getcwd()) not in sys.path:
-        sys.path.insert(0, here)
-    importlib.invalidate_caches()
+    _look_here()
     found = imported(place, "is it in the current folder, or installed?")
     for part in name.split("."):
         if not hasattr(found, part):
             raise BadInput(f"{place} has nothing named {name!r}{_near(part, dir(found))}")
         found = getattr(found, part)
     return found
+
+
+def _look_here() -> None:
+    """Have modules in the current folder found, and those that were written just now."""
+    if (here := os.getcwd()) not in sys.path:
+        sys.path.insert(0, here)
+    importlib.invalidate_caches()
 
 
 def _a(value: Any) -> str:

@@ -1,9 +1,11 @@
 """What `make smoke` runs in the environment of an installed wheel: everything a user can do with it, once.
 
-It knows nothing of the tests, and imports nothing but torch and structrep.
+First with nothing but what the wheel depends on (`smoke.py bare`), then with extras. It knows nothing of the tests, and
+imports nothing but torch and structrep.
 """
 
 import importlib
+import importlib.util
 import os
 import subprocess
 import sys
@@ -73,10 +75,43 @@ class Net(nn.Module):
 """
 
 
+COMMAND = str(Path(sys.executable).parent / "structrep")
+
+
 def run(*command: str) -> str:
     ended = subprocess.run(command, capture_output=True, text=True)
     assert ended.returncode == 0, f"{' '.join(command)}\n{ended.stdout}{ended.stderr}"
+    assert not ended.stderr, ended.stderr
     return ended.stdout
+
+
+def bare() -> None:
+    """Without numpy, which torch can do without, and so does all that needs no extra; the rest says what it needs."""
+    for package in ("numpy", "safetensors", "onnxscript", "onnxruntime", "matplotlib"):
+        assert importlib.util.find_spec(package) is None, f"{package} is there"
+    model: nn.Module = importlib.import_module("mynet").Net().eval()
+    torch.save(model.state_dict(), "trained.pt")
+    record = structrep.convert_checkpoint("trained.pt", "converted.pt", model, torch.randn(2, 3, 9, 7))
+    assert len(record.entries["(all)"].merges) == 3
+    given = ("mynet:Net", "--shape", "1x3x9x9", "--weights", "trained.pt")
+    for command in ("explain", "verify", "bench"):
+        run(COMMAND, command, *given)
+    for out in ("net.pt", "net.pt2"):
+        run(COMMAND, "convert", *given, "--out", out)
+        run(COMMAND, "verify", *given, "--file", out)
+    deploy = structrep.reparameterize(model)
+    deploy.load_state_dict(torch.load("net.pt"))
+    plan = structrep.plan(model)
+    plan.report("plain.html")
+    for extra, package, options in (
+        ("weights", "safetensors", ("--out", "n.safetensors")),
+        ("onnx", "onnxscript", ("--out", "n.onnx")),
+        ("plot", "matplotlib", ("--out", "n.pt", "--report", "n.html")),
+    ):
+        ended = subprocess.run((COMMAND, "convert", *given, *options), capture_output=True, text=True)
+        told = f"error: there is no module named '{package}': pip install 'structrep[{extra}]'\n"
+        assert (ended.returncode, ended.stdout, ended.stderr) == (2, "", told), ended
+    assert "pip install 'structrep[weights]'" in run(COMMAND, "doctor")
 
 
 def library() -> None:
@@ -100,13 +135,13 @@ def library() -> None:
 
 
 def command() -> None:
-    structrep_ = str(Path(sys.executable).parent / "structrep")
     version = metadata.version("structrep")
-    assert run(structrep_, "--version").strip() == version
-    assert version in run(structrep_, "doctor")
-    assert '"repvgg"' in run(structrep_, "rules", "--json")
-    run(structrep_, "convert", "mynet:Net", "--shape", "1x3x9x9", "--out", "net.pt", "--report", "net.html")
-    run(structrep_, "verify", "mynet:Net", "--shape", "1x3x9x9")
+    assert run(COMMAND, "--version").strip() == version
+    assert version in run(COMMAND, "doctor")
+    assert '"repvgg"' in run(COMMAND, "rules", "--json")
+    run(COMMAND, "convert", "mynet:Net", "--shape", "1x3x9x9", "--out", "net.pt", "--report", "net.html")
+    run(COMMAND, "convert", "mynet:Net", "--shape", "1x3x9x9", "--out", "net.safetensors")
+    run(COMMAND, "verify", "mynet:Net", "--shape", "1x3x9x9")
 
 
 def types() -> None:
@@ -124,7 +159,7 @@ if __name__ == "__main__":
         os.chdir(folder)
         sys.path.insert(0, folder)
         Path("mynet.py").write_text(MYNET)
-        for check in (library, command, types):
+        for check in (bare,) if sys.argv[1:] == ["bare"] else (library, command, types):
             check()
             print(f"{check.__name__}: ok")
         os.chdir("/")

@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import runpy
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -517,9 +518,12 @@ def test_doctor(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     record = cli.DoctorRecord.model_validate_json(result.stdout)
     assert not any(record.rules.values())
     assert {part.package for part in record.parts if part.version} >= {"torch", "timm", "onnxruntime"}
-    monkeypatch.setitem(sys.modules, "timm", None)
+    for package in ("timm", "numpy"):
+        monkeypatch.setitem(sys.modules, package, None)
     monkeypatch.setattr(cli.registry, "resolve", lambda rules: iter(()))
-    assert "there is no module named 'timm'" in run("doctor").stdout.replace("\n", " ")
+    told = run("doctor").stdout.replace("\n", " ")
+    assert "there is no module named 'timm'" in told
+    assert "there is no module named 'numpy'" in told
 
 
 def test_models_in_files(here: Path) -> None:
@@ -705,7 +709,7 @@ def test_nothing_to_merge_is_said_with_the_reasons(here: Path) -> None:
         (["nets:Net", "--shape", "1x4x8x8"], "Net does not accept inputs of shape [(1, 4, 8, 8)]"),
         (["nets:Net", "--rules", "repvg"], "did you mean 'repvgg'?"),
         (["nets:Net", "--weights", "nowhere.pt"], "nowhere.pt is not there"),
-        (["nets:Net", "--weights", "."], "is a folder"),
+        (["nets:Net", "--weights", "."], ". is no folder of torch.distributed.checkpoint"),
     ],
 )
 def test_bad_input(here: Path, arguments: list[str], said: str) -> None:
@@ -818,6 +822,48 @@ def test_a_checkpoint_gives_its_only_state_dict(here: Path) -> None:
     assert run("explain", "nets:Net", "--weights", "two.pt", "--entry", "ema").exit_code == 0
     torch.save([1, 2], here / "list.pt")
     assert "an object of type list but no state dict" in failed(2, "explain", "nets:Net", "--weights", "list.pt")
+
+
+def test_weights_as_others_write_them(here: Path) -> None:
+    trained = randomized(local("Net"))
+    state, deploy = trained.state_dict(), structrep.reparameterize(trained)
+    counters = [name for name in state if name.endswith("tracked")]
+    (here / "many").mkdir()
+    for file, names in (("a", list(state)[::2]), ("b", list(state)[1::2])):
+        safetensors.torch.save_file({name: state[name] for name in names}, here / "many" / f"{file}.safetensors")
+    places = {name: f"{'ab'[index % 2]}.safetensors" for index, name in enumerate(state)}
+    (here / "many" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    torch.save({name: value for name, value in state.items() if name not in counters}, here / "bare.pt")
+    torch.save(state | {"total_ops": torch.zeros(1)}, here / "thop.pt")
+    torch.save(state | {name: state[name].half() for name in counters}, here / "half.pt")
+    for weights in ("bare.pt", "thop.pt", "half.pt", "many", "many/model.safetensors.index.json"):
+        result = run("convert", "nets:Net", "--weights", weights, "--out", "net.pt", "--force")
+        assert result.exit_code == 0, result.output
+        assert all(torch.equal(value, deploy.state_dict()[name]) for name, value in read(here / "net.pt").items())
+    torch.save(deploy.state_dict(), here / "deploy.pt")
+    assert "of the deploy form already" in failed(2, "explain", "nets:Net", "--weights", "deploy.pt")
+    torch.save(local("Plain").state_dict(), here / "plain.pt")
+    assert "load them before expand" in failed(2, "explain", "nets:Wide", "--weights", "plain.pt")
+
+
+def test_a_checkpoint_with_more_than_tensors_is_read_if_it_is_trusted(here: Path) -> None:
+    net = local("Net")
+    torch.save({"model": net.state_dict(), "held": net}, here / "held.pt")
+    assert "or say --trusted" in failed(2, "explain", "nets:Net", "--weights", "held.pt")
+    assert run("explain", "nets:Net", "--weights", "held.pt", "--trusted").exit_code == 0
+    torch.distributed.checkpoint.save(net.state_dict(), checkpoint_id=here / "step-7", no_dist=True)
+    assert "say --trusted" in failed(2, "explain", "nets:Net", "--weights", "step-7")
+    assert run("explain", "nets:Net", "--weights", "step-7", "--trusted").exit_code == 0
+
+
+def test_a_saved_module_finds_its_class_in_the_current_folder(here: Path) -> None:
+    (here / "elsewhere.py").write_text("from nets import Net\n\nclass Other(Net):\n    pass\n")
+    make = "import sys, torch; sys.path.insert(0, '.'); import elsewhere; torch.save(elsewhere.Other(), 'whole.pt')"
+    subprocess.run([sys.executable, "-c", make], cwd=here, env={"PYTHONPATH": os.pathsep.join(sys.path)}, check=True)
+    sys.path[:] = [place for place in sys.path if place not in ("", str(here))]
+    before = set(sys.modules)
+    assert run("convert", "whole.pt", "--trusted", "--out", "net.pt").exit_code == 0
+    assert "elsewhere" in set(sys.modules) - before
 
 
 def test_no_model_downloads(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """Deploy models on their way out: ONNX, run by onnxruntime, and compiled by inductor."""
 
+import hashlib
 import shutil
 import warnings
 
@@ -13,6 +14,7 @@ from torch import nn
 
 import structrep
 from structrep.blocks import RepVGGBlock2d
+from structrep.export import checksum
 from tests.models import settled
 from tests.test_absorb import Attention, Mixed
 from tests.test_tracing import PadsItself
@@ -94,3 +96,21 @@ def test_what_is_left_to_merge_stops_an_export():
     deploy = structrep.reparameterize(model.eval())
     structrep.assert_merged(deploy)
     structrep.assert_merged(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU()))
+
+
+def test_the_checksum_is_of_names_dtypes_shapes_and_numbers():
+    """Written down in files, so it stays what it was."""
+    model = nn.Module()
+    model.a = nn.Parameter(torch.arange(6.0).reshape(2, 3).t())
+    model.register_buffer("b", torch.tensor([1.5, -2.0]).bfloat16())
+    model.register_buffer("c", torch.tensor(True))
+    model.register_buffer("d", torch.zeros(0, 3))
+    model.register_buffer("e", torch.arange(8)[::2])
+    digest = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    kept = "662229a312e47cf35a15e8956beeeada900e3c0ece7dff18c8772e2195a172ca"
+    assert checksum(model) == digest.hexdigest() == kept
+    model.e[0] = 1
+    assert checksum(model) != kept

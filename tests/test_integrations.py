@@ -269,7 +269,7 @@ def small(pl):
 Small = small(lightning.pytorch)
 
 
-def fit(callbacks, folder, pl=lightning.pytorch, block="repvgg", kind=Small, data=True, **options):
+def fit(callbacks, folder, pl=lightning.pytorch, block="repvgg", kind=Small, data=True, wrap=None, **options):
     """A module, trained, its trainer, and the random numbers that come next."""
     torch.manual_seed(0)
     random.seed(0)
@@ -281,7 +281,8 @@ def fit(callbacks, folder, pl=lightning.pytorch, block="repvgg", kind=Small, dat
         max_epochs=3, callbacks=callbacks, default_root_dir=folder, accelerator="cpu", enable_progress_bar=False,
         enable_model_summary=False, **{"logger": False, "enable_checkpointing": False, **options},
     )  # fmt: skip
-    trainer.fit(module, DataLoader(pairs, 8, shuffle=True), DataLoader(pairs, 8) if data else None)
+    given = module if wrap is None else wrap(module)
+    trainer.fit(given, DataLoader(pairs, 8, shuffle=True), DataLoader(pairs, 8) if data else None)
     return module, trainer, (torch.rand(()).item(), random.random())
 
 
@@ -388,6 +389,28 @@ def test_a_trial_run_writes_nothing(tmp_path):
     assert (export.training_time_path, export.deploy_path) == (None, None)
     assert export.metrics["deploy"]
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("pl", "norms"), [(lightning.pytorch, "keep"), (pytorch_lightning, "fold")])
+def test_a_compiled_module(tmp_path, pl, norms):
+    """Lightning puts compiled steps on the module itself, where a copy's would go on running the original's."""
+
+    class kind(small(pl)):
+        def training_step(self, batch, index):  # dynamo does not take one that logs
+            return F.cross_entropy(self.net(batch[0]), batch[1])
+
+    torch.compiler.reset()
+    export = ReparameterizeOnExport("net" if norms == "keep" else "", norms=norms, dirpath=tmp_path)
+    module, trainer, drawn = fit([export], tmp_path, pl, kind=kind, wrap=lambda it: torch.compile(it, backend="eager"))
+    other, _, drawn_then = fit([], tmp_path, pl, kind=kind)
+    assert same(module.state_dict(), other.state_dict())
+    assert drawn == drawn_then
+    assert module._compiler_ctx is not None
+    trained = {name: trainer.callback_metrics[name].item() for name in ("val_right", "val_loss")}
+    assert export.metrics["training-time"] == pytest.approx(trained)
+    assert export.metrics["deploy"] == pytest.approx(trained, rel=1e-5)
+    if norms == "keep":
+        assert agree(loaded(export, kind).net, module.net, GRAY)
 
 
 def test_without_data_to_validate_with(tmp_path):

@@ -130,3 +130,34 @@ model = torch.load({str(file)!r}, weights_only=False)
 print(tuple(model(torch.randn(1, 3, 5, 5)).shape), "structrep.search" in sys.modules)
 """
     assert fresh(program) == "(1, 4, 5, 5) False"
+
+
+def test_a_conversion_needs_no_numpy(tmp_path: Path) -> None:
+    program = f"""
+import contextlib, io, os, sys
+for name in ("numpy", "onnxscript", "matplotlib"):
+    sys.modules[name] = None
+os.chdir({str(tmp_path)!r})
+sys.path.insert(0, os.getcwd())
+from structrep import __main__
+
+def run(*arguments):
+    sys.argv = ["structrep", *arguments]
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as err:
+        try:
+            __main__.main()
+        except SystemExit as end:
+            print(end.code, err.getvalue().strip(), file=sys.__stdout__)
+
+open("net.py", "w").write("from torch import nn; net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))")
+given = ("convert", "net:net", "--shape", "1x3x9x9", "--out")
+for more in (["net.pt"], ["net.pt2"], ["net.safetensors"], ["net.onnx"], ["n.pt", "--report", "net.html"]):
+    run(*given, *more)
+"""
+    assert fresh(program).split("\n") == [
+        *("0 ", "0 "),
+        "2 error: there is no module named 'numpy': pip install 'structrep[weights]'",
+        "2 error: there is no module named 'onnxscript': pip install 'structrep[onnx]'",
+        "2 error: there is no module named 'matplotlib': pip install 'structrep[plot]'",
+    ]
+    assert {path.name for path in tmp_path.iterdir() if path.suffix} == {"net.py", "net.pt", "net.pt2"}

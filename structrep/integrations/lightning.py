@@ -87,12 +87,12 @@ class ReparameterizeOnExport(pl.Callback):
         if self.weights == "best" and not hasattr(trainer.checkpoint_callback, "best_model_path"):
             raise BadInput("weights='best' are those of a ModelCheckpoint, and the trainer has none")
         with isolate_rng():
-            self._merge(trained_copy(pl_module))
+            self._merge(_copied(pl_module))
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         with isolate_rng():
             training_time = self._trained(trainer, pl_module)
-            deploy = self._merge(trained_copy(training_time))
+            deploy = self._merge(_copied(training_time))
             if not trainer.fast_dev_run:
                 self._write(trainer, deploy)
             if self.validate and trainer.enable_validation:
@@ -111,7 +111,7 @@ class ReparameterizeOnExport(pl.Callback):
         Raises:
             BadInput: the best are asked for, and no checkpoint was written.
         """
-        trained = trained_copy(pl_module)
+        trained = _copied(pl_module)
         if self.weights == "best" and not trainer.fast_dev_run:
             best = getattr(trainer.checkpoint_callback, "best_model_path", "")
             if not best:
@@ -142,6 +142,16 @@ class ReparameterizeOnExport(pl.Callback):
             trainer.save_checkpoint(self.training_time_path)
         with _in_place(trainer, deploy):
             trainer.save_checkpoint(self.deploy_path, weights_only=True)
+
+
+def _copied(pl_module: Any) -> Any:
+    """A copy in eval mode that runs its own steps, where `fit(torch.compile(module))` has put others on the module."""
+    copied: Any = trained_copy(pl_module)
+    for name, method in (copied._compiler_ctx or {}).items():
+        if name.startswith("original_"):  # what the class has, or what had been put on the module before
+            setattr(copied, name.removeprefix("original_"), method)
+    copied._compiler_ctx = None
+    return copied
 
 
 @contextmanager
