@@ -82,7 +82,10 @@ def absorptions(readings: Readings, endings: Mapping[fx.Node, Layer]) -> Iterato
         endings: scales that nodes end with which do more than that.
     """
     found: dict[fx.Node, Absorption] = {}
+    parts = _parts(readings)
     for node, reading in (*readings.items(), *endings.items()):
+        if node in parts:
+            continue
         if isinstance(reading, Total) and (one := _by_sum(node, reading, readings, found)) is not None:
             found[node] = one
             yield one
@@ -99,6 +102,16 @@ def absorptions(readings: Readings, endings: Mapping[fx.Node, Layer]) -> Iterato
             if one is not None:
                 found[node] = one
                 yield one
+
+
+def _parts(readings: Readings) -> set[fx.Node]:
+    """What scales are made of that vanish with them, another scale perhaps, which is not to be given away once more."""
+    return {
+        part
+        for node, reading in readings.items()
+        if isinstance(reading, Layer) and not _seen_elsewhere(node, reading)
+        for part in reading.through
+    }
 
 
 def _seen_elsewhere(node: fx.Node, scale: Layer) -> bool:

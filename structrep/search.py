@@ -444,11 +444,13 @@ class Search:
         return readings
 
     def _endings(self) -> dict[fx.Node, Layer]:
-        """The scales that norms of each value end with."""
+        """The scales that norms of each value end with; one that is a map as a whole is no such norm."""
         found = {
             node: read_ending(node)
             for node in self.nodes
-            if "value" not in node.meta and not node.meta["autocast"] and not self.replicas.repeats(node)
+            if not ("value" in node.meta or node in self.readings)
+            and not node.meta["autocast"]
+            and not self.replicas.repeats(node)
         }
         return {node: scale for node, scale in found.items() if scale is not None}
 
@@ -467,8 +469,13 @@ class Search:
         }
 
     def _reading(self, node: fx.Node) -> Reading | None:
-        """What a node is; a scale that others have absorbed is nothing any more."""
-        return Same(self.absorbed[node].source) if node in self.absorbed else self.readings.get(node)
+        """What a node is; a scale that others have absorbed is nothing any more, and what was read by way of it, no
+        more what it was."""
+        if node in self.absorbed:
+            return Same(self.absorbed[node].source)
+        reading = self.readings.get(node)
+        made = reading.through if isinstance(reading, (Layer, Total)) else ()
+        return None if any(part in self.absorbed for part in made) else reading
 
     def segment(self, root: fx.Node) -> Segment | None:
         if root not in self.segments:
