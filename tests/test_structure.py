@@ -45,6 +45,7 @@ ORDER = [
     "flow",
     "layout",
     "drawing",
+    "regions",
     "proof",
     "files",
     "latency",
