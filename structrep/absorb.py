@@ -52,7 +52,7 @@ class Absorption:
     behind: Mapping[fx.Node, Layer]
     ends: bool = False  # whether the node does more, and only ends with the scale
     beside: Mapping[fx.Node, Term] = field(default_factory=dict)  # what is added to what a layer gives
-    added: tuple[tuple[fx.Node, float], ...] = ()  # the values, and their signs, that are what is added
+    views: tuple[fx.Node, ...] = ()  # the reshapes of one value that such a layer, and what is added, are made of
 
     @property
     def takers(self) -> frozenset[fx.Node]:
@@ -71,6 +71,19 @@ class Absorption:
         return found
 
     @property
+    def between(self) -> set[fx.Node]:
+        """What stands between the scale and the layers that take it: dims are moved, values stacked."""
+        pending: list[fx.Node] = [self.node] if self.before else [*self.takers]
+        stops = {*self.takers, self.node}
+        found = set[fx.Node]()
+        while pending:
+            users = [user for user in pending.pop().users if not (user in stops or user in found)]
+            new = [user for user in users if not (asks_shape(user) or only_asserted(user))]
+            found.update(new)
+            pending += new
+        return found
+
+    @property
     def nodes(self) -> tuple[fx.Node, ...]:
         return *self.through, self.node
 
@@ -82,7 +95,10 @@ def absorptions(readings: Readings, endings: Mapping[fx.Node, Layer]) -> Iterato
         endings: scales that nodes end with which do more than that.
     """
     found: dict[fx.Node, Absorption] = {}
+    parts = _parts(readings)
     for node, reading in (*readings.items(), *endings.items()):
+        if node in parts:
+            continue
         if isinstance(reading, Total) and (one := _by_sum(node, reading, readings, found)) is not None:
             found[node] = one
             yield one
@@ -99,6 +115,16 @@ def absorptions(readings: Readings, endings: Mapping[fx.Node, Layer]) -> Iterato
             if one is not None:
                 found[node] = one
                 yield one
+
+
+def _parts(readings: Readings) -> set[fx.Node]:
+    """What scales are made of that vanish with them, another scale perhaps, which is not to be given away once more."""
+    return {
+        part
+        for node, reading in readings.items()
+        if isinstance(reading, Layer) and not _seen_elsewhere(node, reading)
+        for part in reading.through
+    }
 
 
 def _seen_elsewhere(node: fx.Node, scale: Layer) -> bool:
@@ -264,7 +290,8 @@ def _by_sum(node: fx.Node, sum_: Total, readings: Readings, found: Mapping[fx.No
             return None
         added = zip((other.term for other in others), rest, strict=True)
         terms = [signed(term, sign) for term, (_, sign) in added if term is not None]
-        return Absorption(node, main, tuple(through), {}, {}, beside={maker: total(terms)}, added=rest)
+        views = (layer.source, *(other.entry for other in others if other.entry is not None))
+        return Absorption(node, main, tuple(through), {}, {}, beside={maker: total(terms)}, views=views)
     return None
 
 

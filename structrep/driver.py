@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -69,7 +69,8 @@ class Plan:
     @property
     def merges(self) -> tuple[MergeRecord, ...]:
         seconds = self._measured.seconds if self._measured else lambda merge: None
-        return tuple(_record(merge, where, seconds(merge)) for where, merge in self.merged.items())
+        group_of = {merge: group for group in search.together(self._draft.merges) for merge in group}
+        return tuple(_record(merge, where, group_of[merge], seconds(merge)) for where, merge in self.merged.items())
 
     @property
     def refusals(self) -> tuple[RefusalRecord, ...]:
@@ -117,11 +118,11 @@ class Plan:
         """Prove every merge on its own region in float64; one that fails is taken out, and listed as refused."""
         wrong: dict[Merge, Refusal] = {}
         with process.same_chance(), precision.whole():
-            for merge in self._draft.merges:
+            for group in search.together(self._draft.merges):
                 try:
-                    prove(merge)
+                    prove(group)
                 except Refusal as reason:
-                    wrong[merge] = reason
+                    wrong |= dict.fromkeys(group, reason)
         self._leave(wrong)
 
     def verify(self, example_inputs: Example, deploy: nn.Module | None = None, **how: Any) -> Verification:
@@ -481,7 +482,7 @@ def _demand(found: Verification) -> None:
         )
 
 
-def _record(merge: Merge, where: str, seconds: tuple[float, float] | None) -> MergeRecord:
+def _record(merge: Merge, where: str, group: Sequence[Merge], seconds: tuple[float, float] | None) -> MergeRecord:
     shape, (before, after) = geometry(merge.term), merge.fit.costs
     taps = "x".join(map(str, shape.kernel))
     sizes = ""
@@ -496,7 +497,7 @@ def _record(merge: Merge, where: str, seconds: tuple[float, float] | None) -> Me
         multiply_adds=(before.multiply_adds, after.multiply_adds),
         parameters=(before.parameters, after.parameters),
         largest=merge.fit.largest,
-        border=str(border(merge)) if merge.fit.rigour == "inside" else merge.fit.remedy,
+        border=str(border(merge, group)) if merge.fit.rigour == "inside" else merge.fit.remedy,
         sizes=sizes,
         notes=merge.fit.notes,
         seconds=seconds,

@@ -22,6 +22,7 @@ from structrep.errors import Unreadable
 from structrep.generated import Method
 from structrep.operations import writes
 from structrep.readers import Layer, Same, aliases, asks_kind, counts_sizes, only_asserted, read_node, writers
+from structrep.sums import Reordered, as_traced
 from structrep.trace import Call, Traced, storage
 from structrep.values import is_traced
 
@@ -38,6 +39,7 @@ class Edits:
     refilled: dict[fx.Node, tuple[fx.Node, str]] = field(default_factory=dict)  # a functional call in a convolution's
     # own forward -> base and path of that convolution, which keeps its place and holds `weight` and `bias`
     ended: set[fx.Node] = field(default_factory=set)  # functional norms that give up their weight and bias
+    reordered: set[Reordered] = field(default_factory=set)  # sums that are written in the order that they have now
     owners: dict[Call, set[Call]] = field(default_factory=dict)  # whose forward changes -> calls to write out inside it
 
 
@@ -145,10 +147,11 @@ class Forward:
         elif (only_asserted(node) or counts_sizes(node)) and not all(self._has(n) for n in node.all_input_nodes):
             return  # of sizes that are no longer there; whoever would need them says so
         else:
-            target = self._relative(str(node.target)) if node.op == "call_module" else node.target
+            op, target, args = as_traced(node, self.edits.reordered)
+            target = self._relative(str(target)) if op == "call_module" else target
             load = self._load_input if node in self.edits.ended else self._load
-            args, kwargs = fx.node.map_arg(node.args, load), fx.node.map_arg(node.kwargs, load)
-            self.env[node] = self.graph.create_node(node.op, target, args, kwargs)
+            args, kwargs = fx.node.map_arg(args, load), fx.node.map_arg(node.kwargs, load)
+            self.env[node] = self.graph.create_node(op, target, args, kwargs)
             self.env[node].meta["constant"] = "value" in node.meta
 
     def _refilled(self, node: fx.Node, base: fx.Node, path: str) -> fx.Node:

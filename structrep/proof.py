@@ -8,8 +8,8 @@ its weights once.
 from __future__ import annotations
 
 import contextlib
-import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,18 +18,16 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
 from structrep import precision, process
-from structrep.absorb import Absorption
 from structrep.algebra import ConvMap
-from structrep.errors import BadInput, WrongMerge
-from structrep.frames import frame, pieces
+from structrep.errors import BadInput, WrongMerge, listed, said
 from structrep.parametrized import uncached
-from structrep.pattern import geometry
-from structrep.ranks import rank, spatial_size
-from structrep.readers import Layer, called, counts_sizes, held, lower, only_asserted
+from structrep.ranks import spatial_size
+from structrep.readers import held, lower
+from structrep.regions import Region, Shapes, Trials, Values, given_as_traced, read_as_traced, room
 from structrep.registry import COEFFICIENT_ROUNDING
 from structrep.report import BorderRecord, OutputRecord, RegionRecord, Verification
-from structrep.search import Merge
-from structrep.trace import Example, as_arguments, computed, shallow_copy
+from structrep.search import Merge, together
+from structrep.trace import Example, as_arguments, shallow_copy
 
 SLACK = 8.0  # rounding errors of two equal models are alike, not equal
 
@@ -82,7 +80,8 @@ def verify(
         theirs = [_Run(_rounded(reference, coarsest), example_inputs, noisy)]
         if noisy != exact:
             theirs.append(_Run(reference, example_inputs, noisy))
-        at_truth, at_noise = (_regions(example_inputs, one, merges) for one in (exact, noisy))
+        passing = _Passing(merges, device)
+        at_truth, at_noise = (passing.run(example_inputs, one) for one in (exact, noisy))
     if not truth.outputs:
         raise BadInput(f"{type(reference).__name__} gives no tensor that could be compared")
     if len(truth.outputs) != len(ours.outputs):
@@ -98,14 +97,6 @@ def verify(
         outputs.append(
             OutputRecord(name=f"{index}", shape=tuple(right.shape), error=relative_error(mine, right), noise=noise)
         )
-    # Rounding does not get less on the way, as a measure of it in one layer may.
-    regions, most = [], floor
-    for where, right in at_truth.items():
-        given = ours.watched.get(where)
-        if given is not None and given.shape == right.shape and where in at_noise:
-            most = max(most, relative_error(at_noise[where], right))
-            error = relative_error(given, right)
-            regions.append(RegionRecord(where=where, rules=merges[where].rules, error=error, noise=most))
     return Verification(
         device=_device_name(device),
         dtype=_name(dtype),
@@ -117,7 +108,7 @@ def verify(
         torch=torch.__version__,
         slack=SLACK,
         outputs=tuple(outputs),
-        regions=tuple(regions),
+        regions=tuple(passing.records(ours.watched, at_truth, at_noise, floor)),
     )
 
 
@@ -238,43 +229,79 @@ def inputs_of(model: nn.Module, example_inputs: Example, paths: Collection[str])
     yield from seen.items()
 
 
-def _regions(example_inputs: Example, how: How, merges: Mapping[str, Merge]) -> dict[str, Tensor]:
-    """What the stretches that were merged give as the training-time model runs, by where they were merged, in order:
-    the plan's own graph is run; none where it was made of other inputs than these."""
-    alone = {where: merge for where, merge in merges.items() if not any(one.beside for one in merge.absorbed)}
-    roots = {merge.root: where for where, merge in alone.items() if not merge.trace.path}
-    nodes = next((merge.trace.nodes for merge in merges.values() if merge.root in roots), [])
-    given = [leaf for leaf in pytree.tree_leaves(as_arguments(how.inputs(example_inputs))) if isinstance(leaf, Tensor)]
-    places = [node for node in nodes if node.op == "placeholder"]
-    alike = (one.shape[1:] == place.meta.get("shape", one.shape)[1:] for place, one in zip(places, given, strict=False))
-    if not roots or len(places) != len(given) or not all(alike):
-        return {}
-    values: dict[fx.Node, Any] = dict(zip(places, given, strict=True))
-    modules: dict[nn.Module, nn.Module] = {}
-    found: dict[str, Tensor] = {}
+class _Passing:
+    """What the parts of the training-time model that merges change give as it runs, where the deploy model can be
+    compared: the plan's own graph is run, as it was traced; nothing where it was made of other inputs than these."""
 
-    def load(node: fx.Node) -> Any:
-        if node in values:
-            return values[node]
-        one = held(node) if "value" in node.meta else node.meta["held"]
-        floats = isinstance(one, Tensor) and one.is_floating_point()
-        return one.detach().to(how.device, how.dtype) if floats else one
+    def __init__(self, merges: Mapping[str, Merge], device: torch.device) -> None:
+        main = [merge for merge in merges.values() if not merge.trace.path]
+        regions = [Region(group, device) for group in together(main)]
+        self.nodes = main[0].trace.nodes if main else []
+        self.regions = {merge: region for region in regions for merge in region.merges.values()}
+        ordered = sorted(merges.items(), key=lambda item: int(item[1].root.meta["index"]))
+        self.where = {merge: where for where, merge in ordered if merge in self.regions}
+        # what a value that the deploy model gives somewhere is added to, or stacked with, on its way out of a part
+        self.wanted = {node for region in regions for node in (*region.outputs, *region.needs(region.merges))}
 
-    with how.running(), contextlib.suppress(Exception):  # a graph may hold for one size of batch alone
-        for node in nodes:
-            if node.op not in ("placeholder", "get_attr", "output") and "value" not in node.meta:
-                module = node.meta["call"].module if node.op == "call_module" else None
-                if module is not None and module not in modules:
-                    modules[module] = how.model(module)
-                values[node] = computed(node, load, None if module is None else modules[module])
-                if node in roots:
-                    value = values[node].detach()
-                    scaled = _scaled(value, _behind(merges[roots[node]]))
-                    found[roots[node]] = scaled.to(value, copy=True)
-            for used in node.all_input_nodes:
-                if list(used.users)[-1] is node:
-                    values.pop(used, None)
-    return found
+    def run(self, example_inputs: Example, how: How) -> dict[fx.Node, Tensor]:
+        """The values that are wanted, in order."""
+        inputs = pytree.tree_leaves(as_arguments(how.inputs(example_inputs)))
+        given = [leaf for leaf in inputs if isinstance(leaf, Tensor)]
+        places = [node for node in self.nodes if node.op == "placeholder"]
+        alike = (
+            one.shape[1:] == place.meta.get("shape", one.shape)[1:] for place, one in zip(places, given, strict=False)
+        )
+        if not self.wanted or len(places) != len(given) or not all(alike):
+            return {}
+        values: dict[fx.Node, Any] = dict(zip(places, given, strict=True))
+        modules: dict[nn.Module, nn.Module] = {}
+        found: dict[fx.Node, Tensor] = {}
+        uses = Counter(one for node in self.nodes for one in read_as_traced(node))
+
+        def load(node: fx.Node) -> Any:
+            if node in values:
+                return values[node]
+            one = held(node) if "value" in node.meta else node.meta["held"]
+            floats = isinstance(one, Tensor) and one.is_floating_point()
+            return one.detach().to(how.device, how.dtype) if floats else one
+
+        with how.running(), contextlib.suppress(Exception):  # a graph may hold for one size of batch alone
+            for node in self.nodes:
+                if node.op not in ("placeholder", "get_attr", "output") and "value" not in node.meta:
+                    module = node.meta["call"].module if node.op == "call_module" else None
+                    if module is not None and module not in modules:
+                        modules[module] = how.model(module)
+                    values[node] = given_as_traced(node, load, None if module is None else modules[module])
+                if node in self.wanted and isinstance(values.get(node), Tensor):
+                    found[node] = values[node].detach().clone()
+                uses.subtract(read := read_as_traced(node))
+                for used in read:
+                    if not uses[used]:
+                        values.pop(used, None)
+        return found
+
+    def records(
+        self, watched: Mapping[str, Tensor], truth: Values, noisy: Values, floor: float
+    ) -> Iterator[RegionRecord]:
+        """Each merged layer, in order: by what it gives in the deploy model the outputs of its part are made anew."""
+        most = floor  # rounding does not get less on the way, as a measure of it in one layer may
+        for merge, where in self.where.items():
+            region = self.regions[merge]
+            below = [node for node in region.below(merge) if node in truth and node in noisy]
+            given = {
+                root: precision.doubled(watched[self.where[one]])
+                for root, one in region.merges.items()
+                if self.where[one] in watched
+            }
+            try:
+                ours = region.after({**truth, **given}, {}, below)
+            except (WrongMerge, RuntimeError):
+                continue  # of another shape, or never run
+            pairs = [(ours[node].to(truth[node]), truth[node], noisy[node]) for node in below]
+            if pairs and all(mine.shape == right.shape for mine, right, _ in pairs):
+                most = max(most, *(relative_error(other, right) for _, right, other in pairs))
+                error = max(relative_error(mine, right) for mine, right, _ in pairs)
+                yield RegionRecord(where=where, rules=merge.rules, error=error, noise=most)
 
 
 def tensors(value: Any) -> Iterator[Tensor]:
@@ -314,228 +341,134 @@ def dtype_of(model: nn.Module) -> torch.dtype:
 # --- regions --------------------------------------------------------------------------------------
 
 
-def prove(merge: Merge) -> None:
-    """Run the stretch of the traced graph and the merged layer on random float64 input of odd and tiny sizes.
+def prove(merges: Sequence[Merge]) -> None:
+    """Run the part of a graph that some merges change as it was traced, and as it will be written, on random float64
+    values of tiny and odd sizes.
 
-    The layer that is run is the one that would be written, its pads as a module has them. Where the user allowed
-    another border, only output pixels are compared that are made of nothing outside the input.
+    The layers that are run are those that would be written, their pads as modules have them. Where the user allowed
+    another border, only what is made of nothing outside the input is compared.
+
+    Args:
+        merges: one, or all that have something in common (`search.together`).
 
     Raises:
-        WrongMerge: they differ, or there was no size that the stretch itself accepts.
+        WrongMerge: the two differ, or there were no sizes that the part itself accepts.
     """
-    map_ = merge.value()
-    both = _Both(merge, map_)
-    found: list[tuple[tuple[int, ...], Tensor, Tensor]] = []
-    for size in _sizes(merge, map_):
-        compared = both(size)
-        if compared is None:
-            continue  # too small for the layers as they were
-        before, after = compared
-        if before.shape != after.shape:
-            raise WrongMerge(
-                f"on an input of {size} pixels the layers give {tuple(before.shape)}, merged {tuple(after.shape)}"
-            )
-        if merge.fit.rigour == "inside":
-            before, after = (map_.geometry.inside(value, size, _room(merge)) for value in (before, after))
-        if before.numel():
-            found.append((size, before, after))
+    both = _Both(merges)
+    open_ = any(merge.fit.rigour == "inside" for merge in merges)
+    found: list[tuple[str, fx.Node, Tensor, Tensor]] = []
+    tried: dict[str, None] = {}
+
+    def take_first(shapes: Iterable[Shapes]) -> None:
+        for one in shapes:
+            what = " and ".join(dict.fromkeys(map(str, one.values())))
+            tried[what] = None
+            if (compared := both(one, what)) is None:
+                continue  # too small for the layers as they were, or of other dims
+            for node, (before, after) in compared.items():
+                if before.shape != after.shape:
+                    raise WrongMerge(
+                        f"on an input of shape {what} the layers give {tuple(before.shape)}, merged {tuple(after.shape)}"
+                    )
+                inside = ~torch.isnan(after) if open_ else torch.ones_like(after, dtype=torch.bool)
+                found.append((what, node, before[inside], after[inside]))
+            return
+
+    for shapes in both.trials.usual():
+        take_first(shapes)
+    if not found:
+        take_first(both.trials.rest())
     # An output of the smallest size may be made of pads alone, and be 0: rounding is relative to all there is.
-    peak = max((float(before.abs().max()) for _, before, _ in found), default=0.0)
-    for size, before, after in found:
-        error = float((after - before).abs().max()) / peak if peak else relative_error(after, before)
+    peaks: dict[fx.Node, float] = {}
+    found = [one for one in found if one[2].numel()]
+    for _, node, before, _ in found:
+        peaks[node] = max(peaks.get(node, 0.0), float(before.abs().max()))
+    for what, node, before, after in found:
+        error = float((after - before).abs().max()) / peaks[node] if peaks[node] else relative_error(after, before)
         if not error <= COEFFICIENT_ROUNDING:
             raise WrongMerge(
-                f"on an input of {size} pixels the merged layer is off by {error:.1e}, relative to the largest output"
+                f"on an input of shape {what} what is merged is off by {error:.1e}, relative to the largest output"
             )
     if not found:
-        sizes = " or ".join(map(str, _sizes(merge, map_)))
-        raise WrongMerge(f"the layers take no input of {sizes} pixels to be compared on")
+        raise WrongMerge(
+            f"the layers take no input to be compared on, of shape {listed(tried) or '()'}: example_inputs would tell one"
+        )
 
 
-def border(merge: Merge) -> BorderRecord:
-    """How far a merge is off where it reads outside its input, on random input of the example's size, or one of 32."""
-    map_ = merge.value()
-    size = spatial_size(merge.base) or tuple(max(32, n) for n in _sizes(merge, map_)[-1])
-    compared = _Both(merge, map_)(size)
-    if compared is None:
-        raise BadInput(f"{merge.term} takes no input of {size} pixels, so its border cannot be looked at")
-    before, after = compared
-    peak = before.abs().max()
-    off = ((after - before).abs() > COEFFICIENT_ROUNDING * peak).flatten(0, 1).any(0)
-    return BorderRecord(
-        size=size, pixels=int(off.sum()), of=off.numel(), error=float((after - before).abs().max() / peak)
-    )
+def border(merge: Merge, merges: Sequence[Merge]) -> BorderRecord:
+    """How far a merge is off where it reads outside its input, on random input of the example's size, or one of 32.
 
-
-def _room(merge: Merge) -> tuple[int, ...]:
-    """How far from the border of its input something that a merge reads or crops may reach, per dim."""
-    dims = geometry(merge.term).dims
-    shapes = [layer.shape(layer.in_channels or 1, dims) for layer in merge.term.leaves()]
-    step = math.prod(max(shape.stride, default=1) for shape in shapes)
-    return tuple(step * sum(max(map(abs, shape.pad[dim])) for shape in shapes) for dim in range(dims))
+    Args:
+        merges: all that it has something in common with, itself among them.
+    """
+    both = _Both(merges, everywhere=True)
+    base, size = merge.base, spatial_size(merge.base)
+    if both.region.inputs == [base]:
+        least = next(both.trials.of((5, 6, 7), spare=True))[base][2:]
+        trials = both.trials.at(base, size or tuple(max(32, n) for n in least))
+    else:
+        trials = both.trials.of((32, 33, 34), spare=True)
+    for shapes in trials:
+        if (compared := both(shapes, str(shapes))) is not None:
+            before, after = compared[both.region.below(merge)[0]]
+            peak = before.abs().max()
+            off = ((after - before).abs() > COEFFICIENT_ROUNDING * peak).flatten(0, 1).any(0)
+            return BorderRecord(
+                size=shapes.get(base, before.shape)[2:],
+                pixels=int(off.sum()),
+                of=off.numel(),
+                error=float((after - before).abs().max() / peak),
+            )
+    raise BadInput(f"{merge.term} takes no input of {size or 32} pixels, so its border cannot be looked at")
 
 
 class _Both:
-    """The stretch of the graph and the merged layer, on the same random input of some spatial size."""
+    """The part of a graph that some merges change, as it was and as it will be, on the same random values.
 
-    def __init__(self, merge: Merge, map_: ConvMap) -> None:
-        weights = (leaf.weight for leaf in merge.term.leaves())
-        there = next((weight.device for weight in weights if weight is not None), map_.kernel.device)
-        self.device = precision.exact(there)
-        self.region, self.layer = _Region(merge, self.device), lower(map_, map_.kernel.to(self.device))
-        self.map = map_
-        self.rank = rank(merge.base)
+    Args:
+        everywhere: give also what is made of something outside the input, where that may differ, instead of NaN.
+    """
+
+    def __init__(self, merges: Sequence[Merge], everywhere: bool = False) -> None:
+        maps = {merge: merge.value() for merge in merges}
+        weights = (leaf.weight for merge in merges for leaf in merge.term.leaves())
+        there = next((weight.device for weight in weights if weight is not None), torch.device("cpu"))
+        self.region = Region(merges, precision.exact(there))
+        self.layers = {merge: self._layer(merge, map_, everywhere) for merge, map_ in maps.items()}
+        self.trials = Trials(self.region, maps)
         self.generator = torch.Generator().manual_seed(0)
 
-    def __call__(self, size: tuple[int, ...]) -> tuple[Tensor, Tensor] | None:
-        """Both outputs; None if the stretch takes no input of that size.
+    def _layer(self, merge: Merge, map_: ConvMap, everywhere: bool) -> Callable[[Tensor], Tensor]:
+        layer = lower(map_, map_.kernel.to(self.region.device))
+        if everywhere or merge.fit.rigour != "inside":
+            return layer
+
+        def inside(x: Tensor) -> Tensor:
+            found: Tensor = layer(x)
+            masked = torch.full_like(found, torch.nan)
+            whole, some = (map_.geometry.inside(one, x.shape[2:], room(merge)) for one in (found, masked))
+            some.copy_(whole)
+            return masked
+
+        return inside
+
+    def __call__(self, shapes: Shapes, what: str) -> dict[fx.Node, tuple[Tensor, Tensor]] | None:
+        """Each output, before and after; None if the part takes no values of these shapes.
 
         Raises:
-            WrongMerge: the merged layer takes none.
+            WrongMerge: merged it takes none.
         """
-        channels = self.map.geometry.in_channels
-        # a Linear's input has any number of dims before the last
-        ranks = [self.rank] if self.rank is not None else [2, 3, 4]
-        shapes = [(2, channels, *size)] if size else [(*range(2, max(2, r) + 1), channels) for r in ranks]
         with torch.no_grad():
-            for shape in shapes:
-                x = torch.randn(shape, dtype=torch.float64, generator=self.generator, device="cpu").to(self.device)
-                try:
-                    before = self.region(x)
-                except (RuntimeError, ValueError, IndexError):
-                    continue
-                try:
-                    return before, self.layer(x)
-                except RuntimeError as reason:
-                    raise WrongMerge(f"the merged layer does not take an input of {size} pixels: {reason}") from reason
-        return None
-
-
-def _sizes(merge: Merge, map_: ConvMap) -> list[tuple[int, ...]]:
-    """The smallest input with an output, and an odd larger one, different in every dim; or what a merge holds for."""
-    g = map_.geometry
-    if not g.dims:
-        return [()]
-    copied = map_.border != "constant"
-    least = [
-        1 + max(0, -(-over // step)) if g.transposed else max(1, 1 - over, (max(pad) + 1) * copied)
-        for over, pad, step in zip(g.overhang, g.pad, g.stride, strict=True)
-    ]
-    if merge.sizes is not None:
-        known, period = merge.sizes
-        if not all(period):
-            return [known]
-        return [known, tuple(n + step for n, step in zip(known, period, strict=True))]
-    room = _room(merge) if merge.fit.rigour == "inside" else (0,) * g.dims
-    return [
-        tuple(least),
-        tuple(n + 4 + index + 2 * far for index, (n, far) in enumerate(zip(least, room, strict=True))),
-    ]
-
-
-class _Region:
-    """The nodes of a merge, as a function in float64."""
-
-    def __init__(self, merge: Merge, device: torch.device) -> None:
-        self.merge, self.device = merge, device
-        self.nodes = sorted(merge.nodes, key=lambda node: node.meta["index"])
-        # scales that stand outside the region and are done in it
-        self.absorbed = _absorbed(merge)
-        self.modules: dict[nn.Module, nn.Module] = {}
-
-    def __call__(self, x: Tensor) -> Tensor:
-        carried = self.merge.carried
-        rest = x
-        if carried is not None and not carried.first:
-            x, rest = x[:, : -carried.channels], x[:, -carried.channels :]
-        values: dict[fx.Node, Any] = {self.merge.base: x}
-        if carried is not None and carried.last:
-            values[carried.base] = _apart(rest, carried.stride)
-
-        def load(node: fx.Node) -> Any:
-            if "value" in node.meta:
-                return precision.doubled(held(node))
-            if node not in values and counts_sizes(node):
-                values[node] = computed(node, load)
-            if node not in values:
-                raise WrongMerge(f"it goes by {node.name}, which is no part of it, so it cannot be run apart")
-            return values[node]
-
-        for node in self.nodes:
-            if only_asserted(node):
-                continue
-            source = node.all_input_nodes[0] if node.all_input_nodes else None
-            scales = [one.before[node] for one in self.absorbed if node in one.before]
-
-            def first_scaled(one: fx.Node, source: Any = source, scales: list[Layer] = scales) -> Any:
-                return _scaled(load(one), scales) if one is source else load(one)
-
-            values[node] = computed(node, first_scaled, self._module(node))
-            for one in self.absorbed:
-                if node in one.behind:
-                    values[node] = _scaled(values[node], [one.behind[node]])
-                elif node in one.beside and source is not None:
-                    values[node] = values[node] + self._beside(one, load(source))
-        result: Tensor = values[self.merge.root]
-        if carried is not None and not carried.last:
-            step = geometry(self.merge.term).stride
-            result = torch.cat([result, rest[_every(step)]], 1)
-        return result
-
-    def _beside(self, one: Absorption, x: Tensor) -> Tensor:
-        """What is added beside a layer given x, all numbers of a piece at each place: (N, C, ...) -> (N, C', ...)."""
-        values: dict[fx.Node, Any] = {}
-        places = x.movedim(1, -1)
-        numbers = places.reshape(-1, places.shape[-1])
-
-        def load(node: fx.Node) -> Any:
-            if "value" in node.meta:
-                return held(node)
-            return values[node] if node in values else numbers.reshape(-1, *pieces(node))
-
-        for node in sorted(one.through, key=lambda node: node.meta["index"]):
-            folded = bool(frame(node))  # the pieces back into their places
-            values[node] = load(node.all_input_nodes[0]) if folded else computed(node, load, self._module(node))
-        found: Tensor = sum(sign * values[part].flatten(1) for part, sign in one.added)
-        return found.reshape(*places.shape[:-1], -1).movedim(-1, 1)
-
-    def _module(self, node: fx.Node) -> nn.Module | None:
-        """The module that a node calls, in float64."""
-        if node.op != "call_module":
-            return None
-        module = node.meta["call"].module
-        if module not in self.modules:
-            self.modules[module] = shallow_copy(called(node)).to(self.device, torch.float64)
-        return self.modules[module]
-
-
-def _apart(x: Tensor, stride: tuple[int, ...]) -> Tensor:
-    """Pixels with as many others between them as a stride has left out."""
-    size = [(n - 1) * s + 1 for n, s in zip(x.shape[2:], stride, strict=True)]
-    wide = x.new_zeros(*x.shape[:2], *size)
-    wide[_every(stride)] = x
-    return wide
-
-
-def _every(stride: tuple[int, ...]) -> tuple[slice, ...]:
-    """An index of the pixels that a stride leaves."""
-    return slice(None), slice(None), *(slice(None, None, step) for step in stride)
-
-
-def _behind(merge: Merge) -> list[Layer]:
-    """The scales behind the root of a merge that it does too, in order."""
-    return [one.behind[merge.root] for one in _absorbed(merge) if merge.root in one.behind]
-
-
-def _absorbed(merge: Merge) -> list[Absorption]:
-    """The scales that a merge does a part of, as they stand in the graph."""
-    return sorted(merge.absorbed, key=lambda one: one.node.meta["index"])
-
-
-def _scaled(x: Any, scales: list[Layer]) -> Any:
-    for scale in scales:
-        x = scale.load(x.shape[1], x.ndim - 2)(x) if scale.dims != 0 else scale.load(x.shape[-1], 0)(x)
-    return x
+            try:
+                given = self.trials.given(shapes, self.layers, self.generator)
+                before = self.region.before(given)
+            except (RuntimeError, ValueError, IndexError):
+                return None
+            try:
+                after = self.region.after(given, self.layers)
+            except (RuntimeError, ValueError, IndexError) as reason:
+                raise WrongMerge(f"merged it does not take an input of shape {what}: {said(reason)}") from reason
+        return {node: (value, after[node]) for node, value in before.items()}
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -1203,6 +1203,8 @@ def _swapped_step(node: fx.Node, known: dict[fx.Node, _Scale | None]) -> _Scale 
         return _behind(_swapped(reading.source, known), node, lambda map_, c: map_, False)
     if isinstance(reading, Layer) and reading.kind in ("norm", "affine") and not reading.through:
         layer = reading
+        if layer.dims == 0:
+            return None  # a scale of the last dim, not of dim 1
         three = node.op == "call_module" and isinstance(node.meta["call"].module, nn.BatchNorm1d)
         inner = _swapped(reading.source, known)
         return _behind(inner, node, lambda map_, c: map_ >> layer.load(c, 1), three)

@@ -89,10 +89,11 @@ def _block(search: Search, node: fx.Node, sum_: Total) -> _Block:
         if found is None:
             continue
         steps, acts = found
-        block = _Block(search, node, base, steps, added)
+        made, through = _range(base)
+        block = _Block(search, node, Carried(base, node, through), steps, added)
         for act in acts:
             kind = _activation(act)
-            if _range(base) not in _UNCHANGED.get(kind, ()):
+            if made not in _UNCHANGED.get(kind, ()):
                 raise Incompatible(
                     f"what is added would pass {kind} on its way, which leaves it as it is only if it is one's own "
                     f"output, and it is that of {base.name}"
@@ -128,9 +129,9 @@ def _check_uses(block: _Block, acts: list[fx.Node]) -> None:
         others = [u for u in value_.users if u not in changed and not only_asserted(u) and not asks_kind(u)]
         if others or value_.meta.get("kept"):
             raise Shared(f"{value_.name}, a value inside the block, is used elsewhere")
-    made = block.base.meta["index"]
-    if any(writer.meta["index"] > made for writer in writers(aliases(block.base))):
-        raise Mutated(f"what is added, {block.base.name}, is written to after it was made")
+    base = block.carried.base
+    if any(writer.meta["index"] > base.meta["index"] for writer in writers(aliases(base))):
+        raise Mutated(f"what is added, {base.name}, is written to after it was made")
     search = block.search
     search.findings.borders.check(changed, block.node, search.owner(changed))
 
@@ -144,13 +145,15 @@ def _activation(node: fx.Node) -> str:
     return name if name in _MODULES.values() else ""
 
 
-def _range(node: fx.Node) -> str:
-    """The activation in whose range a value is, pools seen through."""
+def _range(node: fx.Node) -> tuple[str, tuple[fx.Node, ...]]:
+    """The activation in whose range a value is, pools seen through, and the nodes from there on."""
+    through = [node]
     while True:
+        node = through[-1]
         pool = node.op == "call_module" and isinstance(node.meta["call"].module, _POOLS)
         if not pool and torch_name(node) not in _POOL_NAMES:
-            return _activation(node)
-        node = node.all_input_nodes[0]
+            return _activation(node), tuple(through)
+        through.append(node.all_input_nodes[0])
 
 
 @dataclass(frozen=True)
@@ -159,7 +162,7 @@ class _Block:
 
     search: Search
     node: fx.Node  # the addition
-    base: fx.Node
+    carried: Carried
     steps: tuple[tuple[Segment, ...], ...]  # the layers between activations
     skip: tuple[Segment, ...]
 
@@ -187,7 +190,6 @@ class _Block:
                 f"what is added, {skip}, has strides {added.stride} and kernel {added.kernel}; behind layers of "
                 f"strides {strides} it has to be pointwise, of the same"
             )
-        done: Ints = (1,) * dims
         for index, (step, term, shape) in enumerate(zip(self.steps, terms, shapes, strict=True)):
             first, last = index == 0, index == len(terms) - 1
             width = shape.in_channels + (0 if first else channels)
@@ -198,9 +200,7 @@ class _Block:
                 wide = total([own, seq([carried, self._unstrided(skip, channels, dims)])], self.node)
             else:
                 wide = stack([own, seq([carried, _identity(channels, shape.stride, step)])])
-            after = tuple(map(math.prod, zip(done, shape.stride, strict=True)))
-            yield self._merge(step, term, wide, Carried(self.base, channels, done, first, last))
-            done = after
+            yield self._merge(step, term, wide, last)
 
     def _unstrided(self, skip: Term, channels: int, dims: int) -> Term:
         """What is added, of pixels that were left out by the layers before."""
@@ -221,13 +221,13 @@ class _Block:
             )
         )  # fmt: skip
 
-    def _merge(self, step: tuple[Segment, ...], term: Term, wide: Term, carried: Carried) -> Merge:
+    def _merge(self, step: tuple[Segment, ...], term: Term, wide: Term, last: bool) -> Merge:
         segments = step
-        if carried.last:
+        if last:
             nodes = [node for segment in self.skip for node in segment.nodes]
             segments = (*step, Segment(step[-1].root, self.node, total([ONE, ONE], self.node), (*nodes, self.node)))
         before, skip = cost.of_term(term), seq([segment.term for segment in self.skip])
-        if carried.last and any(layer.weight is not None for layer in skip.leaves()):
+        if last and any(layer.weight is not None for layer in skip.leaves()):
             before += cost.of_term(skip)
         costs = before, cost.of_map(geometry(wide))
         fit = self.search.fit(value(wide), list(step), costs, at_any_price=True)
@@ -235,7 +235,7 @@ class _Block:
             raise Unreadable(f"{term} takes {fit.remedy}, which the residual would take too")
         self.search.check(list(segments))
         owner = self.search.owner({node for segment in segments for node in segment.nodes})
-        return Merge((RULE,), (SOURCE,), wide, segments, owner, self.search.trace, fit, carried)
+        return Merge((RULE,), (SOURCE,), wide, segments, owner, self.search.trace, fit, self.carried)
 
 
 def _first(count: int) -> Callable[[int], slice]:

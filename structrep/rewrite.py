@@ -32,7 +32,7 @@ from structrep.parametrized import by_properties, computed, hooks, made_of, sett
 from structrep.pattern import ONE, geometry
 from structrep.ranks import rank
 from structrep.readers import Layer, Same, knows, lower, only_asserted, read_module, read_node
-from structrep.search import Merge, Replicas, Segment, site
+from structrep.search import Merge, Replicas, Segment, site, together
 from structrep.trace import Call, Traced
 from structrep.values import proxies
 
@@ -96,13 +96,18 @@ def _scales(merge: Merge) -> list[Unit]:
 
 
 def without(merges: Iterable[Merge], failed: Collection[Merge]) -> list[Merge]:
-    """What stands of some merges when others fail: not what shares in a scale with one that fell."""
-    standing, fallen = [merge for merge in merges if merge not in failed], list(failed)
-    while fallen:
-        lost = set().union(*(merge.absorbed for merge in fallen))
-        fallen = [merge for merge in standing if merge.absorbed & lost]
-        standing = [merge for merge in standing if merge not in fallen]
-    return standing
+    """What stands of some merges when others fail: not what has anything in common with one that fell."""
+    groups = together([*merges, *failed])
+    lost = {merge for group in groups if not set(failed).isdisjoint(group) for merge in group}
+    return [merge for merge in merges if merge not in lost]
+
+
+def end(norm: nn.Module) -> None:
+    """Take from a norm of each value its weight and bias."""
+    names = computed(norm)
+    settle(norm)
+    norm._parameters |= dict.fromkeys((*norm._parameters, *names))
+    vars(norm).update(dict.fromkeys(vars(norm).keys() & {"affine", "elementwise_affine"}, False))
 
 
 def _stays(segment: Segment) -> bool:
@@ -170,6 +175,7 @@ class Draft:
         for merge in self.merges:
             parts = units(merge)
             host = self.hosts[merge] = host_of(parts)
+            self.edits.reordered |= merge.reordered
             for unit in [*parts, *_scales(merge)]:
                 if unit.module is None:
                     kept = self._refillable(unit, merge) if unit is host else None
@@ -306,11 +312,7 @@ class Draft:
             assert unit.module is not None
             self._swap(unit.module.path, _nothing(unit))
         for call in self.ended:
-            module = self._at(call.path)
-            names = computed(module)
-            settle(module)
-            module._parameters |= dict.fromkeys((*module._parameters, *names))
-            vars(module).update(dict.fromkeys(vars(module).keys() & {"affine", "elementwise_affine"}, False))
+            end(self._at(call.path))
         dead = self._settle()
         for owner, forward in self.forwards.items():
             module = self._at(owner.path)

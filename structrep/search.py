@@ -92,13 +92,11 @@ class Fit:
 
 @dataclass(frozen=True, eq=False)
 class Carried:
-    """A value whose channels a widened layer takes behind its own, and hands on behind its own."""
+    """A value whose channels widened layers take behind their own, until the last of them adds it."""
 
     base: fx.Node
-    channels: int
-    stride: Ints  # of the layers before, by which its pixels are fewer
-    first: bool  # the layer is given the value itself, once
-    last: bool  # the layer adds it
+    sum: fx.Node  # the addition that goes
+    through: tuple[fx.Node, ...]  # what makes the value one that activations leave as it is
 
 
 @dataclass(eq=False)
@@ -132,6 +130,17 @@ class Merge:
         """Scales that this merge does a part of; all merges that do the rest stand and fall with it."""
         return {one for segment in self.segments for one in segment.absorbed}
 
+    @property
+    def reordered(self) -> set[sums.Reordered]:
+        """The sums in another order that it adds up some of."""
+        return {one for one in map(sums.reordered, self.nodes) if one is not None}
+
+    @property
+    def shared(self) -> set[object]:
+        """What it has in common with others, with all of which it stands and falls: scales that it does a part of, sums
+        in another order, a residual that is carried."""
+        return {*self.absorbed, *self.reordered, *([] if self.carried is None else [self.carried])}
+
     def value(self) -> ConvMap:
         """The merged map; read from the weights as they are now, if it was not kept."""
         return self.kept or value(self.term, rigour=self.fit.rigour)
@@ -144,6 +153,15 @@ class Merge:
             return None
         size: Ints = self.base.meta["shape"][2:]
         return size, tuple(step if holds == "period" else 0 for step in geometry(self.term).stride)
+
+
+def together(merges: Sequence[Merge]) -> list[list[Merge]]:
+    """Merges by what they share: each group can be done, or left, whatever becomes of the others."""
+    graph = nx.Graph()
+    graph.add_nodes_from(merges)
+    graph.add_edges_from((merge, one) for merge in merges for one in merge.shared)
+    groups = list(nx.connected_components(graph))
+    return [[merge for merge in merges if merge in group] for group in groups]
 
 
 @dataclass(eq=False)
@@ -445,11 +463,13 @@ class Search:
         return readings
 
     def _endings(self) -> dict[fx.Node, Layer]:
-        """The scales that norms of each value end with."""
+        """The scales that norms of each value end with; one that is a map as a whole is no such norm."""
         found = {
             node: read_ending(node)
             for node in self.nodes
-            if "value" not in node.meta and not node.meta["autocast"] and not self.replicas.repeats(node)
+            if not ("value" in node.meta or node in self.readings)
+            and not node.meta["autocast"]
+            and not self.replicas.repeats(node)
         }
         return {node: scale for node, scale in found.items() if scale is not None}
 
@@ -468,8 +488,13 @@ class Search:
         }
 
     def _reading(self, node: fx.Node) -> Reading | None:
-        """What a node is; a scale that others have absorbed is nothing any more."""
-        return Same(self.absorbed[node].source) if node in self.absorbed else self.readings.get(node)
+        """What a node is; a scale that others have absorbed is nothing any more, and what was read by way of it, no
+        more what it was."""
+        if node in self.absorbed:
+            return Same(self.absorbed[node].source)
+        reading = self.readings.get(node)
+        made = reading.through if isinstance(reading, (Layer, Total)) else ()
+        return None if any(part in self.absorbed for part in made) else reading
 
     def segment(self, root: fx.Node) -> Segment | None:
         if root not in self.segments:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator, Sequence, Set
+from dataclasses import dataclass
 from functools import reduce
+from typing import Any
 
 import torch
 from torch import fx
@@ -18,6 +20,42 @@ from structrep.trace import Trace
 from structrep.values import proxies
 
 Merges = Callable[[Sequence[fx.Node], Sequence[fx.Node]], bool]
+
+
+@dataclass(frozen=True, eq=False)
+class Reordered:
+    """A sum whose additions are no more what they were: for each, what it called, and on what, as it was traced."""
+
+    were: dict[fx.Node, tuple[str, Any, tuple[Any, ...]]]
+
+    @classmethod
+    def note(cls, additions: Sequence[fx.Node]) -> Callable[[], None]:
+        """Note what some additions are before they are rewritten, perhaps once more; what undoes it."""
+        before = {one: reordered(one) for one in additions}
+        earlier = [found for found in before.values() if found is not None]
+        were = {one: (one.op, one.target, one.args) for one in additions}
+        whole = cls({**were, **{one: was for found in earlier for one, was in found.were.items()}})
+        before |= {one: found for found in earlier for one in found.were}
+        for one in whole.were:
+            one.meta["reordered"] = whole
+
+        def undo() -> None:
+            for one, found in before.items():
+                one.meta["reordered"] = found
+
+        return undo
+
+
+def reordered(node: fx.Node) -> Reordered | None:
+    """The sum that an addition is of, if that is in another order than it was traced in."""
+    found: Reordered | None = node.meta.get("reordered")
+    return found
+
+
+def as_traced(node: fx.Node, but: Set[Reordered] = frozenset()) -> tuple[str, Any, tuple[Any, ...]]:
+    """What a node called, and on what, before its sum was put into another order; with these sums, as it is."""
+    found = reordered(node)
+    return (node.op, node.target, node.args) if found is None or found in but else found.were[node]
 
 
 def reorder(trace: Trace, done: Set[fx.Node], merges: Merges) -> Callable[[], None] | None:
@@ -122,6 +160,7 @@ def _write(trace: Trace, additions: Sequence[fx.Node], groups: Sequence[Sequence
         root.prepend(addition)
         steps.remove(addition)
         steps.insert(steps.index(root), addition)
+    forget = Reordered.note(additions)
     free = iter(additions)
 
     def add(left: fx.Node, right: fx.Node) -> fx.Node:
@@ -136,6 +175,7 @@ def _write(trace: Trace, additions: Sequence[fx.Node], groups: Sequence[Sequence
             one.op, one.target, one.args = op, target, args
             following.prepend(one)
         steps[:] = earlier
+        forget()
 
     return undo
 

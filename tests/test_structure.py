@@ -49,6 +49,7 @@ ORDER = [
     "flow",
     "layout",
     "drawing",
+    "regions",
     "proof",
     "files",
     "latency",
