@@ -15,6 +15,7 @@ import functools
 import os
 import threading
 from collections.abc import Callable, Iterator
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -120,12 +121,15 @@ class Tracer(fx.Tracer):
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         with alone():
+            afterwards(functools.partial(_end_patches, getattr(_fx, "CURRENT_PATCHER", None)))
             for name in _EXCHANGED:
                 keep(nn.Module, name)
-            keep(_fx, "_is_fx_tracing_flag")
             self.thread = threading.get_ident()
             self.elsewhere = {name: getattr(nn.Module, name) for name in _EXCHANGED}
-            return super().trace(root, concrete_args)
+            change(_fx, "_is_fx_tracing_flag", _Here())
+            # with names of its own, so that it does not raise that flag for all threads
+            traced: fx.Graph = FunctionType(fx.Tracer.trace.__code__, {**vars(_fx)})(self, root, concrete_args)
+            return traced
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
         run, args = self.arguments_of(root_fn, is_module, concrete_args)
@@ -134,7 +138,6 @@ class Tracer(fx.Tracer):
             with alone():
                 for name, elsewhere in self.elsewhere.items():
                     change(nn.Module, name, here(getattr(nn.Module, name), elsewhere))
-                change(_fx, "_is_fx_tracing_flag", _Here())
                 return run(*args)
 
         return enter, args
@@ -149,6 +152,14 @@ class Tracer(fx.Tracer):
         if threading.get_ident() != self.thread:  # just before `enter`
             return forward(*args, **kwargs)
         return super().call_module(m, forward, args, kwargs)
+
+
+def _end_patches(before: Any) -> None:
+    """Take back what torch.fx has exchanged, if an interrupt kept it from that."""
+    patcher = getattr(_fx, "CURRENT_PATCHER", None)
+    if patcher is not None and patcher is not before:
+        patcher.revert_all_patches()
+        _fx.CURRENT_PATCHER = before
 
 
 _fx: Any = torch.fx._symbolic_trace

@@ -1,4 +1,4 @@
-"""What torch's operations do with memory and chance: the table against the schemas, and against what they are seen to do."""
+"""What torch's operations do with memory and chance: the table against schemas, and what they are seen to do."""
 
 import inspect
 import warnings
@@ -66,7 +66,7 @@ def storages(value):
 
 
 def seen(target, call, args, kwargs):
-    """What a call has given back of its arguments' memory, and what it has written to, that the table does not know of."""
+    """What a call gives back of its arguments' memory, and what it writes to, that the table does not know of."""
     leaves = [one for one in pytree.tree_leaves((args, kwargs)) if isinstance(one, Tensor)]
     before = [one._version for one in leaves]
     result = call(*args, **kwargs)
