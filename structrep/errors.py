@@ -56,11 +56,11 @@ class Shared(Refusal):
 
 
 class Isolated(Refusal):
-    """A norm has no linear neighbour that is its alone, so there is nothing to fold it into."""
+    """A norm that no convolution or Linear beside it takes."""
 
 
 class Hooked(Refusal):
-    """A hook watches or changes a value inside the merge."""
+    """A hook watches or changes a value inside the merge, or may set what a layer of it holds."""
 
 
 class Mutated(Refusal):

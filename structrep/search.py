@@ -919,6 +919,11 @@ def _lone(nodes: Collection[fx.Node]) -> bool:
     return len(nodes) == 1 and all(node.op == "call_module" and node.meta["computed"] for node in nodes)
 
 
+def _turns(layer: nn.Module) -> bool:
+    """Whether a layer is a transposed convolution that is an ordinary one, its kernel turned around."""
+    return isinstance(layer, nn.modules.conv._ConvTransposeNd) and set(layer.stride) == {1}
+
+
 def _nodes(stretch: Iterable[Segment]) -> list[fx.Node]:
     return [node for segment in stretch for node in segment.nodes]
 
@@ -1033,8 +1038,9 @@ class Replicas:
         """
         if call.module in self.listed:
             raise Shared(f"{call.path} is also held in a list or attribute that is none of torch's")
+        stays = _lone(inside) and not _turns(call.module)  # the very layer, with all its settings
         for asker, what in self.asked.get(call.path, ()) if call.leaf else ():
-            if asker not in {path for path, _ in anew}:
+            if asker not in {path for path, _ in anew} and not (stays and what in call.module.__dict__):
                 asks = f"{asker or 'the model'} asks for {what} of {call.path} in its forward"
                 raise Shared(f"{asks}: a merge would change it")
         held = {**call.module._parameters, **call.module._buffers} if call.leaf else {}

@@ -214,7 +214,7 @@ def _copied(modules: list[nn.Module], memo: dict[int, Any]) -> nn.Module:
     groups = (getattr(module, "process_group", None) for module in modules)  # of SyncBatchNorm: one for all
     memo |= {id(group): group for group in groups if group is not None}
     try:
-        if not all(map(_copies_plainly, set(map(type, modules)))):
+        if not all(map(_copies_plainly, set(map(parametrized.own_class, modules)))):
             return copy.deepcopy(modules[0], memo)
         twins = [type(module).__new__(type(module)) for module in modules]
         memo |= {id(module): twin for module, twin in zip(modules, twins, strict=True)}

@@ -594,3 +594,32 @@ def test_expand_leaves_layers_that_compute_their_weights():
         model = nn.Sequential(nn.Conv2d(3, 4, 3), old_weight_norm(nn.Conv2d(4, 4, 3)))
     with pytest.raises(structrep.StructrepError, match="its weight is computed before every call"):
         structrep.expand(model, "repvgg", where="1")
+
+
+class Trimmed(nn.Module):
+    """As in EnCodec: a forward that asks its convolution for settings."""
+
+    def __init__(self, stride):
+        super().__init__()
+        self.conv = parametrizations.weight_norm(nn.ConvTranspose1d(4, 4, 4, stride=stride))
+
+    def forward(self, x):
+        y = self.conv(x)
+        return y[..., : y.shape[-1] - self.conv.kernel_size[0] + self.conv.stride[0]]
+
+
+class Described(Trimmed):
+    def forward(self, x):
+        y = self.conv(x)
+        return y * 2 if type(self.conv) is nn.ConvTranspose1d else y
+
+
+@pytest.mark.parametrize(
+    ("model", "kind"), [(Trimmed(2), nn.ConvTranspose1d), (Trimmed(1), None), (Described(2), None)]
+)
+def test_settings_that_a_forward_asks_for_stay(model, kind):
+    model, x = model.eval(), torch.randn(1, 4, 7)
+    deploy = structrep.reparameterize(model)
+    assert type(deploy.conv) is (kind or type(model.conv))
+    with torch.no_grad():
+        assert relative_error(deploy(x), model(x)) < 1e-6
