@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from structrep.checkpoint import convert_checkpoint
     from structrep.driver import Plan, assert_merged, explain, plan, reparameterize
     from structrep.errors import Refusal, StructrepError, Unmerged, VerificationError
-    from structrep.expand import expand, expand_layers
+    from structrep.expand import check_optimizer, expand, expand_layers
     from structrep.measured import Measured
     from structrep.monitor import monitor
     from structrep.probe import probe
@@ -40,6 +40,7 @@ __all__ = [
     "Verification",
     "VerificationError",
     "assert_merged",
+    "check_optimizer",
     "convert_checkpoint",
     "expand",
     "expand_layers",
@@ -58,7 +59,7 @@ _MODULES = {
     "checkpoint": ("convert_checkpoint",),
     "driver": ("Plan", "assert_merged", "explain", "plan", "reparameterize"),
     "errors": ("Refusal", "StructrepError", "Unmerged", "VerificationError"),
-    "expand": ("expand", "expand_layers"),
+    "expand": ("check_optimizer", "expand", "expand_layers"),
     "measured": ("Measured",),
     "monitor": ("monitor",),
     "probe": ("probe",),

@@ -1,7 +1,9 @@
 """Blocks in the place of layers: the same function at first, and the same model afterwards."""
 
 import copy
+import inspect
 import logging
+import re
 
 import pytest
 import timm
@@ -165,7 +167,12 @@ def test_where(where, expected, caplog):
         ({"block": "nothing"}, "no block is named 'nothing'"),
         ({"where": "layer9"}, "no module named 'layer9'"),
         ({"where": "fc"}, "it is a Linear"),
-        ({"where": "a", "rate": 3}, "rate"),
+        ({"where": "a", "rate": 3}, "repvgg blocks have no option 'rate': it has none"),
+        ({"block": "mobileone", "branch": 6}, "mobileone blocks have no option 'branch': there is branches"),
+        ({"block": "mobileone", "branch": 6, "where": "a"}, "no option 'branch': there is branches"),
+        ({"block": "expandnet", "rates": 2}, "no option 'rates': there is rate, mode, online"),
+        ({"block": "doconv", "groups": 2}, "doconv blocks have no option 'groups': there is D_mul"),
+        ({"block": "dbb", "dtype": torch.float16}, "no option 'dtype': it has none"),
         ({"block": "expandnet", "where": "a", "mode": "ck"}, "odd kernel"),
         ({"init": "zeros"}, "'preserve' or 'paper'"),
         ({"block": "replknet"}, "of those that the paper would choose"),
@@ -178,6 +185,166 @@ def test_bad_input(arguments, told):
     with pytest.raises(BadInput, match=told):
         structrep.expand(model, **arguments)
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def test_the_docstring_has_each_blocks_options():
+    """As its class takes them, by keyword."""
+    said = " ".join(structrep.expand.__doc__.split("options: ")[1].split("\n\n")[0].split())
+    clauses = re.findall(r'((?:`\w+`(?:, | and )?)+) for ("\w+"(?: and "\w+")*)', said)
+    assert len(clauses) == 7
+    for block, family in FAMILIES.items():
+        taken = {
+            parameter.name
+            for kind in family.of.values()
+            for parameter in inspect.signature(kind).parameters.values()
+            if parameter.kind is parameter.KEYWORD_ONLY
+        }
+        named = {name for names, of in clauses if f'"{block}"' in of for name in re.findall(r"\w{2,}", names)} - {"and"}
+        assert named == taken, block
+
+
+class Small(nn.Sequential):
+    """What none of a block's layers can be taken of, each for a reason of its own."""
+
+    def __init__(self, bias=False, norm=nn.BatchNorm2d):
+        super().__init__(
+            nn.Conv2d(3, 4, 3, 1, 1, bias=bias), norm(4), nn.Conv2d(4, 4, 3, 1, 1, bias=bias), norm(4), nn.ReLU(),
+            nn.Conv2d(4, 4, 3, 1, 1, bias=bias), norm(4), nn.Conv2d(4, 4, 1, bias=bias), norm(4),
+        )  # fmt: skip
+
+
+class Other(nn.BatchNorm2d):
+    def forward(self, x):
+        return super().forward(x).relu()
+
+
+@pytest.mark.parametrize(
+    ("model", "block", "options", "told"),
+    [
+        (
+            Small,
+            "ecbsr",
+            {},
+            "name some, where=...\n"
+            "  2 of 4: an edge block has biases, and this convolution has none to become of them\n"
+            "  1 of 4: it is the first convolution\n"
+            "  1 of 4: it is not 3x3",
+        ),
+        (
+            Small,
+            "ecbsr",
+            {"where": "*"},
+            "no layer in Small that a ecbsr block can stand for\n  3 of 4: an edge block has biases, and",
+        ),
+        (
+            lambda: Small(norm=Other),
+            "repvgg",
+            {},
+            "\n  2 of 4: its branches have norms, and no batch norm of torch's that is its alone stands behind it: the "
+            "model has 4 Other, which are of classes of their own\n  1 of 4: ",
+        ),
+        (Small, "replknet", {}, "\n  3 of 4: it is not depthwise and 7x7 or larger\n  1 of 4: it is the first"),
+        (lambda: nn.Sequential(nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)), "doconv", {}, "\n  1 of 2: it is pointwise"),
+        (Small, "lora", {}, "name some, where=...\n  it has no Linear"),
+        (Small, "mobileone", {"branches": "many"}, "\n  2 of 4: "),
+        (lambda: nn.Sequential(nn.ReLU()), "dbb", {"where": "*"}, "it has no Conv1d or Conv2d or Conv3d"),
+    ],
+)
+def test_why_none_of_the_layers_will_do(model, block, options, told):
+    model = model()
+    names = list(model.state_dict())
+    with pytest.raises(BadInput) as error:
+        structrep.expand(model, block, **options)
+    assert told in str(error.value)
+    assert list(model.state_dict()) == names
+
+
+@pytest.mark.parametrize("block", [name for name in FAMILIES if name not in ("replknet", "expandnet_linear", "lora")])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_model_is_expanded_once(block, inplace):
+    """As the cell of a notebook is run again."""
+    once = structrep.expand(settled(Plain()), block, **SMALL.get(block, {}))
+    names, places = list(once.state_dict()), structrep.expand_layers(once)
+    for other in {block, "repvgg"} if block in ("repvgg", "acb", "dbb", "mobileone") else {block}:
+        with pytest.raises(BadInput, match=f"Plain is expanded already, {', '.join(places)}: .*again=True"):
+            structrep.expand(once, other, inplace=inplace)
+    assert list(once.state_dict()) == names
+
+
+def test_a_model_is_expanded_again_where_that_is_said():
+    model = settled(Plain())
+    once = structrep.expand(model, "repvgg", where="a")
+    with pytest.raises(BadInput, match=r"a\.dense\.conv is in a block: Plain is expanded already, a: "):
+        structrep.expand(once, "repvgg", where=["stem", "a.dense.conv"])
+    for where in ("*", nn.Conv2d, lambda path, layer: True):
+        with pytest.raises(BadInput, match="is expanded already"):
+            structrep.expand(once, "doconv", where=where)
+    more = structrep.expand(once, "dbb", where=["stem", "c"])
+    assert structrep.expand_layers(more) == ["stem", "a", "c"]
+    linear = structrep.expand(more, "lora")
+    assert structrep.expand_layers(linear) == ["stem", "a", "c", "fc"]
+    nested = structrep.expand(once, "repvgg", where="a.dense.conv", again=True)
+    assert structrep.expand_layers(nested) == ["a", "a.dense.conv"]
+    for expanded in (more, linear, nested):
+        assert relative_error(expanded(X), model(X)) < 1e-12
+    assert relative_error(structrep.reparameterize(nested)(X), model(X)) < 1e-12
+
+
+def test_norms_that_do_more_are_told_of(caplog):
+    with caplog.at_level(logging.INFO, "structrep"):
+        structrep.expand(Plain(), "repvgg")
+    assert "normalize" not in caplog.text
+    model = timm.create_model("test_efficientnet")
+    norms = sum(type(one).__name__ == "BatchNormAct2d" for one in model.modules())
+    with caplog.at_level(logging.INFO, "structrep"):
+        structrep.expand(model, "doconv")
+    assert f"{norms} BatchNormAct2d do more than normalize" in caplog.text
+    assert norms > 0
+    kept = timm.layers.convert_sync_batchnorm(copy.deepcopy(model))
+    x = torch.randn(2, 3, 64, 64)
+    assert relative_error(kept.eval()(x), model.eval()(x)) < 1e-6
+    assert relative_error(nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model)).eval()(x), model(x)) > 0.1
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_an_optimizer_that_was_made_too_early(inplace):
+    model = Plain()
+    early = torch.optim.SGD(model.parameters(), 0.1)
+    expanded = structrep.expand(model, "repvgg", inplace=inplace)
+    of_blocks = [name for name, _ in expanded.named_parameters() if name.startswith(("a.", "c."))]
+    told = (
+        rf"has 0 of the {len(of_blocks)} parameters of the blocks in Plain, not a\.dense"
+        if inplace
+        else f"has none of the {len(list(expanded.parameters()))} parameters of Plain: make it of model.parameters"
+    )
+    with pytest.raises(BadInput, match=told):
+        structrep.check_optimizer(expanded, early)
+    with pytest.raises(BadInput, match=told.partition(" in Plain")[0].partition(" of Plain")[0]):
+        structrep.check_optimizer(nn.DataParallel(expanded), iter([early]))
+
+
+def test_an_optimizer_that_trains_the_blocks():
+    model = structrep.expand(Plain(), "repvgg")
+    late = torch.optim.SGD(model.parameters(), 0.1)
+    structrep.check_optimizer(model, late)
+    structrep.check_optimizer(torch.compile(model), late)
+    blocks = [parameter for place in ("a", "c") for parameter in model.get_submodule(place).parameters()]
+    others = [parameter for parameter in model.parameters() if not any(parameter is one for one in blocks)]
+    some, rest = torch.optim.SGD(blocks, 0.1), torch.optim.Adam(others, 0.1)
+    structrep.check_optimizer(model, [some, rest])
+    structrep.check_optimizer(model, some)
+    with pytest.raises(BadInput, match=f"has 0 of the {len(blocks)} parameters of the blocks"):
+        structrep.check_optimizer(model, rest)
+    few = torch.optim.SGD([*others, *blocks[1:]], 0.1)
+    with pytest.raises(BadInput, match=rf"has {len(blocks) - 1} of the {len(blocks)} .* not a\.dense\.conv\.weight: "):
+        structrep.check_optimizer(model, few)
+    blocks[0].requires_grad_(False)
+    structrep.check_optimizer(model, few)
+    plain = Plain()
+    structrep.check_optimizer(plain, torch.optim.SGD(plain.fc.parameters(), 0.1))
+    structrep.check_optimizer(plain.requires_grad_(False), few)
+    with pytest.raises(BadInput, match="has none of the"):
+        structrep.check_optimizer(Plain(), few)
 
 
 def test_layers_that_must_stay():

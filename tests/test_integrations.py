@@ -278,8 +278,8 @@ def fit(callbacks, folder, pl=lightning.pytorch, block="repvgg", kind=Small, dat
         module.net = structrep.expand(module.net, block)
     pairs = TensorDataset(GRAY, torch.arange(16) % 2)
     trainer = pl.Trainer(
-        max_epochs=3, callbacks=callbacks, default_root_dir=folder, accelerator="cpu", enable_progress_bar=False,
-        enable_model_summary=False, **{"logger": False, "enable_checkpointing": False, **options},
+        callbacks=callbacks, default_root_dir=folder, accelerator="cpu", enable_progress_bar=False,
+        enable_model_summary=False, **{"logger": False, "enable_checkpointing": False, "max_epochs": 3, **options},
     )  # fmt: skip
     given = module if wrap is None else wrap(module)
     trainer.fit(given, DataLoader(pairs, 8, shuffle=True), DataLoader(pairs, 8) if data else None)
@@ -443,6 +443,59 @@ def test_lightning_refuses_before_training(tmp_path, export, options, told):
     assert not started
 
 
+class Early(Small):
+    """An optimizer made before the blocks."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.early = torch.optim.SGD(self.net.parameters(), 0.1)
+
+    def configure_optimizers(self):
+        return self.early
+
+
+class Head(Small):
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.net[-1].parameters(), 0.1)
+
+
+class Two(Small):
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.automatic_optimization = False
+
+    def training_step(self, batch, index):
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+            self.manual_backward(F.cross_entropy(self.net(batch[0]), batch[1]))
+            optimizer.step()
+
+    def configure_optimizers(self):
+        return [torch.optim.SGD(part.parameters(), 0.01) for part in (self.net[:4], self.net[4:])]
+
+
+class NoOptimizer(Small):
+    def configure_optimizers(self):
+        return None
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"), [(Early, "the optimizer has none of the .* make it of model.parameters"), (Head, "has 0 of the")]
+)
+def test_lightning_trains_no_blocks_without_an_optimizer_for_them(tmp_path, kind, told):
+    with pytest.raises(BadInput, match=told):
+        fit([ReparameterizeOnExport("net", dirpath=tmp_path)], tmp_path, kind=kind)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", [Two, NoOptimizer])
+@pytest.mark.filterwarnings("ignore:`LightningModule.configure_optimizers` returned `None`")
+def test_several_optimizers_or_none(tmp_path, kind):
+    export = ReparameterizeOnExport("net", dirpath=tmp_path)
+    module, _, _ = fit([export], tmp_path, kind=kind, max_epochs=1)
+    assert agree(loaded(export, kind).net, module.net, GRAY)
+
+
 def test_a_block_that_cannot_be_merged_is_named(tmp_path):
     class Hook(lightning.pytorch.Callback):
         def on_train_start(self, trainer, pl_module):
@@ -468,10 +521,11 @@ class Heard(hf.TrainerCallback):
         self.calls += 1
 
 
-def train(folder, export=None, block="repvgg", **options):
+def train(folder, export=None, block="repvgg", early=False, **options):
     """A model, trained, its trainer, the callback, and the random numbers that come next."""
     hf.set_seed(0)
     model = hf.ResNetForImageClassification(hf.ResNetConfig(**CONFIG))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1) if early else None
     if block:
         model = structrep.expand(model, block)
     data = [{"pixel_values": image, "labels": index % 2} for index, image in enumerate(GRAY)]
@@ -479,7 +533,10 @@ def train(folder, export=None, block="repvgg", **options):
         str(folder), num_train_epochs=2, per_device_train_batch_size=8, use_cpu=True, disable_tqdm=True, report_to=[],
         **{"save_strategy": "epoch", "eval_strategy": "epoch", **options},
     )  # fmt: skip
-    trainer = hf.Trainer(model, arguments, train_dataset=data, eval_dataset={"one": data[:8], "two": data[8:]})
+    trainer = hf.Trainer(
+        model, arguments, train_dataset=data, eval_dataset={"one": data[:8], "two": data[8:]},
+        optimizers=(optimizer, None),
+    )  # fmt: skip
     trainer.add_callback(Heard())
     callback = None
     if export is not None:
@@ -539,6 +596,9 @@ def test_the_best_model_is_exported_where_the_trainer_loads_it(tmp_path):
 def test_transformers_refuses_before_training(tmp_path):
     with pytest.raises(BadInput, match="ResNetForImageClassification has none: put them in before the optimizer"):
         train(tmp_path, {}, block="")
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(BadInput, match=r"the optimizer has none of the .* make it of model\.parameters"):
+        train(tmp_path, {}, early=True)
     assert not list(tmp_path.iterdir())
     with pytest.raises(BadInput, match="Sequential is no Trainer"):
         TrainerExport(nn.Sequential())

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from structrep.errors import BadInput
+from structrep.expand import check_optimizer
 from structrep.integrations.export import merge, trained_copy
 
 if TYPE_CHECKING:
@@ -59,7 +60,8 @@ class ReparameterizeOnExport(pl.Callback):
             as "deploy/val_loss" and so on.
 
     Raises:
-        BadInput: (when training starts) there is no module of that name, nothing in it to merge, or no best weights.
+        BadInput: (when training starts) there is no module of that name, nothing in it to merge, or no best weights; or
+            the optimizers do not train its blocks.
     """
 
     def __init__(
@@ -88,6 +90,11 @@ class ReparameterizeOnExport(pl.Callback):
             raise BadInput("weights='best' are those of a ModelCheckpoint, and the trainer has none")
         with isolate_rng():
             self._merge(_copied(pl_module))
+        # strategies that shard what is trained have parameters of their own
+        sharded = isinstance(trainer.strategy, (pl.strategies.DeepSpeedStrategy, pl.strategies.FSDPStrategy))
+        held = [group["params"] for one in trainer.optimizers for group in one.param_groups]
+        if not sharded and any(parameter.requires_grad for group in held for parameter in group):  # else it has none
+            check_optimizer(pl_module.get_submodule(self.module), trainer.optimizers)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         with isolate_rng():

@@ -22,6 +22,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from structrep import process
 from structrep.errors import BadInput
+from structrep.expand import check_optimizer
 from structrep.integrations.export import merge, trained_copy
 
 log = logging.getLogger("structrep")
@@ -44,7 +45,8 @@ class ReparameterizeOnExport(TrainerCallback):
         metrics: those of the evaluation of each, logged as "eval_training_time_loss", "eval_deploy_loss" and so on.
 
     Raises:
-        BadInput: it is given no Trainer; (when training starts) there is no block to merge in the model.
+        BadInput: it is given no Trainer; (when training starts) there is no block to merge in the model, or the
+            optimizer does not train its blocks.
     """
 
     def __init__(self, trainer: Trainer, *, each_save: bool = False) -> None:
@@ -62,6 +64,9 @@ class ReparameterizeOnExport(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._copies()
+        trainer = self.trainer
+        if not (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled):  # which have parameters of their own
+            check_optimizer(trainer.model, trainer.optimizer)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.each_save:
