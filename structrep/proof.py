@@ -28,7 +28,7 @@ from structrep.readers import Layer, counts_sizes, held, lower, only_asserted
 from structrep.registry import COEFFICIENT_ROUNDING
 from structrep.report import BorderRecord, OutputRecord, RegionRecord, Verification
 from structrep.search import Merge
-from structrep.trace import Example, as_arguments, computed, shallow_copy
+from structrep.trace import Example, as_arguments, computed, moved_copy
 
 SLACK = 8.0  # rounding errors of two equal models are alike, not equal
 
@@ -123,7 +123,7 @@ def verify(
 def _rounded(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """The model with every number off by one rounding in that dtype, up or down."""
     there = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
-    twin = shallow_copy(model).to(precision.exact(there), torch.float64)
+    twin = moved_copy(model, precision.exact(there), torch.float64)
     eps = torch.finfo(dtype).eps
     generator = torch.Generator().manual_seed(0)
     for tensor in (*twin.parameters(), *twin.buffers()):
@@ -150,7 +150,7 @@ class How:
 
     def model(self, model: nn.Module) -> nn.Module:
         """A copy of a model, to run so."""
-        twin = shallow_copy(model).to(self.device, self.dtype)
+        twin = moved_copy(model, self.device, self.dtype)
         for tensor in (*twin.parameters(), *twin.buffers()) if self.channels_last else ():
             tensor.data = self.laid_out(tensor.data)
         return twin
@@ -504,7 +504,7 @@ class _Region:
             return None
         module = node.meta["call"].module
         if module not in self.modules:
-            self.modules[module] = shallow_copy(module).to(self.device, torch.float64)
+            self.modules[module] = moved_copy(module, self.device, torch.float64)
         return self.modules[module]
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
-from structrep.ranks import torch_name
+from structrep.ranks import torch_name, written_in
 
 
 def proxies(value: Any) -> Iterator[fx.Proxy]:
@@ -37,7 +37,7 @@ def proxies(value: Any) -> Iterator[fx.Proxy]:
 
 def _is_record(value: Any) -> bool:
     """Whether a value is an object of somebody's own class that holds others by name."""
-    library = type(value).__module__.partition(".")[0]
+    library = written_in(type(value)).partition(".")[0]
     own = library not in ("torch", "builtins", "functools", "collections", "numpy", "structrep")
     return own and hasattr(value, "__dict__") and not isinstance(value, (type, ModuleType, FunctionType, nn.Module))
 
@@ -98,16 +98,34 @@ def stand_in(node: fx.Node) -> Any:
     Raises:
         Unknown: it may be of several.
     """
-    if "stand_in" not in node.meta:
-        node.meta["stand_in"] = _stand_in(node)
+    pending = [node]
+    while pending:  # no recursion: a chain of operations may be longer than Python's stack
+        last = pending[-1]
+        if "stand_in" in last.meta:
+            pending.pop()
+            continue
+        try:
+            found = _of_itself(last)
+            if found is ...:
+                inputs = [n for n in last.all_input_nodes if "value" not in n.meta]
+                if left := [n for n in inputs if "stand_in" not in n.meta]:
+                    pending += left
+                    continue
+                found = _of_inputs(last, [n.meta["stand_in"] for n in inputs])
+        except Unknown as reason:
+            found = reason
+        last.meta["stand_in"] = found
+    if isinstance(node.meta["stand_in"], Unknown):
+        raise Unknown(*node.meta["stand_in"].args)
     return node.meta["stand_in"]
 
 
-def _stand_in(node: fx.Node) -> Any:
+def _of_itself(node: fx.Node) -> Any:
+    """What a node stands for, whatever it is given; ... if it goes by that."""
     name = torch_name(node)
     if node.op == "call_module":
         module = node.meta["call"].module
-        if node.meta["unfollowed"] or isinstance(module, (nn.RNNBase, nn.MultiheadAttention)) or not _is_torch(module):
+        if node.meta["unfollowed"] or isinstance(module, (nn.RNNBase, nn.MultiheadAttention)) or not is_torch(module):
             raise Unknown(f"what {type(module).__name__} gives")
     if node.meta.get("unfollowed") or name in _PERHAPS_SEVERAL:
         raise Unknown(f"what {name or node.target} gives")
@@ -117,7 +135,15 @@ def _stand_in(node: fx.Node) -> Any:
         return 0 if name in ("size", "stride") and (len(node.args) > 1 or node.kwargs) else _SIZES[name]
     if node.target is getattr:
         return _SIZES.get(str(node.args[1]), _PROBE)
-    inputs = [stand_in(n) for n in node.all_input_nodes if "value" not in n.meta]
+    return ...
+
+
+def _of_inputs(node: fx.Node, inputs: list[Any]) -> Any:
+    """What a node stands for that is given such values."""
+    unknown = next((one for one in inputs if isinstance(one, Unknown)), None)
+    if unknown is not None:
+        raise Unknown(*unknown.args)
+    name = torch_name(node)
     if node.target is operator.getitem and inputs and isinstance(inputs[0], tuple):
         sliced = isinstance(node.args[1], slice)
         return inputs[0] if sliced else 0 if isinstance(inputs[0], torch.Size) else _PROBE
@@ -125,10 +151,11 @@ def _stand_in(node: fx.Node) -> Any:
         return _PROBE
     if name in ("eq", "ne", "lt", "le", "gt", "ge", "not_", "contains"):
         return False
-    if getattr(node.target, "__module__", None) != "_operator":
+    if written_in(node.target) != "_operator":
         return _PROBE
     return 0.0 if node.target is operator.truediv or any(isinstance(one, float) for one in inputs) else 0
 
 
-def _is_torch(module: nn.Module) -> bool:
-    return type(module).__module__.startswith("torch.nn")
+def is_torch(module: nn.Module) -> bool:
+    """Whether a module's class is one of torch's layers."""
+    return written_in(type(module)).startswith(("torch.nn", "torch.ao.nn"))
