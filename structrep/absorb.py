@@ -340,9 +340,13 @@ def _maker(node: fx.Node, readings: Readings) -> fx.Node:
 
 def readers_of(node: fx.Node, readings: Readings) -> list[fx.Node]:
     """What reads a value, identities seen through."""
-    found = []
-    for user in node.users:
-        found += readers_of(user, readings) if isinstance(readings.get(user), Same) else [user]
+    found, pending = [], [*reversed(node.users)]
+    while pending:
+        user = pending.pop()
+        if isinstance(readings.get(user), Same):
+            pending += reversed(user.users)
+        else:
+            found.append(user)
     return found
 
 

@@ -99,7 +99,8 @@ def convert_checkpoint(
     records: dict[str, PlanRecord] = {}
     converted: list[Weights] = []
     for one in found:
-        twin = own_copy(model).eval()
+        twin = own_copy(model)
+        twin.eval()
         load(twin, one, source)
         planned = plan(twin, example_inputs, norms=norms)
         if not planned.merges:

@@ -29,7 +29,7 @@ from torch import Tensor, fx, nn
 import structrep
 from structrep import checkpoint, export, files, models, registry
 from structrep.errors import BadInput, Refusal, StructrepError, TrainingMode, Uninitialized, UnknownRule, said
-from structrep.latency import device_name, latency
+from structrep.latency import accelerator, device_name, latency
 from structrep.page import page
 from structrep.proof import dtype_of
 from structrep.proof import verify as compare
@@ -414,7 +414,7 @@ def bench(
             inputs = tuple(one.to(where, what) for one in given.inputs or ())
             moved: dict[str, nn.Module] = {}
             for name, model in forms.items():
-                model = model.to(where, what)
+                model.to(where, what)
                 if compiled:
                     model.compile()
                 moved[name] = model
@@ -480,7 +480,7 @@ def doctor(as_json: AsJson = False) -> None:
             record = DoctorRecord(
                 python=platform.python_version(),
                 platform=platform.platform(terse=True),
-                device=device_name(torch.cuda.is_available()),
+                device=device_name(accelerator()),
                 structrep=_version(),
                 parts=tuple(map(_looked_at, PARTS)),
                 rules={rule.name: _tried(rule) for rule in registry.resolve(None) if rule.example is not None},

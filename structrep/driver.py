@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from structrep import precision, process, search
@@ -38,7 +39,7 @@ from structrep.report import (
 from structrep.reserve import carry
 from structrep.rewrite import Draft, without
 from structrep.search import Findings, Merge, Missed
-from structrep.trace import Example, own_copy, shallow_copy
+from structrep.trace import Example, eval_copy, is_compiled, make_eager, own_copy
 
 Rules = Registry | Iterable[str | Rule] | None
 IN_TORCH = Measured()  # what cost="measured" is, so that timings are kept from one plan to the next
@@ -96,8 +97,16 @@ class Plan:
         return PlanRecord(model=type(self._model).__name__, merges=self.merges, refusals=self.refusals)
 
     def faster(self, example_inputs: Example) -> Plan:
-        """This plan, or one without the merges that make the model slower, as measured: one by one, and all of them."""
-        assert self._measured is not None
+        """This plan, or one without the merges that make the model slower, as measured: one by one, and all of them.
+
+        Raises:
+            BadInput: the plan was not made with `cost="measured"`; the model or the runtime rejects the inputs.
+        """
+        if self._measured is None:
+            raise BadInput(
+                "this plan has counted what merges cost, and has no runtime to time them in: "
+                "structrep.plan(model, example_inputs, cost='measured') gives the faster plan"
+            )
         chosen = self
         while slower := self._measured.slower(chosen.merged.values()):
             findings = search.again(chosen._findings, slower=slower)
@@ -159,6 +168,8 @@ class Plan:
         model = self._model if inplace else own_copy(self._model)
         with process.alone():  # a draft has one model at a time
             deploy = self._draft.apply(model, release=inplace)
+        if inplace:
+            make_eager(deploy, {id(module): module for module in deploy.modules()})
         if self._findings.blocks:
             give_norms_back(deploy)
         else:
@@ -440,7 +451,7 @@ def assert_merged(model: nn.Module, example_inputs: Example | None = None, *, ru
         Unmerged: there is, with the layers, and what they would be merged by.
         Uninitialized, Sharded, UnknownRule, BadInput: as for `plan`.
     """
-    left = plan(shallow_copy(unwrapped(model)).eval(), example_inputs, rules=rules).record.merges
+    left = plan(eval_copy(unwrapped(model)), example_inputs, rules=rules).record.merges
     if left:
         raise Unmerged(
             f"{type(unwrapped(model)).__name__} has {counted(len(left), 'merge')} left to do: "
@@ -467,8 +478,14 @@ def unwrapped(model: nn.Module) -> nn.Module:
             raise BadInput(f"{what} is no torch.nn.Module instance: give the model itself")
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             model = model.module
-        elif "_orig_mod" in model._modules:  # OptimizedModule, whose import would load the whole compiler
+        elif is_compiled(model):
             model = model.get_submodule("_orig_mod")
+        elif isinstance(model, torch.jit.ScriptModule):
+            name = getattr(model, "original_name", type(model).__name__)
+            raise BadInput(
+                f"{name} is TorchScript, whose code is fixed: give the module that it was made of, and script what "
+                f"comes back"
+            )
         else:
             return model
 

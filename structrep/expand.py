@@ -26,7 +26,7 @@ from structrep.errors import BadInput, listed
 from structrep.parametrized import computed, hooks
 from structrep.pattern import Conv, Norm, Seq
 from structrep.registry import Registry
-from structrep.trace import own_copy, shallow_copy
+from structrep.trace import eval_copy, own_copy
 
 log = logging.getLogger("structrep")
 
@@ -324,7 +324,7 @@ def _norms_behind(model: nn.Module) -> dict[str, str]:
     pair = Registry()
     pair.rule(Seq(Conv().named("conv"), Norm().named("norm")), source="a convolution and its norm")(_folded)
     pairs: dict[str, str] = {}
-    for merge in search.find(shallow_copy(model).eval(), None, pair).merges:
+    for merge in search.find(eval_copy(model), None, pair).merges:
         called = [node for node in merge.nodes if node.op == "call_module"]
         kinds = [type(node.meta["call"].module) for node in called]
         if len(called) == len(merge.nodes) == 2 and kinds[0] in _CONVS and kinds[1] in _NORMS:

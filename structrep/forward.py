@@ -21,9 +21,10 @@ from torch import Tensor, fx, nn
 from structrep.errors import Unreadable
 from structrep.generated import Method
 from structrep.operations import writes
+from structrep.ranks import written_in
 from structrep.readers import Layer, Same, aliases, asks_kind, counts_sizes, only_asserted, read_node, writers
 from structrep.sums import Reordered, as_traced
-from structrep.trace import Call, Traced, storage
+from structrep.trace import Call, Origin, Traced, storage
 from structrep.values import is_traced
 
 _ITSELF = "structrep_itself"  # an attribute path for the module itself, for which graphs have none
@@ -167,11 +168,7 @@ class Forward:
 
     def _unchanged(self, node: fx.Node) -> fx.Node | None:
         """What an arithmetic operation such as `x + 0` gives back as it is."""
-        if (
-            node.op != "call_function"
-            or node in self.edits.dead
-            or getattr(node.target, "__module__", "") != "_operator"
-        ):
+        if node.op != "call_function" or node in self.edits.dead or written_in(node.target) != "_operator":
             return None
         reading = read_node(node)
         if not isinstance(reading, Same):
@@ -235,21 +232,31 @@ class Forward:
     def _constant(self, tensor: Tensor) -> Any:
         """A tensor attribute by its name; what was computed from some is computed again; anything else is kept as it
         is."""
-        if id(tensor) not in self.rebuilt:
-            self.rebuilt[id(tensor)] = self._recompute(tensor)
-            self.rebuilt[id(tensor)].meta["constant"] = True
+        pending = [tensor]
+        while pending:
+            origin = self._origin(pending[-1])
+            left = [one for one in origin.given if id(one) not in self.rebuilt] if origin is not None else []
+            pending += reversed(left)
+            if not left:
+                one = pending.pop()
+                if id(one) not in self.rebuilt:
+                    self.rebuilt[id(one)] = self._recompute(one, origin)
+                    self.rebuilt[id(one)].meta["constant"] = True
         return self.rebuilt[id(tensor)]
 
-    def _recompute(self, tensor: Tensor) -> Any:
+    def _origin(self, tensor: Tensor) -> Origin | None:
+        """How a tensor is computed again; None if it is held, or kept as it is."""
+        origin = self.traced.origins.get(id(tensor))
+        if id(tensor) in self.traced.names or origin is None or storage(tensor) in self.traced.written:
+            return None
+        return origin if getattr(origin.function, "__name__", "__get__") != "__get__" else None
+
+    def _recompute(self, tensor: Tensor, origin: Origin | None) -> Any:
         if id(tensor) in self.traced.names:
             return self.graph.get_attr(self._relative(self.traced.names[id(tensor)]))
-        origin = self.traced.origins.get(id(tensor))
-        plain = origin is not None and getattr(origin.function, "__name__", "__get__") != "__get__"
-        if origin is not None and plain and storage(tensor) not in self.traced.written:
-            spec: Any
-            leaves, spec = pytree.tree_flatten((origin.args, origin.kwargs))
-            args, kwargs = pytree.tree_unflatten(
-                [self._constant(x) if isinstance(x, Tensor) else x for x in leaves], spec
+        if origin is not None:
+            args, kwargs = pytree.tree_map(
+                lambda one: self.rebuilt[id(one)] if isinstance(one, Tensor) else one, (origin.args, origin.kwargs)
             )
             name = origin.function.__name__
             if getattr(Tensor, name, None) is origin.function:

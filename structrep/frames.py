@@ -18,6 +18,8 @@ from structrep.pattern import ONE, Term, leaf, seq, signed, total
 from structrep.ranks import torch_name
 from structrep.readers import Layer, Reading, Same, Total, diagonal_layer
 
+MOST = 64  # nodes between the reshapes that make pieces and fold them together
+
 Readings = Mapping[fx.Node, Reading]
 
 
@@ -113,6 +115,8 @@ class Pieces:
     def _read(self, node: fx.Node) -> tuple[Term, int] | None:
         """A value as a term, and its channels; None if it is not made of pieces by layers that keep their size."""
         reading = self.readings.get(node)
+        if len(self.nodes) > MOST:
+            return None
         if reading is None:
             found = pieces(node)
             if not found or (self.entry is not None and found != pieces(self.entry)):

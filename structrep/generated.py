@@ -16,6 +16,7 @@ from typing import Any
 from torch import fx, nn
 
 from structrep.process import Tracer
+from structrep.ranks import written_in
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def generated_class(base: type[nn.Module], methods: tuple[Method, ...]) -> type[
             {
                 **body,
                 "__reduce_ex__": __reduce_ex__,
-                "__module__": base.__module__,
+                "__module__": written_in(base),
                 "__qualname__": base.__qualname__,
                 "__doc__": base.__doc__,
                 "__structrep_base__": base,

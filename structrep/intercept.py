@@ -7,7 +7,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import contextlib
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from types import FunctionType, ModuleType, TracebackType
 from typing import Any
 
@@ -16,6 +18,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
 from structrep import process
+from structrep.ranks import written_in
 from structrep.sources import gives_something, reads_settings_only
 from structrep.values import Unknown, is_traced, proxies, stand_in
 
@@ -112,6 +115,14 @@ def _sized(function: Callable[..., Any], kind: str, target: Any, record: Record)
     return watching
 
 
+@contextlib.contextmanager
+def compiled_inlined() -> Iterator[None]:
+    """Functions that `torch.compile` has compiled run as they are written."""
+    config = sys.modules.get("torch._dynamo.config")  # if not there, nothing was compiled
+    with config.patch(error_on_nested_fx_trace=False) if config else contextlib.nullcontext():
+        yield
+
+
 def unwatched(function: Callable[..., Any]) -> Callable[..., Any]:
     """What a function is outside of `take_traced_sizes`: torch itself looks up a tensor's methods, and finds these."""
     found: Callable[..., Any] = getattr(function, "watched", function)
@@ -146,7 +157,7 @@ def _namespaces(model: nn.Module) -> list[dict[str, Any]]:
     found: dict[int, dict[str, Any]] = {}
     for cls in {base for module in model.modules() for base in type(module).__mro__}:
         for function in vars(cls).values():
-            if isinstance(function, FunctionType) and not cls.__module__.startswith(("torch.", "builtins")):
+            if isinstance(function, FunctionType) and not written_in(cls).startswith(("torch.", "builtins")):
                 space = function.__globals__
                 called = (space.get(name) for name in function.__code__.co_names)
                 for one in (function, *called):

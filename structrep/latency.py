@@ -28,24 +28,34 @@ def latency(models: Mapping[str, nn.Module], example_inputs: Example, rounds: in
     args, kwargs = as_arguments(example_inputs)
     with torch.no_grad():
         runs = {name: partial(model, *args, **kwargs) for name, model in models.items()}
-        return in_turn(runs, rounds, on_cuda(models.values()))
+        return in_turn(runs, rounds, device_of(models.values()))
 
 
-def on_cuda(models: Iterable[nn.Module]) -> bool:
-    return any(one.is_cuda for model in models for one in model.parameters())
+def device_of(models: Iterable[nn.Module]) -> torch.device:
+    """Where models are: the accelerator, if a parameter of one is on it."""
+    devices = (one.device for model in models for one in model.parameters())
+    return next((device for device in devices if device.type != "cpu"), torch.device("cpu"))
 
 
-def device_name(cuda: bool) -> str:
-    return torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
+def accelerator() -> torch.device:
+    """The device of this machine that is faster than its CPU, or else that."""
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return found or torch.device("cpu")
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cpu":
+        return f"CPU, {torch.get_num_threads()} threads"
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def in_turn(
-    runs: Mapping[str, Callable[[], object]], rounds: int, cuda: bool, enough: float = math.inf
+    runs: Mapping[str, Callable[[], object]], rounds: int, device: torch.device, enough: float = math.inf
 ) -> LatencyRecord:
     """Seconds of each run in turn, as `latency` has them.
 
     Args:
-        cuda: whether a run is over only when the GPU is done.
+        device: where they run: a run is over only when all that it has launched there is done.
         enough: stop after so many seconds, if there were `LEAST` rounds.
     """
     samples: dict[str, list[float]] = {name: [] for name in runs}
@@ -54,12 +64,12 @@ def in_turn(
         if index >= WARM + LEAST and time.perf_counter() - begun > enough:
             break
         for name, run in runs.items():
-            seconds = _timed(run, cuda)
+            seconds = _timed(run, device)
             if index >= WARM:
                 samples[name].append(seconds)
     first = next(iter(samples.values()))
     return LatencyRecord(
-        device=device_name(cuda),
+        device=device_name(device),
         torch=torch.__version__,
         models={
             name: Latency(
@@ -72,11 +82,12 @@ def in_turn(
     )
 
 
-def _timed(run: Callable[[], object], cuda: bool) -> float:
-    if cuda:
-        torch.cuda.synchronize()
+def _timed(run: Callable[[], object], device: torch.device) -> float:
+    launches = device.type != "cpu" and torch.accelerator.is_available()
+    if launches:
+        torch.accelerator.synchronize(device)
     start = time.perf_counter()
     run()
-    if cuda:
-        torch.cuda.synchronize()
+    if launches:
+        torch.accelerator.synchronize(device)
     return time.perf_counter() - start

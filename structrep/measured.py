@@ -19,7 +19,7 @@ from torch import fx, nn
 
 from structrep.errors import BadInput, Slower, said
 from structrep.files import save_bytes, writer
-from structrep.latency import device_name, in_turn, on_cuda
+from structrep.latency import device_name, device_of, in_turn
 from structrep.pattern import Term, geometry
 from structrep.proof import How
 from structrep.readers import held, lower, only_asserted
@@ -92,7 +92,7 @@ class Measured:
                 _written(merge.term),
                 str(tuple(shape)),
                 str(weight.dtype),
-                device_name(weight.is_cuda),
+                device_name(weight.device),
                 f"torch {torch.__version__}",
             )
         )
@@ -134,7 +134,7 @@ class Measured:
     def _timed(self, models: Mapping[str, nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]) -> LatencyRecord:
         with torch.no_grad():
             runs = {name: self.runtime(model, args, kwargs) for name, model in models.items()}
-            return in_turn(runs, ROUNDS, on_cuda(models.values()), ENOUGH)
+            return in_turn(runs, ROUNDS, device_of(models.values()), ENOUGH)
 
 
 def _stretch(merge: Merge) -> nn.Module | None:

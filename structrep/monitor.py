@@ -19,7 +19,7 @@ from structrep.driver import Rules, plan, unwrapped
 from structrep.pattern import Term, seq, signed, value
 from structrep.report import BranchRecord, KernelRecord, MonitorRecord
 from structrep.search import Merge
-from structrep.trace import Example, shallow_copy
+from structrep.trace import Example, eval_copy
 
 LEVELS = 127  # of a sign, in symmetric int8
 DEAD = 1e-3  # the norm of a dead branch's kernel, relative to the merged one's
@@ -38,7 +38,7 @@ def monitor(
     Raises:
         Uninitialized, Sharded, UnknownRule, BadInput: as for `structrep.plan`.
     """
-    found = plan(shallow_copy(unwrapped(model)).eval(), example_inputs, rules=rules)
+    found = plan(eval_copy(unwrapped(model)), example_inputs, rules=rules)
     return MonitorRecord(
         model=type(unwrapped(model)).__name__,
         kernels=tuple(kernel(where, merge, dead) for where, merge in found.merged.items()),

@@ -47,6 +47,11 @@ class Term:
         """What its value will look like, from its layers alone; raises what `geometry` does."""
         return _geometry(self, None, None, [])
 
+    @cached_property
+    def depth(self) -> int:
+        """How many sums and stacks it has inside each other."""
+        return (self.op in ("sum", "concat")) + max((part.depth for part in self.parts), default=0)
+
     def leaves(self) -> Iterator[Layer]:
         if self.layer is not None:
             yield self.layer

@@ -58,7 +58,8 @@ class _Layer:
         if not (isinstance(example, Tensor) and 2 <= example.ndim <= 5):  # type: ignore[redundant-expr]
             raise Unreadable("an example input of shape (N, C) or (N, C, *spatial) is needed to probe a layer")
         self.name = type(module).__name__
-        self.module = shallow_copy(module).double()
+        self.module = shallow_copy(module)
+        self.module.double()
         self.device = example.device
         self.generator = torch.Generator().manual_seed(0)
 

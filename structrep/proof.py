@@ -27,7 +27,7 @@ from structrep.regions import Region, Shapes, Trials, Values, given_as_traced, r
 from structrep.registry import COEFFICIENT_ROUNDING
 from structrep.report import BorderRecord, OutputRecord, RegionRecord, Verification
 from structrep.search import Merge, together
-from structrep.trace import Example, as_arguments, shallow_copy
+from structrep.trace import Example, as_arguments, moved_copy
 
 SLACK = 8.0  # rounding errors of two equal models are alike, not equal
 
@@ -115,7 +115,7 @@ def verify(
 def _rounded(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """The model with every number off by one rounding in that dtype, up or down."""
     there = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
-    twin = shallow_copy(model).to(precision.exact(there), torch.float64)
+    twin = moved_copy(model, precision.exact(there), torch.float64)
     eps = torch.finfo(dtype).eps
     generator = torch.Generator().manual_seed(0)
     for tensor in (*twin.parameters(), *twin.buffers()):
@@ -142,7 +142,7 @@ class How:
 
     def model(self, model: nn.Module) -> nn.Module:
         """A copy of a model, to run so."""
-        twin = shallow_copy(model).to(self.device, self.dtype)
+        twin = moved_copy(model, self.device, self.dtype)
         for tensor in (*twin.parameters(), *twin.buffers()) if self.channels_last else ():
             tensor.data = self.laid_out(tensor.data)
         return twin

@@ -61,7 +61,7 @@ def channels(node: fx.Node) -> int | None:
                 return module.out_channels
             if isinstance(module, nn.modules.batchnorm._NormBase):
                 return module.num_features
-            same = type(module).__module__ in ("torch.nn.modules.activation", "torch.nn.modules.dropout")
+            same = written_in(type(module)) in ("torch.nn.modules.activation", "torch.nn.modules.dropout")
             if not same or isinstance(module, (nn.MultiheadAttention, nn.GLU)) or source is None:
                 return None
         elif node.target is operator.getitem and isinstance(node.args[1], tuple) and len(node.args[1]) > 1:
@@ -78,12 +78,17 @@ def spatial_size(node: fx.Node) -> tuple[int, ...] | None:
     return node.meta.get("shape", ())[2:] or None
 
 
+def written_in(value: Any) -> str:
+    """The name of the Python module that a class or function comes from; "" if it has none, as in a bare `exec`."""
+    return getattr(value, "__module__", None) or ""
+
+
 def torch_name(node: fx.Node) -> str:
     """What torch calls the operation that a node is; "" for functions of others."""
     if node.op == "call_method":
         return str(node.target)
-    module = getattr(node.target, "__module__", None) or ""
-    own = module.partition(".")[0] in ("torch", "_operator", "builtins", "") and not node.meta.get("unfollowed")
+    library = written_in(node.target).partition(".")[0]
+    own = library in ("torch", "_operator", "builtins", "") and not node.meta.get("unfollowed")
     return getattr(node.target, "__name__", "") if own else ""
 
 
@@ -153,7 +158,7 @@ def _of_module(module: nn.Module, given: int | None) -> int | None:
     for base in type(module).__mro__:
         if match := _MODULE_OF_DIMS.fullmatch(base.__name__):
             return int(match[4] or 1) + 2
-    elementwise = type(module).__module__ == "torch.nn.modules.activation" and not isinstance(
+    elementwise = written_in(type(module)) == "torch.nn.modules.activation" and not isinstance(
         module, nn.MultiheadAttention
     )
     keeps = elementwise or isinstance(module, (*_KEEPS, nn.BatchNorm1d, nn.SyncBatchNorm))

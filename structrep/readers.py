@@ -32,7 +32,7 @@ from structrep.layers import Shift
 from structrep.operations import shares, writes
 from structrep.parametrized import by_properties, hooks, plain
 from structrep.precision import doubled
-from structrep.ranks import argument, rank, spatial_size, torch_name
+from structrep.ranks import argument, rank, spatial_size, torch_name, written_in
 
 # --- what reading gives ---------------------------------------------------------------------------
 
@@ -187,7 +187,7 @@ def reader(*types: type[nn.Module]) -> Callable[[Callable[[Any], ConvMap]], Call
         if not (isinstance(type_, type) and issubclass(type_, nn.Module)):  # type: ignore[redundant-expr]
             raise InvalidReader(f"{type_!r} is no module type: give classes, as in @structrep.reader(MyConv)")
         if type_ in _MODULES or type_ in _IDENTITIES:
-            raise InvalidReader(f"{type_.__module__}.{type_.__qualname__} is read already: one type, one reader")
+            raise InvalidReader(f"{written_in(type_)}.{type_.__qualname__} is read already: one type, one reader")
     if not types:
         raise InvalidReader("a reader of nothing: give the module types that it reads, @structrep.reader(MyConv)")
 
@@ -679,8 +679,17 @@ def constant(value: Any) -> Tensor | float | None:
 def exact(value: Any) -> Tensor | float | None:
     """The same, computed in float64 if it is computed: what the model computes in its own dtype is off by rounding, and
     a border by so much is another one."""
-    if isinstance(value, fx.Node) and "recompute" in value.meta and "exact" not in value.meta:
-        value.meta["exact"] = value.meta["recompute"]()
+    pending = [value] if isinstance(value, fx.Node) else []
+    while pending:
+        last = pending[-1]
+        done = "recompute" not in last.meta or "exact" in last.meta
+        inputs = () if done else last.all_input_nodes
+        if left := [n for n in inputs if "recompute" in n.meta and "exact" not in n.meta]:
+            pending += left
+            continue
+        if not done:
+            last.meta["exact"] = last.meta["recompute"]()
+        pending.pop()
     known = constant(value)
     return held(value) if known is not None and isinstance(value, fx.Node) and "exact" in value.meta else known
 
@@ -1179,13 +1188,14 @@ def _(a: _Arguments) -> Layer | None:
 
 
 _TRANSPOSES = ("transpose", "permute", "swapaxes")
+MOST_SWAPPED = 32  # nodes between two transpositions
 _Scale = tuple[Callable[[int], ConvMap], fx.Node | None, dict[fx.Node, None], bool]
 
 
 def _swapped(node: Any, known: dict[fx.Node, _Scale | None]) -> _Scale | None:
     """A value as a scale per channel of a transposed one: that scale, the transposition, the nodes on the way from it,
     and whether something on the way takes values of three dims only."""
-    if not isinstance(node, fx.Node):
+    if not isinstance(node, fx.Node) or len(known) == MOST_SWAPPED:
         return None
     if node not in known:
         known[node] = None  # a value that is made of itself is none
@@ -1357,8 +1367,20 @@ def asks_kind(node: fx.Node) -> bool:
 
 def counts_sizes(node: fx.Node) -> bool:
     """Whether a node is a size of a value, or a number made of sizes."""
-    made = torch_name(node) in _SIZE_ARITHMETIC and any("value" not in n.meta for n in node.all_input_nodes)
-    return asks_shape(node) or (made and all(counts_sizes(n) for n in node.all_input_nodes if "value" not in n.meta))
+    pending = [node]
+    while pending:  # no recursion, here and below: a chain of nodes may be longer than Python's stack
+        last = pending[-1]
+        if "counts_sizes" not in last.meta:
+            made = last.all_input_nodes if torch_name(last) in _SIZE_ARITHMETIC else ()
+            inputs = [n for n in made if "value" not in n.meta]
+            if left := [n for n in inputs if "counts_sizes" not in n.meta]:
+                pending += left
+                continue
+            sizes = bool(inputs) and all(n.meta["counts_sizes"] for n in inputs)
+            last.meta["counts_sizes"] = asks_shape(last) or sizes
+        pending.pop()
+    found: bool = node.meta["counts_sizes"]
+    return found
 
 
 _SIZE_ARITHMETIC = {"getitem", "add", "sub", "mul", "floordiv", "mod", "neg"}
@@ -1371,18 +1393,31 @@ def asserts_rank(node: fx.Node) -> bool:
 
 def only_asserted(node: fx.Node) -> bool:
     """Whether a node is a question about a shape or type, asked for nothing but an assertion."""
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    if name in ("_assert", "_assert_with_msg"):
-        return not node.users
-    follows = name in (*_COMPARES, "len", "contains") and all(_asked(n) for n in node.all_input_nodes)
-    return bool((asks_shape(node) or follows) and all(only_asserted(user) for user in node.users))
+    pending, seen = [node], {node}
+    for one in pending:
+        name = one.target if isinstance(one.target, str) else getattr(one.target, "__name__", "")
+        if name in ("_assert", "_assert_with_msg"):
+            if one.users:
+                return False
+            continue
+        follows = name in (*_COMPARES, "len", "contains") and all(_asked(n) for n in one.all_input_nodes)
+        if not (asks_shape(one) or follows):
+            return False
+        pending += [user for user in one.users if user not in seen]
+        seen.update(one.users)
+    return True
 
 
 def _asked(node: fx.Node) -> bool:
     """Whether a node is part of a question about shapes or types."""
-    if asks_shape(node):
-        return True
-    return torch_name(node) in _COMPARES and all(map(_asked, node.all_input_nodes)) and bool(node.all_input_nodes)
+    pending, seen = [node], {node}
+    for one in pending:
+        if not asks_shape(one):
+            if torch_name(one) not in _COMPARES or not one.all_input_nodes:
+                return False
+            pending += [n for n in one.all_input_nodes if n not in seen]
+            seen.update(one.all_input_nodes)
+    return True
 
 
 _COMPARES = ("eq", "ne", "ge", "gt", "le", "lt", "not_", "getitem", "mod", "floordiv")

@@ -27,7 +27,7 @@ from structrep.readers import asks_shape, called, counts_sizes, held, only_asser
 from structrep.rewrite import end
 from structrep.search import Merge
 from structrep.sums import as_traced, reordered
-from structrep.trace import computed, shallow_copy
+from structrep.trace import computed, moved_copy
 
 Values = Mapping[fx.Node, Any]
 Shapes = Mapping[fx.Node, tuple[int, ...]]
@@ -173,7 +173,7 @@ class Region:
             return None
         module = node.meta["call"].module
         if (module, ended) not in self.modules:
-            copy = self.modules[module, ended] = shallow_copy(called(node)).to(self.device, torch.float64)
+            copy = self.modules[module, ended] = moved_copy(called(node), self.device, torch.float64)
             if ended:
                 end(copy)
         return self.modules[module, ended]

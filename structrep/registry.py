@@ -18,6 +18,7 @@ from torch import nn
 from structrep.algebra import ConvMap
 from structrep.errors import InvalidRule, Refusal, UnknownRule, WrongMerge, said
 from structrep.pattern import Captures, Pattern, Term, arguments, channels_at, value
+from structrep.ranks import written_in
 
 Merge = Callable[..., ConvMap]
 
@@ -57,7 +58,7 @@ class Rule:
     @property
     def comes_along(self) -> bool:
         """Whether it is one of structrep's own, which give way to those of users."""
-        return self.merge.__module__.startswith("structrep.rules.")
+        return written_in(self.merge).startswith("structrep.rules.")
 
     def match(self, term: Term) -> Captures | None:
         """What a term's parts are called, or None if it is not of the pattern's form.

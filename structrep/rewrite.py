@@ -466,13 +466,16 @@ class Draft:
 
     def _only_dead(self, node: fx.Node) -> bool:
         """Whether a constant is of use to dead nodes alone, perhaps by way of other constants."""
-        return all(
-            user in self.edits.dead
-            or user in self.edits.ended
-            or ("value" in user.meta and self._only_dead(user))
-            or self.replicas.repeats(user)
-            for user in node.users
-        )
+        pending, seen = [node], {node}
+        for one in pending:
+            for user in one.users:
+                if user in seen or user in self.edits.dead or user in self.edits.ended or self.replicas.repeats(user):
+                    continue
+                if "value" not in user.meta:
+                    return False
+                pending.append(user)
+                seen.add(user)
+        return True
 
     def _idle_holders(self, dead: set[str]) -> set[nn.Module]:
         """Modules of which nothing was called, which only held tensors that are dead now."""

@@ -9,6 +9,7 @@ if it is not dearer than what it replaces, and if the algebra finds it exact.
 from __future__ import annotations
 
 import fnmatch
+import itertools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
@@ -65,6 +66,7 @@ from structrep.sources import names_reached, questions
 from structrep.trace import Call, Example, Trace, Traced, trace
 
 FARTHEST = 32  # how many dominators back a merge may reach
+LONGEST, DEEPEST = 64, 8  # how many steps a branch of a sum may have, and sums inside each other
 KEPT = 2**25  # bytes of merged maps that are held until they are placed, if that is done at once
 
 
@@ -400,7 +402,10 @@ class Search:
         base = next((node for node in above[0] if all(node in other for other in above)), None)
         if base is None:
             return False
-        nodes, branches = self._branches([(one, 1.0) for one in addends], base)
+        found = self._branches([(one, 1.0) for one in addends], base)
+        if found is None:
+            return False
+        nodes, branches = found
         whole = Segment(base, root, total(branches, root, spatial_size(base)), (*nodes, *additions))
         if any(layer.kind == "view" for layer in whole.term.leaves()) or self.leak([whole]) is not None:
             return False
@@ -420,6 +425,8 @@ class Search:
                 self.taker_of.setdefault(taker, []).append(one)
         self.dominator = self._dominators()
         self.segments: dict[fx.Node, Segment | None] = {}
+        for node in self.nodes:
+            self.segment(node)  # in order, so that each finds those before it: a chain of sums may be long
         self.findings.forget()  # what a first search made may be other maps
         self.terms: dict[tuple[Segment, Segment], Term] = {}
         self.ending: dict[fx.Node, list[list[Segment]]] = {}
@@ -517,7 +524,10 @@ class Search:
         if isinstance(reading, Same):
             return Segment(base, root, ONE, (root,))
         parts = [(n, 1.0) for n in reading.parts] if isinstance(reading, Stack) else reading.parts
-        nodes, branches = self._branches(parts, base)
+        found = self._branches(parts, base)
+        if found is None:
+            return None
+        nodes, branches = found
         if any(layer.kind == "view" for branch in branches for layer in branch.leaves()):
             return None  # views stay where they are, and so must what they are views of
         if isinstance(reading, Total):
@@ -530,12 +540,15 @@ class Search:
 
     def _branches(
         self, parts: Iterable[tuple[fx.Node, float]], base: fx.Node
-    ) -> tuple[dict[fx.Node, None], list[Term]]:
-        """Between a value and others made of it: the nodes, and a term for each, times a number."""
+    ) -> tuple[dict[fx.Node, None], list[Term]] | None:
+        """Between a value and others made of it: the nodes, and a term for each, times a number; None if there is
+        too much."""
         nodes: dict[fx.Node, None] = {}
         branches = []
         for source, sign in parts:
-            steps = list(self.walk(source, base))
+            steps = list(itertools.islice(self.walk(source, base), LONGEST + 1))
+            if len(steps) > LONGEST or any(step.term.depth >= DEEPEST for step in steps):
+                return None
             nodes.update(dict.fromkeys(n for step in steps for n in step.nodes))
             branches.append(signed(seq([step.term for step in reversed(steps)]), sign))
         return nodes, branches
@@ -950,9 +963,13 @@ def _vanishes(user: fx.Node, inside: set[fx.Node]) -> bool:
 
 def _sizes_inside(node: fx.Node, inside: set[fx.Node]) -> bool:
     """Whether a node is a size that only what vanishes goes by."""
-    if not counts_sizes(node) or not node.users:
-        return False
-    return all(user in inside or _sizes_inside(user, inside) for user in node.users)
+    pending, seen = [node], {node}
+    for one in pending:
+        if not counts_sizes(one) or not one.users:
+            return False
+        pending += [user for user in one.users if user not in inside and user not in seen]
+        seen.update(one.users)
+    return True
 
 
 def _says_something(term: Term) -> bool:
@@ -975,7 +992,12 @@ class Replicas:
     def __init__(self, traced: Traced) -> None:
         self.traced = traced
         self.prints: dict[Call, tuple[object, ...]] = {}
-        self.unread = {path: names_reached(traced.model.get_submodule(path)) for path in traced.untraced}
+        untraced = {path: traced.model.get_submodule(path) for path in traced.untraced}
+        self.unread = {
+            path: names_reached(module)
+            for path, module in untraced.items()
+            if not isinstance(module, torch.jit.ScriptModule)  # which reaches for nothing outside of itself
+        }
         self.asked: dict[str, list[tuple[str, str]]] = {}  # path -> forwards that ask it for something, and for what
         for path, question in _asked(traced.model):
             self.asked.setdefault(path, []).append(question)

@@ -12,12 +12,14 @@ from typing import Any
 
 from torch import nn
 
+from structrep.ranks import written_in
+
 
 def functions(cls: type) -> dict[str, FunctionType]:
     """The functions of a class, as they are inherited, but for torch's own."""
     found: dict[str, FunctionType] = {}
     for base in reversed(cls.__mro__):
-        if base.__module__.partition(".")[0] != "torch":
+        if written_in(base).partition(".")[0] != "torch":
             found |= {name: f for name, f in vars(base).items() if isinstance(f, FunctionType)}
     return found
 

@@ -129,8 +129,13 @@ def _additions(root: fx.Node, inner: Callable[[fx.Node], bool]) -> list[fx.Node]
 
 
 def _addends(node: fx.Node, additions: Sequence[fx.Node]) -> Iterator[fx.Node]:
-    for one in _both(node):
-        yield from _addends(one, additions) if one in additions else (one,)
+    inner, pending = {*additions}, [*reversed(_both(node))]
+    while pending:
+        one = pending.pop()
+        if one in inner:
+            pending += reversed(_both(one))
+        else:
+            yield one
 
 
 def _overwritten(addends: Sequence[fx.Node], additions: Sequence[fx.Node]) -> bool:
@@ -184,4 +189,5 @@ def _place(trace: Trace) -> None:
     """Note places anew, and forget what was made of the old order."""
     for index, node in enumerate(trace.graph.nodes):
         node.meta["index"] = index
-        node.meta.pop("rank", None)
+        for known in ("rank", "counts_sizes"):
+            node.meta.pop(known, None)

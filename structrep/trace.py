@@ -21,7 +21,7 @@ import sys
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
-from types import FunctionType
+from types import CellType, FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -37,10 +37,17 @@ from structrep.algebra import ConvMap
 from structrep.answers import length, spared
 from structrep.aten import in_torch
 from structrep.errors import BadInput, StructrepError, Unreadable, Untraceable, said
-from structrep.intercept import keep_whole, show_tensors, stopping_function, take_traced_sizes, unwatched
+from structrep.intercept import (
+    compiled_inlined,
+    keep_whole,
+    show_tensors,
+    stopping_function,
+    take_traced_sizes,
+    unwatched,
+)
 from structrep.precision import doubled
 from structrep.sources import taken_apart, written_first
-from structrep.values import alike, holds_tensor, is_traced, proxies, snapshot
+from structrep.values import alike, holds_tensor, is_torch, is_traced, proxies, snapshot
 
 Example = Tensor | tuple[Any, ...] | Mapping[str, Any]
 
@@ -141,6 +148,11 @@ class Origin:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
+    @property
+    def given(self) -> list[Tensor]:
+        """The tensors that it was computed from, in one step."""
+        return [leaf for leaf in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Tensor)]
+
 
 def trace(
     model: nn.Module,
@@ -215,14 +227,105 @@ def _copied(modules: list[nn.Module], memo: dict[int, Any]) -> nn.Module:
     memo |= {id(group): group for group in groups if group is not None}
     try:
         if not all(map(_copies_plainly, set(map(parametrized.own_class, modules)))):
-            return copy.deepcopy(modules[0], memo)
-        twins = [type(module).__new__(type(module)) for module in modules]
-        memo |= {id(module): twin for module, twin in zip(modules, twins, strict=True)}
-        for module, twin in zip(modules, twins, strict=True):
-            vars(twin).update(_copied_items(vars(module), memo))
-        return twins[0]
+            copied: nn.Module = copy.deepcopy(modules[0], memo)
+        else:
+            twins = [type(module).__new__(type(module)) for module in modules]
+            memo |= {id(module): twin for module, twin in zip(modules, twins, strict=True)}
+            for module, twin in zip(modules, twins, strict=True):
+                vars(twin).update(_copied_items(vars(module), memo))
+            copied = twins[0]
+        make_eager(copied, memo)
     except Exception as error:
         raise BadInput(f"the model cannot be copied: {said(error)}") from error
+    return copied
+
+
+def make_eager(model: nn.Module, twins: Mapping[int, Any]) -> None:
+    """Undo what `Module.compile()` has done in place, and hand on to copies what functions among the attributes hold of
+    the originals: a copy would run the model that it was made of.
+
+    Args:
+        twins: copies by the ids of the originals; of a model that is no copy, its own modules.
+    """
+    for module in model.modules():
+        held = vars(module)
+        held.pop("_compiled_call_impl", None)
+        if is_compiled(module):
+            continue  # it compiles anew what has changed
+        for name, value in [(name, value) for name, value in held.items() if isinstance(value, _CALLED)]:
+            own = _rebound(value, twins)
+            if own is not value:
+                held[name] = own
+                if own == MethodType(getattr(type(module), name, own), module):
+                    del held[name]  # its class says so too
+
+
+_CALLED = (FunctionType, MethodType, functools.partial)
+
+
+def _rebound(value: Any, twins: Mapping[int, Any]) -> Any:
+    """A function that holds copies where it held their originals, and is not compiled where it was a method of one;
+    anything else as it is."""
+    if isinstance(value, nn.Module):
+        return twins.get(id(value), value)
+    if isinstance(value, MethodType):
+        owner, function = _rebound(value.__self__, twins), _rebound(value.__func__, twins)
+        same = owner is value.__self__ and function is value.__func__
+        return value if same else MethodType(function, owner)
+    if isinstance(value, functools.partial):
+        function, args = _rebound(value.func, twins), tuple(_rebound(one, twins) for one in value.args)
+        same = function is value.func and all(map(operator.is_, args, value.args))
+        return value if same else functools.partial(function, *args, **value.keywords)
+    if not isinstance(value, FunctionType):
+        return value
+    eager: Any = value
+    while isinstance(eager, FunctionType) and hasattr(eager, "__wrapped__") and _is_compiler(eager):
+        eager = eager.__wrapped__
+    if eager is not value and _holds(eager, twins):
+        return _rebound(eager, twins)
+    cells = value.__closure__ or ()
+    own = [_rebound(cell.cell_contents, twins) if _is_full(cell) else None for cell in cells]
+    if all(not _is_full(cell) or one is cell.cell_contents for one, cell in zip(own, cells, strict=True)):
+        return value
+    closure = tuple(CellType(one) if _is_full(cell) else cell for one, cell in zip(own, cells, strict=True))
+    twin = FunctionType(value.__code__, value.__globals__, value.__name__, value.__defaults__, closure)
+    twin.__kwdefaults__ = value.__kwdefaults__
+    vars(twin).update({name: _rebound(one, twins) for name, one in vars(value).items()})
+    return twin
+
+
+def _is_compiler(function: FunctionType) -> bool:
+    return str(function.__globals__.get("__name__")).startswith("torch._dynamo.")
+
+
+def _holds(value: Any, originals: Mapping[int, Any]) -> bool:
+    """Whether a function is, or goes by, a method of a module that was copied."""
+    if isinstance(value, FunctionType):
+        return any(_is_full(cell) and _holds(cell.cell_contents, originals) for cell in value.__closure__ or ())
+    return id(value.__self__ if isinstance(value, MethodType) else value) in originals
+
+
+def _is_full(cell: CellType) -> bool:
+    try:
+        cell.cell_contents  # noqa: B018
+    except ValueError:  # of a name that has no value yet
+        return False
+    return True
+
+
+def eval_copy(model: nn.Module) -> nn.Module:
+    """A copy in eval mode, as `shallow_copy` gives it."""
+    twin = shallow_copy(model)
+    with contextlib.suppress(NotImplementedError):  # of exported programs, which have no modes
+        twin.eval()  # not every class's gives the model back
+    return twin
+
+
+def moved_copy(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """A copy somewhere, in some dtype, as `shallow_copy` gives it."""
+    twin = shallow_copy(model)
+    twin.to(device, dtype)
+    return twin
 
 
 _ATOMS = {bool, int, float, str, type(None), torch.dtype, torch.device, FunctionType, type}
@@ -275,7 +378,9 @@ def _trace_below(
     """Trace a module; where a part of it is kept whole, trace that part's children apart."""
     seen.add(module)
     apart: list[nn.Module] = []
-    if type(module).forward is nn.Module.forward:  # a container such as ModuleList
+    if isinstance(module, torch.jit.ScriptModule):
+        traced.untraced.setdefault(paths[module], _scripted(module))
+    elif not _runs(module):  # a container such as ModuleList
         apart += _parts(module)
     elif setting := parametrized.may_set(module):
         traced.untraced[paths[module]] = Untraceable(f"{setting} may set what {type(module).__name__}.forward reads")
@@ -287,6 +392,8 @@ def _trace_below(
         else:
             traced.traces.append(Trace(paths[module], tracer.graph, tracer.calls[0], tracer.calls))
             seen.update(call.module for call in tracer.calls if call.module not in tracer.hooked)
+            scripts = [call for call in tracer.calls if isinstance(call.module, torch.jit.ScriptModule)]
+            traced.untraced |= {call.path: _scripted(call.module) for call in scripts if not readers.knows(call.module)}
             for call in tracer.calls[1:]:
                 if call.leaf and call.module in tracer.hooked:
                     apart.append(call.module)
@@ -303,10 +410,31 @@ def _settles(module: nn.Module) -> bool:
     return readers.knows(module) and bool(parametrized.computed(module)) and not parametrized.hooks(module)
 
 
+def _runs(module: nn.Module) -> bool:
+    """Whether a module has a forward of its own, of its class or assigned to it."""
+    if is_compiled(module):
+        return False
+    found = vars(module).get("forward", getattr(type(module), "forward", None))
+    return found is not None and getattr(found, "__func__", found) is not nn.Module.forward
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether a module is what `torch.compile` has put around another."""
+    return "_orig_mod" in module._modules  # its class's import would load the whole compiler
+
+
+def _scripted(module: nn.Module) -> Untraceable:
+    name = getattr(module, "original_name", type(module).__name__)
+    return Untraceable(
+        f"{name} is TorchScript, whose code is fixed: put the module that it was made of there, and script what comes "
+        f"back"
+    )
+
+
 def _never_called(module: nn.Module, called: set[nn.Module]) -> Iterator[nn.Module]:
     """The topmost modules of which a trace has called no part: heads for training, branches for other arguments."""
     for child in module.children():
-        if not called.isdisjoint(child.modules()):
+        if not isinstance(child, torch.jit.ScriptModule) and not called.isdisjoint(child.modules()):
             yield from _never_called(child, called)
     yield from (part for part in _parts(module) if called.isdisjoint(part.modules()))
 
@@ -376,6 +504,8 @@ def _follow(
             raise
         except Exception as error:
             traced.note_reach(tracer)
+            if not tracer.calls:
+                raise
             call = tracer.stopped or tracer.calls[0]
             tracer.stopped = call
             function = stopping_function(error.__traceback__, inspect.unwrap(call.code))
@@ -594,7 +724,9 @@ class _Tracer(process.Tracer):
     ) -> Any:
         if m not in self.paths:  # held outside the module tree: a part of whoever calls it
             return forward(*args, **kwargs)
-        if type(m).__call__ is not nn.Module.__call__ and self.stack:
+        if is_compiled(m):
+            forward = m.get_submodule("_orig_mod")  # as if it were not: what is merged inside is compiled when it runs
+        elif type(m).__call__ is not nn.Module.__call__ and self.stack:
             self.stopped = self.stack[-1]
             raise RuntimeError(f"{type(m).__name__} does more than its forward when it is called")
         leaf = bool(self.stack) and self.is_leaf_module(m, self.paths[m])
@@ -606,7 +738,7 @@ class _Tracer(process.Tracer):
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
         """All that has to be watched or changed while the trace runs."""
-        with self.watched_methods(), process.alone(), parametrized.uncached(), self.constants:
+        with self.watched_methods(), process.alone(), parametrized.uncached(), compiled_inlined(), self.constants:
             take_traced_sizes(self.create_proxy)
             keep_whole(self.whole, self.create_proxy)
             show_tensors(self.module)
@@ -723,9 +855,10 @@ class _Tracer(process.Tracer):
         return values
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        library = parametrized.own_class(m).__module__.startswith(("torch.nn", "torch.ao.nn"))
+        library = is_torch(parametrized.own_class(m))
         return (
             type(m) in self.opaque
+            or isinstance(m, torch.jit.ScriptModule)
             or m in self.hooked
             or readers.knows(m)
             or (library and not isinstance(m, nn.Sequential) and not readers.generated(m))
@@ -804,7 +937,11 @@ class _Tracer(process.Tracer):
         node.meta["unfollowed"] = node.target in self.whole or (
             node.op == "call_module"
             and call is not None
-            and (call.module in self.hooked or (type(call.module) in self.opaque and not readers.knows(call.module)))
+            and (
+                call.module in self.hooked
+                or isinstance(call.module, torch.jit.ScriptModule)
+                or (type(call.module) in self.opaque and not readers.knows(call.module))
+            )
         )
         self.count += 1
         for one in operations.writes(node) if not node.meta["unfollowed"] else ():
@@ -1032,23 +1169,27 @@ class _Constants(TorchFunctionMode):
         """A constant computed again, in float64; as it is where its storage was written to since."""
         known: dict[int, Tensor] = {}
 
-        def again(value: Any) -> Any:
-            if not isinstance(value, Tensor):
-                return value
-            if id(value) not in known:
-                if storage(value) in self.written:
+        def again() -> Tensor:
+            pending = [tensor]
+            while pending:
+                one = pending[-1]
+                origin = self.origins.get(id(one))
+                if storage(one) in self.written:
                     raise RuntimeError("it is no longer what it was")
-                origin = self.origins.get(id(value))
-                if origin is None or isinstance(value, nn.Parameter):
-                    known[id(value)] = doubled(value)
-                else:
-                    args, kwargs = pytree.tree_map(again, (origin.args, origin.kwargs))
-                    known[id(value)] = doubled(origin.function(*args, **kwargs))
-            return known[id(value)]
+                if origin is None or isinstance(one, nn.Parameter):
+                    known[id(one)] = doubled(one)
+                elif left := [given for given in origin.given if id(given) not in known]:
+                    pending += left
+                    continue
+                elif id(one) not in known:
+                    args, kwargs = pytree.tree_map(lambda v: known.get(id(v), v), (origin.args, origin.kwargs))
+                    known[id(one)] = doubled(origin.function(*args, **kwargs))
+                pending.pop()
+            return known[id(tensor)]
 
         with torch.no_grad():
             try:
-                found = again(tensor)
+                found = again()
             except Exception:  # code that insists on dtypes, or that wrote to what it had computed with
                 return tensor
         nearer: Tensor = _nearer(found, tensor, known.values())
@@ -1069,9 +1210,7 @@ class _Constants(TorchFunctionMode):
                 tensors[id(one)] = one
             else:
                 calls.add(getattr(origin.function, "__name__", "").strip("_"))
-                pending += [
-                    leaf for leaf in pytree.tree_leaves((origin.args, origin.kwargs)) if isinstance(leaf, Tensor)
-                ]
+                pending += origin.given
         return readers.Formula(frozenset(calls), tuple(tensors.values())) if calls else None
 
 

@@ -13,7 +13,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
 from structrep import operations
-from structrep.ranks import torch_name
+from structrep.ranks import torch_name, written_in
 
 
 def proxies(value: Any) -> Iterator[fx.Proxy]:
@@ -38,7 +38,7 @@ def proxies(value: Any) -> Iterator[fx.Proxy]:
 
 def _is_record(value: Any) -> bool:
     """Whether a value is an object of somebody's own class that holds others by name."""
-    library = type(value).__module__.partition(".")[0]
+    library = written_in(type(value)).partition(".")[0]
     own = library not in ("torch", "builtins", "functools", "collections", "numpy", "structrep")
     return own and hasattr(value, "__dict__") and not isinstance(value, (type, ModuleType, FunctionType, nn.Module))
 
@@ -91,12 +91,30 @@ def stand_in(node: fx.Node) -> Any:
     Raises:
         Unknown: it may be of several.
     """
-    if "stand_in" not in node.meta:
-        node.meta["stand_in"] = _stand_in(node)
+    pending = [node]
+    while pending:  # no recursion: a chain of operations may be longer than Python's stack
+        last = pending[-1]
+        if "stand_in" in last.meta:
+            pending.pop()
+            continue
+        try:
+            found = _of_itself(last)
+            if found is ...:
+                inputs = [n for n in last.all_input_nodes if "value" not in n.meta]
+                if left := [n for n in inputs if "stand_in" not in n.meta]:
+                    pending += left
+                    continue
+                found = _of_inputs(last, [n.meta["stand_in"] for n in inputs])
+        except Unknown as reason:
+            found = reason
+        last.meta["stand_in"] = found
+    if isinstance(node.meta["stand_in"], Unknown):
+        raise Unknown(*node.meta["stand_in"].args)
     return node.meta["stand_in"]
 
 
-def _stand_in(node: fx.Node) -> Any:
+def _of_itself(node: fx.Node) -> Any:
+    """What a node stands for, whatever it is given; ... if it goes by that."""
     name = torch_name(node)
     if node.meta.get("unfollowed"):
         raise Unknown(f"what {node.target} gives")
@@ -109,13 +127,21 @@ def _stand_in(node: fx.Node) -> Any:
         return 0 if name in ("size", "stride") and (len(node.args) > 1 or node.kwargs) else _SIZES[name]
     if node.target is getattr:
         return _SIZES.get(str(node.args[1]), _PROBE)
-    inputs = [stand_in(n) for n in node.all_input_nodes if "value" not in n.meta]
+    return ...
+
+
+def _of_inputs(node: fx.Node, inputs: list[Any]) -> Any:
+    """What a node stands for that is given such values."""
+    unknown = next((one for one in inputs if isinstance(one, Unknown)), None)
+    if unknown is not None:
+        raise Unknown(*unknown.args)
+    name = torch_name(node)
     if node.target is operator.getitem and inputs and isinstance(inputs[0], tuple):
         sliced = isinstance(node.args[1], slice)
         return inputs[0] if sliced else 0 if isinstance(inputs[0], torch.Size) else _PROBE
     if not node.op.startswith("call") or name == "getitem":
         return _PROBE
-    if getattr(node.target, "__module__", None) != "_operator":
+    if written_in(node.target) != "_operator":
         kind = operations.gives(node.target, node.args, node.kwargs)
         if kind not in ("tensor", "several"):
             raise Unknown(f"what {name or node.target} gives")
@@ -127,8 +153,13 @@ def _stand_in(node: fx.Node) -> Any:
     return 0.0 if node.target is operator.truediv or any(isinstance(one, float) for one in inputs) else 0
 
 
+def is_torch(cls: type) -> bool:
+    """Whether a class is one of torch's layers."""
+    return written_in(cls).startswith(("torch.nn", "torch.ao.nn"))
+
+
 def _gives_a_tensor(module: nn.Module) -> bool:
     """Whether a module is one of torch's that give one tensor."""
     several = isinstance(module, nn.MultiheadAttention) or getattr(module, "return_indices", False)
-    space, _, file = type(module).__module__.rpartition(".")
-    return space.startswith("torch.nn") and file not in ("rnn", "adaptive") and not several
+    file = written_in(type(module)).rpartition(".")[2]
+    return is_torch(type(module)) and file not in ("rnn", "adaptive") and not several

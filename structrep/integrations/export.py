@@ -18,7 +18,9 @@ def trained_copy(module: nn.Module) -> nn.Module:
     Raises:
         BadInput: the module holds something that cannot be copied.
     """
-    return own_copy(module).eval()
+    twin = own_copy(module)
+    twin.eval()  # not every class's gives the module back
+    return twin
 
 
 def merge(trained: nn.Module, norms: Literal["keep", "fold"] = "keep", **options: Any) -> None:
