@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,7 +21,7 @@ from torch import Tensor, fx, nn
 from structrep import precision
 from structrep.absorb import Absorption
 from structrep.algebra import ConvMap
-from structrep.errors import BadInput, WrongMerge
+from structrep.errors import BadInput, VerificationError, WrongMerge, said
 from structrep.frames import frame, pieces
 from structrep.pattern import geometry
 from structrep.ranks import rank, spatial_size
@@ -65,49 +66,44 @@ def verify(
         BadInput: a model rejects the inputs, or the two models' outputs differ in structure or shape.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    dtype = dtype or dtype_of(reference)
+    own = dtype_of(reference)
+    how = How(device, dtype or own, autocast, channels_last, seed, cast=dtype not in (None, own))
     merges = merges or {}
     # Weights that were cast to float32 when they were merged cannot be nearer the truth than that.
-    coarsest = max(dtype, dtype_of(deploy), autocast or dtype, key=lambda d: torch.finfo(d).eps)
-    how = How(device, dtype, autocast, channels_last, seed)
-    noisy = replace(how, dtype=max(dtype, dtype_of(deploy), key=lambda d: torch.finfo(d).eps))
-    exact = How(device, torch.float64, None, False, seed)
+    coarsest = max(how.dtype, dtype_of(deploy), autocast or how.dtype, key=_eps)
+    noisy = replace(how, dtype=max(how.dtype, dtype_of(deploy), key=_eps))
+    floor = 2 * _eps(coarsest)  # one small sum may happen to be exact
+    lost, choices = "", ()
     with precision.whole(tf32=tf32):
-        truth = _Run(reference, example_inputs, exact)
+        truth, failed = _truth(reference, example_inputs, noisy)
         if truth.draws:  # other numbers in every dtype: only runs of one dtype can be compared
-            how, noisy, dtype, autocast = exact, exact, torch.float64, None
-        ours = _Run(deploy, example_inputs, how, watch=merges)
+            how = noisy
+        ours = _deployed(deploy, example_inputs, how, merges)
         # Merged weights are rounded once when they are stored. What that does to the original counts as its noise too.
-        theirs = [_Run(_rounded(reference, coarsest), example_inputs, noisy)]
-        if noisy != exact:
-            theirs.append(_Run(reference, example_inputs, noisy))
-        at_truth, at_noise = (_regions(example_inputs, one, merges) for one in (exact, noisy))
-    if not truth.outputs:
-        raise BadInput(f"{type(reference).__name__} gives no tensor that could be compared")
-    if len(truth.outputs) != len(ours.outputs):
-        raise BadInput(
-            f"the training-time model gives {len(truth.outputs)} tensors, the deploy model {len(ours.outputs)}"
-        )
-    floor = 2 * torch.finfo(coarsest).eps  # one small sum may happen to be exact
-    outputs = []
-    for index, (right, mine) in enumerate(zip(truth.outputs, ours.outputs, strict=True)):
-        if right.shape != mine.shape:
-            raise BadInput(f"output {index} has shape {tuple(right.shape)} before and {tuple(mine.shape)} after")
-        noise = max(floor, *(relative_error(one.outputs[index], right) for one in theirs))
-        outputs.append(
-            OutputRecord(name=f"{index}", shape=tuple(right.shape), error=relative_error(mine, right), noise=noise)
-        )
+        rounded = _rounded(reference, noisy, _eps(coarsest))
+        theirs = _Run(rounded, example_inputs, noisy)
+        stretches = _regions(example_inputs, noisy, merges)
+        outputs = _outputs(truth.exact, ours.outputs, (truth.outputs, theirs.outputs), floor)
+        noise = max(one.noise for one in outputs)
+        drowned = noise > math.sqrt(_eps(coarsest))
+        off = any(one.error > SLACK * one.noise for one in outputs)
+        if not failed and (drowned or (off and truth.shadows.choices)):
+            exactly = _Exactly(reference, deploy, rounded, example_inputs, noisy, merges, floor)
+            if drowned or exactly.otherwise:
+                lost = exactly.reason(_name(how.dtype), noise)
+            if lost and exactly.held:
+                outputs, ours, choices = exactly.outputs, exactly.ours, exactly.choices
     # Rounding does not get less on the way, as a measure of it in one layer may.
     regions, most = [], floor
-    for where, right in at_truth.items():
+    for where, (value, right) in stretches.items():
         given = ours.watched.get(where)
-        if given is not None and given.shape == right.shape and where in at_noise:
-            most = max(most, relative_error(at_noise[where], right))
+        if given is not None and given.shape == right.shape:
+            most = max(most, relative_error(value, right))
             error = relative_error(given, right)
             regions.append(RegionRecord(where=where, rules=merges[where].rules, error=error, noise=most))
     return Verification(
         device=_device_name(device),
-        dtype=_name(dtype),
+        dtype=_name(how.dtype),
         autocast=_name(autocast) if autocast else None,
         channels_last=channels_last,
         tf32=tf32,
@@ -115,16 +111,130 @@ def verify(
         seed=seed,
         torch=torch.__version__,
         slack=SLACK,
-        outputs=tuple(outputs),
+        truth=_name(how.dtype) if failed else "float64",
+        failed=failed,
+        alone=truth.shadows.alone,
+        lost=lost,
+        outputs=outputs,
+        choices=choices,
         regions=tuple(regions),
     )
 
 
-def _rounded(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """The model with every number off by one rounding in that dtype, up or down."""
-    there = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
-    twin = shallow_copy(model).to(precision.exact(there), torch.float64)
-    eps = torch.finfo(dtype).eps
+def _truth(reference: nn.Module, example_inputs: Example, how: How) -> tuple[_Run, str]:
+    """The training-time model in its dtype and in float64 beside it; where that cannot be, in its dtype, and why.
+
+    Raises:
+        BadInput: the model rejects the inputs, or gives nothing to compare.
+    """
+    failed = ""
+    try:
+        truth = _Run(reference, example_inputs, how, shadows=precision.Shadows())
+    except Exception as error:
+        truth = _accepted(reference, example_inputs, how)
+        failed = f"the training-time model does not run in float64: {said(error)}"
+    if not truth.outputs:
+        raise BadInput(f"{type(reference).__name__} gives no tensor that could be compared")
+    return truth, failed
+
+
+def _accepted(model: nn.Module, example_inputs: Example, how: How) -> _Run:
+    """A run of a model that was given.
+
+    Raises:
+        BadInput: it rejects the inputs.
+    """
+    try:
+        return _Run(model, example_inputs, how)
+    except Exception as error:
+        leaves = pytree.tree_leaves(as_arguments(example_inputs))
+        shapes = [tuple(x.shape) for x in leaves if isinstance(x, Tensor)]
+        cannot = f"cannot run in {_name(how.dtype)}, with" if how.cast else "does not accept"
+        raise BadInput(f"{type(model).__name__} {cannot} inputs of shape {shapes}: {error}") from error
+
+
+def _deployed(deploy: nn.Module, example_inputs: Example, how: How, watch: Iterable[str]) -> _Run:
+    """A run of a deploy model, on inputs that the training-time model takes.
+
+    Raises:
+        VerificationError: it fails.
+    """
+    try:
+        return _Run(deploy, example_inputs, how, watch)
+    except Exception as error:
+        raise VerificationError(
+            f"the deploy model cannot run on inputs that the training-time model takes: {said(error)}"
+        ) from error
+
+
+def _outputs(
+    right: list[Tensor], mine: list[Tensor], theirs: Iterable[list[Tensor]], floor: float
+) -> tuple[OutputRecord, ...]:
+    """The deploy model's outputs against the truth; what it is compared with are other runs of the training-time one.
+
+    Raises:
+        BadInput: outputs differ in structure or shape.
+    """
+    if len(right) != len(mine):
+        raise BadInput(f"the training-time model gives {len(right)} tensors, the deploy model {len(mine)}")
+    records = []
+    for index, (one, other, *noisy) in enumerate(zip(right, mine, *theirs, strict=True)):
+        if one.shape != other.shape:
+            raise BadInput(f"output {index} has shape {tuple(one.shape)} before and {tuple(other.shape)} after")
+        noise = max(floor, *(relative_error(value, one) for value in noisy))
+        records.append(
+            OutputRecord(name=f"{index}", shape=tuple(one.shape), error=relative_error(other, one), noise=noise)
+        )
+    return tuple(records)
+
+
+class _Exactly:
+    """Both models in float64, with the training-time model's choices: where rounding takes other ones (of two equal
+    scores, which is the first), outputs may be anything, and it is what they are chosen by that is compared."""
+
+    def __init__(
+        self,
+        reference: nn.Module,
+        deploy: nn.Module,
+        rounded: nn.Module,
+        example_inputs: Example,
+        how: How,
+        watch: Iterable[str],
+        floor: float,
+    ) -> None:
+        free = precision.Shadows(recorded=True)
+        one, theirs = precision.Shadows(held=free.choices), precision.Shadows(held=free.choices)
+        truth = _Run(reference, example_inputs, how, shadows=free)
+        self.ours = _Run(deploy, example_inputs, how, watch, one)
+        noisy = _Run(rounded, example_inputs, how, shadows=theirs)
+        self.outputs = _outputs(truth.exact, self.ours.exact, (noisy.exact,), floor)
+        self.ours.watched = self.ours.watched_exact
+        self.held = len(one.choices) == len(theirs.choices) == len(free.choices) and not one.astray | theirs.astray
+        both = zip(free.choices, one.choices, theirs.choices, strict=self.held)
+        self.otherwise = Counter(right.name for right, mine, other in both if mine.otherwise or other.otherwise)
+        self.choices = tuple(self._records(zip(free.choices, one.choices, theirs.choices, strict=False), floor))
+
+    def _records(self, choices: Iterable[tuple[precision.Choice, ...]], floor: float) -> Iterator[OutputRecord]:
+        """What the deploy model chose otherwise by, as far off as it is."""
+        most = floor
+        for right, mine, theirs in choices:
+            pairs = list(zip(right.by, mine.by, theirs.by, strict=True))
+            most = max(most, *(relative_error(other, one) for one, _, other in pairs))
+            if mine.otherwise:
+                error = max(relative_error(other, one) for one, other, _ in pairs)
+                yield OutputRecord(name=right.name, shape=tuple(right.by[0].shape), error=error, noise=most)
+
+    def reason(self, dtype: str, noise: float) -> str:
+        """Why a comparison in a dtype shows nothing."""
+        chosen = ", ".join(f"{name} ({count} times)" for name, count in self.otherwise.items())
+        why = f"rounding changes what it chooses: {chosen}" if chosen else "it amplifies rounding"
+        then = "both were run in float64, with the same choices" if self.held else "the two do not choose alike"
+        return f"in {dtype} the training-time model is off by {noise:.1e} itself, as {why}; {then}"
+
+
+def _rounded(model: nn.Module, how: How, eps: float) -> nn.Module:
+    """The model with every number off by one rounding, up or down."""
+    twin = how.model(model)
     generator = torch.Generator().manual_seed(0)
     for tensor in (*twin.parameters(), *twin.buffers()):
         if tensor.is_floating_point():
@@ -142,32 +252,44 @@ class How:
     autocast: torch.dtype | None = None
     channels_last: bool = False
     seed: int = 0
+    cast: bool = False  # also what is in another dtype than the most of its model: a part in float32, say
 
     @classmethod
     def of(cls, model: nn.Module) -> How:
         """Where a model is, and in its dtype."""
         return cls(next((t.device for t in model.parameters()), torch.device("cpu")), dtype_of(model))
 
-    def model(self, model: nn.Module) -> nn.Module:
-        """A copy of a model, to run so."""
-        twin = shallow_copy(model).to(self.device, self.dtype)
-        for tensor in (*twin.parameters(), *twin.buffers()) if self.channels_last else ():
-            tensor.data = self.laid_out(tensor.data)
+    def model(self, model: nn.Module, shadows: precision.Shadows | None = None) -> nn.Module:
+        """A copy of a model, to run so; what a cast rounds is kept in the shadows."""
+        twin = shallow_copy(model).to(self.device, self._to(model))
+        held, given = ((*one.parameters(), *one.buffers()) for one in (model, twin))
+        for tensor, other in zip(held, given, strict=True):
+            if self.channels_last:
+                other.data = self.laid_out(other.data)
+            if shadows is not None and tensor.dtype != other.dtype:
+                shadows.give(other, self.laid_out(precision.doubled(tensor).to(self.device)))
         return twin
+
+    def _to(self, model: nn.Module) -> torch.dtype | None:
+        """What the floats of a model and its inputs are cast to, if they are."""
+        return None if not self.cast and self.dtype in _dtypes(model) else self.dtype
 
     def laid_out(self, tensor: Tensor) -> Tensor:
         """A tensor with its channels last, if it has spatial dims of which torch knows such a format."""
         memory = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.ndim)
         return tensor.contiguous(memory_format=memory) if memory and self.channels_last else tensor
 
-    def inputs(self, example_inputs: Example) -> Any:
-        """Copies of the inputs, for a model may write to them."""
+    def inputs(self, example_inputs: Example, model: nn.Module, shadows: precision.Shadows | None = None) -> Any:
+        """Copies of the inputs, for a model may write to them; floats in a dtype that the model has."""
 
         def moved(leaf: Any) -> Any:
             if not isinstance(leaf, Tensor):
                 return leaf
-            one = leaf.detach().to(self.device, self.dtype if leaf.is_floating_point() else None, copy=True)
-            return self.laid_out(one)
+            stays = not leaf.is_floating_point() or (not self.cast and leaf.dtype in _dtypes(model))
+            one = self.laid_out(leaf.detach().to(self.device, None if stays else self.dtype, copy=True))
+            if shadows is not None and one.dtype != leaf.dtype:
+                shadows.give(one, self.laid_out(precision.doubled(leaf).to(self.device)))
+            return one
 
         return pytree.tree_map(moved, example_inputs)
 
@@ -180,33 +302,40 @@ class How:
 
 
 class _Run:
-    """All tensors that a copy of a model gives, and what some of its modules gave at their first call; the model itself
-    is left alone.
+    """All tensors that a copy of a model gives, and what some of its modules gave at their first call, also in float64
+    with shadows; the model itself is left alone."""
 
-    Raises:
-        BadInput: the model rejects the inputs.
-    """
-
-    def __init__(self, model: nn.Module, example_inputs: Example, how: How, watch: Iterable[str] = ()) -> None:
-        args, kwargs = as_arguments(how.inputs(example_inputs))
-        twin = how.model(model)
+    def __init__(
+        self,
+        model: nn.Module,
+        example_inputs: Example,
+        how: How,
+        watch: Iterable[str] = (),
+        shadows: precision.Shadows | None = None,
+    ) -> None:
+        args, kwargs = as_arguments(how.inputs(example_inputs, model, shadows))
+        twin = how.model(model, shadows)
+        self.shadows = shadows
         self.watched: dict[str, Tensor] = {}
+        self.watched_exact: dict[str, Tensor] = {}
         for path in watch:
             twin.get_submodule("" if path == "(root)" else path).register_forward_hook(self._watch(path))
-        try:
-            with how.running():
-                drawn = torch.get_rng_state()
+        with how.running():
+            drawn = torch.get_rng_state()
+            with shadows or contextlib.nullcontext():
                 result = twin(*args, **kwargs)
-                self.draws = not torch.equal(drawn, torch.get_rng_state())  # random numbers
-        except Exception as error:
-            shapes = [tuple(x.shape) for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-            raise BadInput(f"{type(model).__name__} does not accept inputs of shape {shapes}: {error}") from error
+            self.draws = not torch.equal(drawn, torch.get_rng_state())  # random numbers
         self.outputs = list(tensors(result))
+        self.exact = [self._exactly(one) for one in self.outputs]
+
+    def _exactly(self, tensor: Tensor) -> Tensor:
+        return tensor if self.shadows is None else self.shadows.of(tensor)
 
     def _watch(self, path: str) -> Callable[[nn.Module, Any, Any], None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             if path not in self.watched and isinstance(output, Tensor):
                 self.watched[path] = output.detach().clone()  # what comes next may write to it
+                self.watched_exact[path] = self._exactly(output).detach().clone()
 
         return hook
 
@@ -217,7 +346,7 @@ def accepts(model: nn.Module, example_inputs: Example) -> None:
     Raises:
         BadInput: the model rejects the inputs.
     """
-    _Run(model, example_inputs, How.of(model))
+    _accepted(model, example_inputs, How.of(model))
 
 
 def inputs_of(model: nn.Module, example_inputs: Example, paths: Collection[str]) -> Iterator[tuple[str, Any]]:
@@ -231,45 +360,54 @@ def inputs_of(model: nn.Module, example_inputs: Example, paths: Collection[str])
             seen.setdefault(path, args[0] if len(args) == 1 else None)
 
         twin.get_submodule(path).register_forward_pre_hook(note)
-    args, kwargs = as_arguments(how.inputs(example_inputs))
+    args, kwargs = as_arguments(how.inputs(example_inputs, model))
     with how.running():
         twin(*args, **kwargs)
     yield from seen.items()
 
 
-def _regions(example_inputs: Example, how: How, merges: Mapping[str, Merge]) -> dict[str, Tensor]:
-    """What the stretches that were merged give as the training-time model runs, by where they were merged, in order:
-    the plan's own graph is run; none where it was made of other inputs than these."""
+def _regions(example_inputs: Example, how: How, merges: Mapping[str, Merge]) -> dict[str, tuple[Tensor, Tensor]]:
+    """What the stretches that were merged give as the training-time model runs, and in float64, by where they were
+    merged, in order: the plan's own graph is run; none where it was made of other inputs than these."""
     alone = {where: merge for where, merge in merges.items() if not any(one.beside for one in merge.absorbed)}
     roots = {merge.root: where for where, merge in alone.items() if not merge.trace.path}
-    nodes = next((merge.trace.nodes for merge in merges.values() if merge.root in roots), [])
-    given = [leaf for leaf in pytree.tree_leaves(as_arguments(how.inputs(example_inputs))) if isinstance(leaf, Tensor)]
-    places = [node for node in nodes if node.op == "placeholder"]
+    trace = next((merge.trace for merge in merges.values() if merge.root in roots), None)
+    if trace is None:
+        return {}
+    shadows, model = precision.Shadows(), trace.root.module
+    inputs = pytree.tree_leaves(as_arguments(how.inputs(example_inputs, model, shadows)))
+    given = [leaf for leaf in inputs if isinstance(leaf, Tensor)]
+    places = [node for node in trace.nodes if node.op == "placeholder"]
     alike = (one.shape[1:] == place.meta.get("shape", one.shape)[1:] for place, one in zip(places, given, strict=False))
-    if not roots or len(places) != len(given) or not all(alike):
+    if len(places) != len(given) or not all(alike):
         return {}
     values: dict[fx.Node, Any] = dict(zip(places, given, strict=True))
     modules: dict[nn.Module, nn.Module] = {}
-    found: dict[str, Tensor] = {}
+    found: dict[str, tuple[Tensor, Tensor]] = {}
 
     def load(node: fx.Node) -> Any:
         if node in values:
             return values[node]
-        one = held(node) if "value" in node.meta else node.meta["held"]
-        floats = isinstance(one, Tensor) and one.is_floating_point()
-        return one.detach().to(how.device, how.dtype) if floats else one
+        one = node.meta["value"] if "value" in node.meta else node.meta["held"]
+        if not (isinstance(one, Tensor) and one.is_floating_point()):
+            return one
+        twin = one.detach().to(how.device, how.dtype if how.cast else None, copy=True)
+        shadows.give(twin, precision.doubled(held(node)).to(how.device))
+        return twin
 
     with how.running(), contextlib.suppress(Exception):  # a graph may hold for one size of batch alone
-        for node in nodes:
+        for node in trace.nodes:
             if node.op not in ("placeholder", "get_attr", "output") and "value" not in node.meta:
                 module = node.meta["call"].module if node.op == "call_module" else None
                 if module is not None and module not in modules:
-                    modules[module] = how.model(module)
-                values[node] = computed(node, load, None if module is None else modules[module])
+                    modules[module] = how.model(module, shadows)
+                with shadows:
+                    values[node] = computed(node, load, None if module is None else modules[module])
                 if node in roots:
-                    value = values[node].detach()
-                    scaled = _scaled(value, _behind(merges[roots[node]]))
-                    found[roots[node]] = scaled.to(value, copy=True)
+                    scales = _behind(merges[roots[node]])
+                    both = (_scaled(one.detach(), scales) for one in (values[node], shadows.of(values[node])))
+                    value, exact = (one.to(how.device, copy=True) for one in both)
+                    found[roots[node]] = value, exact
             for used in node.all_input_nodes:
                 if list(used.users)[-1] is node:
                     values.pop(used, None)
@@ -307,7 +445,16 @@ def relative_error(value: Tensor, truth: Tensor) -> float:
 
 def dtype_of(model: nn.Module) -> torch.dtype:
     """The floating-point dtype of a model's parameters; float32 if it has none."""
-    return next((t.dtype for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()), torch.float32)
+    return next(iter(_dtypes(model)), torch.float32)
+
+
+def _dtypes(model: nn.Module) -> dict[torch.dtype, None]:
+    """The floating-point dtypes of what a model holds, the first one first."""
+    return {t.dtype: None for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()}
+
+
+def _eps(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).eps
 
 
 # --- regions --------------------------------------------------------------------------------------

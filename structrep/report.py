@@ -135,7 +135,12 @@ class Verification(Record):
     seed: int  # of what a model draws as it runs
     torch: str
     slack: float
+    truth: str = "float64"  # what the training-time model was run in, for the truth
+    failed: str = ""  # the run in float64, if that is not it
+    alone: dict[str, str] = {}  # operators that ran in their own dtype in it, and why
+    lost: str = ""  # why a comparison in `dtype` shows nothing
     outputs: tuple[OutputRecord, ...]
+    choices: tuple[OutputRecord, ...] = ()  # what the deploy model would choose otherwise by, in order
     regions: tuple[RegionRecord, ...] = ()  # from the input to the output
 
     @property
@@ -150,7 +155,7 @@ class Verification(Record):
 
     @property
     def ok(self) -> bool:
-        return all(map(self.holds, self.outputs))
+        return all(map(self.holds, (*self.outputs, *self.choices)))
 
     @property
     def first_off(self) -> RegionRecord | None:
