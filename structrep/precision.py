@@ -32,6 +32,11 @@ def doubled(value: Any) -> Any:
     return value
 
 
+def as_stored(value: Any, like: Any) -> Any:
+    """A value in the dtype of what is stored of it, if it is a tensor."""
+    return value.to(like.dtype) if isinstance(value, Tensor) else value
+
+
 # --- shadow values ----------------------------------------------------------------------------------------------------
 
 # What is a function of floats with steps: past one, float64 may be elsewhere than the model itself.
@@ -95,9 +100,11 @@ class Shadows(TorchDispatchMode):
         kwargs = kwargs or {}
         given = list(_tensors((args, kwargs)))
         floats = [one for one in given if _inexact(one)]
-        if not any(one.dtype in _WIDE or one in self._exact for one in floats):
+        if not floats:
             return func(*args, **kwargs)
         traits = _traits(func)
+        if not any(one.dtype in _WIDE or one in self._exact for one in floats):
+            return self._first(func, traits, args, kwargs)
         written = [one for one in given if any(one is to for to in _tensors(traits.written(args, kwargs)))]
         shadows = {id(one): self.of(one) for one in floats}
         by = tuple(shadows[id(one)].clone() for one in floats) if self._recorded or self._held is not None else ()
@@ -119,6 +126,16 @@ class Shadows(TorchDispatchMode):
             if _inexact(one) and not any(one is other for other in given) and one.shape == value.shape:
                 if not traits.view and one.stride() != value.stride():
                     value = torch.empty_like(one, dtype=value.dtype).copy_(value)  # its views are to be alike too
+                self._exact[one] = value
+        return real
+
+    def _first(self, func: Any, traits: _Traits, args: Any, kwargs: Any) -> Any:
+        """What an operator gives of float64 values alone; its own rounding, if it is a cast, is kept out of the way."""
+        real = func(*args, **kwargs)
+        rounded = [one for one in _tensors(real) if one.dtype in _WIDE]
+        if rounded and not traits.draws:
+            shadow = self._shadow(func, traits, args, kwargs, {}, [])
+            for one, value in zip(rounded, _tensors(shadow), strict=False):
                 self._exact[one] = value
         return real
 

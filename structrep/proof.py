@@ -8,6 +8,7 @@ its weights once.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -340,13 +341,15 @@ class _Run:
         return hook
 
 
-def accepts(model: nn.Module, example_inputs: Example) -> None:
-    """Run a copy of a model where it is.
+def accepts(model: nn.Module, example_inputs: Example) -> Any:
+    """Run a copy of a model where it is; the inputs as it was given them.
 
     Raises:
         BadInput: the model rejects the inputs.
     """
-    _accepted(model, example_inputs, How.of(model))
+    how = How.of(model)
+    _accepted(model, example_inputs, how)
+    return how.inputs(example_inputs, model)
 
 
 def inputs_of(model: nn.Module, example_inputs: Example, paths: Collection[str]) -> Iterator[tuple[str, Any]]:
@@ -525,9 +528,10 @@ class _Both:
     """The stretch of the graph and the merged layer, on the same random input of some spatial size."""
 
     def __init__(self, merge: Merge, map_: ConvMap) -> None:
-        weights = (leaf.weight for leaf in merge.term.leaves())
-        there = next((weight.device for weight in weights if weight is not None), map_.kernel.device)
-        self.device = precision.exact(there)
+        weights = [leaf.weight for leaf in merge.term.leaves() if leaf.weight is not None]
+        self.device = precision.exact(next((weight.device for weight in weights), map_.kernel.device))
+        known = merge.base.meta.get("dtype")
+        self.dtypes = dict.fromkeys([known] if known else [*(weight.dtype for weight in weights), torch.float32])
         self.region, self.layer = _Region(merge, self.device), lower(map_, map_.kernel.to(self.device))
         self.map = map_
         self.rank = rank(merge.base)
@@ -544,10 +548,10 @@ class _Both:
         ranks = [self.rank] if self.rank is not None else [2, 3, 4]
         shapes = [(2, channels, *size)] if size else [(*range(2, max(2, r) + 1), channels) for r in ranks]
         with torch.no_grad():
-            for shape in shapes:
+            for dtype, shape in itertools.product(self.dtypes, shapes):
                 x = torch.randn(shape, dtype=torch.float64, generator=self.generator, device="cpu").to(self.device)
                 try:
-                    before = self.region(x)
+                    before = self.region(x, dtype)
                 except (RuntimeError, ValueError, IndexError):
                     continue
                 try:
@@ -580,7 +584,8 @@ def _sizes(merge: Merge, map_: ConvMap) -> list[tuple[int, ...]]:
 
 
 class _Region:
-    """The nodes of a merge, as a function in float64."""
+    """The nodes of a merge, as a function in float64: they run in the dtypes that they have in the model, and in
+    float64 beside these."""
 
     def __init__(self, merge: Merge, device: torch.device) -> None:
         self.merge, self.device = merge, device
@@ -589,7 +594,12 @@ class _Region:
         self.absorbed = _absorbed(merge)
         self.modules: dict[nn.Module, nn.Module] = {}
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        with precision.Shadows() as shadows:
+            found = self._run(x.to(dtype))
+        return shadows.of(found)
+
+    def _run(self, x: Tensor) -> Tensor:
         carried = self.merge.carried
         rest = x
         if carried is not None and not carried.first:
@@ -600,9 +610,11 @@ class _Region:
 
         def load(node: fx.Node) -> Any:
             if "value" in node.meta:
-                return precision.doubled(held(node))
+                return precision.as_stored(held(node), node.meta["value"])
             if node not in values and counts_sizes(node):
                 values[node] = computed(node, load)
+            if node not in values and _kind_alone(node, self.merge):
+                return x.new_empty(0, dtype=node.meta.get("dtype", x.dtype))
             if node not in values:
                 raise WrongMerge(f"it goes by {node.name}, which is no part of it, so it cannot be run apart")
             return values[node]
@@ -636,7 +648,7 @@ class _Region:
 
         def load(node: fx.Node) -> Any:
             if "value" in node.meta:
-                return held(node)
+                return precision.as_stored(held(node), node.meta["value"])
             return values[node] if node in values else numbers.reshape(-1, *pieces(node))
 
         for node in sorted(one.through, key=lambda node: node.meta["index"]):
@@ -646,13 +658,19 @@ class _Region:
         return found.reshape(*places.shape[:-1], -1).movedim(-1, 1)
 
     def _module(self, node: fx.Node) -> nn.Module | None:
-        """The module that a node calls, in float64."""
+        """A copy of the module that a node calls."""
         if node.op != "call_module":
             return None
         module = node.meta["call"].module
         if module not in self.modules:
-            self.modules[module] = shallow_copy(module).to(self.device, torch.float64)
+            self.modules[module] = shallow_copy(module).to(self.device)
         return self.modules[module]
+
+
+def _kind_alone(node: fx.Node, merge: Merge) -> bool:
+    """Whether a merge asks a value for no more than its dtype."""
+    users = node.users.keys() & set(merge.nodes)
+    return bool(users) and all(one.target == "type_as" and one.args[0] is not node for one in users)
 
 
 def _apart(x: Tensor, stride: tuple[int, ...]) -> Tensor:
@@ -680,7 +698,8 @@ def _absorbed(merge: Merge) -> list[Absorption]:
 
 def _scaled(x: Any, scales: list[Layer]) -> Any:
     for scale in scales:
-        x = scale.load(x.shape[1], x.ndim - 2)(x) if scale.dims != 0 else scale.load(x.shape[-1], 0)(x)
+        scaled = scale.load(x.shape[1], x.ndim - 2)(x) if scale.dims != 0 else scale.load(x.shape[-1], 0)(x)
+        x = scaled.to(x.dtype)
     return x
 
 

@@ -43,7 +43,7 @@ from structrep.intercept import (
     traced_values_are_tensors,
     unwatched,
 )
-from structrep.precision import doubled
+from structrep.precision import Shadows, as_stored, doubled
 from structrep.sources import taken_apart, written_first
 from structrep.values import alike, holds_tensor, is_traced, proxies, snapshot
 
@@ -148,11 +148,14 @@ class Traced:
         default_factory=dict
     )  # path of a child or tensor -> forwards of others using it
 
+    told: dict[str, set[Call]] = field(default_factory=dict)  # and by those that ask no more than a dtype or a device
+
     def note_reach(self, tracer: _Tracer) -> None:
         for path, calls in tracer.reached.items():
             used = {call for call in calls if tracer.fetched[path, call] > tracer.asked[path, call]}
             if used:
                 self.reached.setdefault(path, set()).update(used)
+            self.told.setdefault(path, set()).update(calls - used)
 
 
 @dataclass(eq=False)
@@ -462,12 +465,10 @@ def _fold_constants(tracer: _Tracer) -> None:
 def _recomputed(node: fx.Node) -> Any:
     """The value of a node, its constants computed in float64."""
     given = [doubled(readers.exact(n) if "recompute" in n.meta else n.meta["value"]) for n in node.all_input_nodes]
-    values = dict(zip(node.all_input_nodes, given, strict=True))
-    with torch.no_grad():
-        try:
-            found = computed(node, values.__getitem__)
-        except Exception:  # code that insists on dtypes
-            found = None
+    with torch.no_grad(), Shadows() as shadows:
+        own = map(as_stored, given, (n.meta["value"] for n in node.all_input_nodes))
+        found = computed(node, dict(zip(node.all_input_nodes, own, strict=True)).__getitem__)
+        found = shadows.of(found) if isinstance(found, Tensor) else found
     return _nearer(found, node.meta["value"], given)
 
 
@@ -783,6 +784,8 @@ class _Tracer(fx.Tracer):
             held = self.create_node("get_attr", self.paths[a], (), {})
             held.meta["held"] = a
             return held
+        if isinstance(a, type(torch.FloatTensor)):  # `x.type(torch.FloatTensor)`
+            return f"{a.__module__}.{a.__name__}"
         if not isinstance(a, Tensor):
             made: Any = super().create_arg(a)
             if isinstance(a, torch.ScriptObject):
@@ -980,16 +983,16 @@ class _Constants(TorchFunctionMode):
                     raise RuntimeError("it is no longer what it was")
                 origin = self.origins.get(id(value))
                 if origin is None or isinstance(value, nn.Parameter):
-                    known[id(value)] = doubled(value)
+                    known[id(value)] = value
                 else:
                     args, kwargs = pytree.tree_map(again, (origin.args, origin.kwargs))
-                    known[id(value)] = doubled(origin.function(*args, **kwargs))
+                    known[id(value)] = origin.function(*args, **kwargs)
             return known[id(value)]
 
-        with torch.no_grad():
+        with torch.no_grad(), Shadows() as shadows:
             try:
-                found = again(tensor)
-            except Exception:  # code that insists on dtypes, or that wrote to what it had computed with
+                found = shadows.of(again(tensor))
+            except Exception:  # code that wrote to what it had computed with
                 return tensor
         nearer: Tensor = _nearer(found, tensor, known.values())
         return nearer
@@ -1071,7 +1074,7 @@ def computed(node: fx.Node, load: Callable[[fx.Node], Any], module: nn.Module | 
 
 
 def _infer_shapes(graph: fx.Graph, inputs: list[Tensor]) -> None:
-    """Note the shape of every node that can be followed without computing, in `meta["shape"]`."""
+    """Note the shape and dtype of every node that can be followed without computing, in its `meta`."""
     given = iter(inputs)
     values: dict[fx.Node, Any] = {}
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
@@ -1086,4 +1089,4 @@ def _infer_shapes(graph: fx.Graph, inputs: list[Tensor]) -> None:
             except Exception:  # unknown from here on, which only makes the plan more careful
                 continue
             if isinstance(values.get(node), Tensor):
-                node.meta["shape"] = tuple(values[node].shape)
+                node.meta["shape"], node.meta["dtype"] = tuple(values[node].shape), values[node].dtype
