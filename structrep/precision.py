@@ -75,6 +75,7 @@ class Shadows(TorchDispatchMode):
     def __init__(self, recorded: bool = False, held: list[Choice] | None = None) -> None:
         super().__init__()
         self.alone: dict[str, str] = {}
+        self.dtypes: set[torch.dtype] = set()  # of what was computed
         self.chooses = False  # whether there was any choice
         self.choices: list[Choice] = []
         self.astray = False
@@ -84,6 +85,10 @@ class Shadows(TorchDispatchMode):
     def give(self, tensor: Tensor, value: Tensor) -> None:
         """Take a float64 value for that of a tensor."""
         self._exact[tensor] = value
+
+    def knows(self, tensor: Tensor) -> bool:
+        """Whether a tensor has a float64 value of its own, or needs none."""
+        return tensor.dtype not in _WIDE or tensor in self._exact
 
     def of(self, tensor: Tensor) -> Tensor:
         """The float64 value of a tensor; itself where it holds no floats."""
@@ -127,6 +132,7 @@ class Shadows(TorchDispatchMode):
                 if not traits.view and one.stride() != value.stride():
                     value = torch.empty_like(one, dtype=value.dtype).copy_(value)  # its views are to be alike too
                 self._exact[one] = value
+                self.dtypes.add(one.dtype)
         return real
 
     def _first(self, func: Any, traits: _Traits, args: Any, kwargs: Any) -> Any:

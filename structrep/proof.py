@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -88,10 +87,10 @@ def verify(
         noise = max(one.noise for one in outputs)
         drowned = noise > math.sqrt(_eps(coarsest))
         off = any(one.error > SLACK * one.noise for one in outputs)
-        if not failed and (drowned or (off and truth.shadows.choices)):
+        if truth.shadows is not None and (drowned or (off and truth.shadows.chooses)):
             exactly = _Exactly(reference, deploy, rounded, example_inputs, noisy, merges, floor)
             if drowned or exactly.otherwise:
-                lost = exactly.reason(_name(how.dtype), noise)
+                lost = exactly.reason(how.dtype, noise)
             if lost and exactly.held:
                 outputs, ours, choices = exactly.outputs, exactly.ours, exactly.choices
     # Rounding does not get less on the way, as a measure of it in one layer may.
@@ -114,7 +113,7 @@ def verify(
         slack=SLACK,
         truth=_name(how.dtype) if failed else "float64",
         failed=failed,
-        alone=truth.shadows.alone,
+        alone=truth.shadows.alone if truth.shadows else {},
         lost=lost,
         outputs=outputs,
         choices=choices,
@@ -210,10 +209,12 @@ class _Exactly:
         noisy = _Run(rounded, example_inputs, how, shadows=theirs)
         self.outputs = _outputs(truth.exact, self.ours.exact, (noisy.exact,), floor)
         self.ours.watched = self.ours.watched_exact
-        self.held = len(one.choices) == len(theirs.choices) == len(free.choices) and not one.astray | theirs.astray
-        both = zip(free.choices, one.choices, theirs.choices, strict=self.held)
-        self.otherwise = Counter(right.name for right, mine, other in both if mine.otherwise or other.otherwise)
-        self.choices = tuple(self._records(zip(free.choices, one.choices, theirs.choices, strict=False), floor))
+        self.dtypes = free.dtypes
+        same = len(one.choices) == len(theirs.choices) == len(free.choices)
+        self.held = self.ours.known and same and not one.astray | theirs.astray
+        choices = list(zip(free.choices, one.choices, theirs.choices, strict=False))
+        self.otherwise = dict.fromkeys(right.name for right, *others in choices if any(it.otherwise for it in others))
+        self.choices = tuple(self._records(choices, floor))
 
     def _records(self, choices: Iterable[tuple[precision.Choice, ...]], floor: float) -> Iterator[OutputRecord]:
         """What the deploy model chose otherwise by, as far off as it is."""
@@ -225,12 +226,19 @@ class _Exactly:
                 error = max(relative_error(other, one) for one, other, _ in pairs)
                 yield OutputRecord(name=right.name, shape=tuple(right.by[0].shape), error=error, noise=most)
 
-    def reason(self, dtype: str, noise: float) -> str:
+    def reason(self, dtype: torch.dtype, noise: float) -> str:
         """Why a comparison in a dtype shows nothing."""
-        chosen = ", ".join(f"{name} ({count} times)" for name, count in self.otherwise.items())
-        why = f"rounding changes what it chooses: {chosen}" if chosen else "it amplifies rounding"
-        then = "both were run in float64, with the same choices" if self.held else "the two do not choose alike"
-        return f"in {dtype} the training-time model is off by {noise:.1e} itself, as {why}; {then}"
+        coarser = [_name(one) for one in self.dtypes if one.is_floating_point and _eps(one) > _eps(dtype)]
+        why = "it amplifies rounding"
+        if self.otherwise:
+            why = f"rounding changes what it chooses by {', '.join(self.otherwise)}"
+        elif coarser:
+            why = f"it computes in {', '.join(coarser)} too"
+        then = "both were run in float64" if self.held else "the deploy model cannot be run in float64 with its choices"
+        return (
+            f"in {_name(dtype)} the comparison shows nothing, for the training-time model is off by {noise:.1e} itself: "
+            f"{why}; {then}"
+        )
 
 
 def _rounded(model: nn.Module, how: How, eps: float) -> nn.Module:
@@ -327,6 +335,8 @@ class _Run:
                 result = twin(*args, **kwargs)
             self.draws = not torch.equal(drawn, torch.get_rng_state())  # random numbers
         self.outputs = list(tensors(result))
+        # not where another runtime has computed them
+        self.known = shadows is not None and any(map(shadows.knows, self.outputs))
         self.exact = [self._exactly(one) for one in self.outputs]
 
     def _exactly(self, tensor: Tensor) -> Tensor:
