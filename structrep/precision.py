@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -72,6 +74,8 @@ class Shadows(TorchDispatchMode):
         held: the choices of another run, to be made in this one too; `astray` says that there was no such choice.
     """
 
+    supports_higher_order_operators = True  # what `torch.cond` and its like call is not looked into
+
     def __init__(self, recorded: bool = False, held: list[Choice] | None = None) -> None:
         super().__init__()
         self.alone: dict[str, str] = {}
@@ -81,6 +85,16 @@ class Shadows(TorchDispatchMode):
         self.astray = False
         self._recorded, self._held = recorded, held
         self._exact = WeakTensorKeyDictionary()
+
+    def __enter__(self) -> Shadows:
+        self._eager = contextlib.ExitStack()
+        self._eager.enter_context(_uncompiled())
+        super().__enter__()
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        super().__exit__(*raised)
+        self._eager.close()
 
     def give(self, tensor: Tensor, value: Tensor) -> None:
         """Take a float64 value for that of a tensor."""
@@ -195,6 +209,29 @@ class Shadows(TorchDispatchMode):
         kept = tuple(one.clone() if isinstance(one, Tensor) else one for one in chosen)
         self.choices.append(Choice(name, by, kept, otherwise))
         return real
+
+
+_lock, _stance, _entered = threading.Lock(), contextlib.ExitStack(), 0  # one stance for all threads
+
+
+@contextlib.contextmanager
+def _uncompiled() -> Iterator[None]:
+    """Nothing compiled: under a mode torch's compiler skips code, and goes on skipping it ever after."""
+    global _entered
+    loaded = "torch._dynamo" in sys.modules
+    with _lock:
+        if loaded and not _entered:
+            _stance.enter_context(torch.compiler.set_stance("force_eager"))
+        _entered += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _entered -= 1
+            if not _entered:
+                _stance.close()
+        if not loaded and "torch._dynamo" in sys.modules:  # by what has run
+            sys.modules["torch._dynamo"].reset()
 
 
 @dataclass(frozen=True)

@@ -87,7 +87,7 @@ def verify(
         noise = max(one.noise for one in outputs)
         drowned = noise > math.sqrt(_eps(coarsest))
         off = any(one.error > SLACK * one.noise for one in outputs)
-        if truth.shadows is not None and (drowned or (off and truth.shadows.chooses)):
+        if not failed and (drowned or (off and truth.chooses)):
             exactly = _Exactly(reference, deploy, rounded, example_inputs, noisy, merges, floor)
             if drowned or exactly.otherwise:
                 lost = exactly.reason(how.dtype, noise)
@@ -133,6 +133,8 @@ def _truth(reference: nn.Module, example_inputs: Example, how: How) -> tuple[_Ru
     except Exception as error:
         truth = _accepted(reference, example_inputs, how)
         failed = f"the training-time model does not run in float64: {said(error)}"
+    if truth.shadows is not None and not truth.known:
+        failed = "the training-time model's outputs are not computed by torch alone"
     if not truth.outputs:
         raise BadInput(f"{type(reference).__name__} gives no tensor that could be compared")
     return truth, failed
@@ -336,6 +338,7 @@ class _Run:
             self.draws = not torch.equal(drawn, torch.get_rng_state())  # random numbers
         self.outputs = list(tensors(result))
         # not where another runtime has computed them
+        self.chooses = shadows is not None and shadows.chooses
         self.known = shadows is not None and any(map(shadows.knows, self.outputs))
         self.exact = [self._exactly(one) for one in self.outputs]
 
