@@ -1417,7 +1417,7 @@ def asserts_rank(node: fx.Node) -> bool:
 def only_asserted(node: fx.Node) -> bool:
     """Whether a node is a question about a shape or type, asked for nothing but an assertion."""
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    if name in ("_assert", "_assert_with_msg"):
+    if name in ("_assert", "_assert_with_msg", "_assert_tensor_metadata"):
         return not node.users
     follows = name in (*_COMPARES, "len", "contains") and all(_asked(n) for n in node.all_input_nodes)
     return bool((asks_shape(node) or follows) and all(only_asserted(user) for user in node.users))
