@@ -39,5 +39,7 @@ def in_torch(operator: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]
             if found is not None and not hasattr(found, "__code__"):
                 return "call_function", found, args, kwargs
         if hasattr(Tensor, name):
+            plain = {"layout": torch.strided, "pin_memory": None} if name == "to" else {}  # which the method has not
+            kwargs = {key: one for key, one in kwargs.items() if key not in plain or one not in (plain[key], None)}
             return "call_method", name, args, kwargs
     return "call_function", operator, args, kwargs

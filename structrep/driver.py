@@ -325,7 +325,7 @@ def _plan(
     model = unwrapped(model)
     search.check_ready(model)
     if example_inputs is not None:
-        accepts(model, example_inputs)
+        example_inputs = accepts(model, example_inputs)
     maps, refused = _probed(model, example_inputs, _globs(probe))
     for glob in (*_globs(inexact_borders), *_globs(reserve)):
         _named(model, glob)

@@ -125,7 +125,7 @@ class Measured:
         """
         first = next(iter(models.values()))
         try:
-            record = self._timed(models, *as_arguments(How.of(first).inputs(example_inputs)))
+            record = self._timed(models, *as_arguments(How.of(first).inputs(example_inputs, first)))
         except Exception as error:
             raise BadInput(f"the runtime does not take {type(first).__name__}: {said(error)}") from error
         best = min(one.median for one in record.models.values())

@@ -121,7 +121,7 @@ def _measured(model: nn.Module, deploy: nn.Module, example_inputs: Example | Non
     if example_inputs is None:
         return [stored, Tile("multiply-adds", note=MISSING), Tile("latency", note=MISSING)]
     how = How.of(model)
-    given = how.inputs(example_inputs)
+    given = how.inputs(example_inputs, model)
     args, kwargs = as_arguments(given)
     models = {"training time": how.model(model), "deploy": how.model(deploy)}
     work, start = [], time.perf_counter()

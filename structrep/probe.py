@@ -1,6 +1,6 @@
 """A layer whose code cannot be read, as a map: found out by what it does.
 
-In float64 the layer is asked whether it is affine, on random inputs; its kernel is read by impulses; and the map that
+Computed in float64, the layer is asked whether it is affine, on random inputs; its kernel is read by impulses; and the map that
 comes of this has to give what the layer gives, on inputs of several sizes. All this shows what the layer does to these
 inputs and no more: so it is done only where the user asks for it, and a plan marks what came of it as probed.
 """
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from structrep.algebra import Border, ConvMap, Geometry, Ints
 from structrep.errors import Inexact, Unreadable
+from structrep.precision import Shadows
 from structrep.trace import shallow_copy
 
 EXACT = 1e-9  # of the largest value: what a layer that computes in float64 rounds, and no more
@@ -52,7 +53,8 @@ def probe(module: nn.Module, example_input: Tensor) -> ConvMap:
 
 
 class _Layer:
-    """A layer in float64: runs on the device of an example, and takes and gives what is on the CPU."""
+    """A layer in float64, or in its own dtype and in float64 beside it, if that is what it insists on: runs on the
+    device of an example, and takes and gives what is float64 and on the CPU."""
 
     def __init__(self, module: nn.Module, example: Tensor) -> None:
         if not (isinstance(example, Tensor) and 2 <= example.ndim <= 5):  # type: ignore[redundant-expr]
@@ -60,15 +62,19 @@ class _Layer:
         self.name = type(module).__name__
         self.module = shallow_copy(module)
         self.module.double()
-        self.device = example.device
+        self.device, self.dtype = example.device, torch.float64
         self.generator = torch.Generator().manual_seed(0)
+        try:
+            self(self.random(tuple(example.shape)))
+        except (RuntimeError, AssertionError):
+            self.module, self.dtype = shallow_copy(module), example.dtype
 
     def __call__(self, x: Tensor) -> Tensor:
-        with torch.no_grad():
-            y = self.module(x.to(self.device))
+        with torch.no_grad(), Shadows() as shadows:
+            y = self.module(x.to(self.device, self.dtype))
         if not isinstance(y, Tensor) or y.ndim != x.ndim or len(y) != len(x):
             raise Unreadable(f"{self.name} gives no tensor of as many dims as it is given, batch first")
-        return y.cpu()
+        return shadows.of(y).cpu()
 
     def random(self, shape: Ints) -> Tensor:
         return torch.randn(shape, dtype=torch.float64, generator=self.generator, device="cpu")

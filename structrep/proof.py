@@ -8,6 +8,7 @@ its weights once.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,11 +20,11 @@ from torch import Tensor, fx, nn
 
 from structrep import precision, process
 from structrep.algebra import ConvMap
-from structrep.errors import BadInput, WrongMerge, listed, said
+from structrep.errors import BadInput, VerificationError, WrongMerge, listed, said
 from structrep.parametrized import uncached
 from structrep.ranks import spatial_size
 from structrep.readers import held, lower
-from structrep.regions import Region, Shapes, Trials, Values, given_as_traced, read_as_traced, room
+from structrep.regions import Region, Shapes, Trials, given_as_traced, read_as_traced, room
 from structrep.registry import COEFFICIENT_ROUNDING
 from structrep.report import BorderRecord, OutputRecord, RegionRecord, Verification
 from structrep.search import Merge, together
@@ -64,42 +65,39 @@ def verify(
         BadInput: a model rejects the inputs, or the two models' outputs differ in structure or shape.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    dtype = dtype or dtype_of(reference)
+    own = dtype_of(reference)
+    how = How(device, dtype or own, autocast, channels_last, seed, cast=dtype not in (None, own))
     merges = merges or {}
     # Weights that were cast to float32 when they were merged cannot be nearer the truth than that.
-    coarsest = max(dtype, dtype_of(deploy), autocast or dtype, key=lambda d: torch.finfo(d).eps)
-    how = How(device, dtype, autocast, channels_last, seed)
-    noisy = replace(how, dtype=max(dtype, dtype_of(deploy), key=lambda d: torch.finfo(d).eps))
-    exact = How(device, torch.float64, None, False, seed)
+    coarsest = max(how.dtype, dtype_of(deploy), autocast or how.dtype, key=_eps)
+    noisy = replace(how, dtype=max(how.dtype, dtype_of(deploy), key=_eps))
+    floor = 2 * _eps(coarsest)  # one small sum may happen to be exact
+    lost = ""
+    choices: tuple[OutputRecord, ...] = ()
     with precision.whole(tf32=tf32):
-        truth = _Run(reference, example_inputs, exact)
+        truth, failed = _truth(reference, example_inputs, noisy)
         if truth.draws:  # other numbers in every dtype: only runs of one dtype can be compared
-            how, noisy, dtype, autocast = exact, exact, torch.float64, None
-        ours = _Run(deploy, example_inputs, how, watch=merges)
+            how = noisy
+        ours = _deployed(deploy, example_inputs, how, merges)
         # Merged weights are rounded once when they are stored. What that does to the original counts as its noise too.
-        theirs = [_Run(_rounded(reference, coarsest), example_inputs, noisy)]
-        if noisy != exact:
-            theirs.append(_Run(reference, example_inputs, noisy))
+        rounded = _rounded(reference, noisy, _eps(coarsest))
+        theirs = _Run(rounded, example_inputs, noisy)
         passing = _Passing(merges, device)
-        at_truth, at_noise = (passing.run(example_inputs, one) for one in (exact, noisy))
-    if not truth.outputs:
-        raise BadInput(f"{type(reference).__name__} gives no tensor that could be compared")
-    if len(truth.outputs) != len(ours.outputs):
-        raise BadInput(
-            f"the training-time model gives {len(truth.outputs)} tensors, the deploy model {len(ours.outputs)}"
-        )
-    floor = 2 * torch.finfo(coarsest).eps  # one small sum may happen to be exact
-    outputs = []
-    for index, (right, mine) in enumerate(zip(truth.outputs, ours.outputs, strict=True)):
-        if right.shape != mine.shape:
-            raise BadInput(f"output {index} has shape {tuple(right.shape)} before and {tuple(mine.shape)} after")
-        noise = max(floor, *(relative_error(one.outputs[index], right) for one in theirs))
-        outputs.append(
-            OutputRecord(name=f"{index}", shape=tuple(right.shape), error=relative_error(mine, right), noise=noise)
-        )
+        stretches = passing.run(example_inputs, noisy)
+        outputs = _outputs(truth.exact, ours.outputs, (truth.outputs, theirs.outputs), floor)
+        noise = max(one.noise for one in outputs)
+        drowned = noise > math.sqrt(_eps(coarsest))
+        off = any(one.error > SLACK * one.noise for one in outputs)
+        if not failed and (drowned or (off and truth.chooses)):
+            exactly = _Exactly(reference, deploy, rounded, example_inputs, noisy, merges, floor)
+            if drowned or exactly.otherwise:
+                lost = exactly.reason(how.dtype, noise)
+            if lost and exactly.held:
+                outputs, ours, choices = exactly.outputs, exactly.ours, exactly.choices
+        regions = tuple(passing.records(ours.watched, stretches, how.dtype, floor))
     return Verification(
         device=_device_name(device),
-        dtype=_name(dtype),
+        dtype=_name(how.dtype),
         autocast=_name(autocast) if autocast else None,
         channels_last=channels_last,
         tf32=tf32,
@@ -107,16 +105,141 @@ def verify(
         seed=seed,
         torch=torch.__version__,
         slack=SLACK,
-        outputs=tuple(outputs),
-        regions=tuple(passing.records(ours.watched, at_truth, at_noise, floor)),
+        truth=_name(how.dtype) if failed else "float64",
+        failed=failed,
+        alone=truth.shadows.alone if truth.shadows else {},
+        lost=lost,
+        outputs=outputs,
+        choices=choices,
+        regions=regions,
     )
 
 
-def _rounded(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """The model with every number off by one rounding in that dtype, up or down."""
-    there = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
-    twin = moved_copy(model, precision.exact(there), torch.float64)
-    eps = torch.finfo(dtype).eps
+def _truth(reference: nn.Module, example_inputs: Example, how: How) -> tuple[_Run, str]:
+    """The training-time model in its dtype and in float64 beside it; where that cannot be, in its dtype, and why.
+
+    Raises:
+        BadInput: the model rejects the inputs, or gives nothing to compare.
+    """
+    failed = ""
+    try:
+        truth = _Run(reference, example_inputs, how, shadows=precision.Shadows())
+    except Exception as error:
+        truth = _accepted(reference, example_inputs, how)
+        failed = f"the training-time model does not run in float64: {said(error)}"
+    if truth.shadows is not None and not truth.known:
+        failed = "the training-time model's outputs are not computed by torch alone"
+    if not truth.outputs:
+        raise BadInput(f"{type(reference).__name__} gives no tensor that could be compared")
+    return truth, failed
+
+
+def _accepted(model: nn.Module, example_inputs: Example, how: How) -> _Run:
+    """A run of a model that was given.
+
+    Raises:
+        BadInput: it rejects the inputs.
+    """
+    try:
+        return _Run(model, example_inputs, how)
+    except Exception as error:
+        leaves = pytree.tree_leaves(as_arguments(example_inputs))
+        shapes = [tuple(x.shape) for x in leaves if isinstance(x, Tensor)]
+        cannot = f"cannot run in {_name(how.dtype)}, with" if how.cast else "does not accept"
+        raise BadInput(f"{type(model).__name__} {cannot} inputs of shape {shapes}: {error}") from error
+
+
+def _deployed(deploy: nn.Module, example_inputs: Example, how: How, watch: Iterable[str]) -> _Run:
+    """A run of a deploy model, on inputs that the training-time model takes.
+
+    Raises:
+        VerificationError: it fails.
+    """
+    try:
+        return _Run(deploy, example_inputs, how, watch)
+    except Exception as error:
+        raise VerificationError(
+            f"the deploy model cannot run on inputs that the training-time model takes: {said(error)}"
+        ) from error
+
+
+def _outputs(
+    right: list[Tensor], mine: list[Tensor], theirs: Iterable[list[Tensor]], floor: float
+) -> tuple[OutputRecord, ...]:
+    """The deploy model's outputs against the truth; what it is compared with are other runs of the training-time one.
+
+    Raises:
+        BadInput: outputs differ in structure or shape.
+    """
+    if len(right) != len(mine):
+        raise BadInput(f"the training-time model gives {len(right)} tensors, the deploy model {len(mine)}")
+    records = []
+    for index, (one, other, *noisy) in enumerate(zip(right, mine, *theirs, strict=True)):
+        if one.shape != other.shape:
+            raise BadInput(f"output {index} has shape {tuple(one.shape)} before and {tuple(other.shape)} after")
+        noise = max(floor, *(relative_error(value, one) for value in noisy))
+        records.append(
+            OutputRecord(name=f"{index}", shape=tuple(one.shape), error=relative_error(other, one), noise=noise)
+        )
+    return tuple(records)
+
+
+class _Exactly:
+    """Both models in float64, with the training-time model's choices: where rounding takes other ones (of two equal
+    scores, which is the first), outputs may be anything, and it is what they are chosen by that is compared."""
+
+    def __init__(
+        self,
+        reference: nn.Module,
+        deploy: nn.Module,
+        rounded: nn.Module,
+        example_inputs: Example,
+        how: How,
+        watch: Iterable[str],
+        floor: float,
+    ) -> None:
+        free = precision.Shadows(recorded=True)
+        one, theirs = precision.Shadows(held=free.choices), precision.Shadows(held=free.choices)
+        truth = _Run(reference, example_inputs, how, shadows=free)
+        self.ours = _Run(deploy, example_inputs, how, watch, one)
+        noisy = _Run(rounded, example_inputs, how, shadows=theirs)
+        self.outputs = _outputs(truth.exact, self.ours.exact, (noisy.exact,), floor)
+        self.ours.watched = self.ours.watched_exact
+        self.dtypes = free.dtypes
+        same = len(one.choices) == len(theirs.choices) == len(free.choices)
+        self.held = self.ours.known and same and not one.astray | theirs.astray
+        choices = list(zip(free.choices, one.choices, theirs.choices, strict=False))
+        self.otherwise = dict.fromkeys(right.name for right, *others in choices if any(it.otherwise for it in others))
+        self.choices = tuple(self._records(choices, floor))
+
+    def _records(self, choices: Iterable[tuple[precision.Choice, ...]], floor: float) -> Iterator[OutputRecord]:
+        """What the deploy model chose otherwise by, as far off as it is."""
+        most = floor
+        for right, mine, theirs in choices:
+            pairs = list(zip(right.by, mine.by, theirs.by, strict=True))
+            most = max(most, *(relative_error(other, one) for one, _, other in pairs))
+            if mine.otherwise:
+                error = max(relative_error(other, one) for one, other, _ in pairs)
+                yield OutputRecord(name=right.name, shape=tuple(right.by[0].shape), error=error, noise=most)
+
+    def reason(self, dtype: torch.dtype, noise: float) -> str:
+        """Why a comparison in a dtype shows nothing."""
+        coarser = [_name(one) for one in self.dtypes if one.is_floating_point and _eps(one) > _eps(dtype)]
+        why = "it amplifies rounding"
+        if self.otherwise:
+            why = f"rounding changes what it chooses by {', '.join(self.otherwise)}"
+        elif coarser:
+            why = f"it computes in {', '.join(coarser)} too"
+        then = "both were run in float64" if self.held else "the deploy model cannot be run in float64 with its choices"
+        return (
+            f"in {_name(dtype)} the comparison shows nothing, for the training-time model is off by {noise:.1e} itself: "
+            f"{why}; {then}"
+        )
+
+
+def _rounded(model: nn.Module, how: How, eps: float) -> nn.Module:
+    """The model with every number off by one rounding, up or down."""
+    twin = how.model(model)
     generator = torch.Generator().manual_seed(0)
     for tensor in (*twin.parameters(), *twin.buffers()):
         if tensor.is_floating_point():
@@ -134,32 +257,44 @@ class How:
     autocast: torch.dtype | None = None
     channels_last: bool = False
     seed: int = 0
+    cast: bool = False  # also what is in another dtype than the most of its model: a part in float32, say
 
     @classmethod
     def of(cls, model: nn.Module) -> How:
         """Where a model is, and in its dtype."""
         return cls(next((t.device for t in model.parameters()), torch.device("cpu")), dtype_of(model))
 
-    def model(self, model: nn.Module) -> nn.Module:
-        """A copy of a model, to run so."""
-        twin = moved_copy(model, self.device, self.dtype)
-        for tensor in (*twin.parameters(), *twin.buffers()) if self.channels_last else ():
-            tensor.data = self.laid_out(tensor.data)
+    def model(self, model: nn.Module, shadows: precision.Shadows | None = None) -> nn.Module:
+        """A copy of a model, to run so; what a cast rounds is kept in the shadows."""
+        twin = moved_copy(model, self.device, self._to(model))
+        held, given = ((*one.parameters(), *one.buffers()) for one in (model, twin))
+        for tensor, other in zip(held, given, strict=True):
+            if self.channels_last:
+                other.data = self.laid_out(other.data)
+            if shadows is not None and tensor.dtype != other.dtype:
+                shadows.give(other, self.laid_out(precision.doubled(tensor).to(self.device)))
         return twin
+
+    def _to(self, model: nn.Module) -> torch.dtype | None:
+        """What the floats of a model and its inputs are cast to, if they are."""
+        return None if not self.cast and self.dtype in _dtypes(model) else self.dtype
 
     def laid_out(self, tensor: Tensor) -> Tensor:
         """A tensor with its channels last, if it has spatial dims of which torch knows such a format."""
         memory = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.ndim)
         return tensor.contiguous(memory_format=memory) if memory and self.channels_last else tensor
 
-    def inputs(self, example_inputs: Example) -> Any:
-        """Copies of the inputs, for a model may write to them."""
+    def inputs(self, example_inputs: Example, model: nn.Module, shadows: precision.Shadows | None = None) -> Any:
+        """Copies of the inputs, for a model may write to them; floats in a dtype that the model has."""
 
         def moved(leaf: Any) -> Any:
             if not isinstance(leaf, Tensor):
                 return leaf
-            one = leaf.detach().to(self.device, self.dtype if leaf.is_floating_point() else None, copy=True)
-            return self.laid_out(one)
+            stays = not leaf.is_floating_point() or (not self.cast and leaf.dtype in _dtypes(model))
+            one = self.laid_out(leaf.detach().to(self.device, None if stays else self.dtype, copy=True))
+            if shadows is not None and one.dtype != leaf.dtype:
+                shadows.give(one, self.laid_out(precision.doubled(leaf).to(self.device)))
+            return one
 
         return pytree.tree_map(moved, example_inputs)
 
@@ -172,44 +307,56 @@ class How:
 
 
 class _Run:
-    """All tensors that a copy of a model gives, and what some of its modules gave at their first call; the model itself
-    is left alone.
+    """All tensors that a copy of a model gives, and what some of its modules gave at their first call, also in float64
+    with shadows; the model itself is left alone."""
 
-    Raises:
-        BadInput: the model rejects the inputs.
-    """
-
-    def __init__(self, model: nn.Module, example_inputs: Example, how: How, watch: Iterable[str] = ()) -> None:
-        args, kwargs = as_arguments(how.inputs(example_inputs))
-        twin = how.model(model)
+    def __init__(
+        self,
+        model: nn.Module,
+        example_inputs: Example,
+        how: How,
+        watch: Iterable[str] = (),
+        shadows: precision.Shadows | None = None,
+    ) -> None:
+        args, kwargs = as_arguments(how.inputs(example_inputs, model, shadows))
+        twin = how.model(model, shadows)
+        self.shadows = shadows
         self.watched: dict[str, Tensor] = {}
+        self.watched_exact: dict[str, Tensor] = {}
         for path in watch:
             twin.get_submodule("" if path == "(root)" else path).register_forward_hook(self._watch(path))
-        try:
-            with how.running():
-                drawn = torch.get_rng_state()
+        with how.running():
+            drawn = torch.get_rng_state()
+            with shadows or contextlib.nullcontext():
                 result = twin(*args, **kwargs)
-                self.draws = not torch.equal(drawn, torch.get_rng_state())  # random numbers
-        except Exception as error:
-            shapes = [tuple(x.shape) for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-            raise BadInput(f"{type(model).__name__} does not accept inputs of shape {shapes}: {error}") from error
+            self.draws = not torch.equal(drawn, torch.get_rng_state())  # random numbers
         self.outputs = list(tensors(result))
+        # not where another runtime has computed them
+        self.chooses = shadows is not None and shadows.chooses
+        self.known = shadows is not None and any(map(shadows.knows, self.outputs))
+        self.exact = [self._exactly(one) for one in self.outputs]
+
+    def _exactly(self, tensor: Tensor) -> Tensor:
+        return tensor if self.shadows is None else self.shadows.of(tensor)
 
     def _watch(self, path: str) -> Callable[[nn.Module, Any, Any], None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             if path not in self.watched and isinstance(output, Tensor):
                 self.watched[path] = output.detach().clone()  # what comes next may write to it
+                self.watched_exact[path] = self._exactly(output).detach().clone()
 
         return hook
 
 
-def accepts(model: nn.Module, example_inputs: Example) -> None:
-    """Run a copy of a model where it is.
+def accepts(model: nn.Module, example_inputs: Example) -> Any:
+    """Run a copy of a model where it is; the inputs as it was given them.
 
     Raises:
         BadInput: the model rejects the inputs.
     """
-    _Run(model, example_inputs, How.of(model))
+    how = How.of(model)
+    _accepted(model, example_inputs, how)
+    return how.inputs(example_inputs, model)
 
 
 def inputs_of(model: nn.Module, example_inputs: Example, paths: Collection[str]) -> Iterator[tuple[str, Any]]:
@@ -223,7 +370,7 @@ def inputs_of(model: nn.Module, example_inputs: Example, paths: Collection[str])
             seen.setdefault(path, args[0] if len(args) == 1 else None)
 
         twin.get_submodule(path).register_forward_pre_hook(note)
-    args, kwargs = as_arguments(how.inputs(example_inputs))
+    args, kwargs = as_arguments(how.inputs(example_inputs, model))
     with how.running():
         twin(*args, **kwargs)
     yield from seen.items()
@@ -236,44 +383,52 @@ class _Passing:
     def __init__(self, merges: Mapping[str, Merge], device: torch.device) -> None:
         main = [merge for merge in merges.values() if not merge.trace.path]
         regions = [Region(group, device) for group in together(main)]
-        self.nodes = main[0].trace.nodes if main else []
+        self.trace = main[0].trace if main else None
         self.regions = {merge: region for region in regions for merge in region.merges.values()}
         ordered = sorted(merges.items(), key=lambda item: int(item[1].root.meta["index"]))
         self.where = {merge: where for where, merge in ordered if merge in self.regions}
         # what a value that the deploy model gives somewhere is added to, or stacked with, on its way out of a part
         self.wanted = {node for region in regions for node in (*region.outputs, *region.needs(region.merges))}
 
-    def run(self, example_inputs: Example, how: How) -> dict[fx.Node, Tensor]:
-        """The values that are wanted, in order."""
-        inputs = pytree.tree_leaves(as_arguments(how.inputs(example_inputs)))
+    def run(self, example_inputs: Example, how: How) -> dict[fx.Node, tuple[Tensor, Tensor]]:
+        """The values that are wanted, and in float64, in order."""
+        if self.trace is None or not self.wanted:
+            return {}
+        shadows, model, nodes = precision.Shadows(), self.trace.root.module, self.trace.nodes
+        inputs = pytree.tree_leaves(as_arguments(how.inputs(example_inputs, model, shadows)))
         given = [leaf for leaf in inputs if isinstance(leaf, Tensor)]
-        places = [node for node in self.nodes if node.op == "placeholder"]
+        places = [node for node in nodes if node.op == "placeholder"]
         alike = (
             one.shape[1:] == place.meta.get("shape", one.shape)[1:] for place, one in zip(places, given, strict=False)
         )
-        if not self.wanted or len(places) != len(given) or not all(alike):
+        if len(places) != len(given) or not all(alike):
             return {}
         values: dict[fx.Node, Any] = dict(zip(places, given, strict=True))
         modules: dict[nn.Module, nn.Module] = {}
-        found: dict[fx.Node, Tensor] = {}
-        uses = Counter(one for node in self.nodes for one in read_as_traced(node))
+        found: dict[fx.Node, tuple[Tensor, Tensor]] = {}
+        uses = Counter(one for node in nodes for one in read_as_traced(node))
 
         def load(node: fx.Node) -> Any:
             if node in values:
                 return values[node]
-            one = held(node) if "value" in node.meta else node.meta["held"]
-            floats = isinstance(one, Tensor) and one.is_floating_point()
-            return one.detach().to(how.device, how.dtype) if floats else one
+            one = node.meta["value"] if "value" in node.meta else node.meta["held"]
+            if not (isinstance(one, Tensor) and one.is_floating_point()):
+                return one
+            twin = one.detach().to(how.device, how.dtype if how.cast else None, copy=True)
+            shadows.give(twin, precision.doubled(held(node)).to(how.device))
+            return twin
 
         with how.running(), contextlib.suppress(Exception):  # a graph may hold for one size of batch alone
-            for node in self.nodes:
+            for node in nodes:
                 if node.op not in ("placeholder", "get_attr", "output") and "value" not in node.meta:
                     module = node.meta["call"].module if node.op == "call_module" else None
                     if module is not None and module not in modules:
-                        modules[module] = how.model(module)
-                    values[node] = given_as_traced(node, load, None if module is None else modules[module])
+                        modules[module] = how.model(module, shadows)
+                    with shadows:
+                        values[node] = given_as_traced(node, load, None if module is None else modules[module])
                 if node in self.wanted and isinstance(values.get(node), Tensor):
-                    found[node] = values[node].detach().clone()
+                    value, exact = values[node].detach(), shadows.of(values[node]).detach()
+                    found[node] = value.clone(), exact.clone()
                 uses.subtract(read := read_as_traced(node))
                 for used in read:
                     if not uses[used]:
@@ -281,26 +436,31 @@ class _Passing:
         return found
 
     def records(
-        self, watched: Mapping[str, Tensor], truth: Values, noisy: Values, floor: float
+        self,
+        watched: Mapping[str, Tensor],
+        found: Mapping[fx.Node, tuple[Tensor, Tensor]],
+        dtype: torch.dtype,
+        floor: float,
     ) -> Iterator[RegionRecord]:
         """Each merged layer, in order: by what it gives in the deploy model the outputs of its part are made anew."""
         most = floor  # rounding does not get less on the way, as a measure of it in one layer may
+        truth = {node: exact for node, (_, exact) in found.items()}
         for merge, where in self.where.items():
             region = self.regions[merge]
-            below = [node for node in region.below(merge) if node in truth and node in noisy]
+            below = [node for node in region.below(merge) if node in truth]
             given = {
                 root: precision.doubled(watched[self.where[one]])
                 for root, one in region.merges.items()
                 if self.where[one] in watched
             }
             try:
-                ours = region.after({**truth, **given}, {}, below)
+                ours = region.after({**truth, **given}, {}, dtype, below)
             except (WrongMerge, RuntimeError):
                 continue  # of another shape, or never run
-            pairs = [(ours[node].to(truth[node]), truth[node], noisy[node]) for node in below]
-            if pairs and all(mine.shape == right.shape for mine, right, _ in pairs):
-                most = max(most, *(relative_error(other, right) for _, right, other in pairs))
-                error = max(relative_error(mine, right) for mine, right, _ in pairs)
+            pairs = [(ours[node].to(truth[node]), *found[node]) for node in below]
+            if pairs and all(mine.shape == right.shape for mine, _, right in pairs):
+                most = max(most, *(relative_error(other, right) for _, other, right in pairs))
+                error = max(relative_error(mine, right) for mine, _, right in pairs)
                 yield RegionRecord(where=where, rules=merge.rules, error=error, noise=most)
 
 
@@ -335,7 +495,16 @@ def relative_error(value: Tensor, truth: Tensor) -> float:
 
 def dtype_of(model: nn.Module) -> torch.dtype:
     """The floating-point dtype of a model's parameters; float32 if it has none."""
-    return next((t.dtype for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()), torch.float32)
+    return next(iter(_dtypes(model)), torch.float32)
+
+
+def _dtypes(model: nn.Module) -> dict[torch.dtype, None]:
+    """The floating-point dtypes of what a model holds, the first one first."""
+    return {t.dtype: None for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()}
+
+
+def _eps(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).eps
 
 
 # --- regions --------------------------------------------------------------------------------------
@@ -431,8 +600,10 @@ class _Both:
 
     def __init__(self, merges: Sequence[Merge], everywhere: bool = False) -> None:
         maps = {merge: merge.value() for merge in merges}
-        weights = (leaf.weight for merge in merges for leaf in merge.term.leaves())
-        there = next((weight.device for weight in weights if weight is not None), torch.device("cpu"))
+        weights = [leaf.weight for merge in merges for leaf in merge.term.leaves() if leaf.weight is not None]
+        there = next((weight.device for weight in weights), torch.device("cpu"))
+        # of what the model is given no dtype is known: that of its weights, or one that it writes down
+        self.dtypes = dict.fromkeys([*(weight.dtype for weight in weights), torch.float32])
         self.region = Region(merges, precision.exact(there))
         self.layers = {merge: self._layer(merge, map_, everywhere) for merge, map_ in maps.items()}
         self.trials = Trials(self.region, maps)
@@ -459,16 +630,18 @@ class _Both:
             WrongMerge: merged it takes none.
         """
         with torch.no_grad():
-            try:
-                given = self.trials.given(shapes, self.layers, self.generator)
-                before = self.region.before(given)
-            except (RuntimeError, ValueError, IndexError):
-                return None
-            try:
-                after = self.region.after(given, self.layers)
-            except (RuntimeError, ValueError, IndexError) as reason:
-                raise WrongMerge(f"merged it does not take an input of shape {what}: {said(reason)}") from reason
-        return {node: (value, after[node]) for node, value in before.items()}
+            for dtype in self.dtypes:
+                try:
+                    given = self.trials.given(shapes, self.layers, dtype, self.generator)
+                    before = self.region.before(given, dtype)
+                except (RuntimeError, ValueError, IndexError):
+                    continue
+                try:
+                    after = self.region.after(given, self.layers, dtype)
+                except (RuntimeError, ValueError, IndexError) as reason:
+                    raise WrongMerge(f"merged it does not take an input of shape {what}: {said(reason)}") from reason
+                return {node: (value, after[node]) for node, value in before.items()}
+        return None
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -1264,9 +1264,61 @@ def _(a: _Arguments) -> Same | None:
     return Same(a(0, "input")) if a(1, "negative_slope", 0.01) == 1 else None
 
 
-@_called("to", "type_as")
+_CONVOLUTIONS = {*(F.linear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)}
+_CASTS = {"float": torch.float32, "double": torch.float64, "half": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def _cast_to(node: fx.Node) -> torch.dtype | None:
+    """The dtype that a cast gives, if it does no more."""
+    if len(node.args) + len(node.kwargs) == 1:
+        return _CASTS.get(str(node.target))
+    if len(node.args) + len(node.kwargs) > 2 or node.target not in ("to", "type"):
+        return None
+    to = argument(node, 1, "dtype")
+    to = to.meta.get("value") if isinstance(to, fx.Node) else to
+    if isinstance(to, str):  # `x.type("torch.FloatTensor")`
+        to = getattr(getattr(torch, to.removeprefix("torch."), None), "dtype", None)
+    return to if isinstance(to, torch.dtype) else None
+
+
+_KEEP_DTYPES = {
+    *("permute", "transpose", "movedim", "swapaxes", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze"),
+    *("contiguous", "expand", "batch_norm"),
+}
+
+
+def _keeps_dtype(node: fx.Node) -> bool:
+    """Whether a node gives floats in the dtype that it is given them in: a `view` may be one of the bits."""
+    return torch_name(node) in _KEEP_DTYPES or (torch_name(node) == "view" and _are_ints(node.args[1:]))
+
+
+def _dtype_of(node: fx.Node) -> torch.dtype | None:
+    """The dtype of what a layer gives, whatever it is given; None where that is not told."""
+    while not node.meta.get("autocast"):
+        module = node.meta["call"].module if node.op == "call_module" else None
+        if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)):
+            return module.weight.dtype
+        if node.target in _CONVOLUTIONS:
+            weight = constant(argument(node, 1, "weight"))
+            return weight.dtype if isinstance(weight, Tensor) else None
+        if (to := _cast_to(node)) is not None:
+            return to
+        sources = [n for n in node.all_input_nodes if "value" not in n.meta]
+        passes = _keeps_dtype(node) or isinstance(module, nn.modules.batchnorm._NormBase)
+        if not passes or len(sources) != 1:
+            return None
+        node = sources[0]
+    return None
+
+
+@_called("to", "type_as", "type", *_CASTS)
 def _(a: _Arguments) -> Same | None:
-    """A value with the dtype or on the device of another one of the same model, which it has already."""
+    """A value with the dtype or on the device of another one of the same model, or with a dtype that it has already."""
+    to = _cast_to(a.node)
+    if to is not None and _dtype_of(a(0, "input")) is to:
+        return Same(a(0, "input"))
+    if a.node.target not in ("to", "type_as"):
+        return None
     like = a(1, "other" if a.node.target == "type_as" else "dtype", a.node.kwargs.get("device"))
     asked = isinstance(like, fx.Node) and asks_kind(like)
     alone = len(a.node.args) + len(a.node.kwargs) == 2
@@ -1396,7 +1448,7 @@ def only_asserted(node: fx.Node) -> bool:
     pending, seen = [node], {node}
     for one in pending:
         name = one.target if isinstance(one.target, str) else getattr(one.target, "__name__", "")
-        if name in ("_assert", "_assert_with_msg"):
+        if name in ("_assert", "_assert_with_msg", "_assert_tensor_metadata"):
             if one.users:
                 return False
             continue

@@ -62,6 +62,7 @@ class Region:
         self.inputs = sorted({one for one in made if one not in inside}, key=lambda n: int(n.meta["index"]))
         self.outputs = [node for node in self.nodes if self._is_output(node)]
         self.modules: dict[tuple[nn.Module, bool], nn.Module] = {}
+        self.shadows = precision.Shadows()
 
     def _is_output(self, node: fx.Node) -> bool:
         users = [user for user in node.users if not asks_shape(user) and not only_asserted(user)]
@@ -85,39 +86,44 @@ class Region:
                 found.add(node)
         return [one for one in self.outputs if one in found]
 
-    def before(self, given: Values) -> dict[fx.Node, Tensor]:
-        """The outputs, of the graph as it was traced."""
-        values = _copies(given)
+    def before(self, given: Values, dtype: torch.dtype) -> dict[fx.Node, Tensor]:
+        """The outputs in float64, of the graph as it was traced; `given` and `dtype` as for `after`."""
         found: dict[fx.Node, Tensor] = {}
-        load = partial(self._load, values)
-        for node in self.nodes:
-            values[node] = given_as_traced(node, load, self._module(node, ended=False))
-            if node in self.outputs:
-                found[node] = values[node].clone()  # what comes next may write to it
+        with self.shadows:
+            values = _copies(given, dtype)
+            load = partial(self._load, values)
+            for node in self.nodes:
+                values[node] = given_as_traced(node, load, self._module(node, ended=False))
+                if node in self.outputs:
+                    found[node] = self.shadows.of(values[node]).clone()  # what comes next may write to it
         return found
 
-    def after(self, given: Values, layers: Layers, wanted: Iterable[fx.Node] | None = None) -> dict[fx.Node, Tensor]:
-        """The outputs, or what else is wanted, of the graph as it will be written.
+    def after(
+        self, given: Values, layers: Layers, dtype: torch.dtype, wanted: Iterable[fx.Node] | None = None
+    ) -> dict[fx.Node, Tensor]:
+        """The outputs in float64, or what else is wanted, of the graph as it will be written.
 
         Args:
-            given: the inputs; of a node inside, what it is taken to give.
+            given: the inputs in float64; of a node inside, what it is taken to give.
             layers: what becomes of each merge.
+            dtype: what a value is in as the model runs, where that is not known; float64 is computed beside it.
 
         Raises:
             WrongMerge: something that is needed is no longer there.
         """
-        values = _copies(given)
         found: dict[fx.Node, Tensor] = {}
         asked = self.outputs if wanted is None else [*wanted]
-        needed = self._needed(asked, values)
-        load = partial(self._load, values)
-        for node in self.nodes:
-            if node not in needed:
-                continue
-            if node not in values:
-                values[node] = self._written(node, layers, load)
-            if node in asked:
-                found[node] = values[node].clone()
+        needed = self._needed(asked, given)
+        with self.shadows:
+            values = _copies(given, dtype)
+            load = partial(self._load, values)
+            for node in self.nodes:
+                if node not in needed:
+                    continue
+                if node not in values:
+                    values[node] = self._written(node, layers, load)
+                if node in asked:
+                    found[node] = self.shadows.of(values[node]).clone()
         return found
 
     def needs(self, known: Iterable[fx.Node]) -> list[fx.Node]:
@@ -141,7 +147,8 @@ class Region:
     def _written(self, node: fx.Node, layers: Layers, load: Callable[[fx.Node], Any]) -> Any:
         """What a node gives once the merges are done."""
         if (merge := self.merges.get(node)) is not None:
-            return layers[merge](load(merge.base))
+            base = load(merge.base)
+            return layers[merge](self.shadows.of(base)).to(base.dtype)
         if node in self.idle:
             return load(self.idle[node])
         if node in self.ended:
@@ -153,7 +160,7 @@ class Region:
         if "held" in node.meta:
             return node.meta["held"]
         if "value" in node.meta:
-            value = precision.doubled(held(node))
+            value = precision.as_stored(held(node), node.meta["value"])
             return value.to(self.device) if isinstance(value, Tensor) else value
         if node not in values and counts_sizes(node):
             values[node] = computed(node, partial(self._sized, values))
@@ -168,12 +175,15 @@ class Region:
         return self._load(values, node)
 
     def _module(self, node: fx.Node, *, ended: bool) -> nn.Module | None:
-        """The module that a node calls, in float64, perhaps without the weight and bias that it ends with."""
+        """A copy of the module that a node calls, perhaps without the weight and bias that it ends with."""
         if node.op != "call_module":
             return None
         module = node.meta["call"].module
         if (module, ended) not in self.modules:
-            copy = self.modules[module, ended] = moved_copy(called(node), self.device, torch.float64)
+            copy = self.modules[module, ended] = moved_copy(called(node, exactly=False), self.device)
+            for tensor, number in zip(_tensors(copy), _tensors(called(node)), strict=True):
+                if number.dtype != tensor.dtype:
+                    self.shadows.give(tensor, number.to(self.device))
             if ended:
                 end(copy)
         return self.modules[module, ended]
@@ -222,8 +232,10 @@ class Trials:
         (merge,) = (merge for merge in self.region.merges.values() if merge.base is base)
         yield {base: (2, self.maps[merge].geometry.in_channels, *size)}
 
-    def given(self, shapes: Shapes, layers: Layers, generator: torch.Generator) -> dict[fx.Node, Tensor]:
-        """Random values of these shapes, and what goes with them.
+    def given(
+        self, shapes: Shapes, layers: Layers, dtype: torch.dtype, generator: torch.Generator
+    ) -> dict[fx.Node, Tensor]:
+        """Random values of these shapes, and what goes with them, in float64.
 
         Raises:
             RuntimeError: the layers do not take them.
@@ -236,7 +248,7 @@ class Trials:
         found = {node: draw(shape) for node, shape in shapes.items()}
         for node, merge in self.added.items():
             if node not in found:
-                found[node] = draw(self.region.after(found, layers, [merge.root])[merge.root].shape)
+                found[node] = draw(self.region.after(found, layers, dtype, [merge.root])[merge.root].shape)
         return found
 
     def _beside(self, node: fx.Node) -> Merge | None:
@@ -357,9 +369,13 @@ def _values(nodes: Iterable[fx.Node]) -> list[fx.Node]:
     return [node for node in nodes if "value" not in node.meta and "held" not in node.meta and not counts_sizes(node)]
 
 
-def _copies(given: Values) -> dict[fx.Node, Any]:
-    """Values that may be written to."""
-    return {node: value.clone() for node, value in given.items()}
+def _copies(given: Values, dtype: torch.dtype) -> dict[fx.Node, Any]:
+    """Values that may be written to, in the dtypes that they have in the model."""
+    return {node: value.to(node.meta.get("dtype", dtype), copy=True) for node, value in given.items()}
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
 
 
 def _without_constants(load: Callable[[fx.Node], Any], node: fx.Node) -> Any:

@@ -120,7 +120,7 @@ class RegionRecord(ErrorRecord):
 
 
 class Verification(Record):
-    """A deploy model against its training-time model, both against the float64 truth.
+    """A deploy model against its training-time model, both against the truth: what that computes in float64.
 
     It holds where the deploy model errs no more than `slack` times as much as the training-time model's own rounding
     does.
@@ -135,7 +135,12 @@ class Verification(Record):
     seed: int  # of what a model draws as it runs
     torch: str
     slack: float
+    truth: str = "float64"  # what the training-time model was run in, for the truth
+    failed: str = ""  # the run in float64, if that is not it
+    alone: dict[str, str] = {}  # operators that ran in their own dtype in it, and why
+    lost: str = ""  # why a comparison in `dtype` shows nothing
     outputs: tuple[OutputRecord, ...]
+    choices: tuple[OutputRecord, ...] = ()  # what the deploy model would choose otherwise by, in order
     regions: tuple[RegionRecord, ...] = ()  # from the input to the output
 
     @property
@@ -150,12 +155,20 @@ class Verification(Record):
 
     @property
     def ok(self) -> bool:
-        return all(map(self.holds, self.outputs))
+        return all(map(self.holds, (*self.outputs, *self.choices)))
 
     @property
     def first_off(self) -> RegionRecord | None:
         """The first merged layer that is farther off than rounding explains."""
         return next((region for region in self.regions if not self.holds(region)), None)
+
+    @property
+    def against(self) -> str:
+        """What the truth is, and why, in a sentence."""
+        run = f"against a {self.truth} run of the training-time model"
+        if self.failed:
+            return f"{run}: {self.failed}"
+        return f"{run}, but for {', '.join(self.alone)}, which has no float64 kernel" if self.alone else run
 
     def holds(self, record: ErrorRecord) -> bool:
         return record.error <= self.slack * record.noise
@@ -170,13 +183,14 @@ class Verification(Record):
         rows: list[tuple[str, str, ErrorRecord]] = [
             (f"output {one.name}", "x".join(map(str, one.shape)), one) for one in self.outputs
         ]
+        rows += [(f"what {one.name} goes by", "x".join(map(str, one.shape)), one) for one in self.choices]
         rows += [(one.where, " + ".join(one.rules), one) for one in self.regions if one in worst]
         for name, shape, one in rows:
             # a layer that is off and does no harm to the outputs is no reason to doubt the model
             verdict = "ok" if self.holds(one) else "high" if self.ok else "OFF"
             table.add_row(name, shape, f"{one.error:.1e}", f"{one.noise:.1e}", f"{one.ratio:.2f}", verdict)
-        if len(self.regions) > WORST:
-            table.caption = f"of {len(self.regions)} merged layers the {WORST} with the largest ratios"
+        most = f"of {len(self.regions)} merged layers the {WORST} with the largest ratios"
+        table.caption = "; ".join(filter(None, (self.against, self.lost, most * (len(self.regions) > WORST))))
         return table
 
     def plot(self, ax: Any = None) -> Any:
@@ -267,7 +281,7 @@ class ExportRecord(Record):
             if found is not None:
                 lines.append(
                     f"{what} compared on {found.device}, {found.dtype}: relative error {found.error:.1e}, rounding "
-                    f"noise of the original {found.noise:.1e}"
+                    f"noise of the original {found.noise:.1e}, {'; '.join(filter(None, (found.against, found.lost)))}"
                 )
         return "\n".join([*lines, f"{self.bytes:,} bytes in {self.out}"])
 

@@ -191,6 +191,7 @@ class Draft:
                         self.edits.bypassed[unit.root] = unit.base
                 elif unit is not host:
                     self.idle.append(unit)
+                    self._told_by(unit.module, merge)
             for node in merge.nodes:
                 if node.meta.get("assigned"):  # by a forward that need not do so any more
                     self._written_by(Unit((Segment(node, node, ONE, (node,)),)), merge, dead=False)
@@ -245,6 +246,14 @@ class Draft:
             inner.update(itertools.takewhile(lambda call: call is not owner, node.meta["call"].chain()))
         self.owned.setdefault(owner, set()).add(merge)
         return owner
+
+    def _told_by(self, call: Call, merge: Merge) -> None:
+        """Have forwards written anew that ask for the dtype or device of what vanishes."""
+        for name in (*call.module._parameters, *call.module._buffers):
+            for asker in self.traced.told.get(f"{call.path}.{name}", ()):
+                owner = next(asker.homes())
+                self.edits.owners.setdefault(owner, set())
+                self.owned.setdefault(owner, set()).add(merge)
 
     def _write(self) -> dict[Merge, Refusal]:
         """Write all new forwards; gives the merges of those that cannot be written."""

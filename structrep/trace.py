@@ -45,7 +45,7 @@ from structrep.intercept import (
     take_traced_sizes,
     unwatched,
 )
-from structrep.precision import doubled
+from structrep.precision import Shadows, as_stored, doubled
 from structrep.sources import taken_apart, written_first
 from structrep.values import alike, holds_tensor, is_torch, is_traced, proxies, snapshot
 
@@ -132,11 +132,14 @@ class Traced:
         default_factory=dict
     )  # path of a child or tensor -> forwards of others using it
 
+    told: dict[str, set[Call]] = field(default_factory=dict)  # and by those that ask no more than a dtype or a device
+
     def note_reach(self, tracer: _Tracer) -> None:
         for path, calls in tracer.reached.items():
             used = {call for call in calls if tracer.fetched[path, call] > tracer.asked[path, call]}
             if used:
                 self.reached.setdefault(path, set()).update(used)
+            self.told.setdefault(path, set()).update(calls - used)
 
 
 @dataclass(eq=False)
@@ -321,8 +324,8 @@ def eval_copy(model: nn.Module) -> nn.Module:
     return twin
 
 
-def moved_copy(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """A copy somewhere, in some dtype, as `shallow_copy` gives it."""
+def moved_copy(model: nn.Module, device: torch.device, dtype: torch.dtype | None = None) -> nn.Module:
+    """A copy somewhere, in some dtype or in its own, as `shallow_copy` gives it."""
     twin = shallow_copy(model)
     twin.to(device, dtype)
     return twin
@@ -590,12 +593,10 @@ def _fold_constants(tracer: _Tracer) -> None:
 def _recomputed(node: fx.Node) -> Any:
     """The value of a node, its constants computed in float64."""
     given = [doubled(readers.exact(n) if "recompute" in n.meta else n.meta["value"]) for n in node.all_input_nodes]
-    values = dict(zip(node.all_input_nodes, given, strict=True))
-    with torch.no_grad():
-        try:
-            found = computed(node, values.__getitem__)
-        except Exception:  # code that insists on dtypes
-            found = None
+    with torch.no_grad(), Shadows() as shadows:
+        own = map(as_stored, given, (n.meta["value"] for n in node.all_input_nodes))
+        found = computed(node, dict(zip(node.all_input_nodes, own, strict=True)).__getitem__)
+        found = shadows.of(found) if isinstance(found, Tensor) else found
     return _nearer(found, node.meta["value"], given)
 
 
@@ -961,6 +962,8 @@ class _Tracer(process.Tracer):
             held = self.create_node("get_attr", self.paths[a], (), {})
             held.meta["held"] = a
             return held
+        if isinstance(a, type(torch.FloatTensor)):  # `x.type(torch.FloatTensor)`
+            return f"{a.__module__}.{a.__name__}"
         if not isinstance(a, Tensor):
             made: Any = super().create_arg(a)
             if isinstance(a, torch.ScriptObject):
@@ -1177,20 +1180,20 @@ class _Constants(TorchFunctionMode):
                 if storage(one) in self.written:
                     raise RuntimeError("it is no longer what it was")
                 if origin is None or isinstance(one, nn.Parameter):
-                    known[id(one)] = doubled(one)
+                    known[id(one)] = one
                 elif left := [given for given in origin.given if id(given) not in known]:
                     pending += left
                     continue
                 elif id(one) not in known:
                     args, kwargs = pytree.tree_map(lambda v: known.get(id(v), v), (origin.args, origin.kwargs))
-                    known[id(one)] = doubled(origin.function(*args, **kwargs))
+                    known[id(one)] = origin.function(*args, **kwargs)
                 pending.pop()
             return known[id(tensor)]
 
-        with torch.no_grad():
+        with torch.no_grad(), Shadows() as shadows:
             try:
-                found = again()
-            except Exception:  # code that insists on dtypes, or that wrote to what it had computed with
+                found = shadows.of(again())
+            except Exception:  # code that wrote to what it had computed with
                 return tensor
         nearer: Tensor = _nearer(found, tensor, known.values())
         return nearer
@@ -1282,7 +1285,7 @@ def computed(node: fx.Node, load: Callable[[fx.Node], Any], module: nn.Module | 
 
 
 def _infer_shapes(graph: fx.Graph, inputs: list[Tensor]) -> None:
-    """Note the shape of every node that can be followed without computing, in `meta["shape"]`."""
+    """Note the shape and dtype of every node that can be followed without computing, in its `meta`."""
     given = iter(inputs)
     values: dict[fx.Node, Any] = {}
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
@@ -1297,4 +1300,4 @@ def _infer_shapes(graph: fx.Graph, inputs: list[Tensor]) -> None:
             except Exception:  # unknown from here on, which only makes the plan more careful
                 continue
             if isinstance(values.get(node), Tensor):
-                node.meta["shape"] = tuple(values[node].shape)
+                node.meta["shape"], node.meta["dtype"] = tuple(values[node].shape), values[node].dtype
