@@ -102,6 +102,11 @@ def _overloads(target: Target) -> tuple[OpOverload, ...]:
     return tuple(one for one in found if "Tensor" in str(one._schema))  # others are of numbers, in TorchScript
 
 
+def has_schema(target: Target) -> bool:
+    """Whether all that an operation does is in schemas; what one in Python does is not."""
+    return not isinstance(target, FunctionType) and bool(_overloads(target))
+
+
 def _is_composite(overload: OpOverload) -> bool:
     """Whether an operator is made of others, whose memory its result may look at though its schema does not say so."""
     try:
@@ -182,11 +187,12 @@ def written(target: Target, args: Sequence[Any], kwargs: Mapping[str, Any]) -> l
     if not (name or _overloads(target)):
         return pytree.tree_leaves((args, dict(kwargs)))
     found = [*_at(marks, names, target, args, kwargs), *pytree.tree_leaves(kwargs.get("out", ()))]
-    given = _named(target, args, kwargs)
     ends = plain.endswith("_") and not plain.endswith("__") and getattr(target, "__module__", "") != "_operator"
-    if ends or name in _WRITES_FIRST or given.get("inplace", False) is not False:
+    in_place = "inplace" in _defaults(target) and _named(target, args, kwargs)["inplace"] is not False
+    if ends or in_place or name in _WRITES_FIRST:
         found += _first(args, kwargs)
     if name in _UNSAID_WRITES:
+        given = _named(target, args, kwargs)
         arguments, asked = _UNSAID_WRITES[name]
         found += [given.get(one) for one in arguments] if given.get(asked) else []
     return found
