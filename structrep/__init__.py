@@ -18,7 +18,14 @@ if TYPE_CHECKING:
     from structrep.algebra import ConvMap
     from structrep.checkpoint import convert_checkpoint
     from structrep.driver import Plan, assert_merged, explain, plan, reparameterize
-    from structrep.errors import Refusal, StructrepError, Unmerged, VerificationError
+    from structrep.errors import (
+        MergeDropped,
+        NothingMerged,
+        Refusal,
+        StructrepError,
+        Unmerged,
+        VerificationError,
+    )
     from structrep.expand import check_optimizer, expand, expand_layers
     from structrep.measured import Measured
     from structrep.monitor import monitor
@@ -31,6 +38,8 @@ if TYPE_CHECKING:
 __all__ = [
     "ConvMap",
     "Measured",
+    "MergeDropped",
+    "NothingMerged",
     "Plan",
     "Refusal",
     "Registry",
@@ -58,7 +67,7 @@ _MODULES = {
     "algebra": ("ConvMap",),
     "checkpoint": ("convert_checkpoint",),
     "driver": ("Plan", "assert_merged", "explain", "plan", "reparameterize"),
-    "errors": ("Refusal", "StructrepError", "Unmerged", "VerificationError"),
+    "errors": ("MergeDropped", "NothingMerged", "Refusal", "StructrepError", "Unmerged", "VerificationError"),
     "expand": ("check_optimizer", "expand", "expand_layers"),
     "measured": ("Measured",),
     "monitor": ("monitor",),

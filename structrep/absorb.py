@@ -290,8 +290,8 @@ def _by_sum(node: fx.Node, sum_: Total, readings: Readings, found: Mapping[fx.No
             return None
         added = zip((other.term for other in others), rest, strict=True)
         terms = [signed(term, sign) for term, (_, sign) in added if term is not None]
-        views = (layer.source, *(other.entry for other in others if other.entry is not None))
-        return Absorption(node, main, tuple(through), {}, {}, beside={maker: total(terms)}, views=views)
+        made = (layer.source, *(other.entry for other in others if other.entry is not None))
+        return Absorption(node, main, tuple(through), {}, {}, beside={maker: total(terms)}, views=made)
     return None
 
 

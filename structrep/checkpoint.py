@@ -103,6 +103,7 @@ def convert_checkpoint(
         twin.eval()
         load(twin, one, source)
         planned = plan(twin, example_inputs, norms=norms)
+        planned = planned.proved() if verify else planned
         if not planned.merges:
             raise BadInput(f"there is nothing to merge in {one.entry} of {source}{planned.record.reasons}")
         deploy = planned.reparameterize(example_inputs, verify=verify)

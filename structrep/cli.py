@@ -566,7 +566,7 @@ def _show(tables: Iterable[Table]) -> None:
 
 def _demand_merges(plan: structrep.Plan) -> None:
     if not plan.merges:
-        raise Refused(f"there is nothing to merge in this model{plan.record.reasons}")
+        raise Refused(plan.record.nothing)
 
 
 def _demand_weights(record: Provenance | None, model: nn.Module, file: Path) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import fnmatch
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
+from weakref import WeakValueDictionary
 
 import torch
 from torch import nn
@@ -14,7 +16,18 @@ from torch import nn
 from structrep import precision, process, search
 from structrep.algebra import ConvMap
 from structrep.drawing import Drawing
-from structrep.errors import BadInput, Refusal, Slower, StructrepError, Unmerged, VerificationError, listed
+from structrep.errors import (
+    BadInput,
+    MergeDropped,
+    NothingMerged,
+    Refusal,
+    Slower,
+    StructrepError,
+    Unmerged,
+    VerificationError,
+    listed,
+    warn,
+)
 from structrep.expand import expand_layers, forget_norms, give_norms_back
 from structrep.explain import refusal, why
 from structrep.layers import Sizes
@@ -37,12 +50,14 @@ from structrep.report import (
     plan_tables,
 )
 from structrep.reserve import carry
-from structrep.rewrite import Draft, without
+from structrep.rewrite import Draft, fallen
 from structrep.search import Findings, Merge, Missed
 from structrep.trace import Example, eval_copy, is_compiled, make_eager, own_copy
 
 Rules = Registry | Iterable[str | Rule] | None
 IN_TORCH = Measured()  # what cost="measured" is, so that timings are kept from one plan to the next
+# deploy models by id, of which nobody expects that there is anything to merge
+_made: WeakValueDictionary[int, nn.Module] = WeakValueDictionary()
 
 
 class Plan:
@@ -64,7 +79,7 @@ class Plan:
         self._missed = list(findings.missed)
         for merge, reason in self._draft.refused:
             self._refuse(merge, reason)
-        self._applied = False
+        self._applied = self._is_proved = False
         self._state = _state(model)
 
     @property
@@ -133,6 +148,22 @@ class Plan:
                 except Refusal as reason:
                     wrong |= dict.fromkeys(group, reason)
         self._leave(wrong)
+        self._is_proved = True
+
+    def proved(self) -> Plan:
+        """What is left of this plan once every merge was proved, each that was not told by a `structrep.MergeDropped`
+        warning and listed as refused there; this plan stays as it is."""
+        if self._is_proved:
+            return self
+        found = copy.copy(self)
+        found._missed = [*self._missed]
+        found.prove()
+        kept = set(found._draft.merges)
+        for where, merge in self.merged.items():
+            if merge not in kept:
+                reason = next(miss.reason for miss in found._missed if miss.of is merge)
+                warn(f"{where} ({' + '.join(merge.rules)}) is not merged, as planned: {reason}", MergeDropped)
+        return found
 
     def verify(self, example_inputs: Example, deploy: nn.Module | None = None, **how: Any) -> Verification:
         """Compare the deploy model with the model, as `structrep.verify` does, and each merged layer on the way.
@@ -174,26 +205,30 @@ class Plan:
             give_norms_back(deploy)
         else:
             forget_norms(deploy)
+        _made[id(deploy)] = deploy
         return deploy
 
     def reparameterize(
         self, example_inputs: Example | None = None, *, inplace: bool = False, verify: bool = True
     ) -> nn.Module:
-        """The deploy model, proved, as `structrep.reparameterize` gives it.
+        """The deploy model, proved, as `structrep.reparameterize` gives it; the plan stays as it is.
 
         Raises:
             Unmerged, VerificationError, BadInput: as for `structrep.reparameterize`.
         """
-        if verify:
-            self.prove()
-        if left := [path for path in self._findings.blocks if path not in self.merged]:
+        chosen = self.proved() if verify else self
+        if left := [path for path in self._findings.blocks if path not in chosen.merged]:
             name = type(self._model).__name__
-            raise Unmerged(f"of the blocks in {name} these cannot be merged: {', '.join(left)}{self.record.reasons}")
-        if not verify or example_inputs is None or self.inexact:
-            return self.apply(inplace)
-        deploy = self.apply()
-        _demand(self.verify(example_inputs, deploy))
-        return self.apply(inplace=True) if inplace else deploy
+            raise Unmerged(f"of the blocks in {name} these cannot be merged: {', '.join(left)}{chosen.record.reasons}")
+        if not chosen.merged and _made.get(id(self._model)) is not self._model:
+            warn(chosen.record.nothing, NothingMerged)
+        whole = verify and example_inputs is not None and not chosen.inexact
+        deploy = chosen.apply(inplace and not whole)
+        if whole and example_inputs is not None:
+            _demand(chosen.verify(example_inputs, deploy))
+            deploy = chosen.apply(inplace=True) if inplace else deploy
+        self._applied = self._applied or inplace
+        return deploy
 
     def why(self, first: str, second: str) -> Explanation:
         """Why two layers, by their names, did not merge; or that they do.
@@ -249,13 +284,20 @@ class Plan:
         )
 
     def _leave(self, merges: Mapping[Merge, Refusal]) -> None:
-        for merge, reason in merges.items():
-            self._refuse(merge, reason)
-        if merges:
-            self._draft = Draft(self._draft.traced, self._draft.replicas, without(self._draft.merges, merges))
+        lost = fallen(self._draft.merges, merges)
+        for merge, reason in lost.items():
+            self._refuse(merge, reason, self._draft.where(merge))
+        if lost:
+            left = [merge for merge in self._draft.merges if merge not in lost]
+            self._draft = Draft(self._draft.traced, self._draft.replicas, left)
+            for merge, reason in self._draft.refused:
+                self._refuse(merge, reason)
 
-    def _refuse(self, merge: Merge, reason: Refusal) -> None:
-        self._missed.append(Missed(merge.owner.path or "(root)", merge.rules[-1], str(merge.term), reason))
+    def _refuse(self, merge: Merge, reason: Refusal, where: str = "") -> None:
+        where = where or merge.owner.path or "(root)"
+        self._missed.append(
+            Missed(where, merge.rules[-1], str(merge.term), reason, search.layers_of(merge.nodes), merge)
+        )
 
 
 def plan(
@@ -427,6 +469,10 @@ def reparameterize(
         verify: prove every merge on its region in float64 and, with example inputs, the whole model against its
             float64 self; the latter not if a border is inexact because you allowed it.
 
+    Warns:
+        MergeDropped: a merge failed its proof, so it is not done; the rest is.
+        NothingMerged: there is nothing to merge.
+
     Raises:
         Unmerged: a block of `structrep.expand` cannot be merged, with norms="keep"; the model is as it was.
         VerificationError: the deploy model is farther from the truth than rounding explains; with `inplace`, the
@@ -451,8 +497,10 @@ def assert_merged(model: nn.Module, example_inputs: Example | None = None, *, ru
         Unmerged: there is, with the layers, and what they would be merged by.
         Uninitialized, Sharded, UnknownRule, BadInput: as for `plan`.
     """
-    left = plan(eval_copy(unwrapped(model)), example_inputs, rules=rules).record.merges
-    if left:
+    planned = plan(eval_copy(unwrapped(model)), example_inputs, rules=rules)
+    if planned.merged:
+        planned.prove()  # what is never done is not left to do
+    if left := planned.merges:
         raise Unmerged(
             f"{type(unwrapped(model)).__name__} has {counted(len(left), 'merge')} left to do: "
             f"{listed(f'{merge.where} ({merge.before})' for merge in left)}. Export "

@@ -1,11 +1,14 @@
 """What can go wrong, said as: what was found, both values, the remedy.
 
 Two families. A `Refusal` is a merge that was *not* done; the plan lists it and the model keeps its branches there.
-Every other `StructrepError` stops the call; the user's model is then as it was.
+Every other `StructrepError` stops the call; the user's model is then as it was. Beside them there are warnings, of what
+a call has left undone.
 """
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Iterable
 
 LISTED = 8  # names of a kind in one message
@@ -109,6 +112,22 @@ class Unmerged(StructrepError):
 
 class VerificationError(StructrepError):
     """The deploy model is farther from the truth than the training-time model's own rounding explains."""
+
+
+class MergeDropped(UserWarning):
+    """A merge that a plan lists failed its proof: it was not done, and the model keeps its branches there."""
+
+
+class NothingMerged(UserWarning):
+    """A model was converted, and there is nothing in it to merge: it is as it was."""
+
+
+def warn(message: str, kind: type[Warning] = UserWarning) -> None:
+    """Warn, at the line that called structrep."""
+    frame, depth = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "structrep":
+        frame, depth = frame.f_back, depth + 1
+    warnings.warn(message, kind, stacklevel=depth)
 
 
 def said(error: BaseException) -> str:

@@ -536,9 +536,8 @@ def prove(merges: Sequence[Merge]) -> None:
                 continue  # too small for the layers as they were, or of other dims
             for node, (before, after) in compared.items():
                 if before.shape != after.shape:
-                    raise WrongMerge(
-                        f"on an input of shape {what} the layers give {tuple(before.shape)}, merged {tuple(after.shape)}"
-                    )
+                    shapes_ = f"the layers give {tuple(before.shape)}, merged {tuple(after.shape)}"
+                    raise WrongMerge(f"on an input of shape {what} {shapes_}")
                 inside = ~torch.isnan(after) if open_ else torch.ones_like(after, dtype=torch.bool)
                 found.append((what, node, before[inside], after[inside]))
             return
@@ -559,8 +558,10 @@ def prove(merges: Sequence[Merge]) -> None:
                 f"on an input of shape {what} what is merged is off by {error:.1e}, relative to the largest output"
             )
     if not found:
+        known = all("shape" in node.meta for node in both.region.inputs)
         raise WrongMerge(
-            f"the layers take no input to be compared on, of shape {listed(tried) or '()'}: example_inputs would tell one"
+            f"the layers take no input of shape {listed(tried)}, so nothing can be compared"
+            + ("" if known else ": pass example_inputs, which tell what they take")
         )
 
 

@@ -60,15 +60,14 @@ class Region:
         self.inside = inside
         made = (made for node in self.nodes for source in (read_as_traced, self.reads) for made in source(node))
         self.inputs = sorted({one for one in made if one not in inside}, key=lambda n: int(n.meta["index"]))
-        self.outputs = [node for node in self.nodes if self._is_output(node)]
+        outputs = [node for node in self.nodes if self._is_output(node)]
+        self.outputs = outputs or [node for node in self.nodes if not node.users and node not in self.gone]
         self.modules: dict[tuple[nn.Module, bool], nn.Module] = {}
         self.shadows = precision.Shadows()
 
     def _is_output(self, node: fx.Node) -> bool:
-        users = [user for user in node.users if not asks_shape(user) and not only_asserted(user)]
-        if node in self.merges and not users:
-            return True  # nobody reads it, but it is what the merge gives
-        return bool(node.meta.get("kept")) or any(user not in self.inside for user in users)
+        users = (user for user in node.users if user not in self.inside)
+        return bool(node.meta.get("kept")) or any(not asks_shape(user) and not only_asserted(user) for user in users)
 
     def reads(self, node: fx.Node) -> list[fx.Node]:
         """What a node reads once the merges are done."""
@@ -309,10 +308,12 @@ class Trials:
             return [(2, g.in_channels, *size[: g.dims])]
         known = rank(node)
         ranks = (known,) if known is not None else (g.dims + 2, *range(2, 6)) if g.dims else range(2, 6)
-        last = [(*range(2, max(2, dims) + 1), g.in_channels) for dims in ranks]
         if merge.base is node:
-            return last
-        first = [(2, g.in_channels, *size, *size)[:dims] for dims in ranks]
+            return [(*range(2, max(2, dims) + 1), g.in_channels) for dims in ranks]
+        # No other dim of as many, nor of one, which would be spread: dims that are taken for others are not taken.
+        free = [max(2, n) + (max(2, n) == g.in_channels) for n in (2, *size, *size)]
+        first = [(free[0], g.in_channels, *free[1:])[:dims] for dims in ranks]
+        last = [(*free[: dims - 1], g.in_channels) for dims in ranks]
         return [shape for pair in zip(first, last, strict=True) for shape in dict.fromkeys(pair)]
 
     def _example(self) -> Iterator[Shapes]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import inspect
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -16,7 +15,7 @@ from importlib import metadata
 from torch import nn
 
 from structrep.algebra import ConvMap
-from structrep.errors import InvalidRule, Refusal, UnknownRule, WrongMerge, said
+from structrep.errors import InvalidRule, Refusal, UnknownRule, WrongMerge, said, warn
 from structrep.pattern import Captures, Pattern, Term, arguments, channels_at, value
 from structrep.ranks import written_in
 
@@ -264,10 +263,9 @@ def load_plugins() -> None:
                     default.add(one)
             except Exception as error:
                 package = point.dist.name if point.dist else "an installed package"
-                warnings.warn(
+                warn(
                     f"{group} of {package}, {point.name} = {point.value}, could not be loaded and is left out: "
-                    f"{type(error).__name__}: {error}",
-                    stacklevel=3,
+                    f"{type(error).__name__}: {error}"
                 )
 
 

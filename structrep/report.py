@@ -89,6 +89,11 @@ class PlanRecord(Record):
     refusals: tuple[RefusalRecord, ...]
 
     @property
+    def nothing(self) -> str:
+        """What is to be said of a plan without merges."""
+        return f"there is nothing to merge in {self.model}{self.reasons}"
+
+    @property
     def reasons(self) -> str:
         """The refusals, a line each, as part of an error; of many the first."""
         return "".join(f"\n  {line}" for line in some(f"{r.where}, {r.what}: {r.reason}" for r in self.refusals))

@@ -14,7 +14,7 @@ import contextlib
 import itertools
 import operator
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from inspect import signature
 from typing import Any
@@ -95,11 +95,10 @@ def _scales(merge: Merge) -> list[Unit]:
     return [Unit((Segment(one.source, one.node, ONE, one.nodes),)) for one in merge.absorbed if not one.ends]
 
 
-def without(merges: Iterable[Merge], failed: Collection[Merge]) -> list[Merge]:
-    """What stands of some merges when others fail: not what has anything in common with one that fell."""
-    groups = together([*merges, *failed])
-    lost = {merge for group in groups if not set(failed).isdisjoint(group) for merge in group}
-    return [merge for merge in merges if merge not in lost]
+def fallen(merges: Sequence[Merge], failed: Mapping[Merge, Refusal]) -> dict[Merge, Refusal]:
+    """What falls of some merges when some of them fail, and why: also what has anything in common with one of these."""
+    groups = [(group, [failed[merge] for merge in group if merge in failed]) for group in together(merges)]
+    return {merge: failed.get(merge, reasons[0]) for group, reasons in groups if reasons for merge in group}
 
 
 def end(norm: nn.Module) -> None:
@@ -162,8 +161,9 @@ class Draft:
             self._decide()
             if not (failed := self._write()):
                 return
-            self.refused += failed.items()
-            self.merges = without(self.merges, failed)
+            lost = fallen(self.merges, failed)
+            self.refused += lost.items()
+            self.merges = [merge for merge in self.merges if merge not in lost]
 
     def _decide(self) -> None:
         self.hosts: dict[Merge, Unit] = {}

@@ -175,6 +175,7 @@ class Missed:
     what: str
     reason: Refusal
     layers: tuple[str, ...] = ()  # paths of the layers that it is about
+    of: Merge | None = None  # what was planned first
 
 
 @dataclass(eq=False)
@@ -307,7 +308,7 @@ def check_ready(model: nn.Module) -> None:
         if isinstance(module, nn.modules.batchnorm._NormBase) and module.training and module.track_running_stats:
             raise TrainingMode(
                 f"{path or 'the model'} ({type(module).__name__}) is in training mode, so it has no fixed scale: "
-                f"call model.eval() first"
+                f"call model.eval() first{_counted(path, module)}"
             )
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None and hasattr(tensor, "full_tensor"):
@@ -325,6 +326,18 @@ def check_ready(model: nn.Module) -> None:
                     f"{path + '.' if path else ''}{name} of {type(module).__name__} has no shape yet: "
                     f"run the model once on a batch, then try again"
                 )
+
+
+def _counted(path: str, norm: nn.Module) -> str:
+    """What the counter of a norm in training mode says of its statistics."""
+    count = norm._buffers.get("num_batches_tracked")
+    if count is None or count.is_meta or hasattr(count, "full_tensor") or not int(count):
+        return ""
+    return (
+        f". Every forward in this mode changes the statistics, and {path + '.' if path else ''}num_batches_tracked has "
+        f"counted {int(count):,}: if these were not all of its training (a converted model counts from 0), load or "
+        f"convert the weights anew"
+    )
 
 
 def _check_tree(module: nn.Module, path: str, around: tuple[nn.Module, ...]) -> None:
@@ -881,8 +894,7 @@ class Search:
         reason.__traceback__ = reason.__context__ = None  # whose frames hold kernels
         if (root, rule) not in self.refused:
             self.refused.add((root, rule))
-            layers = tuple(dict.fromkeys(filter(None, map(_layer_of, nodes))))
-            self.missed.append((root, Missed(path_of(root) or "(root)", rule, what, reason, layers)))
+            self.missed.append((root, Missed(path_of(root) or "(root)", rule, what, reason, layers_of(nodes))))
 
     def _isolated(self, covered: set[fx.Node]) -> None:
         """Say of every norm that stays, and that no refusal is about, what it stands between; not of those that stay
@@ -922,6 +934,11 @@ def _layer_of(node: fx.Node) -> str:
     """The path of the layer that a node is, or is written in."""
     call = node.meta["call"]
     return call.path if call and isinstance(call.module, _LAYERS) else ""
+
+
+def layers_of(nodes: Iterable[fx.Node]) -> tuple[str, ...]:
+    """The paths of the layers among some nodes."""
+    return tuple(dict.fromkeys(filter(None, map(_layer_of, nodes))))
 
 
 _LAYERS = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.Linear)

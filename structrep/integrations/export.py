@@ -40,7 +40,7 @@ def merge(trained: nn.Module, norms: Literal["keep", "fold"] = "keep", **options
             f"norms='keep' merges blocks of structrep.expand, and {name} has none: put them in before the optimizer is "
             "made, model = structrep.expand(model, 'repvgg')"
         )
-    planned = plan(trained, norms=norms, **options)
+    planned = plan(trained, norms=norms, **options).proved()
+    if norms == "fold" and not planned.merges:
+        raise BadInput(planned.record.nothing)
     planned.reparameterize(inplace=True)
-    if not planned.merges:
-        raise BadInput(f"{name}: no merge{planned.record.reasons}")
