@@ -71,7 +71,7 @@ def torch_kind(module: nn.Module) -> type[nn.Module] | None:
 
 def _lists(module: nn.Module) -> dict[str, nn.Module | None]:
     """The parametrizations of a module, by the tensors that they compute."""
-    lists = module._modules.get("parametrizations")
+    lists = dict(module._modules.items()).get("parametrizations")  # a scripted module's are no dict
     return dict(lists._modules) if isinstance(lists, nn.ModuleDict) else {}
 
 
