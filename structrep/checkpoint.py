@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -77,6 +78,8 @@ def convert_checkpoint(
             several and `out` holds one.
         force: whether `out` may be replaced.
         trusted: whether a torch file may hold any Python object, which can run code as it is read.
+
+    Warns where the statistics of a norm are of several processes, its mean of one and its variance of another.
 
     Raises:
         BadInput: the checkpoint cannot be read, holds no state dict of the model, or several where one is wanted;
@@ -333,9 +336,10 @@ def _distributed(folder: Path, model: nn.Module) -> dict[str, Tensor]:
     from torch.distributed.checkpoint.state_dict_loader import load as load_sharded
 
     try:
-        known = FileSystemReader(folder).read_metadata().state_dict_metadata
+        metadata = FileSystemReader(folder).read_metadata()
     except Exception as error:
         raise BadInput(f"{folder} is no folder of torch.distributed.checkpoint: {said(error)}") from error
+    known = metadata.state_dict_metadata
     sizes = {name: entry for name, entry in known.items() if isinstance(entry, TensorStorageMetadata)}
     expected = model.state_dict().keys()
     state = {
@@ -347,7 +351,33 @@ def _distributed(folder: Path, model: nn.Module) -> dict[str, Tensor]:
         load_sharded(state, checkpoint_id=folder, no_dist=True)
     except Exception as error:
         raise BadInput(f"{folder} is damaged: {said(error)}") from error
+    if mixed := _of_several_processes(metadata.storage_data, state, model):
+        warnings.warn(
+            f"{folder} has the means of some norms from one process and their variances from another: {listed(mixed)}. "
+            f"That is right only if they were the same in all processes. If not, average them before saving, or save "
+            f"those of the first process, with planner=DefaultSavePlanner(dedup_save_to_lowest_rank=True)",
+            stacklevel=4,
+        )
     return state
+
+
+def _of_several_processes(places: Any, state: Mapping[str, Tensor], model: nn.Module) -> list[str]:
+    """The norms whose statistics processes wrote in part each, by where `torch.distributed.checkpoint` has put them.
+
+    Each tensor that all processes have is written by one of them, whichever has least to write.
+    """
+    wrote: dict[str, set[str]] = {}
+    for index, place in (places or {}).items():
+        if process := re.match(r"__\d+_", str(getattr(place, "relative_path", ""))):
+            wrote.setdefault(index.fqn, set()).add(process[0])
+    synced = tuple(path for path, module in model.named_modules() if isinstance(module, nn.SyncBatchNorm))
+    norms = [name.removesuffix(".running_mean") for name in state if name.endswith(".running_mean")]
+    return [
+        norm
+        for norm in norms
+        if wrote.get(f"{norm}.running_mean") != wrote.get(f"{norm}.running_var")
+        and not any(f".{plain_name(norm)}".endswith(f".{path}") for path in synced)
+    ]
 
 
 def _exchanged(content: Any, before: list[Weights], after: list[Weights], at: tuple[str, ...] = ()) -> Any:

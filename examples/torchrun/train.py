@@ -19,6 +19,7 @@ import typer
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -71,7 +72,8 @@ def save(model: nn.Module, folder: Path) -> None:
         if buffer.is_floating_point():
             dist.all_reduce(buffer)
             buffer /= dist.get_world_size()
-    dcp.save({"model": get_model_state_dict(model)}, checkpoint_id=folder)  # type: ignore[attr-defined]
+    planner = DefaultSavePlanner(dedup_save_to_lowest_rank=True)  # what all have is written by the first
+    dcp.save({"model": get_model_state_dict(model)}, checkpoint_id=folder, planner=planner)  # type: ignore[attr-defined]
 
 
 @app.command()

@@ -10,7 +10,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 import structrep
-from tests.distributed.training import ACCUMULATED, OPTIONS, Plain, batch, expanded, loss_of, train
+from tests.distributed.training import ACCUMULATED, OPTIONS, Plain, batch, even, expanded, loss_of, train
 from tests.models import relative_error
 
 ROOT = Path(__file__).parents[2]
@@ -94,6 +94,41 @@ def test_sharded(folder):
         plain.load_state_dict(back.state_dict())
         errors[f"{block}, plain again"] = relative_error(plain.eval()(X), output)
     assert not too_large(errors, 1e-10)
+
+
+@needs_shards
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_statistics_of_several_processes(tmp_path, recwarn):
+    """torch has each process write some of what all have: a norm's mean may be of one, its variance of another."""
+    folder, out = tmp_path, tmp_path / "deploy.pt"
+    run("apart", folder, 3)
+    own = torch.load(folder / "apart.pt")["own"]
+    model = even()
+    state = model.state_dict()
+    dcp.load({"model": state}, checkpoint_id=folder / "apart")
+    of = {
+        name: [torch.equal(state[name], buffers[name]) for buffers in own].index(True)
+        for name in own[0]
+        if name.endswith(("running_mean", "running_var"))
+    }
+    assert not any(torch.equal(own[0][name], own[1][name]) for name in of)
+    norms = [name.removesuffix(".running_mean") for name in of if name.endswith("mean")]
+    mixed = [norm for norm in norms if of[f"{norm}.running_mean"] != of[f"{norm}.running_var"]]
+    assert mixed
+    recwarn.clear()
+    structrep.convert_checkpoint(folder / "apart", out, model, norms="keep")
+    (told,) = (str(one.message) for one in recwarn if one.filename == __file__)
+    assert "dedup_save_to_lowest_rank=True" in told
+    for norm in norms:
+        assert (f"model.{norm}" in told) == (norm in mixed), told
+    recwarn.clear()
+    synced = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    structrep.convert_checkpoint(folder / "apart", out, synced, norms="keep", force=True)
+    structrep.convert_checkpoint(folder / "averaged", out, even(), norms="keep", force=True)
+    assert not [one for one in recwarn if one.filename == __file__]
+    dcp.load({"model": state}, checkpoint_id=folder / "averaged")
+    for name in of:
+        assert relative_error(state[name], sum(buffers[name] for buffers in own) / len(own)) < 1e-12
 
 
 @needs_shards

@@ -62,6 +62,14 @@ def expanded(block: str) -> nn.Module:
     return model
 
 
+def even() -> nn.Module:
+    """Blocks in float64, in training mode, of which processes get equal parts."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU()]
+    layers += [nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU()]
+    return structrep.expand(nn.Sequential(*layers).double(), "repvgg", where=["0", "3"])
+
+
 def batch(step: int, part: int) -> tuple[Tensor, Tensor]:
     """Images (8, 3, 8, 8) and labels (8,) of all processes together."""
     generator = torch.Generator().manual_seed(100 * step + part)

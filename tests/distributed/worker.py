@@ -1,5 +1,6 @@
 """What each process runs: `torchrun -m tests.distributed.worker TASK FOLDER`. The first one writes what came out."""
 
+import runpy
 import sys
 import time
 from pathlib import Path
@@ -16,7 +17,17 @@ from torch.nn.parallel import DistributedDataParallel
 import structrep
 from structrep.blocks.dbb import NormPad
 from structrep.errors import Sharded
-from tests.distributed.training import ACCUMULATED, OPTIONS, SyncedNorm, batch, expanded, loss_of, sync_norms, train
+from tests.distributed.training import (
+    ACCUMULATED,
+    OPTIONS,
+    SyncedNorm,
+    batch,
+    even,
+    expanded,
+    loss_of,
+    sync_norms,
+    train,
+)
 
 BFLOAT16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 FLOAT32_INSIDE = MixedPrecisionPolicy(param_dtype=torch.float32, output_dtype=torch.bfloat16)
@@ -72,6 +83,19 @@ def sharded(folder: Path) -> dict[str, object]:
     return found
 
 
+def apart(folder: Path) -> dict[str, object]:
+    """Norms with statistics of each process, as they are and averaged, and what each process had."""
+    model = even()
+    fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    model(batch(0, dist.get_rank())[0])
+    own: list[dict[str, torch.Tensor]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(own, dict(model.named_buffers()))
+    dcp.save({"model": get_model_state_dict(model)}, checkpoint_id=folder / "apart")
+    recipe = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "torchrun" / "train.py"))
+    recipe["save"](model, folder / "averaged")
+    return {"own": own}
+
+
 def resharded(folder: Path) -> dict[str, object]:
     """The checkpoints of `sharded`, read by another number of processes, into models that had no memory yet."""
     found: dict[str, object] = {}
@@ -95,7 +119,7 @@ def mixed(folder: Path) -> dict[str, object]:
     return found
 
 
-TASKS = {task.__name__: task for task in (data_parallel, sharded, resharded, mixed)}
+TASKS = {task.__name__: task for task in (data_parallel, sharded, apart, resharded, mixed)}
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
