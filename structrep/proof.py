@@ -293,7 +293,9 @@ class _Passing:
                 if self.where[one] in watched
             }
             try:
-                ours = region.after({**truth, **given}, {}, below)
+                ours = region.after(
+                    {**{node: truth[node] for node in region.inputs if node in truth}, **given}, {}, below
+                )
             except (WrongMerge, RuntimeError):
                 continue  # of another shape, or never run
             pairs = [(ours[node].to(truth[node]), truth[node], noisy[node]) for node in below]
