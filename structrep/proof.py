@@ -454,7 +454,8 @@ class _Passing:
                 if self.where[one] in watched
             }
             try:
-                ours = region.after({**truth, **given}, {}, dtype, below)
+                known = {node: truth[node] for node in region.inputs if node in truth}
+                ours = region.after({**known, **given}, {}, dtype, below)
             except (WrongMerge, RuntimeError):
                 continue  # of another shape, or never run
             pairs = [(ours[node].to(truth[node]), *found[node]) for node in below]

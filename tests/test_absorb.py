@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import structrep
+from structrep.trace import trace
 from tests.models import relative_error, settled
 
 X = torch.randn(2, 4, 6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -556,3 +557,75 @@ def test_a_parametrized_norm_keeps_its_weight(name):
     model = learned(nn.Sequential(norm, nn.Linear(4, 4)))
     deploy = structrep.reparameterize(model)
     assert relative_error(deploy(TOKENS), model(TOKENS)) < 1e-12
+
+
+def rows(y):
+    return y.permute(0, 2, 1)
+
+
+def turned(y):
+    return y.transpose(1, 2)
+
+
+def by_hand(y, n):
+    return F.batch_norm(y, n.running_mean, n.running_var, n.weight, n.bias, False, 0.0, n.eps)
+
+
+# One norm of channels between two permutations, each with what it merges to.
+BETWEEN = {
+    "a convolution, turned there and back": (lambda s, x: turned(s.norm(turned(turned(s.conv(x))))), 1),
+    "a Linear": (lambda s, x: rows(s.norm(rows(s.first(x)))), 1),
+    "a Linear, transposed": (lambda s, x: turned(s.norm(turned(s.first(x)))), 1),
+    "both": (lambda s, x: turned(s.norm(rows(s.first(x)))), 1),
+    "a skip": (lambda s, x: x + rows(s.norm(rows(s.first(x)))), 1),
+    "a Linear behind it": (lambda s, x: s.first(turned(s.norm(turned(x)))), 1),
+    "a Linear behind it, permuted": (lambda s, x: s.first(rows(s.norm(rows(x)))), 1),
+    "Linears on both sides": (lambda s, x: s.second(rows(s.norm(rows(s.first(x))))), 1),
+    "Linears on both sides of an activation": (lambda s, x: s.second(rows(s.norm(rows(s.first(x)))).relu()), 1),
+    "two Linears behind it": (lambda s, x: (lambda y: s.first(y) * s.second(y))(rows(s.norm(rows(x)))), 2),
+    "a scale behind the norm": (lambda s, x: rows(s.norm(rows(s.first(x))) * s.gamma.view(1, -1, 1)), 1),
+    "a scale behind the permutation": (lambda s, x: rows(s.norm(rows(s.first(x)))) * s.gamma, 1),
+    "two norms": (lambda s, x: rows(s.other(rows(rows(s.norm(rows(s.first(x))))))), 1),
+    "two norms in a row": (lambda s, x: rows(s.other(s.norm(rows(s.first(x))))), 1),
+    "a norm and what it is given (RepBN)": (lambda s, x: (lambda t: rows(s.norm(t) + 0.5 * t))(rows(s.first(x))), 1),
+    "a reshape": (lambda s, x: rows(s.norm(rows(s.first(x).reshape(-1, 4, 4)))), 1),
+    "a norm by hand": (lambda s, x: rows(by_hand(rows(s.first(x)), s.norm)), 1),
+    "a norm that is read twice": (lambda s, x: (lambda y: rows(y) * y.mean())(s.norm(rows(s.first(x)))), 1),
+    "two permutations behind": (lambda s, x: (lambda y: (rows(y), turned(y) * 2))(s.norm(rows(s.first(x)))), 1),
+    # The scale between is one of the last dim, which no permutation makes one of the channels.
+    "a scale of the other dim": (lambda s, x: turned(s.norm(turned(s.first(x)) * s.gamma)), 0),
+}
+
+
+class Between(nn.Module):
+    def __init__(self, how):
+        super().__init__()
+        self.how, self.conv = how, nn.Conv1d(4, 4, 3, padding=1)
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.norm, self.other, self.gamma = nn.BatchNorm1d(4), nn.BatchNorm1d(4), nn.Parameter(torch.rand(4) + 0.5)
+
+    def forward(self, x):
+        return BETWEEN[self.how][0](self, x)
+
+
+@pytest.mark.parametrize("example", [False, True])
+@pytest.mark.parametrize("verify", [False, True])
+@pytest.mark.parametrize("how", BETWEEN)
+def test_a_norm_between_two_permutations_is_merged_once(how, verify, example):
+    model = settled(Between(how))
+    x = torch.randn(4, 4, 4, dtype=torch.float64)  # of one size, so that a mistake of the dim would still run
+    plan = structrep.plan(model, x if example else None)
+    assert len(plan.merges) == BETWEEN[how][1]
+    deploy = plan.reparameterize(x if example else None, verify=verify)
+    mine, truth = (one if isinstance(one, tuple) else (one,) for one in (deploy(x), model(x)))
+    assert all(relative_error(a, b) < 1e-12 for a, b in zip(mine, truth, strict=True))
+    left = [module for module, _ in trace(deploy).calls if isinstance(module, nn.BatchNorm1d)]
+    assert bool(left) == (not plan.merges)
+
+
+def test_a_norm_that_was_probed_is_no_norm_of_each_value_too():
+    norm = nn.InstanceNorm2d(4, affine=True, track_running_stats=True)
+    model = settled(nn.Sequential(nn.ReLU(), norm, nn.Conv2d(4, 4, 1), nn.ReLU()))
+    plan = structrep.plan(model, X, probe="1")
+    assert [merge.rules for merge in plan.merges] == [("fold_prenorm",)]
+    assert relative_error(plan.reparameterize(X)(X), model(X)) < 1e-12
