@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.export import ExportedProgram
 
 from structrep import precision, search
 from structrep.algebra import ConvMap
@@ -39,7 +40,8 @@ from structrep.report import (
 from structrep.reserve import carry
 from structrep.rewrite import Draft, without
 from structrep.search import Findings, Merge, Missed
-from structrep.trace import Example, eval_copy, is_compiled, make_eager, own_copy
+from structrep.sources import without_source
+from structrep.trace import Example, demand_python, eval_copy, is_compiled, make_eager, own_copy
 
 Rules = Registry | Iterable[str | Rule] | None
 IN_TORCH = Measured()  # what cost="measured" is, so that timings are kept from one plan to the next
@@ -93,7 +95,19 @@ class Plan:
 
     @property
     def record(self) -> PlanRecord:
-        return PlanRecord(model=type(self._model).__name__, merges=self.merges, refusals=self.refusals)
+        model = type(self._model).__name__
+        return PlanRecord(model=model, merges=self.merges, refusals=self.refusals, notes=self.notes)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is to be known of the model: that the source of some of its classes cannot be read."""
+        unread = without_source(self._model)
+        if not unread:
+            return ()
+        return (
+            f"Python finds no source of {listed(unread)} (typed in, piped, run by exec, or a .pyc alone): where their "
+            "forwards cannot be followed, their branches stay. Put them into a file, and more may merge",
+        )
 
     def faster(self, example_inputs: Example) -> Plan:
         """This plan, or one without the merges that make the model slower, as measured: one by one, and all of them.
@@ -470,6 +484,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
     Raises:
         BadInput: it is no module.
     """
+    if isinstance(model, ExportedProgram):
+        model = own_copy(model.module())  # whose weights the program would share
     while True:
         if not isinstance(model, nn.Module):
             what = model.__name__ if isinstance(model, type) else type(model).__name__
@@ -478,13 +494,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
             model = model.module
         elif is_compiled(model):
             model = model.get_submodule("_orig_mod")
-        elif isinstance(model, torch.jit.ScriptModule):
-            name = getattr(model, "original_name", type(model).__name__)
-            raise BadInput(
-                f"{name} is TorchScript, whose code is fixed: give the module that it was made of, and script what "
-                f"comes back"
-            )
         else:
+            demand_python(model)
             return model
 
 

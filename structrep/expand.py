@@ -23,7 +23,7 @@ from structrep.errors import BadInput
 from structrep.pattern import Conv, Norm, Seq
 from structrep.readers import hooks
 from structrep.registry import Registry
-from structrep.trace import eval_copy, own_copy
+from structrep.trace import demand_python, eval_copy, own_copy
 
 log = logging.getLogger("structrep")
 
@@ -122,6 +122,7 @@ def expand(
     if init not in ("preserve", "paper"):
         raise BadInput(f"init={init!r}: give 'preserve' or 'paper'")
     family = FAMILIES[block]
+    demand_python(model)
     layers, norms = dict(model.named_modules()), _norms_behind(model)
     made: dict[str, nn.Module] = {}
     for path in _chosen(model, family, block, where, norms):

@@ -34,7 +34,7 @@ from torch.overrides import TorchFunctionMode
 from structrep import readers
 from structrep.algebra import ConvMap
 from structrep.answers import length, spared
-from structrep.aten import in_torch
+from structrep.aten import gives_more, in_torch
 from structrep.errors import BadInput, StructrepError, Untraceable, said
 from structrep.intercept import (
     compiled_inlined,
@@ -430,6 +430,19 @@ def _scripted(module: nn.Module) -> Untraceable:
     return Untraceable(
         f"{name} is TorchScript, whose code is fixed: put the module that it was made of there, and script what comes back"
     )
+
+
+def demand_python(model: nn.Module) -> None:
+    """Raise where a model's code is no longer Python's.
+
+    Raises:
+        BadInput: it is TorchScript.
+    """
+    if isinstance(model, torch.jit.ScriptModule):
+        name = getattr(model, "original_name", type(model).__name__)
+        raise BadInput(
+            f"{name} is TorchScript, whose code is fixed: give the module that it was made of, and script what comes back"
+        )
 
 
 def _never_called(module: nn.Module, called: set[nn.Module]) -> Iterator[nn.Module]:
@@ -881,9 +894,12 @@ class _Tracer(fx.Tracer):
     def create_proxy(
         self, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *more: Any, **named: Any
     ) -> fx.Proxy:
+        first = isinstance(target, OpOverload) and gives_more(target)
         if isinstance(target, OpOverload):
             kind, target, args, kwargs = in_torch(target, args, kwargs)
-        return super().create_proxy(kind, target, args, kwargs, *more, **named)
+        made = super().create_proxy(kind, target, args, kwargs, *more, **named)
+        # of statistics behind it, exported programs in eval mode make no use
+        return (made, None, None) if first and not isinstance(target, OpOverload) else made  # type: ignore[return-value]
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         node = super().create_node(*args, **kwargs)
@@ -1028,7 +1044,7 @@ class _Constants(TorchFunctionMode):
         if is_traced((args, kwargs)):
             return func(*args, **kwargs)
         func = unwatched(func)
-        if isinstance(func, OpOverload):
+        if isinstance(func, OpOverload) and not gives_more(func):
             kind, func, args, kwargs = in_torch(func, args, kwargs)
             func = getattr(Tensor, func) if kind == "call_method" else func
         name = getattr(func, "__name__", "")
