@@ -428,7 +428,8 @@ def is_compiled(module: nn.Module) -> bool:
 def _scripted(module: nn.Module) -> Untraceable:
     name = getattr(module, "original_name", type(module).__name__)
     return Untraceable(
-        f"{name} is TorchScript, whose code is fixed: put the module that it was made of there, and script what comes back"
+        f"{name} is TorchScript, whose code is fixed: put the module that it was made of there, and script what comes "
+        f"back"
     )
 
 
@@ -441,7 +442,8 @@ def demand_python(model: nn.Module) -> None:
     if isinstance(model, torch.jit.ScriptModule):
         name = getattr(model, "original_name", type(model).__name__)
         raise BadInput(
-            f"{name} is TorchScript, whose code is fixed: give the module that it was made of, and script what comes back"
+            f"{name} is TorchScript, whose code is fixed: give the module that it was made of, and script what comes "
+            f"back"
         )
 
 
