@@ -285,7 +285,8 @@ def plan(
 
     Args:
         model: any module in eval mode. What torch wraps around a model to train or compile it (DataParallel,
-            DistributedDataParallel, `torch.compile`) is seen through: the plan is for the model inside.
+            DistributedDataParallel, `torch.compile`) is seen through: the plan is for the model inside. Of a program of
+            `torch.export` it is for a graph module of its own.
         example_inputs: a tensor, a tuple of positional or a mapping of keyword arguments; tells shapes, which some
             merges need.
         rules: a registry, or names of registered rules and rules; all registered ones by default.
