@@ -158,7 +158,9 @@ class Plan:
         Raises:
             BadInput: the model rejects the inputs.
         """
-        return verify(self._model, deploy or self.apply(), example_inputs, merges=self.merged, **how)
+        return verify(
+            self._model, self.apply() if deploy is None else deploy, example_inputs, merges=self.merged, **how
+        )
 
     def apply(self, inplace: bool = False) -> nn.Module:
         """The deploy model: the same class and names, with every merge done.

@@ -379,6 +379,8 @@ def _tensors_of(module: nn.Module) -> Iterator[Tensor]:
 def _alias(tensor: Tensor) -> Tensor:
     if not isinstance(tensor, nn.Parameter):
         return tensor.detach().clone()
+    if tensor.is_inference():  # made in inference mode, outside of which it takes no gradient
+        return nn.Parameter(tensor.clone().detach(), requires_grad=tensor.requires_grad)
     return nn.Parameter(tensor.detach(), requires_grad=tensor.requires_grad)
 
 

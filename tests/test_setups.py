@@ -260,3 +260,31 @@ def test_what_cannot_be_copied_is_said():
     model.lock = threading.Lock()
     with pytest.raises(BadInput, match=r"cannot be copied: TypeError: cannot pickle '_thread\.lock'"):
         structrep.plan(model)
+
+
+class Unhashable(Plain):
+    def __eq__(self, other):
+        return self is other
+
+    __hash__ = None
+
+
+class Untrue(Plain):
+    def __bool__(self):
+        raise TypeError("no truth value")
+
+
+def test_classes_with_an_equality_or_a_truth_of_their_own():
+    with pytest.raises(BadInput, match="needs a __hash__ too"):
+        structrep.plan(Unhashable().eval())
+    model = settled(Untrue())
+    assert relative_error(structrep.reparameterize(model, X)(X), model(X)) < 1e-12
+
+
+def test_weights_made_in_inference_mode():
+    with torch.inference_mode():
+        model = settled(Plain())
+    deploy = structrep.reparameterize(model, X)
+    assert len(structrep.plan(model).merges) == 2
+    with torch.no_grad():
+        assert relative_error(deploy(X), model(X)) < 1e-12
