@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, Literal
 from weakref import WeakValueDictionary
 
-import torch
 from torch import nn
+from torch.export import ExportedProgram
 
 from structrep import precision, process, search
 from structrep.algebra import ConvMap
@@ -52,7 +52,8 @@ from structrep.report import (
 from structrep.reserve import carry
 from structrep.rewrite import Draft, fallen
 from structrep.search import Findings, Merge, Missed
-from structrep.trace import Example, eval_copy, is_compiled, make_eager, own_copy
+from structrep.sources import without_source
+from structrep.trace import Example, demand_python, eval_copy, is_compiled, make_eager, own_copy
 
 Rules = Registry | Iterable[str | Rule] | None
 IN_TORCH = Measured()  # what cost="measured" is, so that timings are kept from one plan to the next
@@ -109,7 +110,19 @@ class Plan:
 
     @property
     def record(self) -> PlanRecord:
-        return PlanRecord(model=type(self._model).__name__, merges=self.merges, refusals=self.refusals)
+        model = type(self._model).__name__
+        return PlanRecord(model=model, merges=self.merges, refusals=self.refusals, notes=self.notes)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is to be known of the model: that the source of some of its classes cannot be read."""
+        unread = without_source(self._model)
+        if not unread:
+            return ()
+        return (
+            f"Python finds no source of {listed(unread)} (typed in, piped, run by exec, or a .pyc alone): where their "
+            "forwards cannot be followed, their branches stay. Put them into a file, and more may merge",
+        )
 
     def faster(self, example_inputs: Example) -> Plan:
         """This plan, or one without the merges that make the model slower, as measured: one by one, and all of them.
@@ -176,7 +189,9 @@ class Plan:
         Raises:
             BadInput: the model rejects the inputs.
         """
-        return verify(self._model, deploy or self.apply(), example_inputs, merges=self.merged, **how)
+        return verify(
+            self._model, self.apply() if deploy is None else deploy, example_inputs, merges=self.merged, **how
+        )
 
     def apply(self, inplace: bool = False) -> nn.Module:
         """The deploy model: the same class and names, with every merge done.
@@ -315,7 +330,8 @@ def plan(
 
     Args:
         model: any module in eval mode. What torch wraps around a model to train or compile it (DataParallel,
-            DistributedDataParallel, `torch.compile`) is seen through: the plan is for the model inside.
+            DistributedDataParallel, `torch.compile`) is seen through: the plan is for the model inside. Of a program of
+            `torch.export` it is for a graph module of its own.
         example_inputs: a tensor, a tuple of positional or a mapping of keyword arguments; tells shapes, which some
             merges need.
         rules: a registry, or names of registered rules and rules; all registered ones by default.
@@ -520,6 +536,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
     Raises:
         BadInput: it is no module.
     """
+    if isinstance(model, ExportedProgram):
+        model = own_copy(model.module())  # whose weights the program would share
     while True:
         if not isinstance(model, nn.Module):
             what = model.__name__ if isinstance(model, type) else type(model).__name__
@@ -528,13 +546,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
             model = model.module
         elif is_compiled(model):
             model = model.get_submodule("_orig_mod")
-        elif isinstance(model, torch.jit.ScriptModule):
-            name = getattr(model, "original_name", type(model).__name__)
-            raise BadInput(
-                f"{name} is TorchScript, whose code is fixed: give the module that it was made of, and script what "
-                f"comes back"
-            )
         else:
+            demand_python(model)
             return model
 
 

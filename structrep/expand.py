@@ -26,7 +26,7 @@ from structrep.errors import BadInput, listed
 from structrep.parametrized import computed, hooks
 from structrep.pattern import Conv, Norm, Seq
 from structrep.registry import Registry
-from structrep.trace import eval_copy, own_copy
+from structrep.trace import demand_python, eval_copy, own_copy
 
 log = logging.getLogger("structrep")
 
@@ -142,6 +142,7 @@ def expand(
     if init not in ("preserve", "paper"):
         raise BadInput(f"init={init!r}: give 'preserve' or 'paper'")
     family = FAMILIES[block]
+    demand_python(model)
     if unknown := [name for name in options if name not in family.known_options]:
         there = f"there is {', '.join(family.known_options)}" if family.known_options else "it has none"
         raise BadInput(f"{block} blocks have no option {unknown[0]!r}: {there}")

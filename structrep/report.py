@@ -87,6 +87,7 @@ class PlanRecord(Record):
     model: str
     merges: tuple[MergeRecord, ...]
     refusals: tuple[RefusalRecord, ...]
+    notes: tuple[str, ...] = ()  # what is to be known of the model: code that cannot be read
 
     @property
     def nothing(self) -> str:
@@ -451,7 +452,8 @@ def plan_tables(plan: PlanRecord) -> Iterable[Table]:
             f"{merge.parameters[0]:,} -> {merge.parameters[1]:,}",
         )
     yield merges
-    told = [
+    told = [("(root)", "model", note) for note in plan.notes]
+    told += [
         (merge.where, about, text)
         for merge in plan.merges
         for about, texts in (

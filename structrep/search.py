@@ -303,7 +303,14 @@ def check_ready(model: nn.Module) -> None:
         BadInput: a module is its own descendant.
         TrainingMode, Uninitialized, Sharded: norms or parameters are not ready.
     """
-    _check_tree(model, "", ())
+    try:
+        _check_tree(model, "", ())
+        list(model.modules())
+    except TypeError as error:
+        raise BadInput(
+            f"the parts of {type(model).__name__} cannot be told apart ({error}): torch's own modules() does not run "
+            f"either. A class that has an __eq__ needs a __hash__ too: __hash__ = nn.Module.__hash__"
+        ) from error
     for path, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._NormBase) and module.training and module.track_running_stats:
             raise TrainingMode(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
+import linecache
 import textwrap
 from collections.abc import Callable
 from types import FunctionType
@@ -50,6 +51,19 @@ def syntax(source: Any) -> ast.stmt | None:
     except (OSError, TypeError, SyntaxError, ValueError):
         return None
     return definition
+
+
+def without_source(model: nn.Module) -> list[str]:
+    """The names of the classes of a model's modules whose code is known to Python but not as text."""
+    classes = dict.fromkeys(map(type, model.modules()))
+    return [cls.__name__ for cls in classes if not all(map(_is_readable, functions(cls).values()))]
+
+
+def _is_readable(function: FunctionType) -> bool:
+    plain = inspect.unwrap(function)
+    code = getattr(plain, "__code__", None)
+    made = function.__name__.startswith("__")  # as a dataclass does
+    return made or code is None or bool(linecache.getlines(code.co_filename, plain.__globals__))
 
 
 def _tree(function: Callable[..., Any]) -> tuple[ast.AST, str] | None:

@@ -35,7 +35,7 @@ from torch.overrides import TorchFunctionMode
 from structrep import operations, parametrized, process, readers
 from structrep.algebra import ConvMap
 from structrep.answers import length, spared
-from structrep.aten import in_torch
+from structrep.aten import gives_more, in_torch
 from structrep.errors import BadInput, StructrepError, Unreadable, Untraceable, said
 from structrep.intercept import (
     compiled_inlined,
@@ -372,6 +372,8 @@ def _tensors_of(module: nn.Module) -> Iterator[Tensor]:
 def _alias(tensor: Tensor) -> Tensor:
     if not isinstance(tensor, nn.Parameter):
         return tensor.detach().clone()
+    if tensor.is_inference():  # made in inference mode, outside of which it takes no gradient
+        return nn.Parameter(tensor.clone().detach(), requires_grad=tensor.requires_grad)
     return nn.Parameter(tensor.detach(), requires_grad=tensor.requires_grad)
 
 
@@ -432,6 +434,20 @@ def _scripted(module: nn.Module) -> Untraceable:
         f"{name} is TorchScript, whose code is fixed: put the module that it was made of there, and script what comes "
         f"back"
     )
+
+
+def demand_python(model: nn.Module) -> None:
+    """Raise where a model's code is no longer Python's.
+
+    Raises:
+        BadInput: it is TorchScript.
+    """
+    if isinstance(model, torch.jit.ScriptModule):
+        name = getattr(model, "original_name", type(model).__name__)
+        raise BadInput(
+            f"{name} is TorchScript, whose code is fixed: give the module that it was made of, and script what comes "
+            f"back"
+        )
 
 
 def _never_called(module: nn.Module, called: set[nn.Module]) -> Iterator[nn.Module]:
@@ -921,14 +937,16 @@ class _Tracer(process.Tracer):
     def create_proxy(
         self, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *more: Any, **named: Any
     ) -> fx.Proxy:
+        first = isinstance(target, OpOverload) and gives_more(target)
         if isinstance(target, OpOverload):
             kind, target, args, kwargs = in_torch(target, args, kwargs)
         if operations.moves(target):
             raise RuntimeError(f"{operations.name_of(target)} gives a value other memory")
-        proxy = super().create_proxy(kind, target, args, kwargs, *more, **named)
+        made = super().create_proxy(kind, target, args, kwargs, *more, **named)
         if operations.reshapes(target) and args and isinstance(args[0], fx.Proxy):
-            args[0].node = proxy.node  # whoever else holds this value holds it in its new shape
-        return proxy
+            args[0].node = made.node  # whoever else holds this value holds it in its new shape
+        # of statistics behind it, exported programs in eval mode make no use
+        return (made, None, None) if first and not isinstance(target, OpOverload) else made  # type: ignore[return-value]
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         node = super().create_node(*args, **kwargs)
@@ -1087,7 +1105,7 @@ class _Constants(TorchFunctionMode):
         kwargs = kwargs or {}
         if is_traced((args, kwargs)):
             return func(*args, **kwargs)
-        if isinstance(func, OpOverload):
+        if isinstance(func, OpOverload) and not gives_more(func):
             kind, func, args, kwargs = in_torch(func, args, kwargs)
             func = getattr(Tensor, func) if kind == "call_method" else func
         func = unwatched(func)

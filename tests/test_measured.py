@@ -10,6 +10,7 @@ from torch import nn
 import structrep
 from structrep.blocks import LargeKernelBlock2d, RepVGGBlock2d
 from structrep.errors import BadInput, Slower
+from structrep.latency import WARM, in_turn
 from structrep.measured import Measured
 from tests.models import relative_error, settled
 
@@ -171,3 +172,22 @@ def test_a_runtime_that_fails(tmp_path):
     with pytest.raises(BadInput, match=r"is a folder"):
         Measured(cache=tmp_path)
     assert structrep.plan(model(), X, cost=Measured(takes_whole_models)).merges
+
+
+def test_a_plan_that_has_counted_has_nothing_to_time_with():
+    with pytest.raises(BadInput, match=r"cost='measured'\) gives the faster plan"):
+        structrep.plan(model()).faster(X)
+
+
+def test_a_run_is_over_when_the_device_is_done(monkeypatch):
+    """On any accelerator: one by name alone."""
+    events = []
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda device: events.append(device.type))
+    for kind in ("xpu", "mps"):
+        found = in_turn({"run": lambda: events.append("run")}, 1, torch.device(kind))
+        assert events == [kind, "run", kind] * (WARM + 1)
+        assert found.device == kind
+        events.clear()
+    in_turn({"run": lambda: events.append("run")}, 1, torch.device("cpu"))
+    assert set(events) == {"run"}
