@@ -1193,9 +1193,7 @@ def _(a: _Arguments) -> Same | None:
     return Same(a(0, "input")) if a(1, "negative_slope", 0.01) == 1 else None
 
 
-_CONVOLUTIONS = {
-    *(F.linear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
-}
+_CONVOLUTIONS = {*(F.linear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)}
 _CASTS = {"float": torch.float32, "double": torch.float64, "half": torch.float16, "bfloat16": torch.bfloat16}
 
 
