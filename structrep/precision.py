@@ -77,7 +77,7 @@ class Shadows(TorchDispatchMode):
     supports_higher_order_operators = True  # what `torch.cond` and its like call is not looked into
 
     def __init__(self, recorded: bool = False, held: list[Choice] | None = None) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.alone: dict[str, str] = {}
         self.dtypes: set[torch.dtype] = set()  # of what was computed
         self.chooses = False  # whether there was any choice
@@ -89,11 +89,11 @@ class Shadows(TorchDispatchMode):
     def __enter__(self) -> Shadows:
         self._eager = contextlib.ExitStack()
         self._eager.enter_context(_uncompiled())
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *raised: Any) -> None:
-        super().__exit__(*raised)
+        super().__exit__(*raised)  # type: ignore[no-untyped-call]
         self._eager.close()
 
     def give(self, tensor: Tensor, value: Tensor) -> None:

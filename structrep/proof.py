@@ -1,8 +1,8 @@
 """Proof that the value was put back rightly: regions one by one, and the whole model against the float64 truth.
 
-There are no tolerances to choose. With a float64 copy of the training-time model as truth, the deploy model may err
-about as much as the training-time model does by rounding alone in the same dtype: of its activations, and of each of
-its weights once.
+There are no tolerances to choose. With what the training-time model computes in float64 as truth, the deploy model may
+err about as much as the training-time model does by rounding alone in the same dtype: of its activations, and of each of
+its weights once. Where that is so much that it shows little (a choice that rounding changes), both run in float64.
 """
 
 from __future__ import annotations
@@ -52,7 +52,9 @@ def verify(
     Args:
         example_inputs: a tensor, a tuple of positional or a mapping of keyword arguments.
         device: where to run both; CUDA when there is one, else CPU.
-        dtype: what to run both in; the reference's own by default. The truth is float64 always.
+        dtype: what to run both in; the reference's own by default. The truth is float64: what the reference computes
+            but for its roundings and casts (`structrep.precision.Shadows`). Where it does not run so, the record says
+            why, and the truth is its own run.
         autocast: run both under autocast to this dtype.
         channels_last: run both in that memory format.
         tf32: let CUDA multiply float32 in TensorFloat-32.
@@ -63,7 +65,8 @@ def verify(
         Errors of all outputs, relative to each output's largest value; `.ok` says whether they are rounding.
 
     Raises:
-        BadInput: a model rejects the inputs, or the two models' outputs differ in structure or shape.
+        BadInput: the reference rejects the inputs, or the two models' outputs differ in structure or shape.
+        VerificationError: the deploy model does not run on inputs that the reference takes.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     own = dtype_of(reference)
@@ -73,7 +76,7 @@ def verify(
     coarsest = max(how.dtype, dtype_of(deploy), autocast or how.dtype, key=_eps)
     noisy = replace(how, dtype=max(how.dtype, dtype_of(deploy), key=_eps))
     floor = 2 * _eps(coarsest)  # one small sum may happen to be exact
-    lost, choices = "", ()
+    lost, choices = "", tuple[OutputRecord, ...]()
     with precision.whole(tf32=tf32):
         truth, failed = _truth(reference, example_inputs, noisy)
         if truth.draws:  # other numbers in every dtype: only runs of one dtype can be compared

@@ -287,7 +287,8 @@ def test_children_that_torchscript_runs(made):
     merged = model(lambda self, x: self.child(self.a(x)))
     merged.child, merged.a = net.child, deploy.a
     found = structrep.verify(net, merged, X)
-    assert found.ok and found.truth == "float64"
+    assert found.ok
+    assert found.truth == "float64"
     merged.a.weight.data.mul_(1.001)
     assert not structrep.verify(net, merged, X).ok
 
@@ -302,15 +303,12 @@ def test_what_is_compiled_stays_compiled():
     torch._dynamo.reset()
     child = torch.compile(nn.Conv2d(4, 2, 1), backend=backend)
     net = model(lambda self, x: self.features(x))
-    whole = nn.Sequential(net, child)
-    found = structrep.verify(whole, nn.Sequential(structrep.reparameterize(net), child), X)
-    assert found.ok and found.truth == "float64"
+    found = structrep.verify(nn.Sequential(net, child), nn.Sequential(structrep.reparameterize(net), child), X)
+    assert found.ok
+    assert found.truth == "float64"
     before = len(compiled)
-    child(torch.randn(5, 4, 3, 3))
-    assert len(compiled) > before or before  # it is not skipped ever after
-    torch._dynamo.reset()
-    child(torch.randn(2, 4, 8, 8))
-    assert len(compiled) > before
+    child(torch.randn(5, 4, 7, 3))
+    assert len(compiled) > before  # under a mode torch's compiler skips code, and goes on skipping it
 
 
 # --- which truth, and which run failed --------------------------------------------------------------------------------
@@ -463,7 +461,8 @@ def test_language_models(kind, dtype):
     deploy = plan.reparameterize(x)
     assert listed == len(plan.merges) > 0
     found = structrep.verify(net, deploy, x)
-    assert found.ok and found.truth == "float64"
+    assert found.ok
+    assert found.truth == "float64"
     assert list(found.alone) == ([] if kind == "Gemma" else ["_grouped_mm"])
     if dtype == torch.float32:
         assert not planted(plan, x).ok
@@ -525,11 +524,10 @@ def test_the_command(tmp_path, monkeypatch):
     (tmp_path / "its_own_dtype.py").write_text(UINT8)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    for command in (["convert", "--out", "d.safetensors"], ["verify"], ["plan"]):
+    for command in (["convert", "--out", "d.safetensors", "--report", "d.html"], ["verify"]):
         name, *more = command
         done = CliRunner().invoke(app, [name, "its_own_dtype:make", "--shape", "1x3x16x16", *more])
         assert done.exit_code == 0, done.output
-    structrep.plan(model(MERGED["float"]), X).report("d.html", X)
     assert "against a float64 run of the training-time model" in (tmp_path / "d.html").read_text()
     sys.modules.pop("its_own_dtype", None)
 
