@@ -1,8 +1,8 @@
 """Proof that the value was put back rightly: regions one by one, and the whole model against the float64 truth.
 
 There are no tolerances to choose. With what the training-time model computes in float64 as truth, the deploy model may
-err about as much as the training-time model does by rounding alone in the same dtype: of its activations, and of each of
-its weights once. Where that is so much that it shows little (a choice that rounding changes), both run in float64.
+err about as much as the training-time model does by rounding alone in the same dtype: of its activations, and of each
+of its weights once. Where that is so much that it shows little (a choice that rounding changes), both run in float64.
 """
 
 from __future__ import annotations
