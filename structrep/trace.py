@@ -44,6 +44,7 @@ from structrep.intercept import (
     unwatched,
 )
 from structrep.precision import Shadows, as_stored, doubled
+from structrep.precision import exact as on_float64
 from structrep.sources import taken_apart, written_first
 from structrep.values import alike, holds_tensor, is_traced, proxies, snapshot
 
@@ -983,7 +984,7 @@ class _Constants(TorchFunctionMode):
                     raise RuntimeError("it is no longer what it was")
                 origin = self.origins.get(id(value))
                 if origin is None or isinstance(value, nn.Parameter):
-                    known[id(value)] = value
+                    known[id(value)] = value.detach().to(on_float64(value.device))
                 else:
                     args, kwargs = pytree.tree_map(again, (origin.args, origin.kwargs))
                     known[id(value)] = origin.function(*args, **kwargs)
