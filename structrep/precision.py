@@ -78,7 +78,7 @@ class Shadows(TorchDispatchMode):
     supports_higher_order_operators = True  # what `torch.cond` and its like call is not looked into
 
     def __init__(self, recorded: bool = False, held: list[Choice] | None = None) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.alone: dict[str, str] = {}
         self.dtypes: set[torch.dtype] = set()  # of what was computed
         self.chooses = False  # whether there was any choice
@@ -90,20 +90,16 @@ class Shadows(TorchDispatchMode):
     def __enter__(self) -> Shadows:
         self._eager = contextlib.ExitStack()
         self._eager.enter_context(_uncompiled())
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *raised: Any) -> None:
-        super().__exit__(*raised)
+        super().__exit__(*raised)  # type: ignore[no-untyped-call]
         self._eager.close()
 
     def give(self, tensor: Tensor, value: Tensor) -> None:
         """Take a float64 value for that of a tensor."""
         self._exact[tensor] = value
-
-    def knows(self, tensor: Tensor) -> bool:
-        """Whether a tensor has a float64 value of its own, or needs none."""
-        return tensor.dtype not in _WIDE or tensor in self._exact
 
     def of(self, tensor: Tensor) -> Tensor:
         """The float64 value of a tensor; itself where it holds no floats."""
@@ -118,22 +114,24 @@ class Shadows(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        given = list(_tensors((args, kwargs)))
+        given = _tensors(args)
+        if kwargs:
+            given += _tensors(kwargs)
         floats = [one for one in given if _inexact(one)]
         if not floats:
             return func(*args, **kwargs)
         traits = _traits(func)
         if not any(one.dtype in _WIDE or one in self._exact for one in floats):
             return self._first(func, traits, args, kwargs)
-        written = [one for one in given if any(one is to for to in _tensors(traits.written(args, kwargs)))]
+        written = _tensors(traits.written(args, kwargs)) if traits.positions else []
         shadows = {id(one): self.of(one) for one in floats}
         by = tuple(shadows[id(one)].clone() for one in floats) if self._recorded or self._held is not None else ()
         state = _drawn(given) if traits.draws else None
         real = func(*args, **kwargs)
-        results = list(_tensors(real))
+        results = _tensors(real)
         if traits.steps or not all(map(_inexact, results)) or not isinstance(real, (Tensor, list, tuple, type(None))):
             real = self._choose(traits.name, by, real, given)
-            results = list(_tensors(real))
+            results = _tensors(real)
         if not any(map(_inexact, (*results, *written))):
             return real
         drew = state is not None and not all(map(torch.equal, state, _drawn(given)))
@@ -147,7 +145,7 @@ class Shadows(TorchDispatchMode):
                 if not traits.view and one.stride() != value.stride():
                     value = torch.empty_like(one, dtype=value.dtype).copy_(value)  # its views are to be alike too
                 self._exact[one] = value
-                self.dtypes.add(one.dtype)
+                self.dtypes.add(one.dtype if one.is_floating_point() else one.real.dtype)
         return real
 
     def _first(self, func: Any, traits: _Traits, args: Any, kwargs: Any) -> Any:
@@ -284,14 +282,17 @@ def _inexact(tensor: Tensor) -> bool:
     return tensor.is_floating_point() or tensor.is_complex()
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def _tensors(value: Any) -> list[Tensor]:
+    """All tensors among an operator's arguments, or in what it gives."""
     if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (list, tuple)):
-        for one in value:
-            yield from _tensors(one)
-    elif isinstance(value, dict):
-        yield from _tensors(list(value.values()))
+        return [value]
+    found: list[Tensor] = []
+    for one in value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ():
+        if isinstance(one, Tensor):
+            found.append(one)
+        elif isinstance(one, (list, tuple)):
+            found += _tensors(one)
+    return found
 
 
 def _mapped(value: Any, tensor: Callable[[Tensor], Any], dtype: Callable[[torch.dtype], Any] | None) -> Any:

@@ -1,6 +1,6 @@
 """A layer whose code cannot be read, as a map: found out by what it does.
 
-Computed in float64, the layer is asked whether it is affine, on random inputs; its kernel is read by impulses; and the map that
+In float64 the layer is asked whether it is affine, on random inputs; its kernel is read by impulses; and the map that
 comes of this has to give what the layer gives, on inputs of several sizes. All this shows what the layer does to these
 inputs and no more: so it is done only where the user asks for it, and a plan marks what came of it as probed.
 """

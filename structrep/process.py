@@ -134,6 +134,7 @@ class Tracer(fx.Tracer):
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
         run, args = self.arguments_of(root_fn, is_module, concrete_args)
 
+        @functools.wraps(run)  # torch.fx takes the type of the output from its annotations
         def enter(*args: Any) -> Any:
             with alone():
                 for name, elsewhere in self.elsewhere.items():

@@ -46,6 +46,7 @@ from structrep.intercept import (
     unwatched,
 )
 from structrep.precision import Shadows, as_stored, doubled
+from structrep.precision import exact as on_float64
 from structrep.sources import taken_apart, written_first
 from structrep.values import alike, holds_tensor, is_torch, is_traced, proxies, snapshot
 
@@ -1198,7 +1199,7 @@ class _Constants(TorchFunctionMode):
                 if storage(one) in self.written:
                     raise RuntimeError("it is no longer what it was")
                 if origin is None or isinstance(one, nn.Parameter):
-                    known[id(one)] = one
+                    known[id(one)] = one.detach().to(on_float64(one.device))
                 elif left := [given for given in origin.given if id(given) not in known]:
                     pending += left
                     continue
