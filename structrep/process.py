@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -127,8 +128,10 @@ class Tracer(fx.Tracer):
             self.thread = threading.get_ident()
             self.elsewhere = {name: getattr(nn.Module, name) for name in _EXCHANGED}
             change(_fx, "_is_fx_tracing_flag", _Here())
-            # with names of its own, so that it does not raise that flag for all threads
-            traced: fx.Graph = FunctionType(fx.Tracer.trace.__code__, {**vars(_fx)})(self, root, concrete_args)
+            # with names of its own, so that it does not raise that flag for all threads; torch.compile has wrapped it
+            plain: Any = inspect.unwrap(fx.Tracer.trace)
+            own = FunctionType(plain.__code__, {**plain.__globals__}, None, plain.__defaults__, plain.__closure__)
+            traced: fx.Graph = own(self, root, concrete_args)
             return traced
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import gc
+import importlib
 import threading
 import time
 from types import FunctionType
@@ -203,6 +204,8 @@ def calls_what_is_kept_whole():
 
 @other
 def asks_for_tracing():
+    importlib.import_module("torch._dynamo")  # which wraps what traces
+
     def step():
         assert not torch.fx._symbolic_trace._is_fx_tracing_flag
         assert not torch.fx._symbolic_trace.is_fx_symbolic_tracing()
