@@ -102,9 +102,7 @@ def test_that_there_is_nothing_to_merge_is_said():
         deploy = structrep.reparameterize(nn.Sequential(nn.ReLU()))
     assert [one.filename for one in told] == [__file__]
     assert isinstance(deploy[0], nn.ReLU)
-    with pytest.warns(
-        structrep.NothingMerged, match="there is no convolution or Linear beside it"
-    ):
+    with pytest.warns(structrep.NothingMerged, match="there is no convolution or Linear beside it"):
         structrep.reparameterize(settled(nn.Sequential(nn.ReLU(), nn.BatchNorm2d(3))))
 
 
