@@ -8,6 +8,7 @@ of its weights once. Where that is so much that it shows little (a choice that r
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -579,7 +580,7 @@ def border(merge: Merge, merges: Sequence[Merge]) -> BorderRecord:
         least = next(both.trials.of((5, 6, 7), spare=True))[base][2:]
         trials = both.trials.at(base, size or tuple(max(32, n) for n in least))
     else:
-        trials = both.trials.of((32, 33, 34), spare=True)
+        trials = itertools.chain(both.trials.example(), both.trials.of((32, 33, 34), spare=True))
     for shapes in trials:
         if (compared := both(shapes, str(shapes))) is not None:
             before, after = compared[both.region.below(merge)[0]]

@@ -205,7 +205,7 @@ class Trials:
             yield self.of((1, 1, 1))
             yield self.of((5, 6, 7), spare=True)
             return
-        yield self._example()
+        yield self.example()
         for base, size, period in sized:
             if self.region.inputs == [base] and all(period):
                 yield self.at(base, tuple(n + step for n, step in zip(size, period, strict=True)))
@@ -213,7 +213,7 @@ class Trials:
     def rest(self) -> Iterator[Shapes]:
         """What may be taken where none of these is, by values of fixed sizes."""
         yield from self._folded()
-        yield from self._example()
+        yield from self.example()
 
     def of(self, least: Ints, spare: bool = False) -> Iterator[Shapes]:
         """Shapes with so many pixels of what comes out, by the number of dims that values may have.
@@ -221,6 +221,10 @@ class Trials:
         Args:
             spare: with as many more as strides leave out, and as borders reach that the user has left open.
         """
+        if spare:
+            open_ = [room(merge) for merge in self.maps if merge.fit.rigour == "inside"]
+            far = [max(each) for each in itertools.zip_longest(*open_, fillvalue=0)]
+            least = tuple(n + 2 * more for n, more in itertools.zip_longest(least, far, fillvalue=0))
         sizes = self._sizes(least, spare)
         choices = {node: self._choices(node, sizes.get(node, least)) for node in self.reached}
         for index in range(max(map(len, choices.values()), default=0)):
@@ -285,14 +289,13 @@ class Trials:
         """The smallest input of which the output of a merge has so many pixels."""
         map_ = self.maps[merge]
         g, copied = map_.geometry, map_.border != "constant"
-        far = room(merge) if spare and merge.fit.rigour == "inside" else (0,) * g.dims
         size = []
-        for n, over, pad, step, more in zip(wanted, g.overhang, g.pad, g.stride, far, strict=False):
+        for n, over, pad, step in zip(wanted, g.overhang, g.pad, g.stride, strict=False):
             if g.transposed:
                 size.append(1 + max(0, -(-(n - 1 + over) // step)))
             else:
                 enough = (n - 1) * step + 1 - over + (step - 1) * spare
-                size.append(max(1, enough, (max(pad) + 1) * copied) + 2 * more)
+                size.append(max(1, enough, (max(pad) + 1) * copied))
         return tuple(size)
 
     def _choices(self, node: fx.Node, size: Ints) -> list[tuple[int, ...]]:
@@ -316,7 +319,7 @@ class Trials:
         last = [(*free[: dims - 1], g.in_channels) for dims in ranks]
         return [shape for pair in zip(first, last, strict=True) for shape in dict.fromkeys(pair)]
 
-    def _example(self) -> Iterator[Shapes]:
+    def example(self) -> Iterator[Shapes]:
         """The shapes of the example, if there is one."""
         shapes = {node: node.meta.get("shape", ()) for node in self.region.inputs}
         if all(shapes.values()):

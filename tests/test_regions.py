@@ -363,3 +363,32 @@ def test_what_a_deploy_layer_gives_is_compared_where_the_model_has_that_value(na
     (wrong, *_) = (merge.where for merge in plan.merges if merge.where != "own")
     deploy.get_submodule(wrong).bias.data += 0.1
     assert plan.verify(x.float(), deploy).first_off.where == wrong
+
+
+class Open(nn.Module):
+    """A norm behind two branches, of which one is inexact at the border."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(4, 16, 3, padding=1), nn.Conv2d(16, 2, 3, padding=1)
+        self.b, self.norm = nn.Conv2d(4, 3, 1), nn.BatchNorm2d(5)
+
+    def forward(self, x):
+        return self.norm(torch.cat([self.second(self.first(x)), self.b(x.tanh())], 1)).relu()
+
+
+@pytest.mark.parametrize("example", [None, X.repeat(1, 1, 2, 2)])
+def test_a_border_that_is_left_open_is_open_for_what_shares_a_scale_too(monkeypatch, example):
+    model, x = settled(Apart(Open())), X.repeat(1, 1, 2, 2)
+    plan = structrep.plan(model, example, inexact_borders="part.*")
+    (record,) = (merge for merge in plan.merges if merge.where == "part.first")
+    assert f"of an input of {'36x37' if example is None else '12x12'} pixels" in record.border
+    plan.prove()
+    assert len(plan.merges) == 3
+    deploy = plan.apply()
+    assert not same(deploy(x), model(x))
+    assert same(deploy(x)[..., 2:-2, 2:-2], model(x)[..., 2:-2, 2:-2])
+    planted(monkeypatch, WRONG["another number"], ("behind",))
+    plan = structrep.plan(model, example, inexact_borders="part.*")
+    plan.prove()
+    assert [merge.where for merge in plan.merges] == ["own"]
