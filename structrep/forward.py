@@ -7,22 +7,29 @@ written out, with the edits made; untouched children stay calls of children.
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
 import operator
-from collections.abc import Iterator
-from dataclasses import dataclass, field, fields, is_dataclass
-from types import CodeType
+import sys
+import textwrap
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from types import CodeType, FunctionType
 from typing import Any, cast
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
+from structrep import guards
 from structrep.errors import Unreadable
 from structrep.generated import Method
+from structrep.guards import Guard
+from structrep.observed import MISSING, UNSTABLE, Read, namespace_reads
+from structrep.otherwise import Comparison, Different, Slot, alternatives, counterparts, inside, steps
 from structrep.readers import Layer, Same, aliases, asks_kind, counts_sizes, mutates, only_asserted, read_node, writers
-from structrep.trace import Call, Traced, storage
-from structrep.values import is_traced
+from structrep.trace import Call, Traced, retrace, storage
+from structrep.values import is_traced, proxies
 
 _ITSELF = "structrep_itself"  # an attribute path for the module itself, for which graphs have none
 
@@ -38,6 +45,8 @@ class Edits:
     # own forward -> base and path of that convolution, which keeps its place and holds `weight` and `bias`
     ended: set[fx.Node] = field(default_factory=set)  # functional norms that give up their weight and bias
     owners: dict[Call, set[Call]] = field(default_factory=dict)  # whose forward changes -> calls to write out inside it
+    vanishing: set[fx.Node] = field(default_factory=set)  # values that will be others, or none
+    homes: dict[str, str] = field(default_factory=dict)  # path of a tensor that is merged -> of the layer that has it
 
 
 class Forward:
@@ -47,15 +56,30 @@ class Forward:
         Unreadable: the forward takes values from elsewhere than its arguments.
     """
 
-    def __init__(self, traced: Traced, edits: Edits, call: Call, written_out: set[Call]) -> None:
+    def __init__(
+        self,
+        traced: Traced,
+        edits: Edits,
+        call: Call,
+        written_out: set[Call],
+        answers: Mapping[tuple[str, str], Any] | None = None,
+    ) -> None:
         self.traced = traced
         self.edits = edits
         self.call = call
         self.written_out = written_out
+        self.answers = dict(answers or {})  # what it was told otherwise than the forward that it is another way of
+        self.out = {(one.path, one.method) for one in written_out}
         self.graph = fx.Graph()
         self.env: dict[fx.Node, Any] = {}
         self.constants: dict[str, Tensor] = {}
         self.rebuilt: dict[int, Any] = {}
+        self.guards: list[Guard] = []  # of arguments
+        self.names: dict[str, Any] = {}  # that guards and questions use
+        self.again: dict[tuple[Any, tuple[Any, ...]], _Text] = {}  # arguments that are asked for again
+        self.reads: list[Guard] = []
+        self.ways: list[tuple[str, Forward | list[Guard]]] = []  # a condition on how it is run -> what it does then
+        self._ask_again()
         self._arguments()
         self._body(call)
         self.graph.output(self._rebuild(call.result))
@@ -65,17 +89,214 @@ class Forward:
                 self.graph.erase_node(node)
         code = self.graph.python_code("self")
         source = code.src.strip().replace("def forward(", f"def {call.method}(", 1) + "\n"
-        source = source.replace(f"self.{_ITSELF}", "self")
-        function = next(c for c in compile(source, call.method, "exec").co_consts if isinstance(c, CodeType))
+        self.head, _, body = source.replace(f"self.{_ITSELF}", "self").partition("\n")
+        self.body = textwrap.dedent(body)
+        self.globals = code.globals
+        self.method()
+
+    def method(self, holds: Callable[[Guard], bool] = lambda guard: True) -> Method:
+        """The method as text, with the guards for which something holds."""
+        source = f"{self.head}\n{textwrap.indent(self._text(holds), '    ')}\n"
+        used = {name: value for name, value in self._known().items() if name in source}
+        function = next(c for c in compile(source, self.call.method, "exec").co_consts if isinstance(c, CodeType))
         unused = {"device"} if "device(type=" not in source else set()  # written code always knows some names
-        if clash := sorted((code.globals.keys() - unused) & set(function.co_varnames[: function.co_argcount])):
+        if clash := sorted((used.keys() - unused) & set(function.co_varnames[: function.co_argcount])):
             raise Unreadable(f"an argument named {clash[0]} clashes with what written code uses")
-        names = {name: value for name, value in code.globals.items() if name in function.co_names}
-        self.method = Method.of(call.method, source, names)
+        names = {name: value for name, value in used.items() if name in function.co_names}
+        method = Method.of(self.call.method, source, names)
         try:
-            self.method.compile(f"<{call.method}>")
+            method.compile(f"<{self.call.method}>")
         except (SyntaxError, NameError) as error:
-            raise Unreadable(f"{call.path or 'the model'}: its new forward is no valid code: {error}") from error
+            raise Unreadable(f"{self.call.path or 'the model'}: its new forward is no valid code: {error}") from error
+        return method
+
+    def _text(self, holds: Callable[[Guard], bool]) -> str:
+        """What the method does, as code."""
+        lines = guards.code(self.guards)
+        for condition, way in self.ways:
+            inner = way._text(holds) if isinstance(way, Forward) else "\n".join(guards.code(way))
+            lines += [f"if {condition}:", textwrap.indent(inner, "    ")]
+        return "\n".join([*lines, *guards.code(filter(holds, self.reads)), self.body]).rstrip()
+
+    def _known(self) -> dict[str, Any]:
+        """The names that the method's text may use."""
+        known = {"torch": torch, **guards.NAMES, **self.globals, **self.names}
+        for _, way in self.ways:
+            known |= way._known() if isinstance(way, Forward) else {}
+        return known
+
+    def holding(self, module: nn.Module) -> set[Guard]:
+        """The guards of what the forward has read that a module would pass."""
+        ways = (way for _, way in self.ways if isinstance(way, Forward))
+        found = {one for way in ways for one in way.holding(module)}
+        return found | {one for one in self.reads if one.passes(module, self._known())}
+
+    # --- what was read -----------------------------------------------------------------------------------------------
+
+    def _ask_again(self) -> None:
+        """Decide for each thing that the forward asked for: asked again where it goes, guarded, or no matter."""
+        calls = list(inside(self.call, self.out))
+        reads = [(key, read) for one in calls for key, read in one.reads.items() if key not in self.answers]
+        for (path, _), read in reads:
+            if read.text.partition("(")[0] in UNSTABLE:
+                raise Unreadable(f"{path or 'the model'} asks {read.text}, whose answer may be another at every call")
+        for key, read in reads:
+            if read.where_am_i:
+                self._other_way(key, read)
+        for (path, text), read in reads:
+            if not read.where_am_i and not self._passes_on((path, text), read):
+                self._guard(path, read)
+        for one in calls:
+            function = one.code
+            if isinstance(function, FunctionType) and not one.leaf:
+                codes = [(code, space, None) for code, space in one.codes.items()]
+                for read in namespace_reads([(function.__code__, function.__globals__, function), *codes]):
+                    self._guard("", read)
+
+    def _told(self, answers: Mapping[tuple[str, str], Any]) -> tuple[Traced, Call] | None:
+        return retrace(self.traced, self.call, {**self.answers, **answers})
+
+    def _compared(self, again: tuple[Traced, Call]) -> list[Slot] | None:
+        """The arguments that differ in the call as it is when told otherwise; None if more does."""
+        try:
+            return Comparison((self.traced, self.call), again, self.out).slots
+        except Different:
+            return None
+
+    def _asked_anew(self, again: tuple[Traced, Call]) -> set[tuple[str, str]]:
+        """What is asked for only when told otherwise."""
+        asked = [{key for call in inside(root, self.out) for key in call.reads} for root in (again[1], self.call)]
+        return asked[0] - asked[1]
+
+    def _passes_on(self, key: tuple[str, str], read: Read) -> bool:
+        """Whether all that hangs on an answer is arguments of operations, which then ask for it again."""
+        found: set[Any] | None = None
+        for other in alternatives(read.told) if read.counts else ():
+            again = self._told({key: other})
+            if again is None and isinstance(other, torch.device):
+                continue  # constants cannot be made where there is no such device
+            slots = None if again is None or self._asked_anew(again) else self._compared(again)
+            if slots is None or any(slot.before != read.told or slot.after != other for slot in slots):
+                return False
+            places = {slot.where for slot in slots}
+            if found is not None and places != found:
+                return False
+            found = places
+        if found is None:
+            return False
+        if found:
+            self.again |= dict.fromkeys(found, _Text(self._spelt(key[0], read)))
+        return True
+
+    def _other_way(self, key: tuple[str, str], read: Read) -> None:
+        """Follow the forward as it is run otherwise; write that too, if it does anything else then."""
+        again = self._told({key: not read.told})
+        condition = f"not {read.text}" if read.told else read.text
+        self._spelt(key[0], read)
+        if again is None and read.text == "torch.jit.is_scripting()":
+            self.ways.append((condition, [guards.never(read.text, self._shown())]))
+            return
+        if again is None:
+            raise Unreadable(f"{self._shown()} asks {read.text}, and cannot be followed where that is {not read.told}")
+        traced, call = again
+        slots = self._compared(again)
+        if slots == [] and not self._asked_anew(again):
+            return
+        written_out = {one for one in inside(call, self.out) if (one.path, one.method) in self.out}
+        answers = {**self.answers, key: not read.told}
+        way = Forward(traced, self._edits_of(again), call, written_out, answers)
+        self.ways.append((condition, way))
+
+    def _edits_of(self, again: tuple[Traced, Call]) -> Edits:
+        """The edits of the forward as it is when told otherwise."""
+        same = counterparts((self.traced, self.call), again)
+        back = {new: old for old, new in same.items()}
+        for node in again[1].nodes():
+            if mutates(node) is not None and node not in back:
+                raise Unreadable(f"{self._shown()} writes in place where it is run otherwise")
+            gone = {n for n in node.all_input_nodes if back.get(n) in self.edits.vanishing}
+            if gone and node not in back:
+                raise Unreadable(f"{self._shown()} uses {next(iter(gone)).name} otherwise where it is run otherwise")
+        given = {proxy.node for proxy in proxies(self.call.result)}
+        for proxy in proxies(again[1].result):
+            if back.get(proxy.node) in self.edits.vanishing - given:
+                raise Unreadable(f"{self._shown()} gives back {proxy.node.name} where it is run otherwise")
+        edits = self.edits
+        return replace(
+            edits,
+            dead={same[n] for n in edits.dead if n in same},
+            replaced={same[n]: (same[b], path) for n, (b, path) in edits.replaced.items() if n in same and b in same},
+            bypassed={same[n]: same[b] for n, b in edits.bypassed.items() if n in same and b in same},
+            refilled={same[n]: (same[b], path) for n, (b, path) in edits.refilled.items() if n in same and b in same},
+            ended={same[n] for n in edits.ended if n in same},
+            owners={},
+            vanishing={same[n] for n in edits.vanishing if n in same},
+        )
+
+    def _shown(self) -> str:
+        return f"{type(self.call.module).__name__}.{self.call.method}"
+
+    def _guard(self, path: str, read: Read) -> None:
+        if read.told is MISSING:
+            holder, _, name = self._spelt(path, read).rpartition(".")
+            self.reads.append(guards.missing(f"{holder}.{name}", holder, name, self._shown()))
+            return
+        asked = self._spelt(path, read)
+        held = isinstance(read.holder, nn.Module) and read.text[1:] in read.holder.__dict__
+        named = asked if isinstance(read.holder, nn.Module) else f"{path}{read.text}"
+        made = guards.guard(asked, named, read.told, self._shown(), scripted=held)
+        if made is not None:
+            self.reads.append(made)
+
+    def _spelt(self, path: str, read: Read) -> str:
+        """A question as code of this forward."""
+        if isinstance(read.holder, nn.Module):
+            return f"{self._spelt_path(path)}{read.text}"
+        if isinstance(read.holder, Tensor):
+            return f"{self._spelt_tensor(path)}{read.text}"
+        if isinstance(read.holder, dict):
+            return f"{self._space(read.holder)}.{read.text}"
+        if isinstance(read.holder, FunctionType):
+            name, rest = _head(read.text)
+            of = read.holder.__qualname__
+            if any(of == f.__qualname__ for f in guards.functions_in(_defined(self.call.module, self.call.method))):
+                return f"structrep_cell(type(self), {self.call.method!r}, {of!r}, {name!r}){rest}"
+            place = read.holder.__code__.co_freevars.index(name)
+            return f"{self._space(read.holder.__globals__)}.{of}.__closure__[{place}].cell_contents{rest}"
+        module = read.text.partition(".")[0]
+        self.names[module] = sys.modules[module]
+        return read.text
+
+    def _space(self, names: dict[str, Any]) -> str:
+        """A name for a namespace."""
+        module = sys.modules.get(str(names.get("__name__", "")))
+        held: Any = module if module is not None and vars(module) is names else guards.Space(names)
+        name = "module_" + "".join(c if c.isalnum() else "_" for c in str(names.get("__name__", "none")))
+        while self.names.get(name, held) != held:
+            name += "_"
+        self.names[name] = held
+        return name
+
+    def _spelt_path(self, path: str) -> str:
+        if path == self.call.path:
+            return "self"
+        spelt = "self"
+        for name in self._relative(path).split("."):
+            spelt = f"{spelt}.{name}" if name.isidentifier() else f'getattr({spelt}, "{name}")'
+        return spelt
+
+    def _spelt_tensor(self, path: str) -> str:
+        """A tensor, or one of the layer that it was merged into."""
+        if path not in self.edits.homes:
+            return self._spelt_path(path)
+        home, plain = self.edits.homes[path].removesuffix("+"), not self.edits.homes[path].endswith("+")
+        try:
+            spelt = self._spelt_path(home)
+        except (Unreadable, AttributeError):
+            return "next(self.parameters())"
+        return f"{spelt}.weight" if plain else f"next({spelt}.parameters())"
+
+    # --- the method --------------------------------------------------------------------------------------------------
 
     def _arguments(self) -> None:
         """Placeholders named and ordered as the module's own forward has them; constants stay as traced."""
@@ -99,7 +320,7 @@ class Forward:
     def _accept(self, value: Any, node: fx.Node, name: str, optional: bool) -> None:
         if is_traced(value):
             if optional:
-                self.graph.call_function(expect_given, (name, node))
+                self.guards.append(guards.given(name))
             self._expect(node, value, name)
             for proxy, access in _places(value, node, self.graph):
                 self.env[proxy.node] = access
@@ -110,7 +331,8 @@ class Forward:
         """The merged forward holds for the traced constants and structure of this argument only."""
         template = _template(value)
         if template is not ... and not isinstance(self.call.module, fx.GraphModule):  # which was itself made for them
-            self.graph.call_function(expect, (name, node, template))
+            made = guards.argument(name, template)
+            self.guards += [made] if made is not None else []
 
     def _body(self, call: Call) -> None:
         if call.mutates:
@@ -120,7 +342,7 @@ class Forward:
         for step in call.steps:
             if isinstance(step, fx.Node):
                 self._copy(step)
-            elif step in self.written_out or step.leaf or step.method != "forward":
+            elif (step.path, step.method) in self.out or step.leaf or step.method != "forward":
                 self._body(step)
             else:
                 self._collapse(step)
@@ -146,9 +368,22 @@ class Forward:
         else:
             target = self._relative(str(node.target)) if node.op == "call_module" else node.target
             load = self._load_input if node in self.edits.ended else self._load
-            args, kwargs = fx.node.map_arg(node.args, load), fx.node.map_arg(node.kwargs, load)
+            args = fx.node.map_arg(self._asking(node.args, node, ("args",)), load)
+            kwargs = fx.node.map_arg(self._asking(dict(node.kwargs), node, ("kwargs",)), load)
             self.env[node] = self.graph.create_node(node.op, target, args, kwargs)
             self.env[node].meta["constant"] = "value" in node.meta
+
+    def _asking(self, value: Any, where: Any, way: tuple[Any, ...]) -> Any:
+        """An argument, with what is asked for again as code."""
+        if not self.again:
+            return value
+        if (where, way) in self.again:
+            return self.again[where, way]
+        if isinstance(value, (tuple, list)) and not hasattr(value, "_fields"):
+            return type(value)(self._asking(item, where, (*way, place)) for place, item in enumerate(value))
+        if isinstance(value, dict):
+            return {key: self._asking(item, where, (*way, key)) for key, item in value.items()}
+        return value
 
     def _refilled(self, node: fx.Node, base: fx.Node, path: str) -> fx.Node:
         """The same call, with the parameters that its module will have."""
@@ -182,7 +417,8 @@ class Forward:
 
     def _collapse(self, call: Call) -> None:
         """A child's call, as it stands in its parent's forward."""
-        args, kwargs = self._rebuild(call.args), self._rebuild(call.kwargs)
+        args = self._rebuild(self._asking(call.args, call, ("args",)))
+        kwargs = self._rebuild(self._asking(call.kwargs, call, ("kwargs",)))
         node = self.graph.call_module(self._relative(call.path), args, kwargs)
         for before, after in call.written:
             self.env[after] = self._load(before)
@@ -243,7 +479,8 @@ class Forward:
         plain = origin is not None and getattr(origin.function, "__name__", "__get__") != "__get__"
         if origin is not None and plain and storage(tensor) not in self.traced.written:
             spec: Any
-            leaves, spec = pytree.tree_flatten((origin.args, origin.kwargs))
+            given = [self._asking(origin.args, id(tensor), ("args",)), self._asking(origin.kwargs, id(tensor), ("kwargs",))]
+            leaves, spec = pytree.tree_flatten(given)
             args, kwargs = pytree.tree_unflatten(
                 [self._constant(x) if isinstance(x, Tensor) else x for x in leaves], spec
             )
@@ -310,31 +547,25 @@ def _is_literal(value: Any) -> bool:
     return value is None or type(value) in (bool, int, str) or (type(value) is float and math.isfinite(value))
 
 
-def expect_given(name: str, value: object) -> None:
-    """Raise where a merged forward is called without an argument that it was traced with."""
-    if value is None:
-        raise ValueError(f"this forward was reparameterized for a given {name} and was called with {name}=None")
+class _Text:
+    """Code that stands for a value."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def __repr__(self) -> str:
+        return self.text
 
 
-def expect(name: str, value: object, traced: object) -> None:
-    """Raise where a merged forward is called with other constants, or another structure, than it was traced with."""
-    if not _matches(value, traced):
-        raise ValueError(f"this forward was reparameterized for {name}={traced!r} and was called with {name}={value!r}")
+def _head(text: str) -> tuple[str, str]:
+    """A name, and what is asked of it."""
+    name = "".join(itertools.takewhile(lambda c: c.isalnum() or c == "_", text))
+    return name, text[len(name) :]
 
 
-def _matches(value: Any, traced: Any) -> bool:
-    if traced is ...:
-        return True
-    if isinstance(traced, (list, tuple)):
-        alike = isinstance(value, (list, tuple)) and len(value) == len(traced)
-        return alike and all(map(_matches, value, traced))
-    if isinstance(traced, dict):
-        return (
-            isinstance(value, dict)
-            and value.keys() == traced.keys()
-            and all(_matches(value[k], traced[k]) for k in traced)
-        )
-    return value is traced or (value is not None and traced is not None and bool(value == traced))
+def _defined(module: nn.Module, name: str) -> Any:
+    """What a module's class has by a name."""
+    return next((vars(base)[name] for base in type(module).__mro__ if name in vars(base)), None)
 
 
 def _template(value: Any) -> Any:

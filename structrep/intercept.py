@@ -45,9 +45,8 @@ def _forwards(*args: Any, _hook: Any, **kwargs: Any) -> Any:
 
 @contextlib.contextmanager
 def _exchanged(function: FunctionType, record: Record) -> Iterator[None]:
-    code, defaults = function.__code__, function.__kwdefaults__
-    original = FunctionType(code, function.__globals__, function.__name__, function.__defaults__)
-    original.__kwdefaults__ = defaults
+    original = FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__)
+    original.__kwdefaults__ = function.__kwdefaults__
     something = gives_something(original)
 
     def hook(*args: Any, **kwargs: Any) -> Any:
@@ -63,6 +62,14 @@ def _exchanged(function: FunctionType, record: Record) -> Iterator[None]:
                 raise RuntimeError(f"{function.__name__} is given a module, which it may run")
         return record("call_function", function, args, kwargs)
 
+    with exchanged(function, hook):
+        yield
+
+
+@contextlib.contextmanager
+def exchanged(function: FunctionType, hook: Callable[..., Any]) -> Iterator[None]:
+    """Calls of a function are calls of `hook`, whatever name it is called by."""
+    code, defaults = function.__code__, function.__kwdefaults__
     function.__code__, function.__kwdefaults__ = _forwards.__code__, {"_hook": hook}
     try:
         yield
@@ -102,10 +109,10 @@ def traced_sizes(record: Record) -> Iterator[None]:
     """Real tensors and factories take traced sizes: such a call becomes a node."""
     with contextlib.ExitStack() as stack:
         for name in _SIZED_METHODS:
-            stack.enter_context(_patched(Tensor, name, _sized(getattr(Tensor, name), "call_method", name, record)))
+            stack.enter_context(patched(Tensor, name, _sized(getattr(Tensor, name), "call_method", name, record)))
         for name in _SIZED_FACTORIES:
             factory = getattr(torch, name)
-            stack.enter_context(_patched(torch, name, _sized(factory, "call_function", factory, record)))
+            stack.enter_context(patched(torch, name, _sized(factory, "call_function", factory, record)))
         yield
 
 
@@ -143,18 +150,18 @@ def traced_values_are_tensors(model: nn.Module) -> Iterator[None]:
     def is_tensor(value: Any) -> bool:
         return is_instance(value, Tensor)
 
-    spaces = [space for space in _namespaces(model) if "isinstance" not in space]
+    spaces = [space for space in namespaces(model) if "isinstance" not in space]
     for space in spaces:
         space["isinstance"] = is_instance
     try:
-        with _patched(torch, "is_tensor", is_tensor):
+        with patched(torch, "is_tensor", is_tensor):
             yield
     finally:
         for space in spaces:
             space.pop("isinstance", None)
 
 
-def _namespaces(model: nn.Module) -> list[dict[str, Any]]:
+def namespaces(model: nn.Module) -> list[dict[str, Any]]:
     """The namespaces of a model's classes, and of the functions that those call by name."""
     found: dict[int, dict[str, Any]] = {}
     for cls in {base for module in model.modules() for base in type(module).__mro__}:
@@ -170,7 +177,7 @@ def _namespaces(model: nn.Module) -> list[dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def _patched(owner: Any, name: str, value: Any) -> Iterator[None]:
+def patched(owner: Any, name: str, value: Any) -> Iterator[None]:
     own = name in vars(owner)
     before = getattr(owner, name)
     setattr(owner, name, value)

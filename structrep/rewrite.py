@@ -14,7 +14,7 @@ import contextlib
 import itertools
 import operator
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from inspect import signature
 from typing import Any, cast
@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 
 from structrep.algebra import ConvMap
 from structrep.blocks import STAND_INS
-from structrep.errors import Refusal
+from structrep.errors import Refusal, StructrepError
 from structrep.forward import Edits, Forward
 from structrep.generated import install, regraph
 from structrep.layers import Features2d, Sizes
@@ -168,6 +168,8 @@ class Draft:
         for merge in self.merges:
             parts = units(merge)
             host = self.hosts[merge] = host_of(parts)
+            self.edits.vanishing.update(node for node in merge.nodes if node is not merge.root)
+            self.edits.vanishing.update(node for one in merge.absorbed for node in one.changed)
             for unit in [*parts, *_scales(merge)]:
                 if unit.module is None:
                     kept = self._refillable(unit, merge) if unit is host else None
@@ -192,6 +194,23 @@ class Draft:
                 else:
                     self.edits.ended.add(node)
                     self._written_by(Unit((Segment(node, node, ONE, (node,)),)), merge, dead=False)
+
+        self.edits.homes = {name: home for merge in self.merges for name, home in self._homes_of(merge)}
+
+    def _homes_of(self, merge: Merge) -> Iterator[tuple[str, str]]:
+        """The tensors that a merge takes, by path, and the path of the layer that has them, with a + where that is more
+        than one layer."""
+        where = self.where(merge)
+        home = "" if where == "(root)" else where
+        single = merge.sizes is None and not merge.fit.remedy
+        for node in (*merge.nodes, *(n for one in merge.absorbed for n in one.nodes)):
+            held = [n.meta["value"] for n in node.all_input_nodes if "value" in n.meta]
+            if node.op == "call_module":
+                held += node.meta["call"].module.parameters()
+                held += node.meta["call"].module.buffers()
+            for name in (self.traced.names.get(id(tensor)) for tensor in held):
+                if name is not None:
+                    yield name, home if single else f"{home}+"
 
     def _new_name(self, owner: Call, merge: Merge) -> str:
         stem = "reparam_conv" if any(layer.dims for layer in merge.term.leaves()) else "reparam_linear"
@@ -251,6 +270,8 @@ class Draft:
         for owner in self._idle_sums() - self.edits.owners.keys():
             with contextlib.suppress(Refusal):
                 self.forwards[owner] = Forward(self.traced, self.edits, owner, set())
+        at = self.traced.model.get_submodule
+        self.at_rest = {owner: forward.holding(at(owner.path)) for owner, forward in self.forwards.items()}
         return failed
 
     def _idle_sums(self) -> set[Call]:
@@ -288,6 +309,7 @@ class Draft:
         """Change a model that has the names of the traced one; returns it, or what stands for it if it was itself a
         block."""
         self.model = model
+        self._check_unchanged()
         self.places: dict[nn.Module, list[tuple[nn.Module, str]]] = {}  # who holds a module, under which name
         for parent in model.modules():
             for name, child in parent._modules.items():
@@ -311,14 +333,25 @@ class Draft:
             module = self._at(owner.path)
             for name, tensor in forward.constants.items():
                 module.register_buffer(name, tensor.detach().clone(), persistent=False)
-            install(module, forward.method)
         self._bury()
-        for owner in self.forwards:
-            if isinstance(module := self._at(owner.path), fx.GraphModule):
+        for owner, forward in self.forwards.items():
+            module = self._at(owner.path)
+            gone = self.at_rest[owner] - forward.holding(module)  # what was asked for is no more, or is merged
+            install(module, forward.method(lambda guard, gone=gone: guard not in gone))  # type: ignore[misc]
+            if isinstance(module, fx.GraphModule):
                 regraph(module)
         deploy = self.model
         del self.model, self.places  # a plan does not keep what it made
         return deploy
+
+    def _check_unchanged(self) -> None:
+        """Raise where a forward that was written anew would no longer do what the model does."""
+        for owner, forward in self.forwards.items():
+            for guard in self.at_rest[owner] - forward.holding(self._at(owner.path)):
+                raise StructrepError(
+                    f"{guard.asked} of {owner.path or 'the model'} was {guard.told} when this plan was made, and is "
+                    f"another now: make a new one, structrep.plan(model)"
+                )
 
     def _release(self, merge: Merge, held: Counter[int], read: Counter[int], stay: set[int]) -> None:
         """Give back the memory of kernels that a merge was the last to read, before the next is made."""

@@ -15,12 +15,13 @@ import contextlib
 import copy
 import functools
 import inspect
+import itertools
 import operator
 import random
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
-from types import FunctionType
+from types import CodeType, FunctionType
 from typing import Any
 
 import torch
@@ -43,6 +44,7 @@ from structrep.intercept import (
     traced_values_are_tensors,
     unwatched,
 )
+from structrep.observed import Observed, Read
 from structrep.precision import doubled
 from structrep.sources import taken_apart, written_first
 from structrep.values import alike, holds_tensor, is_traced, proxies, snapshot
@@ -86,6 +88,8 @@ class Call:
     written: list[tuple[fx.Node, fx.Node]] = field(default_factory=list)  # arguments it wrote in place: before, after
     mutates: bool = False  # whether it changed what it was given, or its own module
     steps: list[fx.Node | Call] = field(default_factory=list)  # what its forward did, in order
+    reads: dict[tuple[str, str], Read] = field(default_factory=dict)  # what it asked for, by whose it is and how
+    codes: dict[CodeType, dict[str, Any]] = field(default_factory=dict)  # the code that asked, and its namespace
 
     @property
     def code(self) -> Callable[..., Any]:
@@ -126,6 +130,8 @@ class Trace:
     graph: fx.Graph
     root: Call
     calls: list[Call]
+    opaque: Set[type[nn.Module]] = frozenset()  # module types and functions that were kept whole
+    whole: Set[FunctionType] = frozenset()
 
     @property
     def nodes(self) -> list[fx.Node]:
@@ -298,7 +304,9 @@ def _trace_below(
         if tracer.stopped is not None:
             apart += _parts(module)
         else:
-            traced.traces.append(Trace(paths[module], tracer.graph, tracer.calls[0], tracer.calls))
+            traced.traces.append(
+                Trace(paths[module], tracer.graph, tracer.calls[0], tracer.calls, tracer.opaque, tracer.whole)
+            )
             seen.update(call.module for call in tracer.calls if call.module not in tracer.hooked)
             for call in tracer.calls[1:]:
                 if call.leaf and call.module in tracer.hooked:
@@ -358,6 +366,53 @@ def follow_method(module: nn.Module, path: str, method: str, flags: Mapping[str,
         if node.op == "get_attr" and any(user.meta["call"] is tracer.calls[0] for user in node.users)
     }
     return Method(tracer.calls, held | tracer.reached.keys())
+
+
+def retrace(traced: Traced, call: Call, answers: Mapping[tuple[str, str], Any]) -> tuple[Traced, Call] | None:
+    """A call once more, on a copy of its module, with other answers to what it asks; None if it cannot be followed.
+
+    Args:
+        answers: by `Call.reads`' keys.
+    """
+    root = next(one for one in call.chain() if one.parent is None)
+    of = next((one for one in traced.traces if one.root is root), None)
+    if of is None:
+        return None
+    twin = shallow_copy(call.module)
+    paths = {part: ".".join(filter(None, (call.path, name))) for name, part in twin.named_modules()}
+    again = Traced(_placed(twin, call.path), {id(tensor): name for name, tensor in _named_tensors(paths)})
+    tracer = _Tracer(twin, call.method, paths, again.names, of.opaque, of.whole, answers)
+    count = itertools.count()
+    tracer.arguments = pytree.tree_map(
+        lambda leaf: _Slot(f"input_{next(count)}") if isinstance(leaf, fx.Proxy) else leaf, (call.args, call.kwargs)
+    )
+    if is_traced(tracer.arguments):
+        return None
+    try:
+        with torch.no_grad(), _unchanged(twin), tracer.watching():
+            tracer.trace(_Root(twin))
+    except Exception:  # whatever the forward does when it is told otherwise
+        return None
+    if tracer.refused is not None:
+        return None
+    _fold_constants(tracer)
+    again.traces.append(Trace(call.path, tracer.graph, tracer.calls[0], tracer.calls, of.opaque, of.whole))
+    for one in tracer.calls:
+        again.calls[one.module, one.method].append(one)
+    known = {(one.path, one.method): one.inlined for calls in traced.calls.values() for one in calls}
+    for one in tracer.calls:
+        one.inlined = known.get((one.path, one.method), False)
+    again.origins, again.written = tracer.constants.origins, tracer.constants.written
+    return again, tracer.calls[0]
+
+
+def _placed(module: nn.Module, path: str) -> nn.Module:
+    """Something that has a module at a path."""
+    for name in reversed(path.split(".") if path else ()):
+        holder = nn.Module()
+        holder.add_module(name, module)
+        module = holder
+    return module
 
 
 def _follow(
@@ -510,6 +565,7 @@ class _Tracer(fx.Tracer):
         names: dict[int, str],
         opaque: Set[type[nn.Module]],
         whole: Set[FunctionType],
+        answers: Mapping[tuple[str, str], Any] | None = None,
     ) -> None:
         super().__init__()
         self.module = module
@@ -524,6 +580,7 @@ class _Tracer(fx.Tracer):
         self.stopped: Call | None = None
         self.refused: Exception | None = None  # the first question that had no answer
         self.constants = _Constants(self)
+        self.observed = Observed(paths, lambda: self.stack[-1] if self.stack else None, answers)
         self.stored = {storage(p) for p in module.parameters() if p.numel()}
         self.reached: dict[str, set[Call]] = {}
         self.fetched: Counter[tuple[str, Call]] = Counter()  # how often a forward looked up what is not its own
@@ -607,6 +664,7 @@ class _Tracer(fx.Tracer):
             traced_sizes(self.create_proxy),
             kept_whole(self.whole, self.create_proxy),
             traced_values_are_tensors(self.module),
+            self.observed.watching(self.module),
             self.constants,
         ):
             yield
@@ -884,6 +942,9 @@ class _Slot:
 _TOLD = {"dtype", "device", "shape", "ndim", "requires_grad", "is_cuda", "layout", "grad"}
 
 
+_ASKED = {"dtype", "device", "is_cuda", "is_cpu", "is_mps", "is_xpu", "requires_grad"}
+
+
 class _Constants(TorchFunctionMode):
     """Watches what the trace computes for real: notes where constants come from, stops what must not be baked in."""
 
@@ -928,10 +989,23 @@ class _Constants(TorchFunctionMode):
         result = func(*args, **kwargs)
         if not torch.equal(drawn, torch.get_rng_state()):
             raise RuntimeError(f"{name} draws new random numbers at every call")
+        if name == "__get__" and func.__self__.__name__ in _ASKED:
+            return self._ask(args[0], func.__self__.__name__, result)
         itself = any(result is one for one in pytree.tree_leaves((args, kwargs)))  # `x.to(x.dtype)`
         if isinstance(result, Tensor) and not writes and not itself:
             self.origins[id(result)] = Origin(result, func, args, kwargs)
         return result
+
+    def _ask(self, tensor: Tensor, what: str, told: Any) -> Any:
+        """The answer to what a tensor is asked apart from its numbers; of a computed one, that of what it is made of."""
+        while id(tensor) not in self.tracer.names and (origin := self.origins.get(id(tensor))) is not None:
+            given = [one for one in pytree.tree_leaves((origin.args, origin.kwargs)) if isinstance(one, Tensor)]
+            source = next((one for one in given if getattr(one, what) == told), None)
+            if source is None:
+                return told
+            tensor = source
+        path = self.tracer.names.get(id(tensor))
+        return told if path is None else self.tracer.observed.ask(tensor, path, what, told)
 
     def _is_fresh(self, tensor: Tensor) -> bool:
         """Whether a tensor was made during this trace, and is no view of what the model holds."""
