@@ -6,6 +6,7 @@ written out, with the edits made; untouched children stay calls of children.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import itertools
 import math
@@ -25,7 +26,7 @@ from structrep import guards
 from structrep.errors import Unreadable
 from structrep.generated import Method
 from structrep.guards import Guard
-from structrep.observed import MISSING, UNSTABLE, Read, namespace_reads
+from structrep.observed import INPUTS, MISSING, UNSTABLE, Read, namespace_reads
 from structrep.otherwise import Comparison, Different, Slot, alternatives, counterparts, inside, steps
 from structrep.readers import Layer, Same, aliases, asks_kind, counts_sizes, mutates, only_asserted, read_node, writers
 from structrep.trace import Call, Traced, retrace, storage
@@ -46,6 +47,7 @@ class Edits:
     ended: set[fx.Node] = field(default_factory=set)  # functional norms that give up their weight and bias
     owners: dict[Call, set[Call]] = field(default_factory=dict)  # whose forward changes -> calls to write out inside it
     vanishing: set[fx.Node] = field(default_factory=set)  # values that will be others, or none
+    layers: set[str] = field(default_factory=set)  # paths of layers that are merged
     homes: dict[str, str] = field(default_factory=dict)  # path of a tensor that is merged -> of the layer that has it
 
 
@@ -79,8 +81,10 @@ class Forward:
         self.again: dict[tuple[Any, tuple[Any, ...]], _Text] = {}  # arguments that are asked for again
         self.reads: list[Guard] = []
         self.ways: list[tuple[str, Forward | list[Guard]]] = []  # a condition on how it is run -> what it does then
-        self._ask_again()
+        self.excluded: dict[tuple[str, str], Any] = {}  # answers that ways before have taken care of
+        self.settled = set(self.answers)  # questions about inputs that need not be asserted
         self._arguments()
+        self._ask_again()
         self._body(call)
         self.graph.output(self._rebuild(call.result))
         for node in reversed(self.graph.nodes):
@@ -140,12 +144,15 @@ class Forward:
         for (path, _), read in reads:
             if read.text.partition("(")[0] in UNSTABLE:
                 raise Unreadable(f"{path or 'the model'} asks {read.text}, whose answer may be another at every call")
+        plain = [(key, read) for key, read in reads if not read.where_am_i]
+        left = [(key, read) for key, read in plain if not self._passes_on(key, read)]
+        cast = self._pass_on_together(left)
+        for (path, text), read in left:
+            if (path, text) not in cast:
+                self._guard(path, read)
         for key, read in reads:
             if read.where_am_i:
                 self._other_way(key, read)
-        for (path, text), read in reads:
-            if not read.where_am_i and not self._passes_on((path, text), read):
-                self._guard(path, read)
         for one in calls:
             function = one.code
             if isinstance(function, FunctionType) and not one.leaf:
@@ -158,6 +165,8 @@ class Forward:
 
     def _compared(self, again: tuple[Traced, Call]) -> list[Slot] | None:
         """The arguments that differ in the call as it is when told otherwise; None if more does."""
+        if any(call.mutates for call in inside(again[1], self.out)):
+            return None
         try:
             return Comparison((self.traced, self.call), again, self.out).slots
         except Different:
@@ -170,57 +179,112 @@ class Forward:
 
     def _passes_on(self, key: tuple[str, str], read: Read) -> bool:
         """Whether all that hangs on an answer is arguments of operations, which then ask for it again."""
+        matters = isinstance(read.told, bool) and isinstance(read.holder, nn.Module) and "inplace" not in read.text
+        # Most flags change what is computed: to find out is dear, and a guard costs nothing.
+        found = self._handed(read.told, [key]) if read.counts and not matters else None
+        if found:
+            self.again |= dict.fromkeys(found, _Text(self._spelt(key[0], read)))
+        return found is not None
+
+    def _handed(self, told: Any, keys: list[tuple[str, str]]) -> set[Any] | None:
+        """The arguments that an answer is, whatever it is; None if anything else hangs on it.
+
+        Args:
+            keys: the questions that have this answer.
+        """
         found: set[Any] | None = None
-        for other in alternatives(read.told) if read.counts else ():
-            again = self._told({key: other})
+        for other in alternatives(told):
+            again = self._told(dict.fromkeys(keys, other))
             if again is None and isinstance(other, torch.device):
                 continue  # constants cannot be made where there is no such device
             slots = None if again is None or self._asked_anew(again) else self._compared(again)
-            if slots is None or any(slot.before != read.told or slot.after != other for slot in slots):
-                return False
+            if slots is None or any(slot.before != told or slot.after != other for slot in slots):
+                return None
             places = {slot.where for slot in slots}
             if found is not None and places != found:
-                return False
+                return None
             found = places
-        if found is None:
-            return False
-        if found:
-            self.again |= dict.fromkeys(found, _Text(self._spelt(key[0], read)))
-        return True
+        return found
+
+    def _pass_on_together(self, reads: list[tuple[tuple[str, str], Read]]) -> set[tuple[str, str]]:
+        """Of questions for dtypes those that have one answer, and are asked again if that is what casting the model
+        does: to change it for all, inputs too. Others of them than the first are guarded to be as that is."""
+        for dtype in {read.told for _, read in reads if isinstance(read.told, torch.dtype)}:
+            same = [(key, read) for key, read in reads if read.told == dtype and isinstance(read.holder, Tensor)]
+            found = self._handed(dtype, [*(key for key, _ in same), INPUTS]) if same else None
+            if found is None:
+                continue
+            texts = [self._spelt(key[0], read) for key, read in same]
+            self.again |= dict.fromkeys(found, _Text(texts[0]))
+            others = (text for text in texts if text != texts[0])
+            self.reads += [guards.alike(text, texts[0], self._shown()) for text in others]
+            return {key for key, _ in same}
+        return set()
 
     def _other_way(self, key: tuple[str, str], read: Read) -> None:
-        """Follow the forward as it is run otherwise; write that too, if it does anything else then."""
+        """Follow the forward as it is run otherwise; write that too, if it does anything else then.
+
+        Raises:
+            Unreadable: that cannot be.
+        """
+        of_input = isinstance(read.holder, fx.Node)
         again = self._told({key: not read.told})
-        condition = f"not {read.text}" if read.told else read.text
-        self._spelt(key[0], read)
+        slots = None if again is None or self._asked_anew(again) else self._compared(again)
+        if slots == []:
+            self.settled.add(key)
+            return
+        asked = self._spelt(key[0], read) if not of_input else self._spelt_comparison(read.holder)
+        if asked is None:
+            return  # it is asserted where it is asked
+        condition = f"not {asked}" if read.told else asked
         if again is None and read.text == "torch.jit.is_scripting()":
             self.ways.append((condition, [guards.never(read.text, self._shown())]))
-            return
+        elif again is not None or not of_input:
+            with contextlib.suppress(*([Unreadable] if of_input else [])):
+                self.ways.append((condition, self._written_otherwise(key, read, again)))
+                self.settled.add(key)
+        self.excluded[key] = read.told
+
+    def _written_otherwise(self, key: tuple[str, str], read: Read, again: tuple[Traced, Call] | None) -> Forward:
         if again is None:
             raise Unreadable(f"{self._shown()} asks {read.text}, and cannot be followed where that is {not read.told}")
-        traced, call = again
-        slots = self._compared(again)
-        if slots == [] and not self._asked_anew(again):
-            return
-        written_out = {one for one in inside(call, self.out) if (one.path, one.method) in self.out}
-        answers = {**self.answers, key: not read.told}
-        way = Forward(traced, self._edits_of(again), call, written_out, answers)
-        self.ways.append((condition, way))
+        written_out = {one for one in inside(again[1], self.out) if (one.path, one.method) in self.out}
+        answers = {**self.answers, **self.excluded, key: not read.told}
+        where = f"where {read.text or 'the dtype of its input'} is {not read.told}"
+        return Forward(again[0], self._edits_of(again, where), again[1], written_out, answers)
 
-    def _edits_of(self, again: tuple[Traced, Call]) -> Edits:
+    def _spelt_comparison(self, node: fx.Node) -> str | None:
+        """A comparison of dtypes as code, of an argument of this forward; None if what is compared is made here."""
+        sides: list[str] = []
+        for place, side in enumerate(node.args):
+            source = side.args[0] if isinstance(side, fx.Node) and side.target is getattr else None
+            if isinstance(source, fx.Node):
+                given = self.env.get(source)
+                if not isinstance(given, fx.Node) or given.op != "placeholder":
+                    return None
+                sides.append(f"{str(given.target).strip('*')}.dtype")
+            else:
+                sides.append(repr(self.again.get((node, ("args", place)), side)))
+        return f"({sides[0]} {'==' if node.target is operator.eq else '!='} {sides[1]})"
+
+    def _edits_of(self, again: tuple[Traced, Call], where: str) -> Edits:
         """The edits of the forward as it is when told otherwise."""
         same = counterparts((self.traced, self.call), again)
         back = {new: old for old, new in same.items()}
         for node in again[1].nodes():
             if mutates(node) is not None and node not in back:
-                raise Unreadable(f"{self._shown()} writes in place where it is run otherwise")
+                raise Unreadable(f"{self._shown()} writes in place {where}")
             gone = {n for n in node.all_input_nodes if back.get(n) in self.edits.vanishing}
+            held = {again[0].names.get(id(n.meta.get("value"))) for n in node.all_input_nodes if n.op == "get_attr"}
+            layer = str(node.target) in self.edits.layers if node.op == "call_module" else held & self.edits.homes.keys()
+            if layer and node not in back:
+                raise Unreadable(f"{self._shown()} does not use {node.name} as it is merged {where}")
             if gone and node not in back:
-                raise Unreadable(f"{self._shown()} uses {next(iter(gone)).name} otherwise where it is run otherwise")
+                raise Unreadable(f"{self._shown()} uses {next(iter(gone)).name}, which would be gone, {where}")
         given = {proxy.node for proxy in proxies(self.call.result)}
         for proxy in proxies(again[1].result):
             if back.get(proxy.node) in self.edits.vanishing - given:
-                raise Unreadable(f"{self._shown()} gives back {proxy.node.name} where it is run otherwise")
+                raise Unreadable(f"{self._shown()} gives back {proxy.node.name}, which would be gone, {where}")
         edits = self.edits
         return replace(
             edits,
@@ -259,10 +323,12 @@ class Forward:
         if isinstance(read.holder, FunctionType):
             name, rest = _head(read.text)
             of = read.holder.__qualname__
-            if any(of == f.__qualname__ for f in guards.functions_in(_defined(self.call.module, self.call.method))):
+            if any(read.holder is f for f in guards.functions_in(_defined(self.call.module, self.call.method))):
                 return f"structrep_cell(type(self), {self.call.method!r}, {of!r}, {name!r}){rest}"
-            place = read.holder.__code__.co_freevars.index(name)
-            return f"{self._space(read.holder.__globals__)}.{of}.__closure__[{place}].cell_contents{rest}"
+            if read.holder.__globals__.get(of) is read.holder:
+                place = read.holder.__code__.co_freevars.index(name)
+                return f"{self._space(read.holder.__globals__)}.{of}.__closure__[{place}].cell_contents{rest}"
+            return f"{self._name(f'cells_of_{read.holder.__name__}', guards.Cells(read.holder))}.{read.text}"
         module = read.text.partition(".")[0]
         self.names[module] = sys.modules[module]
         return read.text
@@ -271,7 +337,11 @@ class Forward:
         """A name for a namespace."""
         module = sys.modules.get(str(names.get("__name__", "")))
         held: Any = module if module is not None and vars(module) is names else guards.Space(names)
-        name = "module_" + "".join(c if c.isalnum() else "_" for c in str(names.get("__name__", "none")))
+        return self._name(f"module_{names.get('__name__', 'none')}", held)
+
+    def _name(self, stem: str, held: Any) -> str:
+        """A name that stands for something in written code."""
+        name = "".join(c if c.isalnum() else "_" for c in stem)
         while self.names.get(name, held) != held:
             name += "_"
         self.names[name] = held
@@ -361,7 +431,7 @@ class Forward:
             self.env[node] = self._load(same)
         elif asks_kind(node) and not self._has(cast(fx.Node, node.args[0])):
             self.env[node] = self.graph.call_function(getattr, (next(iter(self.env.values())), node.args[1]))
-        elif node in self.edits.dead:
+        elif node in self.edits.dead or node.meta.get("asked") in self.settled:
             return
         elif (only_asserted(node) or counts_sizes(node)) and not all(self._has(n) for n in node.all_input_nodes):
             return  # of sizes that are no longer there; whoever would need them says so

@@ -89,6 +89,12 @@ def given(name: str) -> Guard:
     return Guard(name, "...", f"{name} is None", True, (before, ""))
 
 
+def alike(asked: str, other: str, method: str) -> Guard:
+    """A guard for two answers that were the same."""
+    before = f"{method} was reparameterized for a model whose {asked} and {other} are the same, and {asked} is "
+    return Guard(asked, other, f"{asked} != {other}", False, (before, ": convert the model again after casting it"))
+
+
 def never(question: str, method: str) -> Guard:
     """A guard for an answer that a forward cannot be followed with."""
     before = f"{method} was reparameterized for {question}=False, and cannot be followed where it is "
@@ -106,7 +112,7 @@ def code(guards: Iterable[Guard]) -> list[str]:
 def unlike(asked: str, told: Any) -> str | None:
     """Code that is true where the answer to a question is another than it was; None if any would do."""
     if told is None or told is ...:
-        return f"{asked} is not {told!r}"
+        return None if told is ... else f"{asked} is not None"
     if is_named(told):
         return f"structrep_described({asked}) != {described(told)!r}"
     text = literal(told)
@@ -128,7 +134,7 @@ def _is_loose(told: Any) -> bool:
 
 def literal(value: Any) -> str:
     """A value as code that gives an equal one, with `...` for what may be anything: tensors, modules, objects."""
-    if value is None or value is ... or type(value) in (bool, int, str, bytes, complex, slice, range):
+    if value is None or type(value) in (bool, int, str, bytes, complex, slice, range):
         return repr(value)
     if is_named(value) or isinstance(value, (nn.Module, Tensor)):
         return "..."
@@ -184,7 +190,7 @@ def matches(value: Any, told: Any) -> bool:
 
 
 class Space:
-    """A namespace that is no module's, of code that was made by `exec`."""
+    """Names that no module has: of code that was made by `exec`."""
 
     def __init__(self, names: dict[str, Any]) -> None:
         self.names = names
@@ -202,6 +208,34 @@ class Space:
 
     def __hash__(self) -> int:
         return id(self.names)
+
+
+class Cells:
+    """What a function was made with that no class has any more; in a file, what that was."""
+
+    def __init__(self, function: FunctionType) -> None:
+        self.function = function
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "function" or name not in self.function.__code__.co_freevars:
+            raise AttributeError(name)
+        return self._contents()[name]
+
+    def _contents(self) -> dict[str, Any]:
+        cells = self.function.__closure__ or ()
+        return {name: one.cell_contents for name, one in zip(self.function.__code__.co_freevars, cells, strict=True)}
+
+    def __deepcopy__(self, memo: Any) -> Cells:
+        return self
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Cells) and self.function is other.function
+
+    def __hash__(self) -> int:
+        return id(self.function)
+
+    def __reduce__(self) -> Any:
+        return Space, ({name: value for name, value in self._contents().items() if literal(value) != "..."},)
 
 
 def cell(cls: type, method: str, qualname: str, name: str) -> Any:

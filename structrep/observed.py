@@ -39,8 +39,8 @@ class Read:
     """One thing that a forward asked for, and what it was told.
 
     Args:
-        holder: the module whose attribute it is, or the tensor whose dtype or device; the code that a name or a cell is
-            asked by; None of a question to torch or the system.
+        holder: the module whose attribute it is, or the tensor whose dtype or device; the namespace or the function
+            that has a name; the node that compares the dtype of an input; None of a question to torch or the system.
         text: how it is asked, behind what stands for the holder: ".low", ".cfg['t']", ".dtype"; the whole question.
         told: the answer; `MISSING` for an attribute that there was none of.
         counts: whether a trace may be told otherwise.
@@ -54,7 +54,7 @@ class Read:
     @property
     def where_am_i(self) -> bool:
         """Whether it is asked how the forward is run, which a user changes without touching the model."""
-        return self.holder is None and isinstance(self.told, bool)
+        return (self.holder is None or isinstance(self.holder, fx.Node)) and isinstance(self.told, bool)
 
 
 class _Missing:
@@ -64,7 +64,8 @@ class _Missing:
 
 MISSING = _Missing()
 
-_OF_MODULES = frozenset(vars(nn.Module())) | {"forward"}  # torch's own attributes, `training` among them
+_OF_MODULES = frozenset(dir(nn.Module()))  # torch's own attributes, `training` among them
+INPUTS = "", "the dtype of inputs"  # what is answered for the dtype of inputs
 
 
 def _ours(frame: FrameType) -> bool:
@@ -358,21 +359,6 @@ def _is_subscript(one: dis.Instruction) -> bool:
 # --- names and cells --------------------------------------------------------------------------------------------------
 
 
-class Space:
-    """A namespace that is no module's, for code that was made by `exec`."""
-
-    def __init__(self, names: dict[str, Any]) -> None:
-        self.names = names
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return self.names[name]
-
-    def __deepcopy__(self, memo: Any) -> Space:
-        return self
-
-
 def namespace_reads(functions: Iterable[tuple[CodeType, dict[str, Any], FunctionType | None]]) -> Iterator[Read]:
     """Plain values that code asks its namespace and its cells for, in functions that it calls by name too."""
     pending, seen = list(functions), set[CodeType]()
@@ -387,7 +373,8 @@ def namespace_reads(functions: Iterable[tuple[CodeType, dict[str, Any], Function
                 pending.append((value.__code__, value.__globals__, value))
             if isinstance(value, (ModuleType, nn.Module, Tensor, fx.Proxy, MethodType)) or callable(value):
                 name = text.rpartition(".")[2]
-                if not callable(value) or getattr(value, "__name__", name) == name or isinstance(value, nn.Module):
+                renamed = callable(value) and getattr(value, "__name__", name) != name
+                if not renamed or isinstance(value, nn.Module) or isinstance(holder, FunctionType):
                     continue
             yield Read(holder, text, value, counts=False)
 

@@ -46,7 +46,8 @@ def steps(call: Call, written_out: Set[tuple[str, str]]) -> Iterator[fx.Node | C
     """What a call does, as its forward would be written: nodes, and calls that stay calls."""
     for step in call.steps:
         if isinstance(step, fx.Node):
-            yield step
+            if "asked" not in step.meta:
+                yield step
         elif step.leaf or step.method != "forward" or (step.path, step.method) in written_out:
             yield from steps(step, written_out)
         else:

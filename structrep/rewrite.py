@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import itertools
 import operator
 from collections import Counter
@@ -28,6 +29,7 @@ from structrep.errors import Refusal, StructrepError
 from structrep.forward import Edits, Forward
 from structrep.generated import install, regraph
 from structrep.layers import Features2d, Sizes
+from structrep.paths import branches, span, strays
 from structrep.pattern import ONE, geometry
 from structrep.ranks import rank
 from structrep.readers import Layer, Same, hooks, knows, lower, only_asserted, read_module, read_node
@@ -149,6 +151,7 @@ class Draft:
         self.refused: list[tuple[Merge, Refusal]] = []
         self.unwritable: dict[tuple[str, str], Refusal] = {}  # methods that cannot be written anew, by path and name
         self.merges = list(merges)
+        self.strays: dict[Merge, set[Call]] = {}  # calls whose code reads what a merge takes away
         made = (n.meta["formula"] for trace in traced.traces for n in trace.nodes if n.meta.get("formula"))
         self.computed_from = {id(tensor) for formula in made for tensor in formula.tensors}
         while True:
@@ -195,7 +198,27 @@ class Draft:
                     self.edits.ended.add(node)
                     self._written_by(Unit((Segment(node, node, ONE, (node,)),)), merge, dead=False)
 
+        self._write_strays()
+        nodes = (n for merge in self.merges for n in (*merge.nodes, *(n for one in merge.absorbed for n in one.nodes)))
+        self.edits.layers = {str(node.target) for node in nodes if node.op == "call_module"}
         self.edits.homes = {name: home for merge in self.merges for name, home in self._homes_of(merge)}
+
+    def _write_strays(self) -> None:
+        """Have forwards written anew whose code, on a path that was not taken, reads a value that will be another, or
+        gives another to what is merged: what the path hangs on is then guarded."""
+        written = self.edits.owners.keys() | set().union(*self.edits.owners.values())
+        for merge in self.merges:
+            if merge not in self.strays:
+                gone = {node for node in merge.nodes if node is not merge.root}
+                gone = gone.union(*(one.changed for one in merge.absorbed))
+                self.strays[merge] = {call for node in gone for call in _seen_by(node) if _strays(node, call)}
+            for call in self.strays[merge]:
+                owner = next(call.homes())
+                if call not in written and owner not in written:
+                    inner = self.edits.owners.setdefault(owner, set())
+                    inner.update(itertools.takewhile(lambda one, owner=owner: one is not owner, call.chain()))
+                if owner in self.edits.owners:
+                    self.owned.setdefault(owner, set()).add(merge)
 
     def _homes_of(self, merge: Merge) -> Iterator[tuple[str, str]]:
         """The tensors that a merge takes, by path, and the path of the layer that has them, with a + where that is more
@@ -523,6 +546,48 @@ class Draft:
         if name == "running_mean" and "num_batches_tracked" in module._buffers:
             module._buffers["num_batches_tracked"] = None
             module.__dict__["track_running_stats"] = False  # or loading a plain state dict would count batches again
+
+
+def _seen_by(node: fx.Node) -> set[Call]:
+    """The calls whose code has a value in hand: that made it, were given it, or were given it back."""
+    found: set[Call] = set()
+    made: Call | None = node.meta["call"]
+    while made is not None:
+        found |= {made} if not made.leaf else set()
+        if node not in {proxy.node for proxy in proxies(made.result)}:
+            break
+        made = made.parent
+    for user in node.users:
+        for call in user.meta["call"].chain() if user.op != "output" else ():
+            if not call.leaf and node in {proxy.node for proxy in proxies((call.args, call.kwargs))}:
+                found.add(call)
+    return found
+
+
+def _strays(node: fx.Node, call: Call) -> bool:
+    """Whether a call's code may read a value on a path that was not taken, or read another instead."""
+    function = inspect.unwrap(call.code)
+    code = getattr(function, "__code__", None)
+    if code is None or str(getattr(function, "__module__", "")).startswith("torch.") or not branches(code):
+        return False
+    maker: fx.Node | Call = node
+    taken: list[int | None] = []
+    names: list[str] = []
+    for step in call.steps:
+        if isinstance(step, fx.Node):
+            if node in step.all_input_nodes:
+                taken.append(step.meta["at"])
+            continue
+        if node in {proxy.node for proxy in proxies((step.args, step.kwargs))}:
+            taken.append(step.at)
+        if step in node.meta["call"].chain():
+            maker = step
+    given = inspect.signature(call.function).bind(*call.args, **call.kwargs).arguments
+    names = [name for name, value in given.items() if node in {proxy.node for proxy in proxies(value)}]
+    at = maker.at if isinstance(maker, Call) else maker.meta["at"] if maker.meta["call"] is call else None
+    returned = node in {proxy.node for proxy in proxies(call.result)}
+    spans = [None if one is None else span(code, one) for one in taken]
+    return strays(code, None if at is None else span(code, at), names, spans, returned, call.module)
 
 
 def _nothing(unit: Unit) -> nn.Module:

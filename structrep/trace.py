@@ -44,7 +44,7 @@ from structrep.intercept import (
     traced_values_are_tensors,
     unwatched,
 )
-from structrep.observed import Observed, Read
+from structrep.observed import INPUTS, Observed, Read
 from structrep.precision import doubled
 from structrep.sources import taken_apart, written_first
 from structrep.values import alike, holds_tensor, is_traced, proxies, snapshot
@@ -90,6 +90,7 @@ class Call:
     steps: list[fx.Node | Call] = field(default_factory=list)  # what its forward did, in order
     reads: dict[tuple[str, str], Read] = field(default_factory=dict)  # what it asked for, by whose it is and how
     codes: dict[CodeType, dict[str, Any]] = field(default_factory=dict)  # the code that asked, and its namespace
+    at: int | None = None  # the instruction of its parent's code that it is called by, if that code itself calls it
 
     @property
     def code(self) -> Callable[..., Any]:
@@ -497,7 +498,7 @@ def _fold_constants(tracer: _Tracer) -> None:
         if not inputs or not all("value" in n.meta for n in inputs):
             continue
         name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-        if name in RANDOM or _in_place(str(name)):
+        if name in RANDOM or _in_place(str(name)) or node.target is torch._assert:
             continue
         drawn = torch.get_rng_state()
         with torch.no_grad(), contextlib.suppress(Exception):
@@ -701,6 +702,7 @@ class _Tracer(fx.Tracer):
         parent = self.stack[-1] if self.stack else None
         call = Call(m, self.paths[m], parent, snapshot(args), snapshot(kwargs), leaf, method, function)
         call.settings = readers.settings(m) if leaf else {}
+        call.at = self._place() if parent else None
         if parent:
             parent.steps.append(call)
         self.calls.append(call)
@@ -732,6 +734,20 @@ class _Tracer(fx.Tracer):
         before = {key: value for key, value in attributes.items() if key in now or key not in held}
         call.mutates |= not alike((call.args, call.kwargs, before), (args, kwargs, now))
         return result
+
+    def _place(self) -> int | None:
+        """The instruction at which the code of the call that runs stands; None if that has called other code of the
+        user's."""
+        code = getattr(inspect.unwrap(self.stack[-1].code), "__code__", None)
+        frame = inspect.currentframe()
+        while frame is not None:
+            if frame.f_code is code:
+                return frame.f_lasti
+            engine = str(frame.f_globals.get("__name__", "")).startswith(("torch.", "structrep."))
+            if not engine and frame.f_code.co_name not in ("<listcomp>", "<genexpr>", "<setcomp>", "<dictcomp>"):
+                return None
+            frame = frame.f_back
+        return None
 
     def _settles(self, m: nn.Module, key: str, before: Any, value: Any) -> bool:
         """Whether an attribute was given what a call computes of the model's tensors alone, the same at every call."""
@@ -772,9 +788,8 @@ class _Tracer(fx.Tracer):
         frame = inspect.currentframe()
         while frame is not None and frame.f_globals.get("__name__") in (__name__, fx.proxy.__name__):
             frame = frame.f_back
-        asked = self._dtype_asked(obj.node)
-        if asked is not None:
-            return asked
+        if (told := self._dtype_asked(obj.node)) is not None:
+            return self._note_dtype(obj, told)
         answer = spared(frame) if frame is not None else None
         if answer is None:
             raise self.refuse(TraceError("a condition that depends on the input"))
@@ -788,13 +803,27 @@ class _Tracer(fx.Tracer):
         owner = _owner(self.module)
         if node.target not in (operator.eq, operator.ne) or owner is None or len(node.args) != 2:
             return None
+        dtype = self.observed.answers.get(INPUTS, owner.dtype)
         found = [
-            owner.dtype if isinstance(one, fx.Node) and one.target is getattr and one.args[1] == "dtype" else one
+            dtype if isinstance(one, fx.Node) and one.target is getattr and one.args[1] == "dtype" else one
             for one in node.args
         ]
         if not all(isinstance(one, torch.dtype) for one in found):
             return None
         return (found[0] == found[1]) == (node.target is operator.eq)
+
+    def _note_dtype(self, asked: fx.Proxy, told: bool) -> bool:
+        """Note a condition on the dtype of an input, and assert what it is taken to be."""
+        call = self.stack[-1]
+        place = sum(isinstance(read.holder, fx.Node) for read in call.reads.values())
+        key = f"{call.path}.{call.method}", f"dtype {place}"
+        call.reads[key] = Read(asked.node, "", told)
+        told = self.observed.answers.get(key, told)
+        holds = self.create_proxy("call_function", operator.eq, (asked, told), {})
+        holds.node.meta["asked"] = key
+        said = "the forward was reparameterized for an input of another dtype: convert the model again for that"
+        self.create_proxy("call_function", torch._assert, (holds, said), {}).node.meta["asked"] = key
+        return told
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
         """Called where a traced value is looped over or unpacked into a call."""
@@ -821,6 +850,7 @@ class _Tracer(fx.Tracer):
         node.meta["index"] = self.count
         node.meta["autocast"] = torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
         call = node.meta["call"] = self.stack[-1] if self.stack else None
+        node.meta["at"] = self._place() if call is not None and not call.leaf else None
         node.meta["unfollowed"] = node.target in self.whole or (
             node.op == "call_module"
             and call is not None
