@@ -13,10 +13,11 @@ import math
 import operator
 import sys
 import textwrap
+import typing
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from types import CodeType, FunctionType
-from typing import Any, cast
+from typing import Any, Optional, cast
 
 import torch
 import torch.utils._pytree as pytree
@@ -27,8 +28,9 @@ from structrep.errors import Unreadable
 from structrep.generated import Method
 from structrep.guards import Guard
 from structrep.observed import INPUTS, MISSING, UNSTABLE, Read, namespace_reads
-from structrep.otherwise import Comparison, Different, Slot, alternatives, counterparts, inside, steps
+from structrep.otherwise import Comparison, Different, Slot, alternatives, copied, counterparts, inside, steps
 from structrep.readers import Layer, Same, aliases, asks_kind, counts_sizes, mutates, only_asserted, read_node, writers
+from structrep.sources import functions_in
 from structrep.trace import Call, Traced, retrace, storage
 from structrep.values import is_traced, proxies
 
@@ -81,10 +83,12 @@ class Forward:
         self.again: dict[tuple[Any, tuple[Any, ...]], _Text] = {}  # arguments that are asked for again
         self.reads: list[Guard] = []
         self.ways: list[tuple[str, Forward | list[Guard]]] = []  # a condition on how it is run -> what it does then
+        self.merged: dict[str, str] = {}  # paths of plain tensors that are merged, and where they are known for that
         self.excluded: dict[tuple[str, str], Any] = {}  # answers that ways before have taken care of
         self.settled = set(self.answers)  # questions about inputs that need not be asserted
         self._arguments()
         self._ask_again()
+        self._mark_merged()
         self._body(call)
         self.graph.output(self._rebuild(call.result))
         for node in reversed(self.graph.nodes):
@@ -106,7 +110,7 @@ class Forward:
         unused = {"device"} if "device(type=" not in source else set()  # written code always knows some names
         if clash := sorted((used.keys() - unused) & set(function.co_varnames[: function.co_argcount])):
             raise Unreadable(f"an argument named {clash[0]} clashes with what written code uses")
-        names = {name: value for name, value in used.items() if name in function.co_names}
+        names = {name: value for name, value in used.items() if name in function.co_names or name in self.head}
         method = Method.of(self.call.method, source, names)
         try:
             method.compile(f"<{self.call.method}>")
@@ -140,7 +144,8 @@ class Forward:
     def _ask_again(self) -> None:
         """Decide for each thing that the forward asked for: asked again where it goes, guarded, or no matter."""
         calls = list(inside(self.call, self.out))
-        reads = [(key, read) for one in calls for key, read in one.reads.items() if key not in self.answers]
+        asked = {key: read for one in calls for key, read in one.reads.items() if key not in self.answers}
+        reads = list(asked.items())
         for (path, _), read in reads:
             if read.text.partition("(")[0] in UNSTABLE:
                 raise Unreadable(f"{path or 'the model'} asks {read.text}, whose answer may be another at every call")
@@ -181,10 +186,42 @@ class Forward:
         """Whether all that hangs on an answer is arguments of operations, which then ask for it again."""
         matters = isinstance(read.told, bool) and isinstance(read.holder, nn.Module) and "inplace" not in read.text
         # Most flags change what is computed: to find out is dear, and a guard costs nothing.
-        found = self._handed(read.told, [key]) if read.counts and not matters else None
+        if not read.counts or matters:
+            return False
+        similar = self._similar(key, read)
+        if similar in self.traced.handed:
+            found = self._placed(self.traced.handed[similar], back=True)
+        else:
+            found = self._handed(read.told, [key])
+            if not any(isinstance(where, int) for where, _ in found or ()):  # a constant of this forward alone
+                self.traced.handed[similar] = self._placed(found)
         if found:
             self.again |= dict.fromkeys(found, _Text(self._spelt(key[0], read)))
         return found is not None
+
+    def _similar(self, key: tuple[str, str], read: Read) -> tuple[Any, ...]:
+        """What tells forwards apart of which the same hangs on an answer: most modules of a class do the same."""
+        done = tuple(
+            (step.path.removeprefix(self.call.path), step.method)
+            if isinstance(step, Call)
+            else (step.op, str(step.target).removeprefix(self.call.path), len(step.all_input_nodes), str(step.kwargs.keys()))
+            for step in steps(self.call, self.out)
+        )
+        alone = tuple(len(proxy.node.users) == 1 for proxy in proxies((self.call.args, self.call.kwargs)))
+        told = (*((text, repr(one.told)) for (_, text), one in self.call.reads.items()), *map(str, self.answers.items()))
+        given = tuple(map(repr, pytree.tree_leaves((self.call.args, self.call.kwargs))))
+        module, of = self.call.module, (key[0].removeprefix(self.call.path), key[1], repr(read.told))
+        held = (module._modules, module._parameters, module._buffers)
+        parts = tuple((name, type(part)) for one in held for name, part in one.items())
+        return type(module), self.call.method, of, done, alone, told, given, parts
+
+    def _placed(self, found: set[Any] | None, back: bool = False) -> set[Any] | None:
+        """Arguments by the places of their operations in the forward, or by the operations again."""
+        if not found:
+            return found
+        done = list(steps(self.call, self.out))
+        place = dict(enumerate(done)) if back else {step: index for index, step in enumerate(done)}
+        return {(place.get(where, where), way) for where, way in found}
 
     def _handed(self, told: Any, keys: list[tuple[str, str]]) -> set[Any] | None:
         """The arguments that an answer is, whatever it is; None if anything else hangs on it.
@@ -237,12 +274,14 @@ class Forward:
         if asked is None:
             return  # it is asserted where it is asked
         condition = f"not {asked}" if read.told else asked
-        if again is None and read.text == "torch.jit.is_scripting()":
-            self.ways.append((condition, [guards.never(read.text, self._shown())]))
-        elif again is not None or not of_input:
-            with contextlib.suppress(*([Unreadable] if of_input else [])):
-                self.ways.append((condition, self._written_otherwise(key, read, again)))
-                self.settled.add(key)
+        try:
+            self.ways.append((condition, self._written_otherwise(key, read, again)))
+            self.settled.add(key)
+        except Unreadable:
+            if read.text == "torch.jit.is_scripting()":  # that is not how it is run, but for who asks for it
+                self.ways.append((condition, [guards.never(read.text, self._shown())]))
+            elif not of_input:
+                raise
         self.excluded[key] = read.told
 
     def _written_otherwise(self, key: tuple[str, str], read: Read, again: tuple[Traced, Call] | None) -> Forward:
@@ -272,10 +311,14 @@ class Forward:
         same = counterparts((self.traced, self.call), again)
         back = {new: old for old, new in same.items()}
         for node in again[1].nodes():
+            if node not in back and copied(node) is not None:
+                continue  # what is made of it matters
             if mutates(node) is not None and node not in back:
                 raise Unreadable(f"{self._shown()} writes in place {where}")
             gone = {n for n in node.all_input_nodes if back.get(n) in self.edits.vanishing}
-            held = {again[0].names.get(id(n.meta.get("value"))) for n in node.all_input_nodes if n.op == "get_attr"}
+            formulas = [n.meta["formula"].tensors for n in node.all_input_nodes if n.meta.get("formula")]
+            made_of = [*itertools.chain(*formulas), *(n.meta.get("value") for n in node.all_input_nodes)]
+            held = {again[0].names.get(id(tensor)) for tensor in made_of}
             layer = str(node.target) in self.edits.layers if node.op == "call_module" else held & self.edits.homes.keys()
             if layer and node not in back:
                 raise Unreadable(f"{self._shown()} does not use {node.name} as it is merged {where}")
@@ -296,6 +339,20 @@ class Forward:
             owners={},
             vanishing={same[n] for n in edits.vanishing if n in same},
         )
+
+    def _mark_merged(self) -> None:
+        """Guard plain tensors that are merged to be the ones that were: nothing else would see that they are replaced."""
+        for node in (step for step in steps(self.call, self.out) if isinstance(step, fx.Node)):
+            merged = node in self.edits.dead or node in self.edits.ended
+            for given in (n for n in node.all_input_nodes if n.op == "get_attr") if merged else ():
+                formula = given.meta.get("formula")
+                for tensor in formula.tensors if formula else (given.meta.get("value"),):
+                    path = self.traced.names.get(id(tensor), "")
+                    holder, _, name = path.rpartition(".")
+                    if path and name in vars(self.traced.model.get_submodule(holder)):
+                        spelt = self._spelt_path(holder)
+                        self.merged[path] = f"{holder}.reparam_{name}" if holder else f"reparam_{name}"
+                        self.reads.append(guards.same(f"{spelt}.{name}", f"{spelt}.reparam_{name}", self._shown()))
 
     def _shown(self) -> str:
         return f"{type(self.call.module).__name__}.{self.call.method}"
@@ -323,7 +380,7 @@ class Forward:
         if isinstance(read.holder, FunctionType):
             name, rest = _head(read.text)
             of = read.holder.__qualname__
-            if any(read.holder is f for f in guards.functions_in(_defined(self.call.module, self.call.method))):
+            if any(read.holder is f for f in functions_in(_defined(self.call.module, self.call.method))):
                 return f"structrep_cell(type(self), {self.call.method!r}, {of!r}, {name!r}){rest}"
             if read.holder.__globals__.get(of) is read.holder:
                 place = read.holder.__code__.co_freevars.index(name)
@@ -372,6 +429,7 @@ class Forward:
         """Placeholders named and ordered as the module's own forward has them; constants stay as traced."""
         signature = inspect.signature(self.call.function)
         bound = signature.bind(*self.call.args, **self.call.kwargs)
+        hints = _plain_hints(self.call.code)
         for name, parameter in signature.parameters.items():
             star = (
                 "*" if parameter.kind is parameter.VAR_POSITIONAL else "**" * (parameter.kind is parameter.VAR_KEYWORD)
@@ -379,7 +437,7 @@ class Forward:
             default = () if star or parameter.default is parameter.empty else (parameter.default,)
             if default and not _is_literal(default[0]):
                 raise Unreadable(f"the default of argument {name} is no literal: {default[0]!r}")
-            node = self.graph.placeholder(star + name, None, *default)
+            node = self.graph.placeholder(star + name, hints.get(name) if not star else None, *default)
             if name in bound.arguments:
                 self._accept(bound.arguments[name], node, name, default == (None,))
             elif star:
@@ -615,6 +673,30 @@ def _is_literal(value: Any) -> bool:
     if type(value) in (list, tuple):
         return all(map(_is_literal, value))
     return value is None or type(value) in (bool, int, str) or (type(value) is float and math.isfinite(value))
+
+
+_PLAIN = (bool, int, float, str, Tensor)
+_SCRIPTED: dict[Any, Any] = {  # types that `torch.jit.script` has to be told of arguments, as it wants them spelt
+    **{one: one for one in _PLAIN[:-1]},
+    **{Optional[one]: Optional[one] for one in _PLAIN},  # noqa: UP045
+    **{kind[one]: typing.List[one] for one in _PLAIN for kind in (list, typing.List)},  # type: ignore[index, valid-type]  # noqa: UP006
+}
+
+
+def _plain_hints(function: Callable[..., Any]) -> dict[str, Any]:
+    """The types that `torch.jit.script` has to be told of a function's arguments."""
+    try:
+        hints = typing.get_type_hints(inspect.unwrap(function))
+    except Exception:  # a name that is only there for a type checker
+        return {}
+    return {name: found for name, hint in hints.items() if (found := _scripted(hint)) is not None}
+
+
+def _scripted(hint: Any) -> Any:
+    try:
+        return _SCRIPTED.get(hint)
+    except TypeError:  # what cannot be a key
+        return None
 
 
 class _Text:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from types import BuiltinFunctionType, CodeType, FunctionType, MappingProxyType, MethodType
@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from structrep.sources import functions_in
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,8 @@ class Guard:
 
     def lines(self) -> list[str]:
         before, after = self.message
-        return [f"if {self.unlike}:", f"    raise ValueError({before!r} + str({self.asked}) + {after!r})"]
+        behind = f" + {after!r}" if after else ""
+        return [f"if {self.unlike}:", f"    raise ValueError({before!r} + str({self.asked}){behind})"]
 
 
 def guard(asked: str, named: str, told: Any, method: str, scripted: bool) -> Guard | None:
@@ -93,6 +96,12 @@ def alike(asked: str, other: str, method: str) -> Guard:
     """A guard for two answers that were the same."""
     before = f"{method} was reparameterized for a model whose {asked} and {other} are the same, and {asked} is "
     return Guard(asked, other, f"{asked} != {other}", False, (before, ": convert the model again after casting it"))
+
+
+def same(asked: str, kept: str, method: str) -> Guard:
+    """A guard for a tensor that was merged."""
+    before = f"{method} was reparameterized, {asked} was merged, and {asked} is "
+    return Guard(asked, "merged", f"{asked} is not {kept}", False, (before, " now: convert the model again after setting it"))
 
 
 def never(question: str, method: str) -> Guard:
@@ -246,23 +255,6 @@ def cell(cls: type, method: str, qualname: str, name: str) -> Any:
                 cells = function.__closure__ or ()
                 return cells[function.__code__.co_freevars.index(name)].cell_contents
     raise AttributeError(f"{cls.__qualname__}.{method} has no {name}")
-
-
-def functions_in(value: Any) -> Iterator[FunctionType]:
-    """A function, and those that it was made with: what decorators have wrapped."""
-    pending, seen = [value], set[int]()
-    while pending:
-        one = pending.pop(0)
-        one = one.fget if isinstance(one, property) else getattr(one, "__func__", one)
-        if not isinstance(one, FunctionType) or id(one) in seen:
-            continue
-        seen.add(id(one))
-        yield one
-        for inner in one.__closure__ or ():
-            try:
-                pending.append(inner.cell_contents)
-            except ValueError:
-                continue
 
 
 NAMES: dict[str, Any] = {

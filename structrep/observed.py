@@ -23,13 +23,14 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
-from types import CodeType, FrameType, FunctionType, MappingProxyType, MethodType, ModuleType, SimpleNamespace
+from types import CellType, CodeType, FrameType, FunctionType, MappingProxyType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from structrep.intercept import exchanged, namespaces, patched
+from structrep.sources import functions, functions_in
 
 # --- what was asked -----------------------------------------------------------------------------------------------
 
@@ -116,14 +117,18 @@ class Observed:
         self.thread = threading.get_ident()
         self.stack = contextlib.ExitStack()
         self.patched: set[type] = set()
+        self.hooks: dict[int, tuple[Any, Any]] = {}  # of questions written in C, which may be known by any name
 
     @contextlib.contextmanager
     def watching(self, model: nn.Module) -> Iterator[None]:
         """Note what is asked for as long as this lasts."""
         with self.stack:
-            self.stack.enter_context(_watched(nn.Module, self._of_module))
-            for owner, name, told, text in _questions():
-                self._watch_question(model, owner, name, told, text)
+            # Only where code of the model's is: to change nn.Module itself makes Python look at all classes there are.
+            classes = {type(module) for module in model.modules() if not type(module).__module__.startswith("torch.")}
+            plain = {cls: cls.__getattribute__ for cls in classes}
+            for cls, get in plain.items():
+                self.stack.enter_context(_watched(cls, get, self._of_module))
+            self._watch_questions(model)
             self.stack.enter_context(patched(type(os.environ), "__getitem__", self._environment(os.environ)))
             yield
 
@@ -158,6 +163,8 @@ class Observed:
             if not any(name in one for one in held):
                 self._missing(module, name)
             raise
+        if id(value) in self.hooks:
+            return self.hooks[id(value)][1]
         if isinstance(value, (nn.Module, Tensor, fx.Proxy, MethodType)) or self.asked > before:
             return value  # a property's parts were noted
         path = self.paths.get(module)
@@ -207,7 +214,7 @@ class Observed:
         cls = type(value)
         if cls not in self.patched:
             try:
-                self.stack.enter_context(_watched(cls, self._of_object))
+                self.stack.enter_context(_watched(cls, cls.__getattribute__, self._of_object))
             except (TypeError, AttributeError):
                 return False
             self.patched.add(cls)
@@ -216,27 +223,41 @@ class Observed:
 
     # --- questions --------------------------------------------------------------------------------------------------
 
-    def _watch_question(self, model: nn.Module, owner: Any, name: str, plain: Any, text: str) -> None:
-        def hook(*args: Any, _asked: Any = plain, **kwargs: Any) -> Any:
-            frame = sys._getframe(2 if isinstance(plain, FunctionType) else 1)
-            told = _asked(*args, **kwargs)
+    def _watch_questions(self, model: nn.Module) -> None:
+        hooks = self.hooks
+        for owner, name, plain, text in _questions():
+            if isinstance(plain, FunctionType):
+                original = FunctionType(plain.__code__, plain.__globals__, plain.__name__, plain.__defaults__)
+                original.__kwdefaults__ = plain.__kwdefaults__
+                self.stack.enter_context(exchanged(plain, self._asking(original, text, 2)))
+            else:
+                hook = self._asking(plain, text, 1)
+                hooks[id(plain)] = plain, hook
+                self.stack.enter_context(patched(owner, name, hook))
+        for space in namespaces(model):
+            for alias in [name for name, value in space.items() if id(value) in hooks]:
+                plain, hook = hooks[id(space[alias])]
+                self.stack.callback(operator.setitem, space, alias, plain)
+                space[alias] = hook
+        made = {one for cls in map(type, model.modules()) for f in functions(cls).values() for one in functions_in(f)}
+        for cell in [cell for function in made for cell in function.__closure__ or () if _full(cell)]:
+            if id(cell.cell_contents) in hooks:
+                plain, hook = hooks[id(cell.cell_contents)]
+                self.stack.callback(setattr, cell, "cell_contents", plain)
+                cell.cell_contents = hook
+
+    def _asking(self, plain: Callable[..., Any], text: str, depth: int) -> Callable[..., Any]:
+        """A function that answers as another does, and notes it."""
+
+        def asked(*args: Any, **kwargs: Any) -> Any:
+            told = plain(*args, **kwargs)
+            frame = sys._getframe(depth)
             if threading.get_ident() != self.thread or _torchs(frame):
                 return told
             given = ", ".join([*map(repr, args), *(f"{key}={value!r}" for key, value in kwargs.items())])
             return self.note(None, "", f"{text}({given})", told, frame)
 
-        if isinstance(plain, FunctionType):
-            original = FunctionType(plain.__code__, plain.__globals__, plain.__name__, plain.__defaults__)
-            original.__kwdefaults__ = plain.__kwdefaults__
-            hook.__kwdefaults__ = {"_asked": original}
-            self.stack.enter_context(exchanged(plain, hook))
-            return
-        self.stack.enter_context(patched(owner, name, hook))
-        for space in namespaces(model):
-            for alias, value in list(space.items()):
-                if value is plain:
-                    self.stack.callback(operator.setitem, space, alias, plain)
-                    space[alias] = hook
+        return asked
 
     def _environment(self, environment: Any) -> Callable[[Any, str], str]:
         plain = type(environment).__getitem__
@@ -257,6 +278,13 @@ class Observed:
         return get
 
 
+def _full(cell: CellType) -> bool:
+    try:
+        return cell.cell_contents is not None
+    except ValueError:
+        return False
+
+
 def _outside(frame: FrameType | None, also: tuple[str, ...] = ()) -> FrameType | None:
     """The frame that asks; None if that is the engine."""
     while frame is not None and also and frame.f_globals.get("__name__") in also:
@@ -265,9 +293,10 @@ def _outside(frame: FrameType | None, also: tuple[str, ...] = ()) -> FrameType |
 
 
 @contextlib.contextmanager
-def _watched(cls: type, note: Callable[[Any, str, Callable[[Any, str], Any]], Any]) -> Iterator[None]:
+def _watched(
+    cls: type, get: Callable[[Any, str], Any], note: Callable[[Any, str, Callable[[Any, str], Any]], Any]
+) -> Iterator[None]:
     """Attributes of instances of a class are looked up through a function."""
-    get: Callable[[Any, str], Any] = cls.__getattribute__
 
     def __getattribute__(self: Any, name: str) -> Any:
         return note(self, name, get)

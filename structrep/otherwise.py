@@ -190,6 +190,14 @@ def counterparts(before: tuple[Traced, Call], after: tuple[Traced, Call]) -> dic
     return found | {one.node: other.node for one, other in given}
 
 
+def copied(node: fx.Node) -> Tensor | None:
+    """The constant that a node gives as it is: `weight.to(dtype=x.dtype)`."""
+    found = node.meta.get("value")
+    given = (n.meta["value"] for n in node.all_input_nodes if n.op == "get_attr" and "value" in n.meta)
+    same = (one for one in given if isinstance(found, Tensor) and one.shape == found.shape and one.dtype == found.dtype)
+    return next((one for one in same if torch.equal(one, found)), None) if isinstance(found, Tensor) else None
+
+
 class _Numbers:
     """What each node of a call computes, as a number that is the same in another trace."""
 
@@ -202,7 +210,10 @@ class _Numbers:
         }
 
     def number(self, node: fx.Node) -> int:
-        made = node.op, str(node.target), node.meta["call"].path, self._of(node.args), self._of(dict(node.kwargs))
+        args, kwargs = node.args, dict(node.kwargs)
+        if len(args) == 2 and "bias" in kwargs:  # which is the third of all layers as functions
+            args = (*args, kwargs.pop("bias"))
+        made = node.op, str(node.target), node.meta["call"].path, self._of(args), self._of(kwargs)
         count = self.counts[made] = self.counts.get(made, 0) + 1
         self.numbers[node] = number = self.known.setdefault((made, count), len(self.known))
         return number
@@ -211,6 +222,8 @@ class _Numbers:
         if isinstance(value, fx.Node):
             if value.op == "get_attr":
                 return self._constant(value.meta["value"]) if "value" in value.meta else str(value.target)
+            if (same := copied(value)) is not None:
+                return self._constant(same)
             return self.numbers.get(value, id(value))
         if isinstance(value, Tensor):
             return self._constant(value)

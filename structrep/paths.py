@@ -35,7 +35,8 @@ NOT, MAYBE, SURELY = range(3)  # whether something holds the value
 def branches(code: CodeType) -> bool:
     """Whether code may go several ways, loops over what there is apart."""
     jumps = any("JUMP" in one.opname and "IF" in one.opname for one in dis.get_instructions(code))
-    return jumps or bool(getattr(code, "co_exceptiontable", b"")) or bool(code.co_cellvars)
+    given = set(code.co_varnames[: code.co_argcount])
+    return jumps or bool(code.co_exceptiontable) or bool(set(code.co_cellvars) - given)
 
 
 def span(code: CodeType, at: int) -> Span:
@@ -63,13 +64,16 @@ def strays(
         returned: whether it is what the code has returned.
         module: whose code it is; conditions on which parts it has are known.
     """  # fmt: skip
+    names, taken = frozenset(given), set(taken)
+    if None in taken or (made is None and not names):
+        return True
     if not branches(code):
         return False
     found = _function(code)
     if found is None:
         return True
     tree, parents, at = found
-    names, takers = frozenset(given), {None if one is None else at.get(one, at.get(one[::2])) for one in taken}
+    takers = {at.get(one, at.get(one[::2])) for one in taken if one is not None}
     site = None if made is None else at.get(made, at.get(made[::2]))
     if None in takers or (site is None and not names):
         return True

@@ -29,7 +29,7 @@ from structrep.errors import Refusal, StructrepError
 from structrep.forward import Edits, Forward
 from structrep.generated import install, regraph
 from structrep.layers import Features2d, Sizes
-from structrep.paths import branches, span, strays
+from structrep.paths import span, strays
 from structrep.pattern import ONE, geometry
 from structrep.ranks import rank
 from structrep.readers import Layer, Same, hooks, knows, lower, only_asserted, read_module, read_node
@@ -356,6 +356,9 @@ class Draft:
             module = self._at(owner.path)
             for name, tensor in forward.constants.items():
                 module.register_buffer(name, tensor.detach().clone(), persistent=False)
+            for path, known in forward.merged.items():
+                (holder, _, name), alias = path.rpartition("."), known.rpartition(".")[2]
+                vars(self._at(holder))[alias] = vars(self._at(holder))[name]
         self._bury()
         for owner, forward in self.forwards.items():
             module = self._at(owner.path)
@@ -568,7 +571,7 @@ def _strays(node: fx.Node, call: Call) -> bool:
     """Whether a call's code may read a value on a path that was not taken, or read another instead."""
     function = inspect.unwrap(call.code)
     code = getattr(function, "__code__", None)
-    if code is None or str(getattr(function, "__module__", "")).startswith("torch.") or not branches(code):
+    if code is None or str(getattr(function, "__module__", "")).startswith("torch."):
         return False
     maker: fx.Node | Call = node
     taken: list[int | None] = []

@@ -45,6 +45,7 @@ from structrep.intercept import (
     unwatched,
 )
 from structrep.observed import INPUTS, Observed, Read
+from structrep.paths import branches
 from structrep.precision import doubled
 from structrep.sources import taken_apart, written_first
 from structrep.values import alike, holds_tensor, is_traced, proxies, snapshot
@@ -154,6 +155,8 @@ class Traced:
     reached: dict[str, set[Call]] = field(
         default_factory=dict
     )  # path of a child or tensor -> forwards of others using it
+
+    handed: dict[Any, Any] = field(default_factory=dict)  # what was found to hang on answers, for calls that are alike
 
     def note_reach(self, tracer: _Tracer) -> None:
         for path, calls in tracer.reached.items():
@@ -737,14 +740,14 @@ class _Tracer(fx.Tracer):
 
     def _place(self) -> int | None:
         """The instruction at which the code of the call that runs stands; None if that has called other code of the
-        user's."""
+        user's that may go several ways."""
         code = getattr(inspect.unwrap(self.stack[-1].code), "__code__", None)
         frame = inspect.currentframe()
         while frame is not None:
             if frame.f_code is code:
                 return frame.f_lasti
             engine = str(frame.f_globals.get("__name__", "")).startswith(("torch.", "structrep."))
-            if not engine and frame.f_code.co_name not in ("<listcomp>", "<genexpr>", "<setcomp>", "<dictcomp>"):
+            if not engine and branches(frame.f_code):
                 return None
             frame = frame.f_back
         return None
