@@ -6,6 +6,7 @@ written out, with the edits made; untouched children stay calls of children.
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import inspect
 import itertools
@@ -29,6 +30,8 @@ from structrep.generated import Method
 from structrep.guards import Guard
 from structrep.observed import INPUTS, MISSING, UNSTABLE, Read, namespace_reads
 from structrep.otherwise import Comparison, Different, Slot, alternatives, copied, counterparts, inside, steps
+from structrep.paths import argument
+from structrep.paths import place as place_of
 from structrep.readers import Layer, Same, aliases, asks_kind, counts_sizes, mutates, only_asserted, read_node, writers
 from structrep.sources import functions_in
 from structrep.trace import Call, Traced, retrace, storage
@@ -51,6 +54,11 @@ class Edits:
     vanishing: set[fx.Node] = field(default_factory=set)  # values that will be others, or none
     layers: set[str] = field(default_factory=set)  # paths of layers that are merged
     homes: dict[str, str] = field(default_factory=dict)  # path of a tensor that is merged -> of the layer that has it
+
+    @property
+    def changed(self) -> set[fx.Node]:
+        """The nodes that are not written as they are."""
+        return {*self.dead, *self.replaced, *self.bypassed, *self.refilled, *self.ended, *self.vanishing}
 
 
 class Forward:
@@ -150,7 +158,13 @@ class Forward:
             if read.text.partition("(")[0] in UNSTABLE:
                 raise Unreadable(f"{path or 'the model'} asks {read.text}, whose answer may be another at every call")
         plain = [(key, read) for key, read in reads if not read.where_am_i]
-        left = [(key, read) for key, read in plain if not self._passes_on(key, read)]
+        done = {call: [(step, _at(step)) for step in call.steps if _at(step) is not None] for call in calls}
+        left = [
+            (key, read)
+            for key, read in plain
+            if not self._is_handed(key, [call for call in calls if key in call.reads], done)
+            and not self._passes_on(key, read)
+        ]
         cast = self._pass_on_together(left)
         for (path, text), read in left:
             if (path, text) not in cast:
@@ -199,6 +213,34 @@ class Forward:
             self.again |= dict.fromkeys(found, _Text(self._spelt(key[0], read)))
         return found is not None
 
+    def _is_handed(self, key: tuple[str, str], calls: list[Call], done: Mapping[Call, list[tuple[Any, int]]]) -> bool:
+        """Whether the code hands an answer to operations as it is, each time that it has asked."""
+        found: list[tuple[Any, tuple[Any, ...]]] = []
+        for call in calls:
+            code, read = getattr(inspect.unwrap(call.code), "__code__", None), call.reads[key]
+            for places in {one: read.places.count(one) for one in read.places}.items():
+                (asking, at, deep), count = places
+                handed = argument(asking, at, deep) if asking is code and type(read.told) in _HANDED else None
+                if handed is None:
+                    return False
+                operation, (kind, place) = handed
+                takers = [step for step, made in done[call] if place_of(asking, made) is operation]
+                if len(takers) != count or not self.edits.changed.isdisjoint(takers):
+                    return False
+                for taker in takers:
+                    behind = isinstance(taker, fx.Node) and taker.op == "call_method" and kind == "args"
+                    method = behind and not isinstance(operation, ast.BinOp)
+                    where = place + 1 if method and isinstance(place, int) else place
+                    try:
+                        given = getattr(taker, kind)[where]
+                    except (IndexError, KeyError):
+                        return False
+                    if type(given) is not type(read.told) or given != read.told:
+                        return False
+                    found.append((taker, (kind, where)))
+        self.again |= dict.fromkeys(found, _Text(self._spelt(key[0], calls[0].reads[key])))
+        return True
+
     def _similar(self, key: tuple[str, str], read: Read) -> tuple[Any, ...]:
         """What tells forwards apart of which the same hangs on an answer: most modules of a class do the same."""
         done = tuple(
@@ -238,6 +280,8 @@ class Forward:
             if slots is None or any(slot.before != told or slot.after != other for slot in slots):
                 return None
             places = {slot.where for slot in slots}
+            if any(where in self.edits.changed for where, _ in places) and not isinstance(told, torch.dtype):
+                return None
             if found is not None and places != found:
                 return None
             found = places
@@ -528,6 +572,7 @@ class Forward:
         """What an arithmetic operation such as `x + 0` gives back as it is."""
         if (
             node.op != "call_function"
+            or any(where is node for where, _ in self.again)
             or node in self.edits.dead
             or getattr(node.target, "__module__", "") != "_operator"
         ):
@@ -697,6 +742,15 @@ def _scripted(hint: Any) -> Any:
         return _SCRIPTED.get(hint)
     except TypeError:  # what cannot be a key
         return None
+
+
+_HANDED = (bool, int, float, str, tuple, list, type(None), torch.dtype, torch.device)
+
+
+def _at(step: fx.Node | Call) -> int | None:
+    """The instruction by which the code of a call does a step."""
+    found: int | None = step.at if isinstance(step, Call) else step.meta["at"]
+    return found
 
 
 class _Text:

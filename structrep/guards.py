@@ -100,7 +100,7 @@ def alike(asked: str, other: str, method: str) -> Guard:
 
 def same(asked: str, kept: str, method: str) -> Guard:
     """A guard for a tensor that was merged."""
-    before = f"{method} was reparameterized, {asked} was merged, and {asked} is "
+    before = f"{method} was reparameterized for the {asked} that was merged, and {asked} is "
     return Guard(asked, "merged", f"{asked} is not {kept}", False, (before, " now: convert the model again after setting it"))
 
 

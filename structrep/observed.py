@@ -21,7 +21,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from types import CellType, CodeType, FrameType, FunctionType, MappingProxyType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
@@ -45,12 +45,14 @@ class Read:
         text: how it is asked, behind what stands for the holder: ".low", ".cfg['t']", ".dtype"; the whole question.
         told: the answer; `MISSING` for an attribute that there was none of.
         counts: whether a trace may be told otherwise.
+        places: the code and the instruction of each time that it was asked, and how many entries deep.
     """
 
     holder: Any
     text: str
     told: Any
     counts: bool = True
+    places: list[tuple[CodeType, int, int]] = field(default_factory=list)
 
     @property
     def where_am_i(self) -> bool:
@@ -132,7 +134,9 @@ class Observed:
             self.stack.enter_context(patched(type(os.environ), "__getitem__", self._environment(os.environ)))
             yield
 
-    def note(self, holder: Any, path: str, text: str, told: Any, frame: FrameType, counts: bool = True) -> Any:
+    def note(
+        self, holder: Any, path: str, text: str, told: Any, frame: FrameType, counts: bool = True, deep: int = 0
+    ) -> Any:
         """Note a question of the call that runs; returns what it is told."""
         call = self.current()
         if call is None:
@@ -140,7 +144,8 @@ class Observed:
         self.asked += 1
         call.codes[frame.f_code] = frame.f_globals
         key = (path, text)
-        call.reads.setdefault(key, Read(holder, text, told, counts))
+        read = call.reads.setdefault(key, Read(holder, text, told, counts))
+        read.places.append((frame.f_code, frame.f_lasti, deep))
         return self.answers.get(key, told) if counts else told
 
     def ask(self, tensor: Tensor, path: str, what: str, told: Any) -> Any:
@@ -206,7 +211,8 @@ class Observed:
                 return value
             if further and _is_object(told) and self._adopt(told, module, text + further):
                 return value
-        again = self.note(module, path, text + further, told, frame, counts=not further)
+        deep = further.count("[") if "(" not in further else 99  # which no code is
+        again = self.note(module, path, text + further, told, frame, counts=not further, deep=deep)
         return value if further else again
 
     def _adopt(self, value: Any, module: nn.Module, text: str) -> bool:

@@ -82,6 +82,36 @@ def strays(
     return walk.exposed or len(walk.returns) > 1 or bool(walk.returns) != returned or walk.met != takers
 
 
+def place(code: CodeType, at: int) -> ast.AST | None:
+    """The expression that an instruction is of; None if the source cannot be read."""
+    found, where = _function(code), span(code, at)
+    return None if found is None else found[2].get(where, found[2].get(where[::2]))
+
+
+def argument(code: CodeType, at: int, deep: int) -> tuple[ast.AST, tuple[str, int | str]] | None:
+    """The operation that is handed what an instruction gives, as it is, and as which of its arguments.
+
+    Args:
+        deep: of how many entries, one in another, it is handed the innermost.
+    """
+    found, node = _function(code), place(code, at)
+    if found is None or node is None:
+        return None
+    parents = found[1]
+    for _ in range(deep):
+        inner, node = node, parents[node]
+        if not isinstance(node, ast.Subscript) or node.value is not inner:
+            return None
+    inner, parent = node, parents.get(node)
+    if isinstance(parent, ast.keyword) and parent.arg is not None:
+        return parents[parent], ("kwargs", parent.arg)
+    if isinstance(parent, ast.BinOp):
+        return parent, ("args", int(parent.right is inner))
+    if isinstance(parent, ast.Call) and inner in parent.args and not any(isinstance(a, ast.Starred) for a in parent.args):
+        return parent, ("args", parent.args.index(inner))  # type: ignore[arg-type]
+    return None
+
+
 def _places(tree: ast.AST) -> dict[Any, ast.AST]:
     """The parts of code by where they stand; calls of methods over several lines by where the method's name does."""
     found: dict[Any, ast.AST] = {}

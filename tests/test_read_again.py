@@ -114,9 +114,34 @@ def sets(**values):
     return lambda model: [setattr(model, name, value) for name, value in values.items()]
 
 
-@program(sets(low=1.0), "self.low")
+@program(sets(low=1.0), None)
 def clamp(self, x):
     return (self.n(self.a(x)) + self.b(x)).clamp(min=self.low)
+
+
+@program(sets(low=1.0), "self.low")
+def bound_that_is_computed(self, x):
+    return (self.n(self.a(x)) + self.b(x)).clamp(min=self.low + 0.5)
+
+
+@program(sets(low=1.0), "self.low")
+def bound_that_is_asked_twice(self, x):
+    return (self.n(self.a(x)) + self.b(x)).clamp(min=self.low) * (1 if self.low < 0.5 else 2)
+
+
+@program(sets(other=3.0), None)
+def operand(self, x):
+    return self.h((self.n(self.a(x)) + self.b(x)).relu() ** self.other)
+
+
+@program(sets(sizes=[3.0, 1.0]), None)
+def list_as_an_argument(self, x):
+    return F.pad(self.n(self.a(x)) + self.b(x), [1, 1], value=self.sizes[0])
+
+
+@program(sets(other=3.0), "self.other")
+def factor_that_is_merged(self, x):
+    return (self.n(self.a(x)) + self.b(x)) * self.other
 
 
 @program(sets(flag=True), "self.flag")
@@ -135,7 +160,7 @@ def only_the_untaken_path_reads_it(self, x):
     return (self.n(self.a(x)) + self.b(x)) * self.other if self.flag else (self.n(self.a(x)) + self.b(x)).relu()
 
 
-@program(lambda m: m.cfg.update(t=1.0), "self.cfg['t']")
+@program(lambda m: m.cfg.update(t=1.0), None)
 def entry(self, x):
     return (self.n(self.a(x)) + self.b(x)).clamp(min=self.cfg["t"])
 
@@ -244,7 +269,7 @@ def plain_tensor_that_is_replaced(self, x):
     return (self.n(self.a(x)) + self.b(x)).relu() * self.plain
 
 
-@program(sets(plain=torch.full((1,), 3.0, dtype=torch.float64)), "self.plain was merged")
+@program(sets(plain=torch.full((1,), 3.0, dtype=torch.float64)), "self.plain that was merged")
 def plain_tensor_that_is_merged(self, x):
     return (self.n(self.a(x)) + self.b(x)) * self.plain
 
@@ -268,7 +293,7 @@ def test_what_a_forward_was_told(forward, change, named, inplace):
 
 
 def test_an_error_says_what_was_found_and_what_to_do():
-    _, deploy = converted(clamp)
+    _, deploy = converted(bound_that_is_computed)
     deploy.low = 1.5
     with pytest.raises(ValueError, match=r"Made.forward was reparameterized for self.low=0.0, and self.low is 1.5 now: "
                                          r"convert the model again after setting it"):  # fmt: skip
@@ -283,7 +308,7 @@ def test_set_before_it_is_converted():
 
 
 def test_set_between_plan_and_apply():
-    model = made(clamp)
+    model = made(bound_that_is_computed)
     plan = structrep.plan(model)
     model.low = 1.0
     with pytest.raises(structrep.StructrepError, match=r"self.low of the model was 0.0 when this plan was made"):
@@ -793,7 +818,7 @@ class Scriptable(nn.Module):
 
 class Flagged(Scriptable):
     def forward(self, x, pre: bool = False, mask: Optional[Tensor] = None):  # noqa: UP045
-        y = (self.n(self.a(x)) + self.b(x)).clamp(min=self.low)
+        y = (self.n(self.a(x)) + self.b(x)).clamp(min=self.low, max=self.low + 9.0)
         if self.flag:
             y = y * 2
         if mask is not None:
@@ -803,7 +828,7 @@ class Flagged(Scriptable):
 
 class Configured(Scriptable):
     def forward(self, x):
-        y = (self.n(self.a(x)) + self.b(x)).clamp(min=self.low)
+        y = (self.n(self.a(x)) + self.b(x)).clamp(min=self.low, max=self.low + 9.0)
         if not torch.jit.is_scripting():
             y = y * self.config.eps * 2
         return y.to(self.h.weight.dtype)
