@@ -158,7 +158,10 @@ class Forward:
             if read.text.partition("(")[0] in UNSTABLE:
                 raise Unreadable(f"{path or 'the model'} asks {read.text}, whose answer may be another at every call")
         plain = [(key, read) for key, read in reads if not read.where_am_i]
-        done = {call: [(step, _at(step)) for step in call.steps if _at(step) is not None] for call in calls}
+        staying = set(steps(self.call, self.out))
+        done = {
+            call: [(step, at) for step in call.steps if step in staying and (at := _at(step)) is not None] for call in calls
+        }
         left = [
             (key, read)
             for key, read in plain

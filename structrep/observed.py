@@ -67,7 +67,8 @@ class _Missing:
 
 MISSING = _Missing()
 
-_OF_MODULES = frozenset(dir(nn.Module()))  # torch's own attributes, `training` among them
+_OF_MODULES = frozenset(vars(nn.Module()))  # torch's own attributes, `training` among them
+_METHODS = {name: value for name, value in vars(nn.Module).items() if not name.startswith("__")}
 INPUTS = "", "the dtype of inputs"  # what is answered for the dtype of inputs
 
 
@@ -160,6 +161,9 @@ class Observed:
     def _of_module(self, module: nn.Module, name: str, get: Callable[[Any, str], Any]) -> Any:
         if name in _OF_MODULES or name.startswith("__") or threading.get_ident() != self.thread:
             return get(module, name)
+        if name in _METHODS and getattr(type(module), name, None) is _METHODS[name]:
+            if name not in object.__getattribute__(module, "__dict__"):
+                return get(module, name)
         before = self.asked
         try:
             value = get(module, name)

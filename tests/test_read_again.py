@@ -41,6 +41,11 @@ class Config:
         self.eps, self.other, self.inner = 0.5, 1.0, types.SimpleNamespace(k=2.0)
 
 
+class Part(nn.Module):
+    def forward(self, x, factor):
+        return x.relu() * factor
+
+
 class Two(nn.Module):
     """Two branches, a head, and settings of all kinds."""
 
@@ -50,7 +55,8 @@ class Two(nn.Module):
         super().__init__()
         self.a, self.b, self.h = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 2, 1)
         self.n, self.idle = nn.BatchNorm2d(4), nn.Identity()
-        self.low, self.other, self.none, self.name = 0.0, 1.0, None, "relu"
+        self.low, self.other, self.factor, self.none, self.name = 0.0, 1.0, 0.5, None, "relu"
+        self.part, self.zero_grad = Part(), 0.5
         self.flag, self.export, self.inplace = False, False, False
         self.cfg, self.sizes, self.config = {"t": 0.1, "u": 2.0, "deep": {"k": 1.5}}, [1.0, 2.0], Config()
         self.space, self.act, self.kind = types.SimpleNamespace(k=0.5), F.relu, Kind.SOFT
@@ -139,9 +145,14 @@ def list_as_an_argument(self, x):
     return F.pad(self.n(self.a(x)) + self.b(x), [1, 1], value=self.sizes[0])
 
 
-@program(sets(other=3.0), "self.other")
-def factor_that_is_merged(self, x):
+@program(sets(other=3.0), None)
+def factor_of_one(self, x):
     return (self.n(self.a(x)) + self.b(x)) * self.other
+
+
+@program(sets(factor=3.0), "self.factor")
+def factor_that_is_merged(self, x):
+    return (self.n(self.a(x)) + self.b(x)) * self.factor
 
 
 @program(sets(flag=True), "self.flag")
@@ -274,9 +285,14 @@ def plain_tensor_that_is_merged(self, x):
     return (self.n(self.a(x)) + self.b(x)) * self.plain
 
 
-@program(sets(other=3.0), "self.other")
+@program(sets(other=3.0), None)
 def argument_of_a_part(self, x):
-    return self.h((self.n(self.a(x)) + self.b(x))) * self.other
+    return self.part(self.n(self.a(x)) + self.b(x), self.other)
+
+
+@program(sets(zero_grad=3.0), "self.zero_grad")
+def attribute_with_the_name_of_a_method(self, x):
+    return (self.n(self.a(x)) + self.b(x)) * self.zero_grad
 
 
 @pytest.mark.parametrize(("forward", "change", "named"), PROGRAMS)
