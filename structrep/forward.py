@@ -7,7 +7,6 @@ written out, with the edits made; untouched children stay calls of children.
 from __future__ import annotations
 
 import ast
-import contextlib
 import inspect
 import itertools
 import math
@@ -160,7 +159,8 @@ class Forward:
         plain = [(key, read) for key, read in reads if not read.where_am_i]
         staying = set(steps(self.call, self.out))
         done = {
-            call: [(step, at) for step in call.steps if step in staying and (at := _at(step)) is not None] for call in calls
+            call: [(step, at) for step in call.steps if step in staying and (at := _at(step)) is not None]
+            for call in calls
         }
         left = [
             (key, read)
@@ -249,11 +249,19 @@ class Forward:
         done = tuple(
             (step.path.removeprefix(self.call.path), step.method)
             if isinstance(step, Call)
-            else (step.op, str(step.target).removeprefix(self.call.path), len(step.all_input_nodes), str(step.kwargs.keys()))
+            else (
+                step.op,
+                str(step.target).removeprefix(self.call.path),
+                len(step.all_input_nodes),
+                str(step.kwargs.keys()),
+            )
             for step in steps(self.call, self.out)
         )
         alone = tuple(len(proxy.node.users) == 1 for proxy in proxies((self.call.args, self.call.kwargs)))
-        told = (*((text, repr(one.told)) for (_, text), one in self.call.reads.items()), *map(str, self.answers.items()))
+        told = (
+            *((text, repr(one.told)) for (_, text), one in self.call.reads.items()),
+            *map(str, self.answers.items()),
+        )
         given = tuple(map(repr, pytree.tree_leaves((self.call.args, self.call.kwargs))))
         module, of = self.call.module, (key[0].removeprefix(self.call.path), key[1], repr(read.told))
         held = (module._modules, module._parameters, module._buffers)
@@ -366,7 +374,9 @@ class Forward:
             formulas = [n.meta["formula"].tensors for n in node.all_input_nodes if n.meta.get("formula")]
             made_of = [*itertools.chain(*formulas), *(n.meta.get("value") for n in node.all_input_nodes)]
             held = {again[0].names.get(id(tensor)) for tensor in made_of}
-            layer = str(node.target) in self.edits.layers if node.op == "call_module" else held & self.edits.homes.keys()
+            layer = (
+                str(node.target) in self.edits.layers if node.op == "call_module" else held & self.edits.homes.keys()
+            )
             if layer and node not in back:
                 raise Unreadable(f"{self._shown()} does not use {node.name} as it is merged {where}")
             if gone and node not in back:
@@ -388,7 +398,7 @@ class Forward:
         )
 
     def _mark_merged(self) -> None:
-        """Guard plain tensors that are merged to be the ones that were: nothing else would see that they are replaced."""
+        """Guard plain tensors that are merged to be the ones that were: nothing else would see them replaced."""
         for node in (step for step in steps(self.call, self.out) if isinstance(step, fx.Node)):
             merged = node in self.edits.dead or node in self.edits.ended
             for given in (n for n in node.all_input_nodes if n.op == "get_attr") if merged else ():
@@ -655,7 +665,10 @@ class Forward:
         plain = origin is not None and getattr(origin.function, "__name__", "__get__") != "__get__"
         if origin is not None and plain and storage(tensor) not in self.traced.written:
             spec: Any
-            given = [self._asking(origin.args, id(tensor), ("args",)), self._asking(origin.kwargs, id(tensor), ("kwargs",))]
+            given = [
+                self._asking(origin.args, id(tensor), ("args",)),
+                self._asking(origin.kwargs, id(tensor), ("kwargs",)),
+            ]
             leaves, spec = pytree.tree_flatten(given)
             args, kwargs = pytree.tree_unflatten(
                 [self._constant(x) if isinstance(x, Tensor) else x for x in leaves], spec
@@ -727,7 +740,7 @@ _PLAIN = (bool, int, float, str, Tensor)
 _SCRIPTED: dict[Any, Any] = {  # types that `torch.jit.script` has to be told of arguments, as it wants them spelt
     **{one: one for one in _PLAIN[:-1]},
     **{Optional[one]: Optional[one] for one in _PLAIN},  # noqa: UP045
-    **{kind[one]: typing.List[one] for one in _PLAIN for kind in (list, typing.List)},  # type: ignore[index, valid-type]  # noqa: UP006
+    **{kind[one]: typing.List[one] for one in _PLAIN for kind in (list, typing.List)},  # noqa: UP006
 }
 
 

@@ -1,7 +1,7 @@
 """Code that says whether what a forward was told still holds, and raises where it does not.
 
-Written so that `torch.jit.script` takes it where it would take the question itself; what it would not take stands behind
-`if not torch.jit.is_scripting()`.
+Written so that `torch.jit.script` takes it where it would take the question itself; what it would not take stands
+behind `if not torch.jit.is_scripting()`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._jit_internal import is_scripting
 
 from structrep.sources import functions_in
 
@@ -101,7 +102,9 @@ def alike(asked: str, other: str, method: str) -> Guard:
 def same(asked: str, kept: str, method: str) -> Guard:
     """A guard for a tensor that was merged."""
     before = f"{method} was reparameterized for the {asked} that was merged, and {asked} is "
-    return Guard(asked, "merged", f"{asked} is not {kept}", False, (before, " now: convert the model again after setting it"))
+    return Guard(
+        asked, "merged", f"{asked} is not {kept}", False, (before, " now: convert the model again after setting it")
+    )
 
 
 def never(question: str, method: str) -> Guard:
@@ -148,7 +151,7 @@ def literal(value: Any) -> str:
     if is_named(value) or isinstance(value, (nn.Module, Tensor)):
         return "..."
     if isinstance(value, int | str):
-        return next(kind.__repr__(value) for kind in (int, str) if isinstance(value, kind))  # type: ignore[arg-type]
+        return next(kind.__repr__(value) for kind in (int, str) if isinstance(value, kind))
     if isinstance(value, float):
         return float.__repr__(value) if math.isfinite(value) else f"float({float.__repr__(value)!r})"
     if isinstance(value, (torch.dtype, torch.layout, torch.memory_format)):
@@ -258,7 +261,7 @@ def cell(cls: type, method: str, qualname: str, name: str) -> Any:
 
 
 NAMES: dict[str, Any] = {
-    "structrep_is_scripting": torch.jit.is_scripting,
+    "structrep_is_scripting": is_scripting,
     "structrep_described": described,
     "structrep_matches": matches,
     "structrep_cell": cell,

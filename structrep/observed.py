@@ -161,9 +161,9 @@ class Observed:
     def _of_module(self, module: nn.Module, name: str, get: Callable[[Any, str], Any]) -> Any:
         if name in _OF_MODULES or name.startswith("__") or threading.get_ident() != self.thread:
             return get(module, name)
-        if name in _METHODS and getattr(type(module), name, None) is _METHODS[name]:
-            if name not in object.__getattribute__(module, "__dict__"):
-                return get(module, name)
+        torchs = name in _METHODS and getattr(type(module), name, None) is _METHODS[name]
+        if torchs and name not in object.__getattribute__(module, "__dict__"):
+            return get(module, name)
         before = self.asked
         try:
             value = get(module, name)
@@ -224,7 +224,8 @@ class Observed:
         cls = type(value)
         if cls not in self.patched:
             try:
-                self.stack.enter_context(_watched(cls, cls.__getattribute__, self._of_object))
+                get: Callable[[Any, str], Any] = vars(type)["__getattribute__"](cls, "__getattribute__")
+                self.stack.enter_context(_watched(cls, get, self._of_object))
             except (TypeError, AttributeError):
                 return False
             self.patched.add(cls)
@@ -270,20 +271,18 @@ class Observed:
         return asked
 
     def _environment(self, environment: Any) -> Callable[[Any, str], str]:
-        plain = type(environment).__getitem__
+        plain: Callable[[Any, str], str] = type(environment).__getitem__
 
         def get(variables: Any, key: str) -> str:
             frame = _outside(sys._getframe(1), ("os", "collections.abc", "_collections_abc"))
-            noted = variables is environment and threading.get_ident() == self.thread and frame is not None
+            noted = variables is environment and threading.get_ident() == self.thread
+            told: str | None = None
             try:
-                value = plain(variables, key)
-            except KeyError:
-                if noted and not _torchs(frame):
-                    self.note(None, "", f"os.environ.get({key!r})", None, frame, counts=False)
-                raise
-            if noted and not _torchs(frame):
-                self.note(None, "", f"os.environ.get({key!r})", value, frame, counts=False)
-            return value
+                told = plain(variables, key)
+                return told
+            finally:
+                if noted and frame is not None and not _torchs(frame):
+                    self.note(None, "", f"os.environ.get({key!r})", told, frame, counts=False)
 
         return get
 
@@ -365,7 +364,7 @@ def _onward(instructions: tuple[dis.Instruction, ...], place: int, value: Any) -
         try:
             if _is_constant(ahead[0]) and len(ahead) > 1 and _is_subscript(ahead[1]):
                 key = ahead[0].argval
-                text, value, place = f"{text}[{key!r}]", value[key], place + 2
+                text, value, place = f"{text}[{key!r}]", operator.getitem(value, key), place + 2
             elif ahead[0].opname == "LOAD_ATTR" and isinstance(value, SimpleNamespace):
                 text, value, place = f"{text}.{ahead[0].argval}", getattr(value, ahead[0].argval), place + 1
             elif ahead[0].opname in ("LOAD_METHOD", "LOAD_ATTR") and ahead[0].argval == "get":
@@ -374,7 +373,7 @@ def _onward(instructions: tuple[dis.Instruction, ...], place: int, value: Any) -
                     if not _is_constant(one):
                         break
                     keys.append(one.argval)
-                after = [one for one in instructions[place + 1 + len(keys) : place + 3 + len(keys)]]
+                after = instructions[place + 1 + len(keys) : place + 3 + len(keys)]
                 called = bool(keys) and any(one.opname == "CALL" for one in after)
                 if not called or not isinstance(value, Mapping):
                     break
@@ -408,7 +407,7 @@ def namespace_reads(functions: Iterable[tuple[CodeType, dict[str, Any], Function
         seen.add(code)
         pending += [(one, space, None) for one in code.co_consts if isinstance(one, CodeType)]
         for text, value, holder in _asked_by(code, space, function):
-            if isinstance(value, FunctionType) and not value.__module__.partition(".")[0] in ("torch", "structrep"):
+            if isinstance(value, FunctionType) and value.__module__.partition(".")[0] not in ("torch", "structrep"):
                 pending.append((value.__code__, value.__globals__, value))
             if isinstance(value, (ModuleType, nn.Module, Tensor, fx.Proxy, MethodType)) or callable(value):
                 name = text.rpartition(".")[2]
@@ -422,13 +421,12 @@ _STEADY = {"torch", "math", "numpy", "builtins", "typing", "collections", "funct
            "structrep", "enum", "itertools", "warnings", "logging"}  # fmt: skip
 
 
-def _asked_by(
-    code: CodeType, space: dict[str, Any], function: FunctionType | None
-) -> Iterator[tuple[str, Any, Any]]:
+def _asked_by(code: CodeType, space: dict[str, Any], function: FunctionType | None) -> Iterator[tuple[str, Any, Any]]:
     """The names that code asks for, with what it asks of them next, their values, and where they are."""
     instructions, _ = _instructions(code)
     cells = dict(zip(code.co_freevars, function.__closure__ or (), strict=False)) if function is not None else {}
     for place, one in enumerate(instructions):
+        holder: Any
         if one.opname in ("LOAD_GLOBAL", "LOAD_NAME") and one.argval in space:
             holder, value = space, space[one.argval]
         elif one.opname in ("LOAD_DEREF", "LOAD_CLASSDEREF", "LOAD_FROM_DICT_OR_DEREF") and one.argval in cells:

@@ -58,7 +58,9 @@ def inside(call: Call, written_out: Set[tuple[str, str]]) -> Iterator[Call]:
     """The calls that are written out where a forward is written: itself, its methods, and what they write out."""
     yield call
     for step in call.steps:
-        if isinstance(step, Call) and (step.method != "forward" or step.leaf or (step.path, step.method) in written_out):
+        if isinstance(step, Call) and (
+            step.method != "forward" or step.leaf or (step.path, step.method) in written_out
+        ):
             yield from inside(step, written_out)
 
 
@@ -82,8 +84,8 @@ class Comparison:
         self.nodes: dict[fx.Node, fx.Node] = {}
         self.constants: dict[tuple[int, int], None] = {}
         first, second = before[1], after[1]
-        for one, other in zip(proxies((first.args, first.kwargs)), proxies((second.args, second.kwargs)), strict=True):
-            self.nodes[one.node] = other.node
+        given = [proxies((call.args, call.kwargs)) for call in (first, second)]
+        self.nodes |= {proxy.node: same.node for proxy, same in zip(*given, strict=True)}
         entries = list(steps(first, out)), list(steps(second, out))
         if len(entries[0]) != len(entries[1]):
             raise Different

@@ -51,7 +51,11 @@ def _positions(code: CodeType) -> tuple[Span, ...]:
 
 
 def strays(
-    code: CodeType, made: Span | None, given: Iterable[str], taken: Iterable[Span | None], returned: bool,
+    code: CodeType,
+    made: Span | None,
+    given: Iterable[str],
+    taken: Iterable[Span | None],
+    returned: bool,
     module: nn.Module,
 ) -> bool:
     """Whether other code than what has taken a value may read it, or what has taken it may read another.
@@ -107,8 +111,12 @@ def argument(code: CodeType, at: int, deep: int) -> tuple[ast.AST, tuple[str, in
         return parents[parent], ("kwargs", parent.arg)
     if isinstance(parent, ast.BinOp):
         return parent, ("args", int(parent.right is inner))
-    if isinstance(parent, ast.Call) and inner in parent.args and not any(isinstance(a, ast.Starred) for a in parent.args):
-        return parent, ("args", parent.args.index(inner))  # type: ignore[arg-type]
+    if (
+        isinstance(parent, ast.Call)
+        and inner in parent.args
+        and not any(isinstance(a, ast.Starred) for a in parent.args)
+    ):
+        return parent, ("args", parent.args.index(inner))
     return None
 
 
@@ -259,7 +267,9 @@ class _Walk:
         self.rounds -= handed
         left, further = self.loops.pop()
         # What a next round has taken is not what the last one leaves.
-        leaving = before if handed else _either(*([] if within and isinstance(loop, ast.For) else [before]), once, *further)
+        leaving = (
+            before if handed else _either(*([] if within and isinstance(loop, ast.For) else [before]), once, *further)
+        )
         return _either(self._block(loop.orelse, leaving), *left)
 
     def _known(self, test: ast.expr) -> bool | None:

@@ -216,7 +216,8 @@ class Draft:
                 owner = next(call.homes())
                 if call not in written and owner not in written:
                     inner = self.edits.owners.setdefault(owner, set())
-                    inner.update(itertools.takewhile(lambda one, owner=owner: one is not owner, call.chain()))
+                    around = list(call.chain())
+                    inner.update(around[: around.index(owner)])
                 if owner in self.edits.owners:
                     self.owned.setdefault(owner, set()).add(merge)
 

@@ -1030,7 +1030,7 @@ class _Constants(TorchFunctionMode):
         return result
 
     def _ask(self, tensor: Tensor, what: str, told: Any) -> Any:
-        """The answer to what a tensor is asked apart from its numbers; of a computed one, that of what it is made of."""
+        """The answer to what a tensor is asked apart from its numbers; of a computed one, of what it is made of."""
         while id(tensor) not in self.tracer.names and (origin := self.origins.get(id(tensor))) is not None:
             given = [one for one in pytree.tree_leaves((origin.args, origin.kwargs)) if isinstance(one, Tensor)]
             source = next((one for one in given if getattr(one, what) == told), None)

@@ -1,7 +1,7 @@
 """A written forward never answers for yesterday: what it was told as it was traced is asked again, or guarded.
 
-Each program is converted, then changed like the model that it came from: it does what that does, or raises an error that
-names what was changed. Silently other is never right.
+Each program is converted, then changed like the model that it came from: it does what that does, or raises an error
+that names what was changed. Silently other is never right.
 """
 
 import copy
@@ -39,6 +39,10 @@ class Kind(enum.Enum):
 class Config:
     def __init__(self):
         self.eps, self.other, self.inner = 0.5, 1.0, types.SimpleNamespace(k=2.0)
+
+
+def both(model, x):
+    return model.n(model.a(x)) + model.b(x)
 
 
 class Part(nn.Module):
@@ -94,7 +98,8 @@ def differs(model, deploy, *inputs):
     try:
         found = deploy(*inputs)
     except (ValueError, AssertionError) as error:
-        assert "reparameterized for" in str(error)
+        if "reparameterized for" not in str(error):
+            raise
         return str(error)
     assert found.dtype == truth.dtype
     assert relative_error(found, truth) < (1e-12 if truth.dtype == torch.float64 else 2e-2)
@@ -162,7 +167,7 @@ def flag(self, x):
 
 @program(sets(export=True), "self.export")
 def head_of_a_detector(self, x):
-    y = (self.n(self.a(x)) + self.b(x))
+    y = self.n(self.a(x)) + self.b(x)
     return y if self.export else y.sigmoid()
 
 
@@ -199,7 +204,7 @@ def dict_by_another_name(self, x):
 
 @program(lambda m: m.sizes.append(3.0), "self.sizes")
 def loop_over_a_list(self, x):
-    y = (self.n(self.a(x)) + self.b(x))
+    y = self.n(self.a(x)) + self.b(x)
     for size in self.sizes:
         y = y * size
     return y
@@ -244,7 +249,7 @@ def property_of_an_attribute(self, x):
     return (self.n(self.a(x)) + self.b(x)) * self.of_property
 
 
-@program(lambda m: setattr(type(m).__mro__[-3] if False else m, "of_class", 1.0), "self.of_class")
+@program(sets(of_class=1.0), "self.of_class")
 def class_attribute(self, x):
     return (self.n(self.a(x)) + self.b(x)) * self.of_class
 
@@ -256,13 +261,13 @@ def attribute_that_was_missing(self, x):
 
 @program(sets(none=1.0), "self.none")
 def attribute_that_was_none(self, x):
-    y = (self.n(self.a(x)) + self.b(x))
+    y = self.n(self.a(x)) + self.b(x)
     return y if self.none is None else y * self.none
 
 
 @program(sets(act=F.silu), "self.act")
 def function_as_an_attribute(self, x):
-    return self.act((self.n(self.a(x)) + self.b(x)))
+    return self.act(self.n(self.a(x)) + self.b(x))
 
 
 @program(sets(kind=Kind.HARD), "self.kind")
@@ -272,7 +277,7 @@ def member_of_an_enumeration(self, x):
 
 @program(sets(name="silu"), "self.name")
 def function_by_name(self, x):
-    return getattr(F, self.name)((self.n(self.a(x)) + self.b(x)))
+    return getattr(F, self.name)(self.n(self.a(x)) + self.b(x))
 
 
 @program(sets(plain=torch.full((1,), 3.0, dtype=torch.float64)), None)
@@ -337,12 +342,22 @@ ALIAS = F.relu
 @pytest.mark.parametrize(
     ("forward", "name", "value", "named"),
     [
-        (lambda self, x: (self.n(self.a(x)) + self.b(x)).clamp(min=SETTINGS["t"]), "SETTINGS", {"t": 1.0, "u": 2.0}, "SETTINGS['t']"),
-        (lambda self, x: (self.n(self.a(x)) + self.b(x)).clamp(min=SETTINGS["t"]), "SETTINGS", {"t": 0.5, "u": 9.0}, None),
+        (
+            lambda self, x: (self.n(self.a(x)) + self.b(x)).clamp(min=SETTINGS["t"]),
+            "SETTINGS",
+            {"t": 1.0, "u": 2.0},
+            "SETTINGS['t']",
+        ),
+        (
+            lambda self, x: (self.n(self.a(x)) + self.b(x)).clamp(min=SETTINGS["t"]),
+            "SETTINGS",
+            {"t": 0.5, "u": 9.0},
+            None,
+        ),
         (lambda self, x: (self.n(self.a(x)) + self.b(x)).clamp(min=LOW), "LOW", 1.0, "LOW"),
         (lambda self, x: (self.n(self.a(x)) + self.b(x)) * self.limit(), "LOW", 1.0, "LOW"),
         (lambda self, x: (self.n(self.a(x)) + self.b(x)) * HERE.LOW, "LOW", 1.0, "HERE.LOW"),
-        (lambda self, x: ALIAS((self.n(self.a(x)) + self.b(x))), "ALIAS", F.silu, "ALIAS"),
+        (lambda self, x: ALIAS(self.n(self.a(x)) + self.b(x)), "ALIAS", F.silu, "ALIAS"),
     ],
 )
 def test_names_of_a_module(forward, name, value, named, monkeypatch):
@@ -397,7 +412,10 @@ def test_a_forward_of_an_instance():
 def test_code_without_source():
     """What was asked for is noted as the code runs, so no source is needed to guard it."""
     space = {"torch": torch, "LIMIT": [0.25]}
-    exec("def forward(self, x):\n    y = (self.n(self.a(x)) + self.b(x))\n    return y.clamp(min=LIMIT[0]) * self.cfg['t']", space)
+    exec(
+        "def forward(self, x):\n    y = both(self, x)\n    return y.clamp(min=LIMIT[0]) * self.cfg['t']",
+        space,
+    )
     model, deploy = converted(space["forward"])
     for at in (copy.deepcopy(deploy), deploy):
         space["LIMIT"][0] = 1.0
@@ -409,7 +427,9 @@ def test_code_without_source():
 
 def test_the_environment(monkeypatch):
     monkeypatch.delenv("STRUCTREP_TEST", raising=False)
-    model, deploy = converted(lambda self, x: (self.n(self.a(x)) + self.b(x)) * (2 if os.environ.get("STRUCTREP_TEST") else 1))
+    model, deploy = converted(
+        lambda self, x: (self.n(self.a(x)) + self.b(x)) * (2 if os.environ.get("STRUCTREP_TEST") else 1)
+    )
     monkeypatch.setenv("STRUCTREP_TEST", "1")
     assert "os.environ.get('STRUCTREP_TEST')" in differs(model, deploy, X)
 
@@ -426,7 +446,11 @@ def test_what_is_another_at_every_call_keeps_the_forward(ask, rules):
 
 
 def test_traced_as_the_model_is():
-    model, deploy = converted(lambda self, x: (self.n(self.a(x)) + self.b(x)) if torch.jit.is_tracing() else (self.n(self.a(x)) + self.b(x)).softmax(1))
+    model, deploy = converted(
+        lambda self, x: (
+            (self.n(self.a(x)) + self.b(x)) if torch.jit.is_tracing() else (self.n(self.a(x)) + self.b(x)).softmax(1)
+        )
+    )
     truth, found = (torch.jit.trace(one, X, check_trace=False)(X) for one in (model, deploy))
     assert relative_error(found, truth) < 1e-12
     assert relative_error(truth, model(X)) > 0.1
@@ -434,7 +458,7 @@ def test_traced_as_the_model_is():
 
 def test_exported_as_the_model_is():
     def forward(self, x):
-        y = (self.n(self.a(x)) + self.b(x))
+        y = self.n(self.a(x)) + self.b(x)
         if torch.compiler.is_exporting():
             return y
         return y * 2 if torch.compiler.is_compiling() else y.softmax(1)
@@ -450,7 +474,13 @@ def test_exported_as_the_model_is():
 def test_written_to_onnx_as_the_model_is():
     pytest.importorskip("onnx")
     reference = pytest.importorskip("onnx.reference")
-    model, deploy = converted(lambda self, x: (self.n(self.a(x)) + self.b(x)) if torch.onnx.is_in_onnx_export() else (self.n(self.a(x)) + self.b(x)).sigmoid())
+    model, deploy = converted(
+        lambda self, x: (
+            (self.n(self.a(x)) + self.b(x))
+            if torch.onnx.is_in_onnx_export()
+            else (self.n(self.a(x)) + self.b(x)).sigmoid()
+        )
+    )
     found = []
     for one in (model, deploy):
         file = io.BytesIO()
@@ -471,7 +501,9 @@ def test_written_to_onnx_as_the_model_is():
     ],
 )
 def test_under_another_mode(ask, run):
-    model, deploy = converted(lambda self, x: (self.n(self.a(x)) + self.b(x)) * 2 if ask() else (self.n(self.a(x)) + self.b(x)).softmax(1))
+    model, deploy = converted(
+        lambda self, x: (self.n(self.a(x)) + self.b(x)) * 2 if ask() else (self.n(self.a(x)) + self.b(x)).softmax(1)
+    )
     for around in (torch.no_grad, run):
         with around():
             assert differs(model, deploy, X) is None
@@ -481,7 +513,11 @@ def test_asked_by_another_name():
     from torch import is_grad_enabled as grad
     from torch.jit import is_tracing as tracing
 
-    model, deploy = converted(lambda self, x: (self.n(self.a(x)) + self.b(x)) * 2 if tracing() or grad() else (self.n(self.a(x)) + self.b(x)).softmax(1))
+    model, deploy = converted(
+        lambda self, x: (
+            (self.n(self.a(x)) + self.b(x)) * 2 if tracing() or grad() else (self.n(self.a(x)) + self.b(x)).softmax(1)
+        )
+    )
     with torch.enable_grad():
         assert differs(model, deploy, X) is None
     with torch.no_grad():
@@ -502,7 +538,9 @@ def test_a_question_that_changes_nothing_is_not_asked_again():
 
 
 def test_what_is_asked_only_when_it_is_run_otherwise_is_guarded_there():
-    model, deploy = converted(lambda self, x: (self.n(self.a(x)) + self.b(x)) * (3 if torch.is_grad_enabled() and self.flag else 1))
+    model, deploy = converted(
+        lambda self, x: (self.n(self.a(x)) + self.b(x)) * (3 if torch.is_grad_enabled() and self.flag else 1)
+    )
     model.flag = deploy.flag = True
     with torch.no_grad():
         assert differs(model, deploy, X) is None
@@ -527,14 +565,26 @@ CASTS = {
     "merged": lambda self, x: self.h((self.n(self.a(x)) + self.b(x)).relu().to(self.a.weight.dtype)),
     "norm": lambda self, x: self.h((self.n(self.a(x)) + self.b(x)).relu().to(self.n.running_mean.dtype)),
     "next": lambda self, x: self.h((self.n(self.a(x)) + self.b(x)).relu().to(dtype=next(self.h.parameters()).dtype)),
-    "by a name": lambda self, x: (lambda dtype: self.h((self.n(self.a(x)) + self.b(x)).relu().to(dtype)))(self.h.weight.dtype),
-    "kernel": lambda self, x: self.h((self.n(self.a(x)) + self.b(x)) * torch.ones(4, 1, 1, dtype=self.h.weight.dtype, device=self.h.weight.device)),
+    "by a name": lambda self, x: (lambda dtype: self.h((self.n(self.a(x)) + self.b(x)).relu().to(dtype)))(
+        self.h.weight.dtype
+    ),
+    "kernel": lambda self, x: self.h(
+        (self.n(self.a(x)) + self.b(x)) * torch.ones(4, 1, 1, dtype=self.h.weight.dtype, device=self.h.weight.device)
+    ),
     "computed": lambda self, x: self.h((self.n(self.a(x)) + self.b(x)).relu().to(self.h.weight.flatten(1).t().dtype)),
-    "arange": lambda self, x: self.h((self.n(self.a(x)) + self.b(x)) * torch.arange(4, dtype=self.h.bias.dtype).view(4, 1, 1)),
-    "and back": lambda self, x: self.h((self.n(self.a(x)) + self.b(x)).relu().to(torch.float32).to(self.h.weight.dtype)),
+    "arange": lambda self, x: self.h(
+        (self.n(self.a(x)) + self.b(x)) * torch.arange(4, dtype=self.h.bias.dtype).view(4, 1, 1)
+    ),
+    "and back": lambda self, x: self.h(
+        (self.n(self.a(x)) + self.b(x)).relu().to(torch.float32).to(self.h.weight.dtype)
+    ),
     "device": lambda self, x: self.h((self.n(self.a(x)) + self.b(x)).relu().to(self.h.weight.device)),
-    "both": lambda self, x: self.h((self.n(self.a(x)) + self.b(x)).relu().to(device=self.h.weight.device, dtype=self.h.weight.dtype)),
-    "zeros": lambda self, x: self.h((self.n(self.a(x)) + self.b(x)) + torch.zeros(x.shape[0], 4, 1, 1, dtype=self.h.weight.dtype)),
+    "both": lambda self, x: self.h(
+        (self.n(self.a(x)) + self.b(x)).relu().to(device=self.h.weight.device, dtype=self.h.weight.dtype)
+    ),
+    "zeros": lambda self, x: self.h(
+        (self.n(self.a(x)) + self.b(x)) + torch.zeros(x.shape[0], 4, 1, 1, dtype=self.h.weight.dtype)
+    ),
 }
 
 
@@ -553,7 +603,9 @@ def test_moved_after_it_was_converted(forward):
 
 
 def test_an_attribute_that_is_a_dtype():
-    model, deploy = converted(lambda self, x: self.h((self.n(self.a(x)) + self.b(x)).relu().to(self.kept_dtype).double()))
+    model, deploy = converted(
+        lambda self, x: self.h((self.n(self.a(x)) + self.b(x)).relu().to(self.kept_dtype).double())
+    )
     model.kept_dtype = deploy.kept_dtype = torch.float16
     truth, found = model(X), deploy(X)
     assert relative_error(found, truth) < 5e-3
@@ -561,7 +613,9 @@ def test_an_attribute_that_is_a_dtype():
 
 
 def test_a_condition_on_a_dtype():
-    model, deploy = converted(lambda self, x: (self.n(self.a(x)) + self.b(x)) * (2 if self.h.weight.dtype == torch.bfloat16 else 1))
+    model, deploy = converted(
+        lambda self, x: (self.n(self.a(x)) + self.b(x)) * (2 if self.h.weight.dtype == torch.bfloat16 else 1)
+    )
     assert differs(model.float(), deploy.float(), X.float()) is not None  # told of one dtype, for which alone it holds
     forward = lambda self, x: (self.n(self.a(x)) + self.b(x)) * (2 if x.dtype == torch.float16 else 1)  # noqa: E731
     model, deploy = converted(forward)
@@ -577,7 +631,7 @@ def test_a_condition_on_a_dtype():
 
 
 def test_the_default_dtype():
-    forward = lambda self, x: (self.n(self.a(x)) + self.b(x)) * torch.ones(4, 1, 1, dtype=torch.get_default_dtype())  # noqa: E731
+    forward = lambda self, x: both(self, x) * torch.ones(4, 1, 1, dtype=torch.get_default_dtype())  # noqa: E731
     model, deploy = converted(forward)
     try:
         torch.set_default_dtype(torch.float64)
