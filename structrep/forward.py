@@ -17,7 +17,7 @@ import typing
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from types import CodeType, FunctionType
-from typing import Any, Optional, cast
+from typing import Any, cast
 
 import torch
 import torch.utils._pytree as pytree
@@ -178,7 +178,7 @@ class Forward:
         for one in calls:
             function = one.code
             if isinstance(function, FunctionType) and not one.leaf:
-                codes = [(code, space, None) for code, space in one.codes.items()]
+                codes: list[Any] = [(code, space, None) for code, space in one.codes.items()]
                 for read in namespace_reads([(function.__code__, function.__globals__, function), *codes]):
                     self._guard("", read)
 
@@ -435,14 +435,15 @@ class Forward:
         if isinstance(read.holder, dict):
             return f"{self._space(read.holder)}.{read.text}"
         if isinstance(read.holder, FunctionType):
+            function: FunctionType = read.holder
             name, rest = _head(read.text)
-            of = read.holder.__qualname__
-            if any(read.holder is f for f in functions_in(_defined(self.call.module, self.call.method))):
+            of = function.__qualname__
+            if any(function is f for f in functions_in(_defined(self.call.module, self.call.method))):
                 return f"structrep_cell(type(self), {self.call.method!r}, {of!r}, {name!r}){rest}"
-            if read.holder.__globals__.get(of) is read.holder:
-                place = read.holder.__code__.co_freevars.index(name)
-                return f"{self._space(read.holder.__globals__)}.{of}.__closure__[{place}].cell_contents{rest}"
-            return f"{self._name(f'cells_of_{read.holder.__name__}', guards.Cells(read.holder))}.{read.text}"
+            if function.__globals__.get(of) is function:
+                place = function.__code__.co_freevars.index(name)
+                return f"{self._space(function.__globals__)}.{of}.__closure__[{place}].cell_contents{rest}"
+            return f"{self._name(f'cells_of_{function.__name__}', guards.Cells(function))}.{read.text}"
         module = read.text.partition(".")[0]
         self.names[module] = sys.modules[module]
         return read.text
@@ -736,11 +737,13 @@ def _is_literal(value: Any) -> bool:
     return value is None or type(value) in (bool, int, str) or (type(value) is float and math.isfinite(value))
 
 
-_PLAIN = (bool, int, float, str, Tensor)
 _SCRIPTED: dict[Any, Any] = {  # types that `torch.jit.script` has to be told of arguments, as it wants them spelt
-    **{one: one for one in _PLAIN[:-1]},
-    **{Optional[one]: Optional[one] for one in _PLAIN},  # noqa: UP045
-    **{kind[one]: typing.List[one] for one in _PLAIN for kind in (list, typing.List)},  # noqa: UP006
+    **{one: one for one in (bool, int, float, str)},
+    **{one | None: typing.Union[one, None] for one in (bool, int, float, str, Tensor)},  # noqa: UP007
+    **dict.fromkeys((list[bool], typing.List[bool]), typing.List[bool]),  # noqa: UP006
+    **dict.fromkeys((list[int], typing.List[int]), typing.List[int]),  # noqa: UP006
+    **dict.fromkeys((list[float], typing.List[float]), typing.List[float]),  # noqa: UP006
+    **dict.fromkeys((list[Tensor], typing.List[Tensor]), typing.List[Tensor]),  # noqa: UP006
 }
 
 
