@@ -11,11 +11,10 @@ import ast
 import dis
 import functools
 import linecache
-from collections.abc import Iterable
 from types import CodeType
 from typing import Any, TypeAlias
 
-from torch import Tensor, nn
+from torch import nn
 
 Span: TypeAlias = tuple[int | None, int | None, int | None, int | None]
 Holders: TypeAlias = tuple[frozenset[str], frozenset[str]]  # names that may hold a value, and that surely do
@@ -50,13 +49,14 @@ def _positions(code: CodeType) -> tuple[Span, ...]:
     return tuple(code.co_positions())
 
 
+@functools.lru_cache(4096)  # blocks of a class mostly do the same
 def strays(
     code: CodeType,
     made: Span | None,
-    given: Iterable[str],
-    taken: Iterable[Span | None],
+    given: frozenset[str],
+    taken: frozenset[Span | None],
     returned: bool,
-    module: nn.Module,
+    parts: frozenset[tuple[str, bool]],
 ) -> bool:
     """Whether other code than what has taken a value may read it, or what has taken it may read another.
 
@@ -66,9 +66,10 @@ def strays(
         given: arguments that it was given as.
         taken: where the trace has taken it; None of a place that is not known.
         returned: whether it is what the code has returned.
-        module: whose code it is; conditions on which parts it has are known.
-    """  # fmt: skip
-    names, taken = frozenset(given), set(taken)
+        parts: the modules and tensors of the module whose code it is, by path, and whether they are there: conditions
+            on that are known.
+    """
+    names = given
     if None in taken or (made is None and not names):
         return True
     if not branches(code):
@@ -81,7 +82,7 @@ def strays(
     site = None if made is None else at.get(made, at.get(made[::2]))
     if None in takers or (site is None and not names):
         return True
-    walk = _Walk(tree, parents, site, takers, module)
+    walk = _Walk(tree, parents, site, takers, dict(parts))
     walk.run(names)
     return walk.exposed or len(walk.returns) > 1 or bool(walk.returns) != returned or walk.met != takers
 
@@ -118,6 +119,16 @@ def argument(code: CodeType, at: int, deep: int) -> tuple[ast.AST, tuple[str, in
     ):
         return parent, ("args", parent.args.index(inner))
     return None
+
+
+def parts_of(module: nn.Module) -> frozenset[tuple[str, bool]]:
+    """The modules, parameters and buffers of a module by path, and whether there is anything at those paths."""
+    return frozenset(
+        (f"{path}.{name}" if path else name, part is not None)
+        for path, inner in module.named_modules()
+        for held in (inner._modules, inner._parameters, inner._buffers)
+        for name, part in held.items()
+    )
 
 
 def _places(tree: ast.AST) -> dict[Any, ast.AST]:
@@ -169,9 +180,9 @@ class _Walk:
         parents: dict[ast.AST, ast.AST],
         site: ast.AST | None,
         takers: set[ast.AST | None],
-        module: nn.Module,
+        parts: dict[str, bool],
     ) -> None:
-        self.tree, self.parents, self.site, self.takers, self.module = tree, parents, site, takers, module
+        self.tree, self.parents, self.site, self.takers, self.parts = tree, parents, site, takers, parts
         self.exposed = False
         self.met: set[ast.AST | None] = set()  # of what has taken the value
         self.returns: set[ast.AST] = set()
@@ -291,16 +302,7 @@ class _Walk:
             node = node.value
         if not isinstance(node, ast.Name) or not self.arguments or node.id != self.arguments[0].arg:
             return None
-        value: Any = self.module
-        for name in names:
-            if not isinstance(value, nn.Module):
-                return None
-            held = (value._modules, value._parameters, value._buffers)
-            store = next((one for one in held if name in one), None)
-            if store is None:
-                return None
-            value = store[name]
-        return value is not None if isinstance(value, (nn.Module, Tensor, type(None))) else None
+        return self.parts.get(".".join(names))
 
     # --- expressions ------------------------------------------------------------------------------------------------
 

@@ -29,7 +29,7 @@ from structrep.errors import Refusal, StructrepError
 from structrep.forward import Edits, Forward
 from structrep.generated import install, regraph
 from structrep.layers import Features2d, Sizes
-from structrep.paths import span, strays
+from structrep.paths import parts_of, span, strays
 from structrep.pattern import ONE, geometry
 from structrep.ranks import rank
 from structrep.readers import Layer, Same, hooks, knows, lower, only_asserted, read_module, read_node
@@ -590,8 +590,9 @@ def _strays(node: fx.Node, call: Call) -> bool:
     names = [name for name, value in given.items() if node in {proxy.node for proxy in proxies(value)}]
     at = maker.at if isinstance(maker, Call) else maker.meta["at"] if maker.meta["call"] is call else None
     returned = node in {proxy.node for proxy in proxies(call.result)}
-    spans = [None if one is None else span(code, one) for one in taken]
-    return strays(code, None if at is None else span(code, at), names, spans, returned, call.module)
+    spans = frozenset(None if one is None else span(code, one) for one in taken)
+    made = None if at is None else span(code, at)
+    return strays(code, made, frozenset(names), spans, returned, parts_of(call.module))
 
 
 def _nothing(unit: Unit) -> nn.Module:
