@@ -413,7 +413,7 @@ def test_code_without_source():
     """What was asked for is noted as the code runs, so no source is needed to guard it."""
     space = {"torch": torch, "LIMIT": [0.25]}
     exec(
-        "def forward(self, x):\n    y = both(self, x)\n    return y.clamp(min=LIMIT[0]) * self.cfg['t']",
+        "def forward(self, x):\n    y = self.n(self.a(x)) + self.b(x)\n    return y.clamp(min=LIMIT[0]) * self.cfg['t']",
         space,
     )
     model, deploy = converted(space["forward"])
