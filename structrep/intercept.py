@@ -37,10 +37,14 @@ def keep_whole(functions: Iterable[FunctionType], record: Record) -> None:
     The code of each is exchanged for as long as the process is ours: a function may be known by any name in any module.
     """
     for function in functions:
-        hook = _hook(function, record)
-        # the code last, and put back first: whoever calls it meanwhile finds a code and what it needs
-        process.change(function, "__kwdefaults__", {**(function.__kwdefaults__ or {}), "_hook": hook})
-        process.change(function, "__code__", _forwards.__code__)
+        exchange(function, _hook(function, record))
+
+
+def exchange(function: FunctionType, hook: Callable[..., Any]) -> None:
+    """Make calls of a function calls of `hook`, whatever name it is called by."""
+    # the code last, and put back first: whoever calls it meanwhile finds a code and what it needs
+    process.change(function, "__kwdefaults__", {**(function.__kwdefaults__ or {}), "_hook": hook})
+    process.change(function, "__code__", _forwards.__code__)
 
 
 def _forwards(*args: Any, _hook: Any, **kwargs: Any) -> Any:
@@ -146,13 +150,13 @@ def show_tensors(model: nn.Module) -> None:
     def is_tensor(value: Any) -> bool:
         return is_instance(value, Tensor)
 
-    for space in _namespaces(model):
+    for space in namespaces(model):
         if "isinstance" not in space:
             process.change(space, "isinstance", is_instance)
     process.change(torch, "is_tensor", is_tensor)
 
 
-def _namespaces(model: nn.Module) -> list[dict[str, Any]]:
+def namespaces(model: nn.Module) -> list[dict[str, Any]]:
     """The namespaces of a model's classes, and of the functions that those call by name."""
     found: dict[int, dict[str, Any]] = {}
     for cls in {base for module in model.modules() for base in type(module).__mro__}:

@@ -11,10 +11,11 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import itertools
 import operator
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from inspect import signature
 from typing import Any
@@ -24,11 +25,12 @@ from torch.utils import _pytree as pytree
 
 from structrep.algebra import ConvMap
 from structrep.blocks import STAND_INS
-from structrep.errors import Refusal
+from structrep.errors import Refusal, StructrepError
 from structrep.forward import Edits, Forward
 from structrep.generated import install, regraph
 from structrep.layers import Features2d, Sizes
 from structrep.parametrized import by_properties, computed, hooks, made_of, settle, torch_kind
+from structrep.paths import parts_of, span, strays
 from structrep.pattern import ONE, geometry
 from structrep.ranks import rank
 from structrep.readers import Layer, Same, knows, lower, only_asserted, read_module, read_node
@@ -155,6 +157,7 @@ class Draft:
         self.refused: list[tuple[Merge, Refusal]] = []
         self.unwritable: dict[tuple[str, str], Refusal] = {}  # methods that cannot be written anew, by path and name
         self.merges = list(merges)
+        self.strays: dict[Merge, set[Call]] = {}  # calls whose code reads what a merge takes away
         made = (n.meta["formula"] for trace in traced.traces for n in trace.nodes if n.meta.get("formula"))
         self.computed_from = {id(tensor) for formula in made for tensor in formula.tensors}
         while True:
@@ -176,6 +179,8 @@ class Draft:
             parts = units(merge)
             host = self.hosts[merge] = host_of(parts)
             self.edits.reordered |= merge.reordered
+            self.edits.vanishing.update(node for node in merge.nodes if node is not merge.root)
+            self.edits.vanishing.update(node for one in merge.absorbed for node in one.changed)
             for unit in [*parts, *_scales(merge)]:
                 if unit.module is None:
                     kept = self._refillable(unit, merge) if unit is host else None
@@ -201,6 +206,44 @@ class Draft:
                 else:
                     self.edits.ended.add(node)
                     self._written_by(Unit((Segment(node, node, ONE, (node,)),)), merge, dead=False)
+
+        self._write_strays()
+        nodes = (n for merge in self.merges for n in (*merge.nodes, *(n for one in merge.absorbed for n in one.nodes)))
+        self.edits.layers = {str(node.target) for node in nodes if node.op == "call_module"}
+        self.edits.homes = {name: home for merge in self.merges for name, home in self._homes_of(merge)}
+
+    def _write_strays(self) -> None:
+        """Have forwards written anew whose code, on a path that was not taken, reads a value that will be another, or
+        gives another to what is merged: what the path hangs on is then guarded."""
+        written = self.edits.owners.keys() | set().union(*self.edits.owners.values())
+        for merge in self.merges:
+            if merge not in self.strays:
+                gone = {node for node in merge.nodes if node is not merge.root}
+                gone = gone.union(*(one.changed for one in merge.absorbed))
+                self.strays[merge] = {call for node in gone for call in _seen_by(node) if _strays(node, call)}
+            for call in self.strays[merge]:
+                owner = next(call.homes())
+                if call not in written and owner not in written:
+                    inner = self.edits.owners.setdefault(owner, set())
+                    around = list(call.chain())
+                    inner.update(around[: around.index(owner)])
+                if owner in self.edits.owners:
+                    self.owned.setdefault(owner, set()).add(merge)
+
+    def _homes_of(self, merge: Merge) -> Iterator[tuple[str, str]]:
+        """The tensors that a merge takes, by path, and the path of the layer that has them, with a + where that is more
+        than one layer."""
+        where = self.where(merge)
+        home = "" if where == "(root)" else where
+        single = merge.sizes is None and not merge.fit.remedy
+        for node in (*merge.nodes, *(n for one in merge.absorbed for n in one.nodes)):
+            held = [n.meta["value"] for n in node.all_input_nodes if "value" in n.meta]
+            if node.op == "call_module":
+                held += node.meta["call"].module.parameters()
+                held += node.meta["call"].module.buffers()
+            for name in (self.traced.names.get(id(tensor)) for tensor in held):
+                if name is not None:
+                    yield name, home if single else f"{home}+"
 
     def _new_name(self, owner: Call, merge: Merge) -> str:
         stem = "reparam_conv" if any(layer.dims for layer in merge.term.leaves()) else "reparam_linear"
@@ -268,6 +311,8 @@ class Draft:
         for owner in self._idle_sums() - self.edits.owners.keys():
             with contextlib.suppress(Refusal):
                 self.forwards[owner] = Forward(self.traced, self.edits, owner, set())
+        at = self.traced.model.get_submodule
+        self.at_rest = {owner: forward.holding(at(owner.path)) for owner, forward in self.forwards.items()}
         return failed
 
     def _idle_sums(self) -> set[Call]:
@@ -305,6 +350,7 @@ class Draft:
         """Change a model that has the names of the traced one; returns it, or what stands for it if it was itself a
         block."""
         self.model = model
+        self._check_unchanged()
         self.places: dict[nn.Module, list[tuple[nn.Module, str]]] = {}  # who holds a module, under which name
         for parent in model.modules():
             for name, child in parent._modules.items():
@@ -327,14 +373,28 @@ class Draft:
             module = self._at(owner.path)
             for name, tensor in forward.constants.items():
                 module.register_buffer(name, tensor.detach().clone(), persistent=False)
-            install(module, forward.method)
+            for path, known in forward.merged.items():
+                (holder, _, name), alias = path.rpartition("."), known.rpartition(".")[2]
+                vars(self._at(holder))[alias] = vars(self._at(holder))[name]
         self._bury(dead)
-        for owner in self.forwards:
-            if isinstance(module := self._at(owner.path), fx.GraphModule):
+        for owner, forward in self.forwards.items():
+            module = self._at(owner.path)
+            gone = self.at_rest[owner] - forward.holding(module)  # what was asked for is no more, or is merged
+            install(module, forward.method(lambda guard, gone=gone: guard not in gone))  # type: ignore[misc]
+            if isinstance(module, fx.GraphModule):
                 regraph(module)
         deploy = self.model
         del self.model, self.places  # a plan does not keep what it made
         return deploy
+
+    def _check_unchanged(self) -> None:
+        """Raise where a forward that was written anew would no longer do what the model does."""
+        for owner, forward in self.forwards.items():
+            for guard in self.at_rest[owner] - forward.holding(self._at(owner.path)):
+                raise StructrepError(
+                    f"{guard.asked} of {owner.path or 'the model'} was {guard.told} when this plan was made, and is "
+                    f"another now: make a new one, structrep.plan(model)"
+                )
 
     def _release(self, merge: Merge, held: Counter[int], read: Counter[int], stay: set[int]) -> None:
         """Give back the memory of kernels that a merge was the last to read, before the next is made."""
@@ -540,6 +600,49 @@ def _does_nothing(node: fx.Node) -> bool:
         return isinstance(read_node(node), Same)
     except Refusal:  # a norm of each batch
         return False
+
+
+def _seen_by(node: fx.Node) -> set[Call]:
+    """The calls whose code has a value in hand: that made it, were given it, or were given it back."""
+    found: set[Call] = set()
+    made: Call | None = node.meta["call"]
+    while made is not None:
+        found |= {made} if not made.leaf else set()
+        if node not in {proxy.node for proxy in proxies(made.result)}:
+            break
+        made = made.parent
+    for user in node.users:
+        for call in user.meta["call"].chain() if user.op != "output" else ():
+            if not call.leaf and node in {proxy.node for proxy in proxies((call.args, call.kwargs))}:
+                found.add(call)
+    return found
+
+
+def _strays(node: fx.Node, call: Call) -> bool:
+    """Whether a call's code may read a value on a path that was not taken, or read another instead."""
+    function = inspect.unwrap(call.code)
+    code = getattr(function, "__code__", None)
+    if code is None or str(getattr(function, "__module__", "")).startswith("torch."):
+        return False
+    maker: fx.Node | Call = node
+    taken: list[int | None] = []
+    names: list[str] = []
+    for step in call.steps:
+        if isinstance(step, fx.Node):
+            if node in step.all_input_nodes:
+                taken.append(step.meta["at"])
+            continue
+        if node in {proxy.node for proxy in proxies((step.args, step.kwargs))}:
+            taken.append(step.at)
+        if step in node.meta["call"].chain():
+            maker = step
+    given = inspect.signature(call.function).bind(*call.args, **call.kwargs).arguments
+    names = [name for name, value in given.items() if node in {proxy.node for proxy in proxies(value)}]
+    at = maker.at if isinstance(maker, Call) else maker.meta["at"] if maker.meta["call"] is call else None
+    returned = node in {proxy.node for proxy in proxies(call.result)}
+    spans = frozenset(None if one is None else span(code, one) for one in taken)
+    made = None if at is None else span(code, at)
+    return strays(code, made, frozenset(names), spans, returned, parts_of(call.module))
 
 
 def _nothing(unit: Unit) -> nn.Module:

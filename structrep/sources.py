@@ -7,7 +7,7 @@ import functools
 import inspect
 import linecache
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FunctionType
 from typing import Any
 
@@ -23,6 +23,23 @@ def functions(cls: type) -> dict[str, FunctionType]:
         if written_in(base).partition(".")[0] != "torch":
             found |= {name: f for name, f in vars(base).items() if isinstance(f, FunctionType)}
     return found
+
+
+def functions_in(value: Any) -> Iterator[FunctionType]:
+    """A function, and those that it was made with: what decorators have wrapped."""
+    pending, seen = [value], set[int]()
+    while pending:
+        one = pending.pop(0)
+        one = one.fget if isinstance(one, property) else getattr(one, "__func__", one)
+        if not isinstance(one, FunctionType) or id(one) in seen:
+            continue
+        seen.add(id(one))
+        yield one
+        for inner in one.__closure__ or ():
+            try:
+                pending.append(inner.cell_contents)
+            except ValueError:
+                continue
 
 
 def written_first(cls: type, attribute: str) -> bool:

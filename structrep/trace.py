@@ -15,13 +15,14 @@ import contextlib
 import copy
 import functools
 import inspect
+import itertools
 import operator
 import random
 import sys
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
-from types import CellType, FunctionType, MethodType
+from types import CellType, CodeType, FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -45,6 +46,8 @@ from structrep.intercept import (
     take_traced_sizes,
     unwatched,
 )
+from structrep.observed import INPUTS, Observed, Read
+from structrep.paths import branches
 from structrep.precision import Shadows, as_stored, doubled
 from structrep.precision import exact as on_float64
 from structrep.sources import taken_apart, written_first
@@ -71,6 +74,9 @@ class Call:
     written: list[tuple[fx.Node, fx.Node]] = field(default_factory=list)  # arguments it wrote in place: before, after
     mutates: bool = False  # whether it changed what it was given, or its own module
     steps: list[fx.Node | Call] = field(default_factory=list)  # what its forward did, in order
+    reads: dict[tuple[str, str], Read] = field(default_factory=dict)  # what it asked for, by whose it is and how
+    codes: dict[CodeType, dict[str, Any]] = field(default_factory=dict)  # the code that asked, and its namespace
+    at: int | None = None  # the instruction of its parent's code that it is called by, if that code itself calls it
 
     @property
     def code(self) -> Callable[..., Any]:
@@ -111,6 +117,8 @@ class Trace:
     graph: fx.Graph
     root: Call
     calls: list[Call]
+    opaque: Set[type[nn.Module]] = frozenset()  # module types and functions that were kept whole
+    whole: Set[FunctionType] = frozenset()
 
     @property
     def nodes(self) -> list[fx.Node]:
@@ -134,6 +142,7 @@ class Traced:
     )  # path of a child or tensor -> forwards of others using it
 
     told: dict[str, set[Call]] = field(default_factory=dict)  # and by those that ask no more than a dtype or a device
+    handed: dict[Any, Any] = field(default_factory=dict)  # what was found to hang on answers, for calls that are alike
 
     def note_reach(self, tracer: _Tracer) -> None:
         for path, calls in tracer.reached.items():
@@ -396,7 +405,9 @@ def _trace_below(
         if tracer.stopped is not None:
             apart += _parts(module)
         else:
-            traced.traces.append(Trace(paths[module], tracer.graph, tracer.calls[0], tracer.calls))
+            traced.traces.append(
+                Trace(paths[module], tracer.graph, tracer.calls[0], tracer.calls, tracer.opaque, tracer.whole)
+            )
             seen.update(call.module for call in tracer.calls if call.module not in tracer.hooked)
             scripts = [call for call in tracer.calls if isinstance(call.module, torch.jit.ScriptModule)]
             traced.untraced |= {call.path: _scripted(call.module) for call in scripts if not readers.knows(call.module)}
@@ -500,6 +511,53 @@ def follow_method(module: nn.Module, path: str, method: str, flags: Mapping[str,
     return Method(tracer.calls, held | tracer.reached.keys())
 
 
+def retrace(traced: Traced, call: Call, answers: Mapping[tuple[str, str], Any]) -> tuple[Traced, Call] | None:
+    """A call once more, on a copy of its module, with other answers to what it asks; None if it cannot be followed.
+
+    Args:
+        answers: by `Call.reads`' keys.
+    """
+    root = next(one for one in call.chain() if one.parent is None)
+    of = next((one for one in traced.traces if one.root is root), None)
+    if of is None:
+        return None
+    twin = shallow_copy(call.module)
+    paths = {part: ".".join(filter(None, (call.path, name))) for name, part in twin.named_modules()}
+    again = Traced(_placed(twin, call.path), {id(tensor): name for name, tensor in _named_tensors(paths)})
+    tracer = _Tracer(twin, call.method, paths, again.names, of.opaque, of.whole, answers)
+    count = itertools.count()
+    tracer.arguments = pytree.tree_map(
+        lambda leaf: _Slot(f"input_{next(count)}") if isinstance(leaf, fx.Proxy) else leaf, (call.args, call.kwargs)
+    )
+    if is_traced(tracer.arguments):
+        return None
+    try:
+        with torch.no_grad(), _unchanged(twin), tracer.watching():
+            tracer.trace(_Root(twin))
+    except Exception:  # whatever the forward does when it is told otherwise
+        return None
+    if tracer.refused is not None:
+        return None
+    _fold_constants(tracer)
+    again.traces.append(Trace(call.path, tracer.graph, tracer.calls[0], tracer.calls, of.opaque, of.whole))
+    for one in tracer.calls:
+        again.calls[one.module, one.method].append(one)
+    known = {(one.path, one.method): one.inlined for calls in traced.calls.values() for one in calls}
+    for one in tracer.calls:
+        one.inlined = known.get((one.path, one.method), False)
+    again.origins, again.written = tracer.constants.origins, tracer.constants.written
+    return again, tracer.calls[0]
+
+
+def _placed(module: nn.Module, path: str) -> nn.Module:
+    """Something that has a module at a path."""
+    for name in reversed(path.split(".") if path else ()):
+        holder = nn.Module()
+        holder.add_module(name, module)
+        module = holder
+    return module
+
+
 def _follow(
     traced: Traced,
     module: nn.Module,
@@ -589,7 +647,8 @@ def _fold_constants(tracer: _Tracer) -> None:
         if not inputs or not all("value" in n.meta for n in inputs):
             continue
         name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-        if operations.draws(node.target, node.args, node.kwargs) or operations.writes(node):
+        drawn_or_written = operations.draws(node.target, node.args, node.kwargs) or operations.writes(node)
+        if drawn_or_written or node.target is torch._assert:
             continue
         drawn = torch.get_rng_state()
         with torch.no_grad(), contextlib.suppress(Exception):
@@ -656,6 +715,7 @@ class _Tracer(process.Tracer):
         names: dict[int, str],
         opaque: Set[type[nn.Module]],
         whole: Set[FunctionType],
+        answers: Mapping[tuple[str, str], Any] | None = None,
     ) -> None:
         super().__init__()
         self.module = module
@@ -670,6 +730,7 @@ class _Tracer(process.Tracer):
         self.stopped: Call | None = None
         self.refused: Exception | None = None  # the first question that had no answer
         self.constants = _Constants(self)
+        self.observed = Observed(paths, lambda: self.stack[-1] if self.stack else None, answers)
         self.stored = {storage(p) for p in module.parameters() if p.numel()}
         self.reached: dict[str, set[Call]] = {}
         self.fetched: Counter[tuple[str, Call]] = Counter()  # how often a forward looked up what is not its own
@@ -760,6 +821,7 @@ class _Tracer(process.Tracer):
             take_traced_sizes(self.create_proxy)
             keep_whole(self.whole, self.create_proxy)
             show_tensors(self.module)
+            self.observed.watch(self.module)
             yield
 
     @contextlib.contextmanager
@@ -794,6 +856,7 @@ class _Tracer(process.Tracer):
         parent = self.stack[-1] if self.stack else None
         call = Call(m, self.paths[m], parent, snapshot(args), snapshot(kwargs), leaf, method, function)
         call.settings = readers.settings(m) if leaf else {}
+        call.at = self._place() if parent else None
         if parent:
             parent.steps.append(call)
         self.calls.append(call)
@@ -828,6 +891,20 @@ class _Tracer(process.Tracer):
         if parent and dropped:
             parent.mutates |= call.mutates
         return result
+
+    def _place(self) -> int | None:
+        """The instruction at which the code of the call that runs stands; None if that has called other code of the
+        user's that may go several ways."""
+        code = getattr(inspect.unwrap(self.stack[-1].code), "__code__", None)
+        frame = inspect.currentframe()
+        while frame is not None:
+            if frame.f_code is code:
+                return frame.f_lasti
+            engine = str(frame.f_globals.get("__name__", "")).startswith(("torch.", "structrep."))
+            if not engine and branches(frame.f_code):
+                return None
+            frame = frame.f_back
+        return None
 
     def _settles(self, m: nn.Module, key: str, before: Any, value: Any) -> bool:
         """Whether an attribute was given what a call computes of the model's tensors alone, the same at every call."""
@@ -898,9 +975,8 @@ class _Tracer(process.Tracer):
         frame = inspect.currentframe()
         while frame is not None and frame.f_globals.get("__name__") in (__name__, fx.proxy.__name__):
             frame = frame.f_back
-        asked = self._dtype_asked(obj.node)
-        if asked is not None:
-            return asked
+        if (told := self._dtype_asked(obj.node)) is not None:
+            return self._note_dtype(obj, told)
         answer = spared(frame) if frame is not None else None
         if answer is None:
             raise self.refuse(TraceError("a condition that depends on the input"))
@@ -914,13 +990,27 @@ class _Tracer(process.Tracer):
         owner = _owner(self.module)
         if node.target not in (operator.eq, operator.ne) or owner is None or len(node.args) != 2:
             return None
+        dtype = self.observed.answers.get(INPUTS, owner.dtype)
         found = [
-            owner.dtype if isinstance(one, fx.Node) and one.target is getattr and one.args[1] == "dtype" else one
+            dtype if isinstance(one, fx.Node) and one.target is getattr and one.args[1] == "dtype" else one
             for one in node.args
         ]
         if not all(isinstance(one, torch.dtype) for one in found):
             return None
         return (found[0] == found[1]) == (node.target is operator.eq)
+
+    def _note_dtype(self, asked: fx.Proxy, told: bool) -> bool:
+        """Note a condition on the dtype of an input, and assert what it is taken to be."""
+        call = self.stack[-1]
+        place = sum(isinstance(read.holder, fx.Node) for read in call.reads.values())
+        key = f"{call.path}.{call.method}", f"dtype {place}"
+        call.reads[key] = Read(asked.node, "", told)
+        told = self.observed.answers.get(key, told)
+        holds = self.create_proxy("call_function", operator.eq, (asked, told), {})
+        holds.node.meta["asked"] = key
+        said = "the forward was reparameterized for an input of another dtype: convert the model again for that"
+        self.create_proxy("call_function", torch._assert, (holds, said), {}).node.meta["asked"] = key
+        return told
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
         """Called where a traced value is looped over or unpacked into a call."""
@@ -954,6 +1044,7 @@ class _Tracer(process.Tracer):
         node.meta["index"] = self.count
         node.meta["autocast"] = torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
         call = node.meta["call"] = self.stack[-1] if self.stack else None
+        node.meta["at"] = self._place() if call is not None and not call.leaf else None
         node.meta["unfollowed"] = node.target in self.whole or (
             node.op == "call_module"
             and call is not None
@@ -1089,6 +1180,9 @@ class _Slot:
 _TOLD = {"dtype", "device", "shape", "ndim", "requires_grad", "is_cuda", "layout", "grad"}
 
 
+_ASKED = {"dtype", "device", "is_cuda", "is_cpu", "is_mps", "is_xpu", "requires_grad"}
+
+
 class _Constants(TorchFunctionMode):
     """Watches what the trace computes for real: notes where constants come from, stops what must not be baked in."""
 
@@ -1130,6 +1224,8 @@ class _Constants(TorchFunctionMode):
         result = func(*args, **kwargs)
         if drawn is not None and not torch.equal(drawn, torch.get_rng_state()):
             raise RuntimeError(f"{name} draws new random numbers at every call")
+        if name == "__get__" and func.__self__.__name__ in _ASKED:
+            return self._ask(args[0], func.__self__.__name__, result)
         itself = any(result is one for one in pytree.tree_leaves((args, kwargs)))  # `x.to(x.dtype)`
         if isinstance(result, Tensor) and not written and not itself:
             self.origins[id(result)] = Origin(result, func, args, kwargs)
@@ -1147,6 +1243,17 @@ class _Constants(TorchFunctionMode):
                 raise RuntimeError(f"{name} writes to a parameter during forward")
             self.unsteady.add(storage(tensor))
             self.tracer.stack[-1].mutates = True
+
+    def _ask(self, tensor: Tensor, what: str, told: Any) -> Any:
+        """The answer to what a tensor is asked apart from its numbers; of a computed one, of what it is made of."""
+        while id(tensor) not in self.tracer.names and (origin := self.origins.get(id(tensor))) is not None:
+            given = [one for one in pytree.tree_leaves((origin.args, origin.kwargs)) if isinstance(one, Tensor)]
+            source = next((one for one in given if getattr(one, what) == told), None)
+            if source is None:
+                return told
+            tensor = source
+        path = self.tracer.names.get(id(tensor))
+        return told if path is None else self.tracer.observed.ask(tensor, path, what, told)
 
     def _is_fresh(self, tensor: Tensor) -> bool:
         """Whether a tensor was made during this trace, and is no view of what the model holds."""

@@ -1,0 +1,247 @@
+"""What hangs on an answer: a forward followed once more, told otherwise, beside the forward as it was followed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Set
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from structrep.operations import writes
+from structrep.ranks import torch_name
+from structrep.trace import Call, Traced
+from structrep.values import proxies
+
+Where = tuple[Any, tuple[Any, ...]]  # a node, the id of a constant or a call, and the way to one of its arguments
+
+
+@dataclass(frozen=True)
+class Slot:
+    """An argument that is another, in the forward as it was followed."""
+
+    where: Where
+    before: Any
+    after: Any
+
+
+class Different(Exception):
+    """Two forwards differ in more than what they hand to operations."""
+
+
+def alternatives(told: Any) -> list[Any]:
+    """The other answers to a question, if they are few; none for a dtype that no model is cast to."""
+    if isinstance(told, bool):
+        return [not told]
+    if isinstance(told, torch.dtype):
+        known = [torch.bfloat16, torch.float16, torch.float64, torch.float32]
+        return [dtype for dtype in known if dtype != told] if told in known else []
+    if isinstance(told, torch.device):
+        return [torch.device(kind) for kind in ("meta", "cpu", "cuda", "mps") if kind != told.type]
+    return []
+
+
+def steps(call: Call, written_out: Set[tuple[str, str]]) -> Iterator[fx.Node | Call]:
+    """What a call does, as its forward would be written: nodes, and calls that stay calls."""
+    for step in call.steps:
+        if isinstance(step, fx.Node):
+            if "asked" not in step.meta:
+                yield step
+        elif step.leaf or step.method != "forward" or (step.path, step.method) in written_out:
+            yield from steps(step, written_out)
+        else:
+            yield step
+
+
+def inside(call: Call, written_out: Set[tuple[str, str]]) -> Iterator[Call]:
+    """The calls that are written out where a forward is written: itself, its methods, and what they write out."""
+    yield call
+    for step in call.steps:
+        if isinstance(step, Call) and (
+            step.method != "forward" or step.leaf or (step.path, step.method) in written_out
+        ):
+            yield from inside(step, written_out)
+
+
+class Comparison:
+    """Two traces of one call.
+
+    Args:
+        before, after: as it was followed, and as it is otherwise.
+
+    Attributes:
+        slots: arguments that are another; all else is the same.
+
+    Raises:
+        Different: more is.
+    """
+
+    def __init__(self, before: tuple[Traced, Call], after: tuple[Traced, Call], out: Set[tuple[str, str]]) -> None:
+        self.origins = before[0].origins, after[0].origins
+        self.names = before[0].names, after[0].names
+        self.slots: list[Slot] = []
+        self.nodes: dict[fx.Node, fx.Node] = {}
+        self.constants: dict[tuple[int, int], None] = {}
+        first, second = before[1], after[1]
+        given = [proxies((call.args, call.kwargs)) for call in (first, second)]
+        self.nodes |= {proxy.node: same.node for proxy, same in zip(*given, strict=True)}
+        entries = list(steps(first, out)), list(steps(second, out))
+        if len(entries[0]) != len(entries[1]):
+            raise Different
+        for one, other in zip(*entries, strict=True):
+            self._step(one, other)
+        self._pair(first.result, second.result, None, ())
+
+    def _step(self, one: fx.Node | Call, other: fx.Node | Call) -> None:
+        if isinstance(one, fx.Node) and isinstance(other, fx.Node):
+            if not _same_operation(one, other):
+                raise Different
+            self._pair(one.args, other.args, one, ("args",))
+            self._pair(dict(one.kwargs), dict(other.kwargs), one, ("kwargs",))
+            self.nodes[one] = other
+        elif isinstance(one, Call) and isinstance(other, Call):
+            if (one.path, one.method) != (other.path, other.method):
+                raise Different
+            self._pair(one.args, other.args, one, ("args",))
+            self._pair(one.kwargs, other.kwargs, one, ("kwargs",))
+            results = list(proxies(one.result)), list(proxies(other.result))
+            if len(results[0]) != len(results[1]):
+                raise Different
+            for first, second in zip(*results, strict=True):
+                self.nodes.setdefault(first.node, second.node)
+            for (_, first_new), (_, second_new) in zip(one.written, other.written, strict=False):
+                self.nodes.setdefault(first_new, second_new)
+        else:
+            raise Different
+
+    def _pair(self, one: Any, other: Any, where: Any, way: tuple[Any, ...]) -> None:
+        one = one.node if isinstance(one, fx.Proxy) else one
+        other = other.node if isinstance(other, fx.Proxy) else other
+        if isinstance(one, fx.Node) and isinstance(other, fx.Node):
+            self._pair_nodes(one, other)
+        elif isinstance(one, Tensor) and isinstance(other, Tensor):
+            self._pair_constants(one, other)
+        elif isinstance(one, slice) and isinstance(other, slice):
+            self._pair((one.start, one.stop, one.step), (other.start, other.stop, other.step), None, ())
+        elif isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
+            if len(one) != len(other) or type(one) is not type(other):
+                raise Different
+            for place, (first, second) in enumerate(zip(one, other, strict=True)):
+                self._pair(first, second, where, (*way, place))
+        elif isinstance(one, dict) and isinstance(other, dict):
+            if list(one) != list(other):
+                raise Different
+            for key in one:
+                self._pair(one[key], other[key], where, (*way, key))
+        elif is_dataclass(one) and type(one) is type(other) and not isinstance(one, type):
+            for f in fields(one):
+                self._pair(getattr(one, f.name), getattr(other, f.name), None, ())
+        elif one is not other and (type(one) is not type(other) or one != other):
+            if where is None:
+                raise Different
+            self.slots.append(Slot((id(where) if isinstance(where, Tensor) else where, way), one, other))
+
+    def _pair_nodes(self, one: fx.Node, other: fx.Node) -> None:
+        if one.op == "get_attr" and other.op == "get_attr":
+            if "value" in one.meta and "value" in other.meta:
+                self._pair_constants(one.meta["value"], other.meta["value"])
+            elif one.target != other.target:
+                raise Different
+        elif self.nodes.get(one) is not other:
+            raise Different
+
+    def _pair_constants(self, one: Tensor, other: Tensor) -> None:
+        if (id(one), id(other)) in self.constants:
+            return
+        self.constants[id(one), id(other)] = None
+        names = self.names[0].get(id(one)), self.names[1].get(id(other))
+        if names[0] is not None or names[1] is not None:
+            if names[0] != names[1]:
+                raise Different
+            return
+        origins = self.origins[0].get(id(one)), self.origins[1].get(id(other))
+        if origins[0] is None or origins[1] is None:
+            if origins[0] is not origins[1] or one.shape != other.shape or not torch.equal(one, other):
+                raise Different
+            return
+        if origins[0].function is not origins[1].function:
+            raise Different
+        self._pair(origins[0].args, origins[1].args, one, ("args",))
+        self._pair(origins[0].kwargs, origins[1].kwargs, one, ("kwargs",))
+
+
+def _same_operation(one: fx.Node, other: fx.Node) -> bool:
+    if one.op == other.op and one.target == other.target:
+        return True
+    names = [torch_name(node).strip("_").removeprefix("i") for node in (one, other)]
+    written = [writes(node) for node in (one, other)]
+    # In place or not is the same, if nothing else looks at what is written to.
+    alone = all(len(source.users) == 1 for sources in written for source in sources)
+    return "call_module" not in (one.op, other.op) and names[0] == names[1] and any(written) and alone
+
+
+def counterparts(before: tuple[Traced, Call], after: tuple[Traced, Call]) -> dict[fx.Node, fx.Node]:
+    """The nodes of a call that was followed otherwise which do what nodes of the call as it was followed do: those, by
+    these."""
+    known: dict[Any, int] = {}
+    first, second = _Numbers(before, known), _Numbers(after, known)
+    same = {first.number(node): node for node in before[1].nodes()}
+    found = {same[number]: node for node in after[1].nodes() if (number := second.number(node)) in same}
+    given = zip(*(proxies((call.args, call.kwargs)) for _, call in (before, after)), strict=True)
+    return found | {one.node: other.node for one, other in given}
+
+
+def copied(node: fx.Node) -> Tensor | None:
+    """The constant that a node gives as it is: `weight.to(dtype=x.dtype)`."""
+    found = node.meta.get("value")
+    given = (n.meta["value"] for n in node.all_input_nodes if n.op == "get_attr" and "value" in n.meta)
+    same = (one for one in given if isinstance(found, Tensor) and one.shape == found.shape and one.dtype == found.dtype)
+    return next((one for one in same if torch.equal(one, found)), None) if isinstance(found, Tensor) else None
+
+
+class _Numbers:
+    """What each node of a call computes, as a number that is the same in another trace."""
+
+    def __init__(self, of: tuple[Traced, Call], known: dict[Any, int]) -> None:
+        self.traced, call = of
+        self.known = known
+        self.counts: dict[Any, int] = {}
+        self.numbers: dict[fx.Node, Any] = {
+            proxy.node: ("given", place) for place, proxy in enumerate(proxies((call.args, call.kwargs)))
+        }
+
+    def number(self, node: fx.Node) -> int:
+        args, kwargs = node.args, dict(node.kwargs)
+        if len(args) == 2 and "bias" in kwargs:  # which is the third of all layers as functions
+            args = (*args, kwargs.pop("bias"))
+        made = node.op, str(node.target), node.meta["call"].path, self._of(args), self._of(kwargs)
+        count = self.counts[made] = self.counts.get(made, 0) + 1
+        self.numbers[node] = number = self.known.setdefault((made, count), len(self.known))
+        return number
+
+    def _of(self, value: Any) -> Any:
+        if isinstance(value, fx.Node):
+            if value.op == "get_attr":
+                return self._constant(value.meta["value"]) if "value" in value.meta else str(value.target)
+            if (same := copied(value)) is not None:
+                return self._constant(same)
+            return self.numbers.get(value, id(value))
+        if isinstance(value, Tensor):
+            return self._constant(value)
+        if isinstance(value, (list, tuple)):
+            return tuple(map(self._of, value))
+        if isinstance(value, Mapping):
+            return tuple((key, self._of(one)) for key, one in value.items())
+        if isinstance(value, slice):
+            return "slice", self._of((value.start, value.stop, value.step))
+        return type(value).__name__, repr(value)
+
+    def _constant(self, tensor: Tensor) -> Any:
+        if id(tensor) in self.traced.names:
+            return self.traced.names[id(tensor)]
+        origin = self.traced.origins.get(id(tensor))
+        if origin is None:
+            return tuple(tensor.shape), str(tensor.dtype), tuple(tensor.flatten()[:64].tolist())
+        name = getattr(origin.function, "__name__", repr(origin.function))
+        return name, self._of(origin.args), self._of(origin.kwargs)

@@ -1,0 +1,372 @@
+"""Values that code gives away on a path that a trace has not taken, by its source.
+
+`y = self.conv(x)`; `if self.low: return y`; `return relu(self.norm(y))`: where the norm is merged into the convolution,
+`y` is no longer what the first return gives. Judged by reaching definitions: from where a value is made, which of the
+names that hold it are read, on any path, other than by what has taken the value as the trace ran.
+"""
+
+from __future__ import annotations
+
+import ast
+import dis
+import functools
+import linecache
+from types import CodeType
+from typing import Any, TypeAlias
+
+from torch import nn
+
+Span: TypeAlias = tuple[int | None, int | None, int | None, int | None]
+Holders: TypeAlias = tuple[frozenset[str], frozenset[str]]  # names that may hold a value, and that surely do
+State: TypeAlias = Holders | None  # None where code does not get to
+
+_HANDING_ON = {"list", "tuple", "zip", "reversed", "enumerate", "dict", "set", "iter", "next", "sum"}
+_HARMLESS = {"isinstance", "hasattr", "type", "print", "is_tensor", "callable", "id", "len"}
+_FILLS = {"append", "extend", "insert", "add", "update", "setdefault"}
+_PASSES = (ast.Tuple, ast.List, ast.Set, ast.Dict, ast.Starred, ast.keyword, ast.Attribute, ast.Subscript,
+           ast.ListComp, ast.GeneratorExp, ast.comprehension)  # fmt: skip
+
+
+NOT, MAYBE, SURELY = range(3)  # whether something holds the value
+
+
+@functools.lru_cache(4096)
+def branches(code: CodeType) -> bool:
+    """Whether code may go several ways, loops over what there is apart."""
+    jumps = any("JUMP" in one.opname and "IF" in one.opname for one in dis.get_instructions(code))
+    given = set(code.co_varnames[: code.co_argcount])
+    return jumps or bool(code.co_exceptiontable) or bool(set(code.co_cellvars) - given)
+
+
+def span(code: CodeType, at: int) -> Span:
+    """Where an instruction stands in the source."""
+    first, last, start, end = list(_positions(code))[at // 2]
+    return first, last, start, end
+
+
+@functools.lru_cache(1024)
+def _positions(code: CodeType) -> tuple[Span, ...]:
+    return tuple(code.co_positions())
+
+
+@functools.lru_cache(4096)  # blocks of a class mostly do the same
+def strays(
+    code: CodeType,
+    made: Span | None,
+    given: frozenset[str],
+    taken: frozenset[Span | None],
+    returned: bool,
+    parts: frozenset[tuple[str, bool]],
+) -> bool:
+    """Whether other code than what has taken a value may read it, or what has taken it may read another.
+
+    Args:
+        code: what has made the value, or was given it.
+        made: where it was made; None if it was given.
+        given: arguments that it was given as.
+        taken: where the trace has taken it; None of a place that is not known.
+        returned: whether it is what the code has returned.
+        parts: the modules and tensors of the module whose code it is, by path, and whether they are there: conditions
+            on that are known.
+    """
+    names = given
+    if None in taken or (made is None and not names):
+        return True
+    if not branches(code):
+        return False
+    found = _function(code)
+    if found is None:
+        return True
+    tree, parents, at = found
+    takers = {at.get(one, at.get(one[::2])) for one in taken if one is not None}
+    site = None if made is None else at.get(made, at.get(made[::2]))
+    if None in takers or (site is None and not names):
+        return True
+    walk = _Walk(tree, parents, site, takers, dict(parts))
+    walk.run(names)
+    return walk.exposed or len(walk.returns) > 1 or bool(walk.returns) != returned or walk.met != takers
+
+
+def place(code: CodeType, at: int) -> ast.AST | None:
+    """The expression that an instruction is of; None if the source cannot be read."""
+    found, where = _function(code), span(code, at)
+    return None if found is None else found[2].get(where, found[2].get(where[::2]))
+
+
+def argument(code: CodeType, at: int, deep: int) -> tuple[ast.AST, tuple[str, int | str]] | None:
+    """The operation that is handed what an instruction gives, as it is, and as which of its arguments.
+
+    Args:
+        deep: of how many entries, one in another, it is handed the innermost.
+    """
+    found, node = _function(code), place(code, at)
+    if found is None or node is None:
+        return None
+    parents = found[1]
+    for _ in range(deep):
+        inner, node = node, parents[node]
+        if not isinstance(node, ast.Subscript) or node.value is not inner:
+            return None
+    inner, parent = node, parents.get(node)
+    if isinstance(parent, ast.keyword) and parent.arg is not None:
+        return parents[parent], ("kwargs", parent.arg)
+    if isinstance(parent, ast.BinOp):
+        return parent, ("args", int(parent.right is inner))
+    if (
+        isinstance(parent, ast.Call)
+        and inner in parent.args
+        and not any(isinstance(a, ast.Starred) for a in parent.args)
+    ):
+        return parent, ("args", parent.args.index(inner))
+    return None
+
+
+def parts_of(module: nn.Module) -> frozenset[tuple[str, bool]]:
+    """The modules, parameters and buffers of a module by path, and whether there is anything at those paths."""
+    return frozenset(
+        (f"{path}.{name}" if path else name, part is not None)
+        for path, inner in module.named_modules()
+        for held in (inner._modules, inner._parameters, inner._buffers)
+        for name, part in held.items()
+    )
+
+
+def _places(tree: ast.AST) -> dict[Any, ast.AST]:
+    """The parts of code by where they stand; calls of methods over several lines by where the method's name does."""
+    found: dict[Any, ast.AST] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.expr, ast.AugAssign)):
+            found.setdefault((node.lineno, node.end_lineno, node.col_offset, node.end_col_offset), node)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.end_col_offset is not None:
+            name = node.func
+            if name.lineno != name.end_lineno:
+                found.setdefault((name.end_lineno, node.func.end_col_offset - len(name.attr)), node)
+    return found
+
+
+@functools.lru_cache(64)
+def _file(filename: str) -> ast.Module | None:
+    try:
+        return ast.parse("".join(linecache.getlines(filename)))
+    except (SyntaxError, ValueError):
+        return None
+
+
+@functools.lru_cache(4096)
+def _function(
+    code: CodeType,
+) -> tuple[ast.FunctionDef | ast.Lambda, dict[ast.AST, ast.AST], dict[Any, ast.AST]] | None:
+    """The syntax of code, what each part of it is in, and where it stands; None if it cannot be read."""
+    tree = _file(code.co_filename)
+    kinds = (ast.FunctionDef, ast.Lambda)
+    for node in ast.walk(tree) if tree is not None else ():
+        if not isinstance(node, kinds) or getattr(node, "name", "<lambda>") != code.co_name:
+            continue
+        lines = {node.lineno, *(one.lineno for one in getattr(node, "decorator_list", ()))}
+        inside = [one for one in _positions(code) if None not in one and one[2] != one[3]]
+        last = max((one[1] or 0 for one in inside), default=0)
+        if code.co_firstlineno in lines and last <= (node.end_lineno or 0):
+            parents = {child: parent for parent in ast.walk(node) for child in ast.iter_child_nodes(parent)}
+            return node, parents, _places(node)
+    return None
+
+
+class _Walk:
+    """A walk along all paths of a function, with the names that may hold one value and those that surely do."""
+
+    def __init__(
+        self,
+        tree: ast.FunctionDef | ast.Lambda,
+        parents: dict[ast.AST, ast.AST],
+        site: ast.AST | None,
+        takers: set[ast.AST | None],
+        parts: dict[str, bool],
+    ) -> None:
+        self.tree, self.parents, self.site, self.takers, self.parts = tree, parents, site, takers, parts
+        self.exposed = False
+        self.met: set[ast.AST | None] = set()  # of what has taken the value
+        self.returns: set[ast.AST] = set()
+        self.loops: list[tuple[list[State], list[State]]] = []  # where each is left, where each goes on to the next
+        self.rounds = 0  # loops around that hand the value on from round to round
+        self.arguments = tree.args.args
+        nodes = list(ast.walk(tree))
+        inner = (n for n in nodes if n is not tree and isinstance(n, (ast.FunctionDef, ast.Lambda)))
+        self.inner = {name.id for one in inner for name in ast.walk(one) if isinstance(name, ast.Name)}
+        odd = (ast.Global, ast.Nonlocal, ast.Yield, ast.YieldFrom, ast.Await)
+        called = {n.func.id for n in nodes if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}
+        if any(isinstance(node, odd) for node in nodes) or called & {"locals", "vars", "eval", "exec", "dir"}:
+            self.exposed = True
+
+    def run(self, given: frozenset[str]) -> None:
+        self.exposed |= bool(given & self.inner)
+        if not isinstance(self.tree, ast.Lambda):
+            self._block(self.tree.body, (given, given))
+        elif self._use(self.tree.body, (given, given)):
+            self.returns.add(self.tree)
+
+    # --- statements -------------------------------------------------------------------------------------------------
+
+    def _block(self, body: list[ast.stmt], state: State) -> State:
+        for statement in body:
+            if state is None:
+                return None
+            state = self._statement(statement, state)
+        return state
+
+    def _statement(self, one: ast.stmt, state: Holders) -> State:
+        if isinstance(one, ast.If):
+            self.exposed |= bool(self._use(one.test, state))
+            known = self._known(one.test)
+            self.exposed |= bool(self.rounds) and known is None
+            ways = [self._block(one.body, state)] if known is not False else []
+            ways += [self._block(one.orelse, state)] if known is not True else []
+            return _either(*ways)
+        if isinstance(one, (ast.For, ast.While)):
+            return self._loop(one, state)
+        if isinstance(one, ast.With):
+            for item in one.items:
+                self.exposed |= bool(self._use(item.context_expr, state))
+            return self._block(one.body, state)
+        if isinstance(one, ast.Try):
+            after: State = state
+            reached: State = state
+            for inner in one.body:
+                after = self._statement(inner, after) if after is not None else None
+                reached = _either(reached, after)
+            ways = [self._block(one.orelse, after), *(self._block(handler.body, reached) for handler in one.handlers)]
+            return self._block(one.finalbody, _either(*ways))
+        if isinstance(one, ast.Match):
+            self.exposed |= bool(self._use(one.subject, state))
+            return _either(state, *(self._block(case.body, state) for case in one.cases))
+        if isinstance(one, (ast.FunctionDef, ast.ClassDef, ast.AsyncFunctionDef)):
+            return state
+        if isinstance(one, (ast.Break, ast.Continue)):
+            self.loops[-1][isinstance(one, ast.Continue)].append(state)
+            return None
+        held = self._use(one, state)
+        if isinstance(one, (ast.Return, ast.Raise)):
+            if held and isinstance(one, ast.Return):
+                self.returns.add(one)
+            return None
+        targets = one.targets if isinstance(one, (ast.Assign, ast.Delete)) else [getattr(one, "target", None)]
+        changed = [n for target in targets if target is not None for n in ast.walk(target)]
+        stored = {n.id for n in changed if isinstance(n, ast.Name) and isinstance(n.ctx, (ast.Store, ast.Del))}
+        if held:
+            kept = any(isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store) for n in changed)
+            self.exposed |= kept or bool(self.inner & stored)
+        new = frozenset((stored | self._filled(one)) if held else ())
+        return (state[0] - stored) | new, (state[1] - stored) | (new if held == SURELY else frozenset())
+
+    def _loop(self, loop: ast.For | ast.While, state: Holders) -> State:
+        parts = list(ast.walk(loop))
+        within = any(node is self.site for node in parts)
+        handed = within and any(n in self.takers for n in parts)
+        before = state
+        if isinstance(loop, ast.For):
+            held = self._use(loop.iter, state)
+            names = frozenset(n.id for n in ast.walk(loop.target) if isinstance(n, ast.Name))
+            state = (state[0] | names, state[1] | names) if held else (state[0] - names, state[1] - names)
+        else:
+            self.exposed |= bool(self._use(loop.test, state)) or handed
+        self.rounds += handed
+        self.loops.append(([], []))
+        once = self._block(loop.body, state)
+        if handed or not within or isinstance(loop, ast.While):
+            for _ in range(2):  # the next rounds
+                state = _either(state, once, *self.loops[-1][1]) or state
+                once = _either(once, self._block(loop.body, state))
+        self.rounds -= handed
+        left, further = self.loops.pop()
+        # What a next round has taken is not what the last one leaves.
+        leaving = (
+            before if handed else _either(*([] if within and isinstance(loop, ast.For) else [before]), once, *further)
+        )
+        return _either(self._block(loop.orelse, leaving), *left)
+
+    def _known(self, test: ast.expr) -> bool | None:
+        """The answer to whether a part is there; None to other questions."""
+        if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
+            inner = self._known(test.operand)
+            return None if inner is None else not inner
+        if isinstance(test, ast.Compare) and len(test.ops) == 1 and isinstance(test.ops[0], (ast.Is, ast.IsNot)):
+            nothing = isinstance(test.comparators[0], ast.Constant) and test.comparators[0].value is None
+            there = self._there(test.left) if nothing else None
+            return None if there is None else there == isinstance(test.ops[0], ast.IsNot)
+        return None
+
+    def _there(self, node: ast.expr) -> bool | None:
+        """Whether a module has a part; None of what is no part."""
+        names: list[str] = []
+        while isinstance(node, ast.Attribute):
+            names.insert(0, node.attr)
+            node = node.value
+        if not isinstance(node, ast.Name) or not self.arguments or node.id != self.arguments[0].arg:
+            return None
+        return self.parts.get(".".join(names))
+
+    # --- expressions ------------------------------------------------------------------------------------------------
+
+    def _use(self, inside: ast.AST, state: Holders) -> int:
+        """Look at all that reads the value in a statement or expression; tells whether that still holds it."""
+        holds = NOT
+        for node in ast.walk(inside):
+            name = node.id if isinstance(node, ast.Name) else ""
+            reads = name in state[0] and (isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load))
+            reads |= name in state[0] and isinstance(inside, ast.AugAssign) and node is inside.target
+            if reads or node is self.site:
+                holds = max(holds, self._holds(node, inside, not reads or name in state[1] or bool(self.rounds)))
+        return holds
+
+    def _holds(self, node: ast.AST, outermost: ast.AST, surely: bool) -> int:
+        """Whether what a statement gives away still holds the value that a part of it does."""
+        while node is not outermost:
+            inner, node = node, self.parents[node]
+            if node in self.takers:
+                self.met.add(node)
+                self.exposed |= not surely
+                return NOT
+            if isinstance(node, (ast.Assign, ast.AnnAssign, ast.Return)):
+                return SURELY if surely else MAYBE
+            if isinstance(node, (ast.Delete, ast.Assert, ast.Raise)):
+                return NOT
+            if isinstance(node, ast.Expr):
+                return SURELY if self._filled(node) else NOT
+            if isinstance(node, ast.Call):
+                name = node.func.id if isinstance(node.func, ast.Name) else getattr(node.func, "attr", "")
+                if name in _HARMLESS and inner is not node.func:
+                    return NOT
+                if name in _HANDING_ON or (name in _FILLS and inner is not node.func):
+                    continue
+            if isinstance(node, ast.Compare) and all(isinstance(op, (ast.Is, ast.IsNot)) for op in node.ops):
+                return NOT
+            if isinstance(node, ast.IfExp) and inner is not node.test:
+                surely &= self._known(node.test) is not None  # it may be the other
+                continue
+            if not isinstance(node, _PASSES):
+                self.exposed = True
+                return NOT
+        return SURELY if surely else MAYBE
+
+    def _filled(self, statement: ast.AST) -> set[str]:
+        """The names of what a statement puts something into: `found.append(x)`, `found["a"] = x`."""
+        found: set[str] = set()
+        for node in ast.walk(statement):
+            inner: ast.AST | None = None
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in _FILLS:
+                inner = node.func.value
+            elif isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store):
+                inner = node.value
+            while isinstance(inner, (ast.Attribute, ast.Subscript)):
+                inner = inner.value
+            if isinstance(inner, ast.Name):
+                found.add(inner.id)
+        return found
+
+
+def _either(*states: State) -> State:
+    """What holds after any of several ways."""
+    known = [state for state in states if state is not None]
+    if not known:
+        return None
+    maybe, surely = zip(*known, strict=True)
+    return frozenset.union(*maybe), frozenset.intersection(*surely)

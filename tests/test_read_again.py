@@ -1,0 +1,938 @@
+"""A written forward never answers for yesterday: what it was told as it was traced is asked again, or guarded.
+
+Each program is converted, then changed like the model that it came from: it does what that does, or raises an error
+that names what was changed. Silently other is never right.
+"""
+
+import copy
+import enum
+import functools
+import inspect
+import io
+import os
+import pickle
+import random
+import sys
+import time
+import types
+from typing import Optional
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import structrep
+from tests.models import relative_error, settled
+
+X = torch.randn(2, 4, 7, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+SETTINGS = {"t": 0.5, "u": 2.0}
+LOW = 0.25
+HERE = sys.modules[__name__]
+
+
+class Kind(enum.Enum):
+    SOFT = 1
+    HARD = 2
+
+
+class Config:
+    def __init__(self):
+        self.eps, self.other, self.inner = 0.5, 1.0, types.SimpleNamespace(k=2.0)
+
+
+def both(model, x):
+    return model.n(model.a(x)) + model.b(x)
+
+
+class Part(nn.Module):
+    def forward(self, x, factor):
+        return x.relu() * factor
+
+
+class Two(nn.Module):
+    """Two branches, a head, and settings of all kinds."""
+
+    of_class = 0.5
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.h = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 2, 1)
+        self.n, self.idle = nn.BatchNorm2d(4), nn.Identity()
+        self.low, self.other, self.factor, self.none, self.name = 0.0, 1.0, 0.5, None, "relu"
+        self.part, self.zero_grad = Part(), 0.5
+        self.flag, self.export, self.inplace = False, False, False
+        self.cfg, self.sizes, self.config = {"t": 0.1, "u": 2.0, "deep": {"k": 1.5}}, [1.0, 2.0], Config()
+        self.space, self.act, self.kind = types.SimpleNamespace(k=0.5), F.relu, Kind.SOFT
+        self.plain, self.kept_dtype = torch.ones(1, dtype=torch.float64), torch.float64
+
+    @property
+    def of_property(self):
+        return self.low + 1
+
+    def limit(self):
+        return LOW * self.other
+
+
+def made(forward, base=Two):
+    torch.manual_seed(0)
+    return settled(type("Made", (base,), {"forward": forward, "__module__": __name__})())
+
+
+def converted(forward, merges=1, base=Two):
+    model = made(forward, base)
+    plan = structrep.plan(model)
+    assert len(plan.merges) == merges, plan.refusals
+    deploy = plan.apply()
+    assert relative_error(deploy(X), model(X)) < 1e-12
+    return model, deploy
+
+
+def written(deploy):
+    return inspect.getsource(type(deploy).forward)
+
+
+def differs(model, deploy, *inputs):
+    """The error that a deploy model raises; it gives what its model gives, if it raises none."""
+    truth = model(*inputs)
+    try:
+        found = deploy(*inputs)
+    except (ValueError, AssertionError) as error:
+        if "reparameterized for" not in str(error):
+            raise
+        return str(error)
+    assert found.dtype == truth.dtype
+    assert relative_error(found, truth) < (1e-12 if truth.dtype == torch.float64 else 2e-2)
+    return None
+
+
+# --- attributes, entries, names -------------------------------------------------------------------------------------
+
+PROGRAMS = []
+
+
+def program(change, named):
+    """A forward; what is changed later; what an error has to name, None if the deploy model goes on like the model."""
+
+    def add(forward):
+        PROGRAMS.append(pytest.param(forward, change, named, id=forward.__name__))
+        return forward
+
+    return add
+
+
+def sets(**values):
+    return lambda model: [setattr(model, name, value) for name, value in values.items()]
+
+
+@program(sets(low=1.0), None)
+def clamp(self, x):
+    return (self.n(self.a(x)) + self.b(x)).clamp(min=self.low)
+
+
+@program(sets(low=1.0), "self.low")
+def bound_that_is_computed(self, x):
+    return (self.n(self.a(x)) + self.b(x)).clamp(min=self.low + 0.5)
+
+
+@program(sets(low=1.0), "self.low")
+def bound_that_is_asked_twice(self, x):
+    return (self.n(self.a(x)) + self.b(x)).clamp(min=self.low) * (1 if self.low < 0.5 else 2)
+
+
+@program(sets(other=3.0), None)
+def operand(self, x):
+    return self.h((self.n(self.a(x)) + self.b(x)).relu() ** self.other)
+
+
+@program(sets(sizes=[3.0, 1.0]), None)
+def list_as_an_argument(self, x):
+    return F.pad(self.n(self.a(x)) + self.b(x), [1, 1], value=self.sizes[0])
+
+
+@program(sets(other=3.0), None)
+def factor_of_one(self, x):
+    return (self.n(self.a(x)) + self.b(x)) * self.other
+
+
+@program(sets(factor=3.0), "self.factor")
+def factor_that_is_merged(self, x):
+    return (self.n(self.a(x)) + self.b(x)) * self.factor
+
+
+@program(sets(flag=True), "self.flag")
+def flag(self, x):
+    return (self.n(self.a(x)) + self.b(x)) if self.flag else (self.n(self.a(x)) + self.b(x)).softmax(1)
+
+
+@program(sets(export=True), "self.export")
+def head_of_a_detector(self, x):
+    y = self.n(self.a(x)) + self.b(x)
+    return y if self.export else y.sigmoid()
+
+
+@program(sets(other=5.0), None)
+def only_the_untaken_path_reads_it(self, x):
+    return (self.n(self.a(x)) + self.b(x)) * self.other if self.flag else (self.n(self.a(x)) + self.b(x)).relu()
+
+
+@program(lambda m: m.cfg.update(t=1.0), None)
+def entry(self, x):
+    return (self.n(self.a(x)) + self.b(x)).clamp(min=self.cfg["t"])
+
+
+@program(lambda m: m.cfg.update(u=1.0), None)
+def another_entry(self, x):
+    return (self.n(self.a(x)) + self.b(x)).clamp(min=self.cfg["t"])
+
+
+@program(lambda m: m.cfg["deep"].update(k=1.0), "self.cfg['deep']['k']")
+def nested_entry(self, x):
+    return (self.n(self.a(x)) + self.b(x)) * self.cfg["deep"]["k"]
+
+
+@program(lambda m: m.cfg.update(v=3.0), "self.cfg.get('v', 0.5)")
+def entry_that_was_missing(self, x):
+    return (self.n(self.a(x)) + self.b(x)) * self.cfg.get("v", 0.5)
+
+
+@program(lambda m: m.cfg.update(t=1.0), "self.cfg")
+def dict_by_another_name(self, x):
+    cfg = self.cfg
+    return (self.n(self.a(x)) + self.b(x)).clamp(min=cfg["t"])
+
+
+@program(lambda m: m.sizes.append(3.0), "self.sizes")
+def loop_over_a_list(self, x):
+    y = self.n(self.a(x)) + self.b(x)
+    for size in self.sizes:
+        y = y * size
+    return y
+
+
+@program(lambda m: setattr(m.config, "eps", 1.0), "self.config.eps")
+def configuration(self, x):
+    return (self.n(self.a(x)) + self.b(x)) + self.config.eps
+
+
+@program(lambda m: setattr(m.config, "other", 2.0), None)
+def another_setting_of_a_configuration(self, x):
+    return (self.n(self.a(x)) + self.b(x)) + self.config.eps
+
+
+def helper(y, config, model):
+    return y * config.eps + getattr(model, "low")  # noqa: B009
+
+
+@program(lambda m: setattr(m.config, "eps", 1.0), "self.config.eps")
+def configuration_in_a_helper(self, x):
+    return helper((self.n(self.a(x)) + self.b(x)), self.config, self)
+
+
+@program(sets(low=1.0), "self.low")
+def attribute_in_a_helper(self, x):
+    return helper((self.n(self.a(x)) + self.b(x)), self.config, self)
+
+
+@program(lambda m: setattr(m.config.inner, "k", 1.0), "self.config.inner.k")
+def configuration_inside_another(self, x):
+    return (self.n(self.a(x)) + self.b(x)) * self.config.inner.k
+
+
+@program(lambda m: setattr(m.space, "k", 1.0), "self.space.k")
+def simple_namespace(self, x):
+    return (self.n(self.a(x)) + self.b(x)) * self.space.k
+
+
+@program(sets(low=1.0), "self.low")
+def property_of_an_attribute(self, x):
+    return (self.n(self.a(x)) + self.b(x)) * self.of_property
+
+
+@program(sets(of_class=1.0), "self.of_class")
+def class_attribute(self, x):
+    return (self.n(self.a(x)) + self.b(x)) * self.of_class
+
+
+@program(sets(gone=True), "self.gone")
+def attribute_that_was_missing(self, x):
+    return (self.n(self.a(x)) + self.b(x)) * (2 if getattr(self, "gone", False) else 1)
+
+
+@program(sets(none=1.0), "self.none")
+def attribute_that_was_none(self, x):
+    y = self.n(self.a(x)) + self.b(x)
+    return y if self.none is None else y * self.none
+
+
+@program(sets(act=F.silu), "self.act")
+def function_as_an_attribute(self, x):
+    return self.act(self.n(self.a(x)) + self.b(x))
+
+
+@program(sets(kind=Kind.HARD), "self.kind")
+def member_of_an_enumeration(self, x):
+    return (self.n(self.a(x)) + self.b(x)) if self.kind is Kind.HARD else (self.n(self.a(x)) + self.b(x)).relu()
+
+
+@program(sets(name="silu"), "self.name")
+def function_by_name(self, x):
+    return getattr(F, self.name)(self.n(self.a(x)) + self.b(x))
+
+
+@program(sets(plain=torch.full((1,), 3.0, dtype=torch.float64)), None)
+def plain_tensor_that_is_replaced(self, x):
+    return (self.n(self.a(x)) + self.b(x)).relu() * self.plain
+
+
+@program(sets(plain=torch.full((1,), 3.0, dtype=torch.float64)), "self.plain that was merged")
+def plain_tensor_that_is_merged(self, x):
+    return (self.n(self.a(x)) + self.b(x)) * self.plain
+
+
+@program(sets(other=3.0), None)
+def argument_of_a_part(self, x):
+    return self.part(self.n(self.a(x)) + self.b(x), self.other)
+
+
+@program(sets(zero_grad=3.0), "self.zero_grad")
+def attribute_with_the_name_of_a_method(self, x):
+    return (self.n(self.a(x)) + self.b(x)) * self.zero_grad
+
+
+@pytest.mark.parametrize(("forward", "change", "named"), PROGRAMS)
+@pytest.mark.parametrize("inplace", [False, True])
+def test_what_a_forward_was_told(forward, change, named, inplace):
+    model = made(forward)
+    deploy = structrep.reparameterize(copy.deepcopy(model), inplace=inplace)
+    assert len(structrep.plan(model).merges) == 1
+    assert differs(model, deploy, X) is None
+    change(model)
+    change(deploy)
+    error = differs(model, deploy, X)
+    assert (error is None) if named is None else (error is not None and named in error), error
+
+
+def test_an_error_says_what_was_found_and_what_to_do():
+    _, deploy = converted(bound_that_is_computed)
+    deploy.low = 1.5
+    with pytest.raises(ValueError, match=r"Made.forward was reparameterized for self.low=0.0, and self.low is 1.5 now: "
+                                         r"convert the model again after setting it"):  # fmt: skip
+        deploy(X)
+
+
+def test_set_before_it_is_converted():
+    model = made(clamp)
+    model.low = 0.75
+    deploy = structrep.reparameterize(model)
+    assert differs(model, deploy, X) is None
+
+
+def test_set_between_plan_and_apply():
+    model = made(bound_that_is_computed)
+    plan = structrep.plan(model)
+    model.low = 1.0
+    with pytest.raises(structrep.StructrepError, match=r"self.low of the model was 0.0 when this plan was made"):
+        plan.apply()
+
+
+ALIAS = F.relu
+
+
+@pytest.mark.parametrize(
+    ("forward", "name", "value", "named"),
+    [
+        (
+            lambda self, x: (self.n(self.a(x)) + self.b(x)).clamp(min=SETTINGS["t"]),
+            "SETTINGS",
+            {"t": 1.0, "u": 2.0},
+            "SETTINGS['t']",
+        ),
+        (
+            lambda self, x: (self.n(self.a(x)) + self.b(x)).clamp(min=SETTINGS["t"]),
+            "SETTINGS",
+            {"t": 0.5, "u": 9.0},
+            None,
+        ),
+        (lambda self, x: (self.n(self.a(x)) + self.b(x)).clamp(min=LOW), "LOW", 1.0, "LOW"),
+        (lambda self, x: (self.n(self.a(x)) + self.b(x)) * self.limit(), "LOW", 1.0, "LOW"),
+        (lambda self, x: (self.n(self.a(x)) + self.b(x)) * HERE.LOW, "LOW", 1.0, "HERE.LOW"),
+        (lambda self, x: ALIAS(self.n(self.a(x)) + self.b(x)), "ALIAS", F.silu, "ALIAS"),
+    ],
+)
+def test_names_of_a_module(forward, name, value, named, monkeypatch):
+    model, deploy = converted(forward)
+    monkeypatch.setattr(HERE, name, value)
+    error = differs(model, deploy, X)
+    assert (error is None) if named is None else (error is not None and named in error)
+
+
+def test_cells_of_a_closure():
+    bounds, low = [0.1, 0.2], 0.0
+
+    def scaled(factor):
+        def decorate(function):
+            @functools.wraps(function)
+            def wrapped(self, x):
+                return function(self, x) * factor[0]
+
+            return wrapped
+
+        return decorate
+
+    factor = [2.0]
+
+    def forward(self, x):
+        return (self.n(self.a(x)) + self.b(x)).clamp(min=low, max=bounds[1])
+
+    model, deploy = converted(forward)
+    bounds[0] = 5.0
+    assert differs(model, deploy, X) is None
+    bounds[1] = 0.3
+    assert "bounds[1]" in differs(model, deploy, X)
+    bounds[1] = 0.2
+    assert differs(model, deploy, X) is None
+    low = 0.15
+    assert "low" in differs(model, deploy, X)
+    model, deploy = converted(scaled(factor)(lambda self, x: (self.n(self.a(x)) + self.b(x)).relu()))
+    factor[0] = 3.0
+    assert "factor[0]" in differs(model, deploy, X)
+
+
+def test_a_forward_of_an_instance():
+    low = [0.0]
+    model = made(clamp)
+    model.forward = types.MethodType(lambda self, x: (self.n(self.a(x)) + self.b(x)).clamp(min=low[0]), model)
+    deploy = structrep.reparameterize(model)
+    assert differs(model, deploy, X) is None
+    low[0] = 1.0
+    assert "low[0]" in differs(model, deploy, X)
+
+
+def test_code_without_source():
+    """What was asked for is noted as the code runs, so no source is needed to guard it."""
+    space = {"torch": torch, "LIMIT": [0.25]}
+    exec(
+        "def forward(self, x):\n    y = self.n(self.a(x)) + self.b(x)\n"
+        "    return y.clamp(min=LIMIT[0]) * self.cfg['t']",
+        space,
+    )
+    model, deploy = converted(space["forward"])
+    for at in (copy.deepcopy(deploy), deploy):
+        space["LIMIT"][0] = 1.0
+        assert "LIMIT[0]" in differs(model, at, X)
+        space["LIMIT"][0] = 0.25
+    model.cfg["t"] = deploy.cfg["t"] = 3.0
+    assert "self.cfg['t']" in differs(model, deploy, X)
+
+
+def test_the_environment(monkeypatch):
+    monkeypatch.delenv("STRUCTREP_TEST", raising=False)
+    model, deploy = converted(
+        lambda self, x: (self.n(self.a(x)) + self.b(x)) * (2 if os.environ.get("STRUCTREP_TEST") else 1)
+    )
+    monkeypatch.setenv("STRUCTREP_TEST", "1")
+    assert "os.environ.get('STRUCTREP_TEST')" in differs(model, deploy, X)
+
+
+@pytest.mark.parametrize(("ask", "rules"), [(time.time, [("fold_norm",)]), (time.monotonic, [("fold_norm",)]),
+                                            (random.random, [])])  # fmt: skip
+def test_what_is_another_at_every_call_keeps_the_forward(ask, rules):
+    model = made(lambda self, x: (self.n(self.a(x)) + self.b(x)) * ask())
+    plan = structrep.plan(model)
+    assert [merge.rules for merge in plan.merges] == rules  # of modules alone; one that draws numbers is not followed
+
+
+# --- how it is run --------------------------------------------------------------------------------------------------
+
+
+def test_traced_as_the_model_is():
+    model, deploy = converted(
+        lambda self, x: (
+            (self.n(self.a(x)) + self.b(x)) if torch.jit.is_tracing() else (self.n(self.a(x)) + self.b(x)).softmax(1)
+        )
+    )
+    truth, found = (torch.jit.trace(one, X, check_trace=False)(X) for one in (model, deploy))
+    assert relative_error(found, truth) < 1e-12
+    assert relative_error(truth, model(X)) > 0.1
+
+
+def test_exported_as_the_model_is():
+    def forward(self, x):
+        y = self.n(self.a(x)) + self.b(x)
+        if torch.compiler.is_exporting():
+            return y
+        return y * 2 if torch.compiler.is_compiling() else y.softmax(1)
+
+    model, deploy = converted(forward)
+    truth, found = (torch.export.export(one, (X,)).module()(X) for one in (model, deploy))
+    assert relative_error(found, truth) < 1e-12
+    truth, found = (torch.compile(one, backend="eager", fullgraph=True)(X) for one in (model, deploy))
+    assert relative_error(found, truth) < 1e-12
+    assert relative_error(truth, 2 * (model.n(model.a(X)) + model.b(X))) < 1e-12
+
+
+def test_written_to_onnx_as_the_model_is():
+    pytest.importorskip("onnx")
+    reference = pytest.importorskip("onnx.reference")
+    model, deploy = converted(
+        lambda self, x: (
+            (self.n(self.a(x)) + self.b(x))
+            if torch.onnx.is_in_onnx_export()
+            else (self.n(self.a(x)) + self.b(x)).sigmoid()
+        )
+    )
+    found = []
+    for one in (model, deploy):
+        file = io.BytesIO()
+        torch.onnx.export(one.float(), (X.float(),), file, dynamo=False)
+        runs = reference.ReferenceEvaluator(file.getvalue())
+        found.append(torch.from_numpy(runs.run(None, {runs.input_names[0]: X.float().numpy()})[0]))
+        one.double()
+    assert relative_error(found[1], found[0]) < 1e-5
+    assert relative_error(found[0], model(X)) > 0.1
+
+
+@pytest.mark.parametrize(
+    ("ask", "run"),
+    [
+        (torch.is_grad_enabled, torch.enable_grad),
+        (torch.is_inference_mode_enabled, torch.inference_mode),
+        (lambda: torch.is_grad_enabled() and torch.is_inference_mode_enabled(), torch.inference_mode),
+    ],
+)
+def test_under_another_mode(ask, run):
+    model, deploy = converted(
+        lambda self, x: (self.n(self.a(x)) + self.b(x)) * 2 if ask() else (self.n(self.a(x)) + self.b(x)).softmax(1)
+    )
+    for around in (torch.no_grad, run):
+        with around():
+            assert differs(model, deploy, X) is None
+
+
+def test_asked_by_another_name():
+    from torch import is_grad_enabled as grad
+    from torch.jit import is_tracing as tracing
+
+    model, deploy = converted(
+        lambda self, x: (
+            (self.n(self.a(x)) + self.b(x)) * 2 if tracing() or grad() else (self.n(self.a(x)) + self.b(x)).softmax(1)
+        )
+    )
+    with torch.enable_grad():
+        assert differs(model, deploy, X) is None
+    with torch.no_grad():
+        assert differs(model, deploy, X) is None
+        truth, found = (torch.jit.trace(one, X, check_trace=False)(X) for one in (model, deploy))
+    assert relative_error(found, truth) < 1e-12
+
+
+def test_a_question_that_changes_nothing_is_not_asked_again():
+    def forward(self, x):
+        if torch.jit.is_tracing() or torch.compiler.is_exporting() or torch.is_grad_enabled():
+            pass
+        return (self.n(self.a(x)) + self.b(x)).relu()
+
+    _, deploy = converted(forward)
+    assert "is_tracing" not in written(deploy)
+    torch.export.export(deploy, (X,))
+
+
+def test_what_is_asked_only_when_it_is_run_otherwise_is_guarded_there():
+    model, deploy = converted(
+        lambda self, x: (self.n(self.a(x)) + self.b(x)) * (3 if torch.is_grad_enabled() and self.flag else 1)
+    )
+    model.flag = deploy.flag = True
+    with torch.no_grad():
+        assert differs(model, deploy, X) is None
+    with torch.enable_grad():
+        assert "self.flag" in differs(model, deploy, X)
+
+
+def test_what_is_merged_is_used_otherwise_when_it_is_run_otherwise():
+    def forward(self, x):
+        y = self.a(x)
+        return y if torch.jit.is_tracing() else self.n(y)
+
+    plan = structrep.plan(made(forward))
+    assert not plan.merges
+    assert "gives back a, which would be gone, where torch.jit.is_tracing() is True" in str(plan.refusals)
+
+
+# --- dtypes and devices ---------------------------------------------------------------------------------------------
+
+CASTS = {
+    "parameter": lambda self, x: self.h((self.n(self.a(x)) + self.b(x)).relu().to(self.h.weight.dtype)),
+    "merged": lambda self, x: self.h((self.n(self.a(x)) + self.b(x)).relu().to(self.a.weight.dtype)),
+    "norm": lambda self, x: self.h((self.n(self.a(x)) + self.b(x)).relu().to(self.n.running_mean.dtype)),
+    "next": lambda self, x: self.h((self.n(self.a(x)) + self.b(x)).relu().to(dtype=next(self.h.parameters()).dtype)),
+    "by a name": lambda self, x: (lambda dtype: self.h((self.n(self.a(x)) + self.b(x)).relu().to(dtype)))(
+        self.h.weight.dtype
+    ),
+    "kernel": lambda self, x: self.h(
+        (self.n(self.a(x)) + self.b(x)) * torch.ones(4, 1, 1, dtype=self.h.weight.dtype, device=self.h.weight.device)
+    ),
+    "computed": lambda self, x: self.h((self.n(self.a(x)) + self.b(x)).relu().to(self.h.weight.flatten(1).t().dtype)),
+    "arange": lambda self, x: self.h(
+        (self.n(self.a(x)) + self.b(x)) * torch.arange(4, dtype=self.h.bias.dtype).view(4, 1, 1)
+    ),
+    "and back": lambda self, x: self.h(
+        (self.n(self.a(x)) + self.b(x)).relu().to(torch.float32).to(self.h.weight.dtype)
+    ),
+    "device": lambda self, x: self.h((self.n(self.a(x)) + self.b(x)).relu().to(self.h.weight.device)),
+    "both": lambda self, x: self.h(
+        (self.n(self.a(x)) + self.b(x)).relu().to(device=self.h.weight.device, dtype=self.h.weight.dtype)
+    ),
+    "zeros": lambda self, x: self.h(
+        (self.n(self.a(x)) + self.b(x)) + torch.zeros(x.shape[0], 4, 1, 1, dtype=self.h.weight.dtype)
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("forward", CASTS.values(), ids=CASTS)
+def test_cast_after_it_was_converted(forward, dtype):
+    model, deploy = converted(forward)
+    assert differs(model.to(dtype), deploy.to(dtype), X.to(dtype)) is None
+    assert deploy(X.to(dtype)).dtype == dtype
+
+
+@pytest.mark.parametrize("forward", [CASTS[name] for name in ("parameter", "merged", "kernel", "device", "both")])
+def test_moved_after_it_was_converted(forward):
+    _, deploy = converted(forward)
+    assert deploy.to("meta")(X.to("meta")).device.type == "meta"
+
+
+def test_an_attribute_that_is_a_dtype():
+    model, deploy = converted(
+        lambda self, x: self.h((self.n(self.a(x)) + self.b(x)).relu().to(self.kept_dtype).double())
+    )
+    model.kept_dtype = deploy.kept_dtype = torch.float16
+    truth, found = model(X), deploy(X)
+    assert relative_error(found, truth) < 5e-3
+    assert relative_error(truth, made(CASTS["device"])(X)) > 1e-6
+
+
+def test_a_condition_on_a_dtype():
+    model, deploy = converted(
+        lambda self, x: (self.n(self.a(x)) + self.b(x)) * (2 if self.h.weight.dtype == torch.bfloat16 else 1)
+    )
+    assert differs(model.float(), deploy.float(), X.float()) is not None  # told of one dtype, for which alone it holds
+    forward = lambda self, x: (self.n(self.a(x)) + self.b(x)) * (2 if x.dtype == torch.float16 else 1)  # noqa: E731
+    model, deploy = converted(forward)
+    assert differs(model, deploy, X) is None
+    assert differs(model.half(), deploy.half(), X.half()) is None
+
+    def inner(self, x):
+        y = self.n(self.a(x)) + self.b(x)
+        return y * (2 if y.dtype == torch.float16 else 1)
+
+    model, deploy = converted(inner)
+    assert "another dtype" in differs(model.half(), deploy.half(), X.half())
+
+
+def test_the_default_dtype():
+    forward = lambda self, x: both(self, x) * torch.ones(4, 1, 1, dtype=torch.get_default_dtype())  # noqa: E731
+    model, deploy = converted(forward)
+    try:
+        torch.set_default_dtype(torch.float64)
+        assert differs(model, deploy, X) is None
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_in_place_or_not_is_no_matter():
+    model, deploy = converted(lambda self, x: F.relu(self.n(self.a(x)) + self.b(x), inplace=self.inplace))
+    model.inplace = deploy.inplace = True
+    assert differs(model, deploy, X) is None
+
+    class Scale(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.g, self.inplace = nn.Parameter(torch.rand(4, 1, 1)), False
+
+        def forward(self, x):
+            return x.mul_(self.g) if self.inplace else x * self.g
+
+    model = settled(nn.Sequential(nn.Conv2d(4, 4, 1), Scale()))
+    plan = structrep.plan(model)
+    assert len(plan.merges) == 1
+    deploy = plan.apply()
+    model[1].inplace = deploy[1].inplace = True
+    assert relative_error(deploy(X), model(X)) < 1e-12
+
+
+# --- other paths ----------------------------------------------------------------------------------------------------
+
+
+class Row(nn.Module):
+    """A convolution and a norm, which some forward calls one after the other."""
+
+    def __init__(self):
+        super().__init__()
+        self.c, self.n = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+        self.low, self.flag, self.none, self.kept = False, True, None, []
+        self.net = nn.ModuleList([nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1)])
+
+
+def given_back(self, x):
+    y = self.c(x)
+    if self.low:
+        return y
+    return F.relu(self.n(y))
+
+
+def changed_between(self, x):
+    x = self.c(x)
+    if self.low:
+        x = x * 2
+    return self.n(x)
+
+
+def norm_left_out(self, x):
+    x = self.c(x)
+    if not self.low:
+        x = self.n(x)
+    return x
+
+
+def convolution_left_out(self, x):
+    if not self.low:
+        x = self.c(x)
+    return self.n(x)
+
+
+def either(self, x):
+    y = self.c(x)
+    return y if self.low else self.n(y)
+
+
+def in_a_function(self, x):
+    y = self.c(x)
+
+    def again():
+        return y
+
+    return again() if self.low else self.n(y)
+
+
+def by_locals(self, x):
+    y = self.c(x)
+    return locals()["y"] if self.low else self.n(y)
+
+
+def in_a_dict(self, x):
+    found = {"y": self.c(x)}
+    return found["y"] if self.low else self.n(found["y"])
+
+
+def caught(self, x):
+    y = self.c(x)
+    try:
+        if self.low:
+            raise KeyError
+        return self.n(y)
+    except KeyError:
+        return y
+
+
+def in_a_loop(self, x):
+    for layer in self.net:
+        x = layer(x)
+        if self.low:
+            return x
+    return x
+
+
+def left_early(self, x):
+    for place, layer in enumerate(self.net):
+        if self.low and place == 1:
+            break
+        x = layer(x)
+    return x
+
+
+def apart(y, row):
+    return y if row.low else row.n(y)
+
+
+def in_a_helper(self, x):
+    return apart(self.c(x), self)
+
+
+def by_a_method(self, x):
+    return self.behind(self.c(x))
+
+
+class Behind(Row):
+    def behind(self, y):
+        if self.low:
+            return y
+        return self.n(y)
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [given_back, changed_between, norm_left_out, convolution_left_out, either, in_a_function, by_locals, in_a_dict,
+     caught, in_a_loop, left_early, in_a_helper, by_a_method],
+    ids=lambda forward: forward.__name__,
+)  # fmt: skip
+def test_a_value_that_another_path_gives_away(forward):
+    model = made(forward, Behind)
+    plan = structrep.plan(model)
+    assert len(plan.merges) == 1
+    deploy = plan.apply()
+    assert differs(model, deploy, X) is None
+    model.low = deploy.low = True
+    error = differs(model, deploy, X)
+    assert error is not None
+    assert "self.low" in error
+
+
+def test_a_value_that_another_path_keeps():
+    def forward(self, x):
+        y = self.c(x)
+        if self.low:
+            self.seen = y
+        return self.n(y)
+
+    _, deploy = converted(forward, base=Row)
+    deploy.low = True
+    with pytest.raises(ValueError, match=r"self\.low"):
+        deploy(X)
+
+
+def straight(self, x):
+    x = self.c(x)
+    x = self.n(x)
+    return F.relu(x)
+
+
+def behind(self, x):
+    x = self.n(self.c(x))
+    if self.low:
+        x = x * 2
+    return x
+
+
+def before(self, x):
+    if self.low:
+        x = x * 2
+    x = self.c(x)
+    return self.n(x)
+
+
+def between_but_not_of_it(self, x):
+    x = self.c(x)
+    scale = 1
+    if self.low:
+        scale = 2
+    x = self.n(x)
+    return x * scale
+
+
+def which_parts_there_are(self, x):
+    x = self.c(x)
+    if self.n is not None:
+        x = self.n(x)
+    return x
+
+
+def one_after_another(self, x):
+    for layer in self.net:
+        x = layer(x)
+    return x * 2 if self.low else x
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [straight, behind, before, between_but_not_of_it, which_parts_there_are, one_after_another],
+    ids=lambda forward: forward.__name__,
+)
+def test_ordinary_code_stays_as_it_is(forward):
+    """Only modules are swapped, and what is set later goes on working."""
+    model, deploy = converted(forward, base=Row)
+    assert not hasattr(type(deploy), "__structrep_methods__")
+    model.low = deploy.low = True
+    assert differs(model, deploy, X) is None
+
+
+def test_an_argument_that_a_child_uses_on_another_path():
+    class Head(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.n, self.low = nn.BatchNorm2d(4), False
+
+        def forward(self, y):
+            if self.low:
+                y = y * 2
+            return self.n(y)
+
+    model = settled(nn.Sequential(nn.Conv2d(4, 4, 1), Head()))
+    plan = structrep.plan(model)
+    assert len(plan.merges) == 1
+    deploy = plan.apply()
+    assert relative_error(deploy(X), model(X)) < 1e-12
+    model[1].low = deploy[1].low = True
+    assert "self.low" in differs(model, deploy, X)
+
+
+# --- all else goes on -------------------------------------------------------------------------------------------------
+
+
+class Scriptable(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.h = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 2, 1)
+        self.n, self.low, self.flag, self.config = nn.BatchNorm2d(4), 0.0, False, Config()
+
+
+class Flagged(Scriptable):
+    def forward(self, x, pre: bool = False, mask: Optional[Tensor] = None):  # noqa: UP045
+        y = (self.n(self.a(x)) + self.b(x)).clamp(min=self.low, max=self.low + 9.0)
+        if self.flag:
+            y = y * 2
+        if mask is not None:
+            y = y * mask
+        return y if pre else F.relu(y)
+
+
+class Configured(Scriptable):
+    def forward(self, x):
+        y = (self.n(self.a(x)) + self.b(x)).clamp(min=self.low, max=self.low + 9.0)
+        if not torch.jit.is_scripting():
+            y = y * self.config.eps * 2
+        return y.to(self.h.weight.dtype)
+
+
+@pytest.mark.parametrize("cls", [Flagged, Configured])
+def test_a_deploy_model_goes_everywhere(cls):
+    torch.manual_seed(0)
+    model = settled(cls())
+    deploy = structrep.reparameterize(model, X)
+    truth = model(X)
+    assert hasattr(type(deploy), "__structrep_methods__")
+    ways = {
+        "scripted": torch.jit.script(deploy),
+        "traced": torch.jit.trace(deploy, X),
+        "exported": torch.export.export(deploy, (X,)).module(),
+        "compiled": torch.compile(deploy, backend="eager", fullgraph=True),
+        "copied": copy.deepcopy(deploy),
+        "pickled": pickle.loads(pickle.dumps(deploy)),
+        "converted twice": structrep.reparameterize(deploy, X),
+    }
+    for way, one in ways.items():
+        assert relative_error(one(X), truth) < 1e-12, way
+    for one in (ways["scripted"], ways["copied"], ways["pickled"], ways["converted twice"], deploy):
+        one.low = 1.0
+        with pytest.raises(Exception, match=r"self.low"):  # a scripted model raises an error of its own
+            one(X)
+
+
+def test_flags_among_arguments_script():
+    torch.manual_seed(0)
+    scripted = torch.jit.script(structrep.reparameterize(settled(Flagged()), X))
+    with pytest.raises(Exception, match=r"reparameterized for pre=False and was called with pre=True"):
+        scripted(X, True)
+    with pytest.raises(Exception, match=r"reparameterized for mask=None"):
+        scripted(X, False, X)
