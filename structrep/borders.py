@@ -11,10 +11,10 @@ merged by then.
 
 from __future__ import annotations
 
-import inspect
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from inspect import Parameter, signature
 from types import FunctionType
 from typing import Any
 
@@ -28,7 +28,7 @@ from structrep.trace import Call, Method, Traced, follow_method
 @dataclass(frozen=True)
 class Variant:
     """A way to run a module: a method, and the argument that is not as it is by default, a flag that is turned, or a
-    tensor (...) instead of None."""
+    tensor (...) instead of None; None instead of a tensor."""
 
     method: str
     flags: tuple[tuple[str, Any], ...] = ()
@@ -144,6 +144,9 @@ class Borders:
             self.variants[around.module] = [
                 one for one in self.others[cls] if bool(one.flags) == ((around.module, one.method) in calls)
             ]
+            if around in self.traced.guessed:
+                plain = [name for name, one in signature(around.function).parameters.items() if _is_required(one)]
+                self.variants[around.module] += [Variant("forward", ((name, None),)) for name in plain[1:]]
         return self.variants[around.module]
 
     def _follow(self, around: Call, variant: Variant) -> Method | None:
@@ -153,10 +156,14 @@ class Borders:
         return self.followed[key]
 
 
+def _is_required(parameter: Parameter) -> bool:
+    return parameter.default is parameter.empty and parameter.kind not in (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
+
+
 def _variants(name: str, function: FunctionType) -> Iterator[Variant]:
     """A method by its defaults, with each of its flags turned, and with a tensor for each None."""
     yield Variant(name)
-    for parameter in inspect.signature(function).parameters.values():
+    for parameter in signature(function).parameters.values():
         if isinstance(parameter.default, bool):
             yield Variant(name, ((parameter.name, not parameter.default),))
         elif parameter.default is None:

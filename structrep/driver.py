@@ -14,14 +14,15 @@ from torch import nn
 from structrep import precision, search
 from structrep.algebra import ConvMap
 from structrep.drawing import Drawing
-from structrep.errors import BadInput, Refusal, Slower, StructrepError, Unmerged, VerificationError, listed
+from structrep.errors import BadInput, Refusal, Slower, StructrepError, Unmerged, Unreadable, VerificationError, listed
 from structrep.expand import expand_layers, forget_norms, give_norms_back
 from structrep.explain import refusal, why
 from structrep.layers import Sizes
 from structrep.measured import Measured
 from structrep.pattern import Term, geometry
 from structrep.probe import probe as find_map
-from structrep.proof import accepts, border, inputs_of, prove, verify
+from structrep.observe import Observed
+from structrep.proof import border, observe, prove, verify
 from structrep.registry import Registry, Rule, resolve
 from structrep.report import (
     Explanation,
@@ -312,9 +313,9 @@ def _plan(
     registry = resolve(rules)
     model = unwrapped(model)
     search.check_ready(model)
-    if example_inputs is not None:
-        accepts(model, example_inputs)
-    maps, refused = _probed(model, example_inputs, _globs(probe))
+    layers = _to_probe(model, example_inputs, _globs(probe))
+    observed = Observed() if example_inputs is None else observe(model, example_inputs, layers)
+    maps, refused = _probed(model, observed)
     for glob in (*_globs(inexact_borders), *_globs(reserve)):
         _named(model, glob)
     blocks = tuple(expand_layers(model)) if norms == "keep" else ()
@@ -323,7 +324,7 @@ def _plan(
             "norms='keep' gives back a model that structrep.expand has made, and in this one is no such block"
         )
     with torch.random.fork_rng(devices=[]), precision.whole():  # a forward may draw numbers
-        found = search.find(model, example_inputs, registry, _globs(inexact_borders), maps, refused, blocks)
+        found = search.find(model, example_inputs, registry, _globs(inexact_borders), maps, refused, blocks, observed)
     planned = Plan(model, found, _globs(reserve), measured)
     if example_inputs is None or measured is None:
         return planned
@@ -355,24 +356,27 @@ def _named(model: nn.Module, glob: str) -> list[str]:
     return found
 
 
-def _probed(
-    model: nn.Module, example_inputs: Example | None, globs: tuple[str, ...]
-) -> tuple[dict[str, ConvMap], list[Missed]]:
-    """The maps that the named layers were found to be, and why others were not.
+def _to_probe(model: nn.Module, example_inputs: Example | None, globs: tuple[str, ...]) -> set[str]:
+    """The paths of the layers that are to be probed.
 
     Raises:
         BadInput: there are no example inputs, or no layer of such a name.
     """
-    if not globs:
-        return {}, []
-    if example_inputs is None:
+    if globs and example_inputs is None:
         raise BadInput("to probe a layer example_inputs are needed: they tell what it is given")
-    paths = {path for glob in globs for path in _named(model, glob)}
+    return {path for glob in globs for path in _named(model, glob)}
+
+
+def _probed(model: nn.Module, observed: Observed) -> tuple[dict[str, ConvMap], list[Missed]]:
+    """The maps that layers were found to be, and why others were not."""
     found: dict[str, ConvMap] = {}
     refused: list[Missed] = []
-    for path, given in inputs_of(model, example_inputs, paths):
+    for path in sorted(observed.keep):
+        given = observed.kept.get(path, ())
         try:
-            found[path] = find_map(model.get_submodule(path), given)
+            if path not in observed.kept:
+                raise Unreadable("the model does not call it for the example inputs")
+            found[path] = find_map(model.get_submodule(path), given[0] if len(given) == 1 else None)
         except Refusal as reason:
             refused.append(Missed(path, "-", "probed", reason, (path,)))
     return found, refused

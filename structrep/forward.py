@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 
 from structrep.errors import Unreadable
 from structrep.generated import Method
+from structrep.observe import Given, Part
 from structrep.readers import Layer, Same, aliases, asks_kind, counts_sizes, mutates, only_asserted, read_node, writers
 from structrep.trace import Call, Traced, storage
 from structrep.values import is_traced
@@ -81,6 +82,7 @@ class Forward:
         """Placeholders named and ordered as the module's own forward has them; constants stay as traced."""
         signature = inspect.signature(self.call.function)
         bound = signature.bind(*self.call.args, **self.call.kwargs)
+        self._check_calls(bound)
         for name, parameter in signature.parameters.items():
             star = (
                 "*" if parameter.kind is parameter.VAR_POSITIONAL else "**" * (parameter.kind is parameter.VAR_KEYWORD)
@@ -95,6 +97,18 @@ class Forward:
                 self._expect(node, () if star == "*" else {}, name)
             elif default:
                 self._expect(node, *default, name)
+
+    def _check_calls(self, traced: inspect.BoundArguments) -> None:
+        """Raise where a run has shown that the model calls this with other arguments than it was traced with."""
+        path, method = self.call.path, self.call.method
+        whole = inspect.BoundArguments(traced.signature, traced.arguments.copy())  # type: ignore[arg-type]
+        whole.apply_defaults()
+        for form in self.traced.observed.forms(path, method) if not isinstance(self.call.module, fx.GraphModule) else ():
+            if form is None:
+                raise Unreadable(f"{path} is given more than tensors and plain values as the model runs")
+            for name, value in form.given.items():
+                if name not in whole.arguments or not _fits(value, whole.arguments[name]):
+                    raise Unreadable(f"{path} is called with another {name} as the model runs than it was traced with")
 
     def _accept(self, value: Any, node: fx.Node, name: str, optional: bool) -> None:
         if is_traced(value):
@@ -335,6 +349,21 @@ def _matches(value: Any, traced: Any) -> bool:
             and all(_matches(value[k], traced[k]) for k in traced)
         )
     return value is traced or (value is not None and traced is not None and bool(value == traced))
+
+
+def _fits(seen: Any, traced: Any) -> bool:
+    """Whether an argument that a part was seen to be given is one that it was traced with."""
+    if isinstance(seen, Given):
+        plain = type(traced) in (int, float) and traced == seen.number
+        return plain or isinstance(traced, fx.Proxy) or (seen.number is None and isinstance(traced, Tensor))
+    if isinstance(seen, (list, tuple)):
+        alike = isinstance(traced, (list, tuple)) and len(seen) == len(traced)
+        return isinstance(traced, fx.Proxy) or (alike and all(map(_fits, seen, traced)))
+    if isinstance(seen, dict) and isinstance(traced, dict):
+        return seen.keys() == traced.keys() and all(_fits(seen[key], traced[key]) for key in seen)
+    if isinstance(seen, Part) or is_traced(traced):
+        return seen is not None
+    return _matches(seen, traced)
 
 
 def _template(value: Any) -> Any:

@@ -22,6 +22,7 @@ from structrep.absorb import Absorption
 from structrep.algebra import ConvMap
 from structrep.errors import BadInput, WrongMerge
 from structrep.frames import frame, pieces
+from structrep.observe import Observed
 from structrep.pattern import geometry
 from structrep.ranks import rank, spatial_size
 from structrep.readers import Layer, counts_sizes, held, lower, only_asserted
@@ -211,30 +212,27 @@ class _Run:
         return hook
 
 
-def accepts(model: nn.Module, example_inputs: Example) -> None:
-    """Run a copy of a model where it is.
+def observe(model: nn.Module, example_inputs: Example, keep: Collection[str] = ()) -> Observed:
+    """Run a copy of a model where it is, and note what it gives to each of its parts.
+
+    Args:
+        keep: paths of modules whose arguments, at their first call, are kept as they are.
 
     Raises:
         BadInput: the model rejects the inputs.
     """
-    _Run(model, example_inputs, How.of(model))
-
-
-def inputs_of(model: nn.Module, example_inputs: Example, paths: Collection[str]) -> Iterator[tuple[str, Any]]:
-    """What some modules are given at their first call, for the example inputs."""
     how = How.of(model)
     twin = how.model(model)
-    seen: dict[str, Any] = {}
-    for path in paths:
-
-        def note(module: nn.Module, args: Any, path: str = path) -> None:
-            seen.setdefault(path, args[0] if len(args) == 1 else None)
-
-        twin.get_submodule(path).register_forward_pre_hook(note)
+    parts = {part: path for path, part in twin.named_modules() if "._orig_mod." not in f".{path}."}  # of what is compiled
+    observed = Observed(parts, keep)
     args, kwargs = as_arguments(how.inputs(example_inputs))
-    with how.running():
-        twin(*args, **kwargs)
-    yield from seen.items()
+    try:
+        with how.running(), observed.watching():
+            twin(*args, **kwargs)
+    except Exception:  # the model's own, or one of code that does not bear to be watched
+        _Run(model, example_inputs, how)
+        return Observed(keep=keep)
+    return observed
 
 
 def _regions(example_inputs: Example, how: How, merges: Mapping[str, Merge]) -> dict[str, Tensor]:

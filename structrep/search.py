@@ -39,6 +39,7 @@ from structrep.errors import (
     Uninitialized,
     Unreadable,
 )
+from structrep.observe import Observed
 from structrep.pattern import ONE, Term, geometry, leaf, seq, signed, sized, stack, total, value
 from structrep.ranks import channels, spatial_size
 from structrep.readers import (
@@ -199,6 +200,7 @@ def find(
     probed: Mapping[str, ConvMap] | None = None,
     beforehand: Iterable[Missed] = (),
     blocks: tuple[str, ...] = (),
+    observed: Observed | None = None,
 ) -> Findings:
     """Trace the model and find all its merges; those of layers that `inexact_borders` names may differ at the border.
 
@@ -206,12 +208,13 @@ def find(
         probed: layers by path that are taken to be those maps.
         beforehand: refusals that are there already.
         blocks: modules by path, inside each of which is all that may be merged; () for anywhere.
+        observed: what the model was seen to give to its parts.
 
     Raises:
         TrainingMode, Uninitialized, Sharded, BadInput: the model cannot be planned as it is.
     """
     check_ready(model)
-    traced = trace(model, example_inputs, probed or {})
+    traced = trace(model, example_inputs, probed or {}, observed=observed)
     findings = Findings(traced, tuple(inexact_borders), tuple(beforehand), blocks)
     return _search(findings, registry)
 
@@ -712,6 +715,11 @@ class Search:
         if not any(layer.weight is not None for layer in term.leaves()):
             raise Costlier(f"{term} holds no convolution or Linear: as one it would take more work than it does")
         if sized(term) != "any":
+            if self.trace.root.module is not self.traced.model:
+                raise Shared(
+                    f"{term} holds for inputs of some sizes only, and {self.trace.path} is called by code that cannot be "
+                    f"followed: it may give it others"
+                )
             if not any(segment.term.op in ("sum", "concat") for segment in stretch):
                 raise Costlier(f"{term} would hold for inputs of some sizes only, and spares no branch")
             for call in stretch[-1].root.meta["call"].chain():
@@ -814,6 +822,8 @@ class Search:
         for where in _written_in(changed):
             if where in self.findings.unwritable:
                 raise Unreadable(str(self.findings.unwritable[where]))
+            if (doubt := self.traced.doubt(*where)) is not None:
+                raise Unreadable(doubt)
         owner = self.owner(inside | _scales(stretch))
         self.replicas.check(changed, owner)
         self.findings.borders.check(inside, root, owner)
@@ -1031,6 +1041,8 @@ class Replicas:
         for other in self.traced.reached.get(call.path, ()):
             if other not in touched:
                 raise Shared(f"{other.path or 'the model'} reaches into {call.path}, which would no longer be there")
+        if (caller := self.traced.handled.get(call.path)) is not None:
+            raise Shared(f"{caller or 'the model'}, whose code cannot be followed, calls {call.path} itself")
         parent, _, name = call.path.rpartition(".")
         for path, names in self.unread.items():
             if name in names and path != parent and (not path or f"{parent}.".startswith(f"{path}.")):

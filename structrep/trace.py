@@ -20,6 +20,7 @@ import random
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
+from inspect import Parameter
 from types import FunctionType
 from typing import Any
 
@@ -43,9 +44,10 @@ from structrep.intercept import (
     traced_values_are_tensors,
     unwatched,
 )
+from structrep.observe import Arguments, Given, Observed, Part
 from structrep.precision import doubled
-from structrep.sources import taken_apart, written_first
-from structrep.values import alike, holds_tensor, is_traced, proxies, snapshot
+from structrep.sources import Site, asks_what, sites, taken_apart, written_first
+from structrep.values import alike, holds_tensor, is_traced, mapped, proxies, snapshot
 
 Example = Tensor | tuple[Any, ...] | Mapping[str, Any]
 
@@ -114,6 +116,17 @@ class Call:
             else:
                 yield from step.nodes()
 
+    def all_calls(self) -> Iterator[Call]:
+        """This call and those inside that are no single layers."""
+        yield self
+        for step in self.steps:
+            if isinstance(step, Call) and not step.leaf:
+                yield from step.all_calls()
+
+    def arguments(self) -> dict[str, Any]:
+        """What it was given, by parameter."""
+        return dict(inspect.signature(self.function).bind(*self.args, **self.kwargs).arguments)
+
     def holds(self, node: fx.Node) -> bool:
         return any(call is self for call in node.meta["call"].chain())
 
@@ -144,9 +157,66 @@ class Traced:
     calls: dict[tuple[nn.Module, str], list[Call]] = field(default_factory=lambda: defaultdict(list))  # by method
     origins: dict[int, Origin] = field(default_factory=dict)  # id of a computed constant -> how it was computed
     written: set[int] = field(default_factory=set)  # storages of constants that were also written in place
+    observed: Observed = field(default_factory=Observed)  # what the parts of the model are given as it runs
+    handled: dict[str, str] = field(default_factory=dict)  # path of a module -> a module whose code, which cannot be
+    # followed, was seen to call it
+    guessed: set[Call] = field(default_factory=set)  # calls of parts of which no run told how they are called
+    doubts: dict[tuple[str, str], str | None] = field(default_factory=dict)  # of those, by path and method
     reached: dict[str, set[Call]] = field(
         default_factory=dict
     )  # path of a child or tensor -> forwards of others using it
+
+    def doubt(self, path: str, method: str) -> str | None:
+        """Why a method cannot be written anew for what it was traced with, apart from what calls it: by its source, that
+        may call it otherwise."""
+        if (path, method) not in self.doubts:
+            apart = (one.root for one in self.traces if one.root.module is not self.model)
+            calls = [root for root in apart if (root.path, root.method) == (path, method)]
+            self.doubts[path, method] = next((reason for call in calls if (reason := self._doubt(call))), None)
+        return self.doubts[path, method]
+
+    def _doubt(self, root: Call) -> str | None:
+        signature = inspect.signature(root.function)
+        whole = inspect.BoundArguments(signature, OrderedDict(root.arguments()))
+        whole.apply_defaults()
+        calls = self._sites(root, signature)
+        for name, value in whole.arguments.items() if root not in self.guessed else ():
+            for site in calls:  # those that the run did not come to, by their literals
+                given = site.get(name, signature.parameters[name].default) if site is not None else ...
+                if given is not ... and given is not Parameter.empty and not _may_be(given, value):
+                    return f"{root.path} may be called with {name}={given!r}, and was not as the model ran"
+        if root not in self.guessed:
+            return None
+        assumed = {name: value.node for name, value in root.arguments().items() if isinstance(value, fx.Proxy)}
+        first = next(iter(assumed), None)
+        others = dict.fromkeys((*assumed, *(name for site in calls for name in site or ())))
+        if None in calls:
+            others |= dict.fromkeys(signature.parameters)
+        for name in others:
+            if name not in assumed:
+                return f"what {root.path} is given for {name} is not known: example inputs would tell"
+            for call in root.all_calls():
+                for inner, value in call.arguments().items():
+                    if isinstance(value, fx.Proxy) and value.node is assumed[name]:
+                        asks = asks_what(call.code, inner)
+                        if asks or (asks is None and name != first):
+                            whether = f"whether {root.path} is given a tensor for {name}"
+                            return f"{whether} is not known: example inputs would tell"
+        return None
+
+    def _sites(self, root: Call, signature: inspect.Signature) -> list[Site | None]:
+        """What the code of the modules around a part may give it."""
+        found: list[Site | None] = []
+        for path, module in self.model.named_modules(remove_duplicate=False):
+            way = path.split(".") if module is root.module else []
+            near = True
+            for depth in reversed(range(len(way))):
+                around = type(self.model.get_submodule(".".join(way[:depth])))
+                if around.forward is not nn.Module.forward:
+                    if near or root in self.guessed:
+                        found += sites(around, tuple(way[depth:]), tuple(signature.parameters), near)
+                    near = False
+        return found
 
     def note_reach(self, tracer: _Tracer) -> None:
         for path, calls in tracer.reached.items():
@@ -170,10 +240,12 @@ def trace(
     example_inputs: Example | None = None,
     probed: Mapping[str, ConvMap] | None = None,
     layers: Iterable[str] = (),
+    observed: Observed | None = None,
 ) -> Traced:
     """Follow the model's forward, and where that stops, its parts.
 
     Args:
+        observed: what a run of the model was seen to give to its parts.
         probed: layers by path that are taken to be those maps.
         layers: layers by path that are traces of their own, if nothing that is followed calls them.
 
@@ -184,12 +256,10 @@ def trace(
     for path, map_ in (probed or {}).items():
         twin.get_submodule(path).__dict__[readers.PROBED] = map_
     paths = {module: path for path, module in twin.named_modules()}
-    traced = Traced(twin, {id(tensor): name for name, tensor in _named_tensors(paths)})
-    seen: set[nn.Module] = set()
-    _trace_below(traced, twin, paths, example_inputs, seen)
-    for layer in map(twin.get_submodule, layers):
-        if layer not in seen:
-            _trace_below(traced, layer, paths, None, seen)
+    traced = Traced(twin, {id(tensor): name for name, tensor in _named_tensors(paths)}, observed=observed or Observed())
+    below = _Below(traced, paths)
+    below.trace(twin, example_inputs)
+    below.trace_rest(map(twin.get_submodule, layers))
     for one in traced.traces:
         for call in one.calls:
             traced.calls[call.module, call.method].append(call)
@@ -285,30 +355,68 @@ def _alias(tensor: Tensor) -> Tensor:
     return nn.Parameter(tensor.detach(), requires_grad=tensor.requires_grad)
 
 
-def _trace_below(
-    traced: Traced, module: nn.Module, paths: dict[nn.Module, str], example: Example | None, seen: set[nn.Module]
-) -> None:
-    """Trace a module; where a part of it is kept whole, trace that part's children apart."""
-    seen.add(module)
-    apart: list[nn.Module] = []
-    if type(module).forward is nn.Module.forward:  # a container such as ModuleList
-        apart += _parts(module)
-    else:
-        tracer = _follow(traced, module, paths, example)
+class _Below:
+    """Traces a module; where a part of it is kept whole, what that part calls is traced apart."""
+
+    def __init__(self, traced: Traced, paths: dict[nn.Module, str]) -> None:
+        self.traced, self.paths = traced, paths
+        self.modules = {path: module for module, path in paths.items()}
+        self.seen: set[nn.Module] = set()
+        self.done: set[tuple[str, str, int]] = set()  # of what a method was given, which was followed
+        self.left: dict[nn.Module, None] = {}  # parts that nothing was seen to call, up to now
+
+    def trace(self, module: nn.Module, given: Example | Arguments | None = None, method: str = "forward") -> None:
+        path = self.paths[module]
+        self.seen.add(module)
+        if method == "forward" and type(module).forward is nn.Module.forward:  # a container such as ModuleList
+            self.left |= dict.fromkeys(_parts(module))
+            return
+        tracer = _follow(self.traced, module, self.paths, given, method)
         if tracer.stopped is not None:
-            apart += _parts(module)
-        else:
-            traced.traces.append(Trace(paths[module], tracer.graph, tracer.calls[0], tracer.calls))
-            seen.update(call.module for call in tracer.calls if call.module not in tracer.hooked)
-            for call in tracer.calls[1:]:
-                if call.leaf and call.module in tracer.hooked:
-                    apart.append(call.module)
-                elif call.leaf and type(call.module) in tracer.opaque:
-                    apart += _parts(call.module)
-            apart += _never_called(module, tracer.called)
-    for child in apart:
-        if child not in seen and not readers.knows(child):
-            _trace_below(traced, child, paths, None, seen)
+            self._apart(module, method)
+            return
+        root = tracer.calls[0]
+        self.traced.traces.append(Trace(path, tracer.graph, root, tracer.calls))
+        if given is None and module is not self.traced.model:
+            self.traced.guessed.add(root)
+        self.seen.update(call.module for call in tracer.calls if call.module not in tracer.hooked)
+        for call in tracer.calls[1:]:
+            if call.leaf and call.module in tracer.hooked:
+                self.left[call.module] = None
+            elif call.leaf and type(call.module) in tracer.opaque:
+                self._apart(call.module, "forward")
+        self.left |= dict.fromkeys(_never_called(module, tracer.called))
+
+    def trace_rest(self, layers: Iterable[nn.Module] = ()) -> None:
+        """Trace what nothing that was followed calls, each part in the ways that it was seen to be called, if any."""
+        self.left |= dict.fromkeys(layers)
+        while self.left:
+            module = next(iter(self.left))
+            del self.left[module]
+            if module not in self.seen and not readers.knows(module):
+                self._trace_as_called(module, "forward", self.traced.observed.forms(self.paths[module], "forward"))
+
+    def _apart(self, module: nn.Module, method: str) -> None:
+        """Trace the parts of a module whose code is not followed."""
+        for (path, name), forms in self.traced.observed.called_by(self.paths[module], method):
+            part = self.modules.get(path)
+            self.traced.handled.setdefault(path, self.paths[module])
+            if part is not None and not readers.knows(part):
+                self._trace_as_called(part, name, forms)
+        self.left |= dict.fromkeys(_parts(module))
+
+    def _trace_as_called(self, module: nn.Module, method: str, forms: list[Arguments | None]) -> None:
+        path = self.paths[module]
+        if None in forms:  # it is given what may be anything
+            reason = f"{type(module).__name__}.{method} cannot be followed: it is given more than values"
+            self.traced.untraced.setdefault(path, Untraceable(reason))
+            self.seen.add(module)
+            self._apart(module, method)
+            return
+        for form in forms or [None]:
+            if (path, method, id(form)) not in self.done and (method == "forward" or (form and form.tensors)):
+                self.done.add((path, method, id(form)))
+                self.trace(module, form, method)
 
 
 def _never_called(module: nn.Module, called: set[nn.Module]) -> Iterator[nn.Module]:
@@ -364,7 +472,7 @@ def _follow(
     traced: Traced,
     module: nn.Module,
     paths: dict[nn.Module, str],
-    example: Example | None,
+    given: Example | Arguments | None,
     method: str = "forward",
     flags: Mapping[str, Any] | None = None,
 ) -> _Tracer:
@@ -374,7 +482,7 @@ def _follow(
     whole: dict[FunctionType, tuple[str, Untraceable]] = {}
     while True:
         tracer = _Tracer(module, method, paths, traced.names, opaque, whole.keys())
-        inputs = tracer.bind(example, flags or {})
+        inputs = tracer.bind(given, flags or {})
         try:
             with torch.no_grad(), _unchanged(module), tracer.watching():
                 tracer.trace(_Root(module))
@@ -391,7 +499,7 @@ def _follow(
                 reason = Untraceable(f"{function.__qualname__} cannot be followed: {said(error)}")
                 whole[function] = (call.path, reason)
                 continue
-            reason = Untraceable(f"{type(call.module).__name__}.forward cannot be followed: {said(error)}")
+            reason = Untraceable(f"{type(call.module).__name__}.{call.method} cannot be followed: {said(error)}")
             traced.untraced.setdefault(call.path, reason)
             if call.module is module or type(call.module) in opaque:
                 tracer.stopped = tracer.calls[0]
@@ -532,24 +640,27 @@ class _Tracer(fx.Tracer):
         self.names = names
         self.tensor_nodes: dict[int, fx.Node] = {}
 
-    def bind(self, example: Example | None, flags: Mapping[str, Any]) -> list[Tensor]:
+    def bind(self, example: Example | Arguments | None, flags: Mapping[str, Any]) -> list[Tensor | Given]:
         """Decide what the forward is called with: placeholders for tensors, some flags, the defaults for the rest.
 
         Returns the tensors of the example, in the order of the placeholders.
         """
         signature = inspect.signature(getattr(self.module, self.method))
+        if isinstance(example, Arguments):
+            return self._bind_as_called(example, signature)
         if example is None:
             required = [
                 p for p in signature.parameters.values()
-                if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+                if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) and p.name not in flags
             ]  # fmt: skip
             first = next(iter(signature.parameters.values()), None)
             if not required and first is not None and first.default is None:
                 required = [first]  # as in transformers, where all is optional and the first is the input
-            positional = tuple(_Slot(p.name) for p in required if p.kind is not p.KEYWORD_ONLY)
+            by_name = any(name in flags and p.default is p.empty for name, p in signature.parameters.items())
+            positional = tuple(_Slot(p.name) for p in required if p.kind is not p.KEYWORD_ONLY and not by_name)
             if not positional and any(p.kind is p.VAR_POSITIONAL for p in signature.parameters.values()):
                 positional = (_Slot("input"),)  # a wrapper that hands on what it is given
-            named = {p.name: _Slot(p.name) for p in required if p.kind is p.KEYWORD_ONLY}
+            named = {p.name: _Slot(p.name) for p in required if p.kind is p.KEYWORD_ONLY or by_name}
             more = {name: _Slot(name) if value is ... else value for name, value in flags.items()}
             self.arguments: tuple[tuple[Any, ...], dict[str, Any]] = (positional, {**named, **more})
             return []
@@ -558,7 +669,7 @@ class _Tracer(fx.Tracer):
             bound = signature.bind(*args, **kwargs)
         except TypeError as error:
             raise BadInput(f"the model's {self.method}{signature} does not take the example inputs: {error}") from error
-        tensors: list[Tensor] = []
+        tensors: list[Tensor | Given] = []
 
         def slot(leaf: Any) -> Any:
             if not isinstance(leaf, Tensor):
@@ -569,13 +680,34 @@ class _Tracer(fx.Tracer):
         self.arguments = pytree.tree_map(slot, (bound.args, bound.kwargs))
         return tensors
 
+    def _bind_as_called(self, called: Arguments, signature: inspect.Signature) -> list[Tensor | Given]:
+        """Placeholders for tensors and numbers, which may be others at the next call, and constants for the rest."""
+        held = {path: module for module, path in self.paths.items()}
+        values: list[Tensor | Given] = []
+
+        def slot(leaf: Any) -> Any:
+            if isinstance(leaf, Part):
+                return held[leaf.path]
+            if not isinstance(leaf, Given):
+                return leaf
+            values.append(leaf)
+            return _Slot(f"input_{len(values)}", leaf.number)
+
+        self.arguments = mapped(slot, called.bound(signature))
+        return values
+
     # --- torch.fx's hooks --------------------------------------------------------------------------------------------
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
-        args, kwargs = pytree.tree_map(
-            lambda leaf: self.create_proxy("placeholder", leaf.name, (), {}) if isinstance(leaf, _Slot) else leaf,
-            self.arguments,
-        )
+        def placed(leaf: Any) -> Any:
+            if not isinstance(leaf, _Slot):
+                return leaf
+            proxy = self.create_proxy("placeholder", leaf.name, (), {})
+            if leaf.number is not None:
+                proxy.node.meta["stand_in"] = leaf.number
+            return proxy
+
+        args, kwargs = mapped(placed, self.arguments)
 
         def enter() -> list[fx.Proxy]:
             function = getattr(self.module, self.method)
@@ -878,6 +1010,7 @@ class _Slot:
     """Stands for a tensor argument until there is a graph to make its placeholder in."""
 
     name: str
+    number: int | float | None = None  # it is one, and no tensor
 
 
 # What a tensor tells apart from its numbers.
@@ -1015,6 +1148,16 @@ class _Constants(TorchFunctionMode):
         return readers.Formula(frozenset(calls), tuple(tensors.values())) if calls else None
 
 
+def _may_be(given: Any, traced: Any) -> bool:
+    """Whether an argument that code gives is what a method was traced with."""
+    if isinstance(traced, fx.Proxy):
+        number = isinstance(traced.node.meta.get("stand_in"), (int, float))
+        return number and isinstance(given, (int, float)) and not isinstance(given, bool)
+    if isinstance(traced, (list, tuple)) and isinstance(given, (list, tuple)):
+        return len(given) == len(traced) and all(map(_may_be, given, traced))
+    return is_traced(traced) or (type(given) is type(traced) and bool(given == traced))
+
+
 def storage(tensor: Tensor) -> int:
     """Which memory a tensor looks at."""
     return tensor.untyped_storage().data_ptr()
@@ -1070,7 +1213,7 @@ def computed(node: fx.Node, load: Callable[[fx.Node], Any], module: nn.Module | 
     return node.target(*args, **kwargs)
 
 
-def _infer_shapes(graph: fx.Graph, inputs: list[Tensor]) -> None:
+def _infer_shapes(graph: fx.Graph, inputs: list[Tensor | Given]) -> None:
     """Note the shape of every node that can be followed without computing, in `meta["shape"]`."""
     given = iter(inputs)
     values: dict[fx.Node, Any] = {}
@@ -1078,7 +1221,7 @@ def _infer_shapes(graph: fx.Graph, inputs: list[Tensor]) -> None:
         for node in graph.nodes:
             try:
                 if node.op == "placeholder":
-                    values[node] = mode.from_tensor(next(given).detach())
+                    values[node] = _fake(mode, next(given))
                 elif node.op == "get_attr":
                     values[node] = node.meta["value"]
                 elif node.op != "output":
@@ -1087,3 +1230,11 @@ def _infer_shapes(graph: fx.Graph, inputs: list[Tensor]) -> None:
                 continue
             if isinstance(values.get(node), Tensor):
                 node.meta["shape"] = tuple(values[node].shape)
+
+
+def _fake(mode: FakeTensorMode, given: Tensor | Given) -> Any:
+    if isinstance(given, Tensor):
+        return mode.from_tensor(given.detach())
+    if given.number is not None:
+        return given.number
+    return torch.empty_strided(given.shape, given.stride, dtype=given.dtype, device=given.device)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from types import FunctionType, ModuleType
 from typing import Any
@@ -40,6 +41,83 @@ def _is_record(value: Any) -> bool:
     library = type(value).__module__.partition(".")[0]
     own = library not in ("torch", "builtins", "functools", "collections", "numpy", "structrep")
     return own and hasattr(value, "__dict__") and not isinstance(value, (type, ModuleType, FunctionType, nn.Module))
+
+
+def mapped(function: Callable[[Any], Any], value: Any, depth: int = 0) -> Any:
+    """A structure like another, with what a function makes of each of its ends.
+
+    Raises:
+        TypeError: an object in it cannot be copied, or has no end.
+    """
+    if depth > _DEEPEST:
+        raise TypeError(f"a {type(value).__name__} has no end")
+
+    def inner(one: Any) -> Any:
+        return mapped(function, one, depth + 1)
+
+    if isinstance(value, (list, tuple)):
+        items = [inner(item) for item in value]
+        if isinstance(value, tuple) and hasattr(value, "_fields"):
+            return type(value)(*items)
+        return tuple(items) if isinstance(value, tuple) else items  # a torch.Size of what stands for sizes
+    if isinstance(value, slice):
+        return slice(inner(value.start), inner(value.stop), inner(value.step))
+    if isinstance(value, Mapping):
+        twin: Any = _copied(value)
+        for key, item in value.items():
+            twin[key] = inner(item)
+        return twin
+    if _has_fields(value):
+        twin = _copied(value)
+        for f in fields(value):
+            object.__setattr__(twin, f.name, inner(getattr(value, f.name)))
+        return twin
+    if _is_record(value):
+        twin = _copied(value)
+        twin.__dict__.update({key: inner(item) for key, item in vars(value).items()})
+        return twin
+    return function(value)
+
+
+_DEEPEST = 16  # levels of a structure
+
+
+def _has_fields(value: Any) -> bool:
+    """Whether a value is a dataclass of somebody else's."""
+    own = type(value).__module__.partition(".")[0] == "structrep"
+    return is_dataclass(value) and not isinstance(value, type) and not own
+
+
+def _copied(value: Any) -> Any:
+    try:
+        return copy.copy(value)
+    except Exception as error:
+        raise TypeError(f"a {type(value).__name__} cannot be copied") from error
+
+
+def form_of(value: Any, mark: Callable[[Any], Any]) -> Any:
+    """A structure as a key, with the mark of each of its ends.
+
+    Raises:
+        TypeError: a mark is no key.
+    """
+
+    def inner(one: Any) -> Any:
+        return form_of(one, mark)
+
+    if isinstance(value, (list, tuple)):
+        return type(value), *map(inner, value)
+    if isinstance(value, slice):
+        return slice, inner((value.start, value.stop, value.step))
+    if isinstance(value, Mapping):
+        return type(value), frozenset((key, inner(item)) for key, item in value.items())
+    if _has_fields(value):
+        return type(value), *(inner(getattr(value, f.name)) for f in fields(value))
+    if _is_record(value):
+        return type(value), inner(vars(value))
+    found = mark(value)
+    hash(found)
+    return found
 
 
 def is_traced(value: Any) -> bool:

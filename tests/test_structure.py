@@ -27,6 +27,7 @@ ORDER = [
     "values",
     "sources",
     "intercept",
+    "observe",
     "trace",
     "probe",
     "frames",
