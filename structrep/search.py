@@ -22,6 +22,7 @@ from structrep import cost, sums
 from structrep.absorb import Absorption, absorptions, readers_of
 from structrep.algebra import ConvMap, Ints, Rigour
 from structrep.borders import Borders
+from structrep.callers import Callers
 from structrep.cost import Cost
 from structrep.errors import (
     BadInput,
@@ -172,9 +173,11 @@ class Findings:
     searches: list[Search] = field(default_factory=list)
     replicas: Replicas = field(init=False)
     borders: Borders = field(init=False)
+    callers: Callers = field(init=False)
 
     def __post_init__(self) -> None:
         self.replicas, self.borders = Replicas(self.traced), Borders(self.traced)
+        self.callers = Callers(self.traced)
         self.forget()
 
     def hold(self, stretch: Sequence[Segment], map_: ConvMap) -> None:
@@ -822,7 +825,7 @@ class Search:
         for where in _written_in(changed):
             if where in self.findings.unwritable:
                 raise Unreadable(str(self.findings.unwritable[where]))
-            if (doubt := self.traced.doubt(*where)) is not None:
+            if (doubt := self.findings.callers.doubt(*where)) is not None:
                 raise Unreadable(doubt)
         owner = self.owner(inside | _scales(stretch))
         self.replicas.check(changed, owner)

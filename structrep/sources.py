@@ -296,7 +296,8 @@ def _names(node: ast.AST, known: dict[str, tuple[str, ...]]) -> tuple[str, ...] 
 
 def sites(cls: type, way: tuple[str, ...], parameters: tuple[str, ...], near: bool) -> list[Site | None]:
     """What the code of a class around a part may give it: of each call that may be one of the part, the arguments by
-    parameter, ... where that is no literal; None for a call that may give it anything, or for code that cannot be read.
+    parameter, ... or COMPUTED for what is no literal; None for a call that may give it anything, or for code that
+    cannot be read.
 
     Args:
         way: the names from a module of that class to the part.
@@ -349,7 +350,7 @@ class _CallOf:
 
     of: frozenset[str]  # the attributes of its module of which it may be, or of what is in them
     last: str  # the last name on the way there: "block" in `model.block(x)`
-    places: tuple[Any, ...] | None  # positional arguments, ... where that is no literal; None if there may be any
+    places: tuple[Any, ...] | None  # positional arguments, as `sites` has them; None if there may be any
     names: tuple[tuple[str, Any], ...] = ()
 
 
@@ -391,11 +392,15 @@ def _own_calls(function: FunctionType) -> tuple[_CallOf, ...] | None:
     return tuple(found)
 
 
+COMPUTED = object()  # an argument that a forward computes, or chooses
+
+
 def _literal(node: ast.expr) -> Any:
     try:
         return ast.literal_eval(node)
     except ValueError:
-        return ...
+        chosen = any(isinstance(one, (ast.Call, ast.Compare, ast.IfExp)) for one in ast.walk(node))
+        return COMPUTED if chosen else ...
 
 
 def _is_torchs(callee: ast.Attribute, function: FunctionType) -> bool:

@@ -20,7 +20,6 @@ import random
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
-from inspect import Parameter
 from types import FunctionType
 from typing import Any
 
@@ -46,7 +45,7 @@ from structrep.intercept import (
 )
 from structrep.observe import Arguments, Given, Observed, Part
 from structrep.precision import doubled
-from structrep.sources import Site, asks_what, sites, taken_apart, written_first
+from structrep.sources import taken_apart, written_first
 from structrep.values import alike, holds_tensor, is_traced, mapped, proxies, snapshot
 
 Example = Tensor | tuple[Any, ...] | Mapping[str, Any]
@@ -161,62 +160,10 @@ class Traced:
     handled: dict[str, str] = field(default_factory=dict)  # path of a module -> a module whose code, which cannot be
     # followed, was seen to call it
     guessed: set[Call] = field(default_factory=set)  # calls of parts of which no run told how they are called
-    doubts: dict[tuple[str, str], str | None] = field(default_factory=dict)  # of those, by path and method
+    whole: set[str] = field(default_factory=set)  # paths of modules of whose code some is not followed
     reached: dict[str, set[Call]] = field(
         default_factory=dict
     )  # path of a child or tensor -> forwards of others using it
-
-    def doubt(self, path: str, method: str) -> str | None:
-        """Why a method cannot be written anew for what it was traced with, apart from what calls it: by its source, that
-        may call it otherwise."""
-        if (path, method) not in self.doubts:
-            apart = (one.root for one in self.traces if one.root.module is not self.model)
-            calls = [root for root in apart if (root.path, root.method) == (path, method)]
-            self.doubts[path, method] = next((reason for call in calls if (reason := self._doubt(call))), None)
-        return self.doubts[path, method]
-
-    def _doubt(self, root: Call) -> str | None:
-        signature = inspect.signature(root.function)
-        whole = inspect.BoundArguments(signature, OrderedDict(root.arguments()))
-        whole.apply_defaults()
-        calls = self._sites(root, signature)
-        for name, value in whole.arguments.items() if root not in self.guessed else ():
-            for site in calls:  # those that the run did not come to, by their literals
-                given = site.get(name, signature.parameters[name].default) if site is not None else ...
-                if given is not ... and given is not Parameter.empty and not _may_be(given, value):
-                    return f"{root.path} may be called with {name}={given!r}, and was not as the model ran"
-        if root not in self.guessed:
-            return None
-        assumed = {name: value.node for name, value in root.arguments().items() if isinstance(value, fx.Proxy)}
-        first = next(iter(assumed), None)
-        others = dict.fromkeys((*assumed, *(name for site in calls for name in site or ())))
-        if None in calls:
-            others |= dict.fromkeys(signature.parameters)
-        for name in others:
-            if name not in assumed:
-                return f"what {root.path} is given for {name} is not known: example inputs would tell"
-            for call in root.all_calls():
-                for inner, value in call.arguments().items():
-                    if isinstance(value, fx.Proxy) and value.node is assumed[name]:
-                        asks = asks_what(call.code, inner)
-                        if asks or (asks is None and name != first):
-                            whether = f"whether {root.path} is given a tensor for {name}"
-                            return f"{whether} is not known: example inputs would tell"
-        return None
-
-    def _sites(self, root: Call, signature: inspect.Signature) -> list[Site | None]:
-        """What the code of the modules around a part may give it."""
-        found: list[Site | None] = []
-        for path, module in self.model.named_modules(remove_duplicate=False):
-            way = path.split(".") if module is root.module else []
-            near = True
-            for depth in reversed(range(len(way))):
-                around = type(self.model.get_submodule(".".join(way[:depth])))
-                if around.forward is not nn.Module.forward:
-                    if near or root in self.guessed:
-                        found += sites(around, tuple(way[depth:]), tuple(signature.parameters), near)
-                    near = False
-        return found
 
     def note_reach(self, tracer: _Tracer) -> None:
         for path, calls in tracer.reached.items():
@@ -398,6 +345,7 @@ class _Below:
 
     def _apart(self, module: nn.Module, method: str) -> None:
         """Trace the parts of a module whose code is not followed."""
+        self.traced.whole.add(self.paths[module])
         for (path, name), forms in self.traced.observed.called_by(self.paths[module], method):
             part = self.modules.get(path)
             self.traced.handled.setdefault(path, self.paths[module])
@@ -1146,16 +1094,6 @@ class _Constants(TorchFunctionMode):
                     leaf for leaf in pytree.tree_leaves((origin.args, origin.kwargs)) if isinstance(leaf, Tensor)
                 ]
         return readers.Formula(frozenset(calls), tuple(tensors.values())) if calls else None
-
-
-def _may_be(given: Any, traced: Any) -> bool:
-    """Whether an argument that code gives is what a method was traced with."""
-    if isinstance(traced, fx.Proxy):
-        number = isinstance(traced.node.meta.get("stand_in"), (int, float))
-        return number and isinstance(given, (int, float)) and not isinstance(given, bool)
-    if isinstance(traced, (list, tuple)) and isinstance(given, (list, tuple)):
-        return len(given) == len(traced) and all(map(_may_be, given, traced))
-    return is_traced(traced) or (type(given) is type(traced) and bool(given == traced))
 
 
 def storage(tensor: Tensor) -> int:

@@ -33,6 +33,7 @@ ORDER = [
     "frames",
     "absorb",
     "borders",
+    "callers",
     "sums",
     "search",
     "reserve",

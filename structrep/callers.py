@@ -1,0 +1,165 @@
+"""How code around a part may call it otherwise than it was traced: nothing is written anew for arguments that are guessed.
+
+A part of a module whose forward cannot be followed is traced apart, with what it was seen to be given as the model ran,
+or without a run as its signature has it. What else it may be given is asked of the source of the modules around.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import OrderedDict
+from collections.abc import Iterator
+from inspect import Parameter
+from typing import Any
+
+from torch import fx, nn
+
+from structrep.sources import COMPUTED, Site, asks_what, sites
+from structrep.trace import Call, Traced
+from structrep.values import is_traced
+
+
+class Callers:
+    """The calls of methods that are traced apart from those who call them, and what others there may be."""
+
+    def __init__(self, traced: Traced) -> None:
+        self.traced = traced
+        self.doubts: dict[tuple[str, str], str | None] = {}
+
+    def doubt(self, path: str, method: str) -> str | None:
+        """Why a method cannot be written anew for the arguments that it was traced with; None if it can."""
+        if (path, method) not in self.doubts:
+            calls = self.traced.calls[self.traced.model.get_submodule(path), method]
+            reasons = (reason for call in calls if not call.leaf for reason in self._reasons(call))
+            self.doubts[path, method] = next(reasons, None)
+        return self.doubts[path, method]
+
+    def _reasons(self, call: Call) -> Iterator[str]:
+        (*_, root) = call.chain()
+        if call is root and root.module is not self.traced.model:
+            yield from self._of_root(root)
+        elif call is not root and root.module is not self.traced.model and self.doubt(root.path, root.method):
+            yield from self._inside(call, root)
+        if call.method != "forward":
+            yield from self._of_method(call)
+
+    def _of_root(self, root: Call) -> Iterator[str]:
+        """What calls a part that is traced apart, by their source."""
+        around = [(cls, way, near) for cls, way, near in self._around(root) if near or root in self.traced.guessed]
+        parameters = _parameters(root)
+        calls = [site for cls, way, near in around for site in sites(cls, way, tuple(parameters), near)]
+        if root not in self.traced.guessed:  # there may be calls that the run did not come to
+            yield from _others(root, calls)
+            return
+        given = dict.fromkeys(name for site in calls for name in site or ())
+        if None in calls:
+            given |= dict.fromkeys(parameters)
+        assumed = _assumed(root)
+        yield from (_unknown(root, name) for name in given if name not in assumed)
+        if calls:
+            first = next(iter(assumed), None)
+            yield from (_unknown(root, name) for name in assumed if _asks(root, assumed[name], name == first))
+
+    def _inside(self, call: Call, root: Call) -> Iterator[str]:
+        """What a part that may be called otherwise may give to one of its own parts then."""
+        parent = call.parent
+        assert parent is not None
+        below = call.path.removeprefix(f"{parent.path}." if parent.path else "").split(".")
+        way = tuple(below) if call.method == "forward" else (*below, call.method)
+        parameters = _parameters(call)
+        calls = sites(type(parent.module), way, tuple(parameters), call.method == "forward")
+        assumed = list(_assumed(root).values())
+        for name, value in _arguments(call).items():
+            if is_traced(value):
+                if isinstance(value, fx.Proxy) and value.node in assumed[1:] and _asks(call, value.node, first=False):
+                    yield _unknown(call, name)
+                continue
+            default = parameters[name].default
+            given = [... if site is None else site.get(name, default) for site in calls]
+            if not all(_equal(one, value) for one in given) or not (given or _equal(default, value)):
+                yield _unknown(call, name)
+
+    def _of_method(self, call: Call) -> Iterator[str]:
+        """What code that is not followed calls of a method that is followed where other code calls it."""
+        for path in self.traced.whole:
+            if path != call.path and f"{call.path}.".startswith(f"{path}." if path else ""):
+                cls = type(self.traced.model.get_submodule(path))
+                calls = sites(cls, (call.method,), tuple(_parameters(call)), near=False)
+                if self.traced.observed.calls:
+                    yield from _others(call, calls)
+                    continue
+                for site in calls:
+                    for name, value in _arguments(call).items():
+                        given = ... if site is None else site.get(name, _parameters(call)[name].default)
+                        if not is_traced(value) and not _equal(given, value):
+                            yield _unknown(call, name)
+
+    def _around(self, root: Call) -> Iterator[tuple[type, tuple[str, ...], bool]]:
+        """The classes of the modules around a part that have code, the names from there, and whether it is the nearest
+        of them."""
+        for path, module in self.traced.model.named_modules(remove_duplicate=False):
+            way = tuple(path.split(".")) if module is root.module else ()
+            near = True
+            for depth in reversed(range(len(way))):
+                cls = type(self.traced.model.get_submodule(".".join(way[:depth])))
+                if getattr(cls, "forward", None) is not nn.Module.forward:
+                    yield cls, way[depth:], near
+                    near = False
+
+
+def _parameters(call: Call) -> dict[str, Parameter]:
+    return dict(inspect.signature(call.function).parameters)
+
+
+def _arguments(call: Call) -> dict[str, Any]:
+    """What a call was given, and the defaults of the rest, by parameter."""
+    whole = inspect.BoundArguments(inspect.signature(call.function), OrderedDict(call.arguments()))
+    whole.apply_defaults()
+    return dict(whole.arguments)
+
+
+def _assumed(root: Call) -> dict[str, fx.Node]:
+    """The parameters that were taken to be tensors."""
+    return {name: value.node for name, value in root.arguments().items() if isinstance(value, fx.Proxy)}
+
+
+def _asks(call: Call, node: fx.Node, first: bool) -> bool:
+    """Whether a call, or what it hands an argument on to, may do something else if that is None, or no tensor.
+
+    Args:
+        first: it is what the part computes with; code that cannot be read is taken to ask for other arguments only.
+    """
+    for one in call.all_calls():
+        for name, value in one.arguments().items():
+            if isinstance(value, fx.Proxy) and value.node is node:
+                asks = asks_what(one.code, name)
+                if asks or (asks is None and not first):
+                    return True
+    return False
+
+
+def _equal(given: Any, traced: Any) -> bool:
+    return type(given) is type(traced) and bool(given == traced)
+
+
+def _unknown(call: Call, name: str) -> str:
+    return f"what {call.path} is given for {name} is not known: example inputs would tell"
+
+
+def _others(call: Call, calls: list[Site | None]) -> Iterator[str]:
+    """Other arguments than those that were traced, as some calls of a part give them by their source."""
+    for name, parameter in _parameters(call).items():
+        given = [site.get(name, parameter.default) for site in calls if site is not None]
+        traced = _arguments(call).get(name)
+        if isinstance(traced, fx.Proxy):
+            number = isinstance(traced.node.meta.get("stand_in"), (int, float))
+            literals = [one for one in given if one not in (..., COMPUTED, Parameter.empty)]
+            odd = [one for one in literals if not (number and type(one) in (int, float))]
+        elif is_traced(traced):
+            odd = [one for one in given if one is None]
+        else:
+            same = [_equal(one, traced) for one in given]
+            odd = [one for one, alike in zip(given, same, strict=True) if not alike and (one is not ... or any(same))]
+        if odd:
+            what = "something else" if odd[0] in (..., COMPUTED) else repr(odd[0])
+            yield f"{call.path} may be called with {what} for {name}, and was not as the model ran"
