@@ -74,9 +74,8 @@ class Callers:
                 if isinstance(value, fx.Proxy) and value.node in assumed[1:] and _asks(call, value.node, first=False):
                     yield _unknown(call, name)
                 continue
-            default = parameters[name].default
-            given = [... if site is None else site.get(name, default) for site in calls]
-            if not all(_equal(one, value) for one in given) or not (given or _equal(default, value)):
+            given = [_given(site, name, parameters) for site in calls] or [_given({}, name, parameters)]
+            if not all(_equal(one, value) for one in given):
                 yield _unknown(call, name)
 
     def _of_method(self, call: Call) -> Iterator[str]:
@@ -90,8 +89,7 @@ class Callers:
                     continue
                 for site in calls:
                     for name, value in _arguments(call).items():
-                        given = ... if site is None else site.get(name, _parameters(call)[name].default)
-                        if not is_traced(value) and not _equal(given, value):
+                        if not is_traced(value) and not _equal(_given(site, name, _parameters(call)), value):
                             yield _unknown(call, name)
 
     def _around(self, root: Call) -> Iterator[tuple[type, tuple[str, ...], bool]]:
@@ -138,6 +136,18 @@ def _asks(call: Call, node: fx.Node, first: bool) -> bool:
     return False
 
 
+def _given(site: Site | None, name: str, parameters: dict[str, Parameter]) -> Any:
+    """What a call gives for a parameter; ... where its source does not say."""
+    if site is None:
+        return ...
+    kind = parameters[name].kind
+    if kind is Parameter.VAR_POSITIONAL:
+        return ()
+    if kind is Parameter.VAR_KEYWORD:
+        return {} if site.keys() <= parameters.keys() else ...
+    return site.get(name, parameters[name].default)
+
+
 def _equal(given: Any, traced: Any) -> bool:
     return type(given) is type(traced) and bool(given == traced)
 
@@ -148,9 +158,10 @@ def _unknown(call: Call, name: str) -> str:
 
 def _others(call: Call, calls: list[Site | None]) -> Iterator[str]:
     """Other arguments than those that were traced, as some calls of a part give them by their source."""
-    for name, parameter in _parameters(call).items():
-        given = [site.get(name, parameter.default) for site in calls if site is not None]
-        traced = _arguments(call).get(name)
+    parameters, arguments = _parameters(call), _arguments(call)
+    for name in parameters:
+        given = [_given(site, name, parameters) for site in calls if site is not None]
+        traced = arguments.get(name)
         if isinstance(traced, fx.Proxy):
             number = isinstance(traced.node.meta.get("stand_in"), (int, float))
             literals = [one for one in given if one not in (..., COMPUTED, Parameter.empty)]

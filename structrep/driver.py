@@ -41,6 +41,7 @@ from structrep.reserve import carry
 from structrep.rewrite import Draft, without
 from structrep.search import Findings, Merge, Missed
 from structrep.trace import Example, own_copy, shallow_copy
+from structrep.wrappers import finish, kept, settle, unwrapped
 
 Rules = Registry | Iterable[str | Rule] | None
 IN_TORCH = Measured()  # what cost="measured" is, so that timings are kept from one plan to the next
@@ -50,9 +51,15 @@ class Plan:
     """All merges and refusals for one model. Nothing is changed before `apply`."""
 
     def __init__(
-        self, model: nn.Module, findings: Findings, reserve: tuple[str, ...] = (), measured: Measured | None = None
+        self,
+        model: nn.Module,
+        findings: Findings,
+        reserve: tuple[str, ...] = (),
+        measured: Measured | None = None,
+        given: nn.Module | None = None,
     ) -> None:
         self._model = model
+        self._given = given or model  # the user's, if that has wrappers inside, of which the plan knows nothing
         self._reserve, self._measured = reserve, measured
         self.latency: LatencyRecord | None = None  # of the whole model, if merges were chosen by measurement
         carry(findings, reserve)
@@ -66,7 +73,7 @@ class Plan:
         for merge, reason in self._draft.refused:
             self._refuse(merge, reason)
         self._applied = False
-        self._state = _state(model)
+        self._state = _state(self._given)
 
     @property
     def merges(self) -> tuple[MergeRecord, ...]:
@@ -102,7 +109,7 @@ class Plan:
         chosen = self
         while slower := self._measured.slower(chosen.merged.values()):
             findings = search.again(chosen._findings, slower=slower)
-            chosen = Plan(self._model, findings, self._reserve, self._measured)
+            chosen = Plan(self._model, findings, self._reserve, self._measured, self._given)
         forms = {"merged": chosen.apply(), "all merged": self.apply(), "as it is": own_copy(self._model)}
         if chosen is self:
             del forms["all merged"]
@@ -152,13 +159,15 @@ class Plan:
         """
         if self._applied:
             raise StructrepError("this plan was applied in place already: make a new one with structrep.plan(model)")
-        if _state(self._model) != self._state:
+        if _state(self._given) != self._state:
             raise StructrepError(
                 "the model's weights changed since this plan was made: make a new one, structrep.plan(model)"
             )
         self._applied = inplace
-        model = self._model if inplace else own_copy(self._model)
-        deploy = self._draft.apply(model, release=inplace)
+        if inplace:
+            settle(self._given)
+        deploy = self._draft.apply(self._given if inplace else own_copy(self._model), release=inplace)
+        finish(deploy)
         if self._findings.blocks:
             give_norms_back(deploy)
         else:
@@ -262,7 +271,8 @@ def plan(
 
     Args:
         model: any module in eval mode. What torch wraps around a model to train or compile it (DataParallel,
-            DistributedDataParallel, `torch.compile`) is seen through: the plan is for the model inside.
+            DistributedDataParallel, `torch.compile`) is seen through: the plan is for the model inside. So is that of a
+            model of `peft`, whose own methods would no longer be right.
         example_inputs: a tensor, a tuple of positional or a mapping of keyword arguments; tells shapes, which some
             merges need.
         rules: a registry, or names of registered rules and rules; all registered ones by default.
@@ -311,8 +321,11 @@ def _plan(
     if measured is not None and norms == "keep":
         raise BadInput("norms='keep' merges every block, whatever it costs: leave out cost='measured'")
     registry = resolve(rules)
-    model = unwrapped(model)
+    given = model = unwrapped(model)
     search.check_ready(model)
+    if settle(model, change=False):
+        model = shallow_copy(model)
+        settle(model)
     layers = _to_probe(model, example_inputs, _globs(probe))
     observed = Observed() if example_inputs is None else observe(model, example_inputs, layers)
     maps, refused = _probed(model, observed)
@@ -324,8 +337,8 @@ def _plan(
             "norms='keep' gives back a model that structrep.expand has made, and in this one is no such block"
         )
     with torch.random.fork_rng(devices=[]), precision.whole():  # a forward may draw numbers
-        found = search.find(model, example_inputs, registry, _globs(inexact_borders), maps, refused, blocks, observed)
-    planned = Plan(model, found, _globs(reserve), measured)
+        found = search.find(model, example_inputs, registry, _globs(inexact_borders), maps, refused, blocks, observed, kept(model))
+    planned = Plan(model, found, _globs(reserve), measured, given)
     if example_inputs is None or measured is None:
         return planned
     with torch.random.fork_rng(devices=[]):
@@ -456,24 +469,6 @@ def _state(model: nn.Module) -> list[tuple[str, int, int]]:
     """Which tensors a model holds, and how often each was written."""
     named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
     return [(name, tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for name, tensor in named]
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside wrappers that only say how it is run.
-
-    Raises:
-        BadInput: it is no module.
-    """
-    while True:
-        if not isinstance(model, nn.Module):
-            what = model.__name__ if isinstance(model, type) else type(model).__name__
-            raise BadInput(f"{what} is no torch.nn.Module instance: give the model itself")
-        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            model = model.module
-        elif "_orig_mod" in model._modules:  # OptimizedModule, whose import would load the whole compiler
-            model = model.get_submodule("_orig_mod")
-        else:
-            return model
 
 
 def _demand(found: Verification) -> None:

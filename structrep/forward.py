@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 
 from structrep.errors import Unreadable
 from structrep.generated import Method
-from structrep.observe import Given, Part
+from structrep.observe import Given, Part, Thing
 from structrep.readers import Layer, Same, aliases, asks_kind, counts_sizes, mutates, only_asserted, read_node, writers
 from structrep.trace import Call, Traced, storage
 from structrep.values import is_traced
@@ -361,7 +361,7 @@ def _fits(seen: Any, traced: Any) -> bool:
         return isinstance(traced, fx.Proxy) or (alike and all(map(_fits, seen, traced)))
     if isinstance(seen, dict) and isinstance(traced, dict):
         return seen.keys() == traced.keys() and all(_fits(seen[key], traced[key]) for key in seen)
-    if isinstance(seen, Part) or is_traced(traced):
+    if isinstance(seen, (Part, Thing)) or is_traced(traced):
         return seen is not None
     return _matches(seen, traced)
 

@@ -48,8 +48,11 @@ class Part:
     path: str
 
 
-class Strange(Exception):
-    """An argument that cannot be noted: it may hold anything, and change."""
+@dataclass(frozen=True)
+class Thing:
+    """An object that a part was given, of which only the type is noted: it may hold anything, and change."""
+
+    kind: type
 
 
 @dataclass(eq=False)
@@ -57,7 +60,7 @@ class Arguments:
     """What a method was given in all calls of one form: equal constants, and tensors of as many dims, in equal
     structures."""
 
-    given: dict[str, Any]  # by parameter, those that some call gave; `Given` and `Part` stand for what they are of
+    given: dict[str, Any]  # by parameter, those that some call gave; with `Given`, `Part` and `Thing` for what they are of
 
     def bound(self, signature: inspect.Signature) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """As positional and keyword arguments."""
@@ -149,8 +152,8 @@ class Observed:
             given = {name: mapped(self._noted, one) for name, one in bound.arguments.items()}
             bound.apply_defaults()
             form = form_of(bound.arguments, _mark)
-        except (TypeError, Strange):
-            forms["strange"] = None
+        except TypeError:
+            forms[None] = None
             return
         known = forms.setdefault(form, Arguments({}))
         assert known is not None
@@ -163,12 +166,10 @@ class Observed:
             return Given.of(value)
         if isinstance(value, nn.Module) and value in self.paths:
             return Part(self.paths[value])
-        if not is_constant(value):
-            raise Strange
-        return value
+        return value if _is_constant(value) else Thing(type(value))
 
 
-def is_constant(value: Any) -> bool:
+def _is_constant(value: Any) -> bool:
     """Whether a value is plain, and stays what it is."""
     kinds = (bool, str, bytes, complex, int, float, torch.dtype, torch.device, torch.layout, torch.memory_format, Enum)
     plain = isinstance(value, (*kinds, type, BuiltinFunctionType)) or value is None or value is Ellipsis
@@ -180,7 +181,7 @@ def _mark(value: Any) -> Any:
     of all else which."""
     if isinstance(value, Tensor):
         return Tensor, value.ndim
-    return type(value), None if type(value) in (int, float) else value
+    return type(value), value if _is_constant(value) and type(value) not in (int, float) else None
 
 
 def signature_of(function: Callable[..., Any]) -> inspect.Signature:

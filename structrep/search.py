@@ -64,6 +64,7 @@ from structrep.readers import (
 from structrep.registry import Registry, Rule
 from structrep.sources import names_reached, questions
 from structrep.trace import Call, Example, Trace, Traced, trace
+from structrep.wrappers import stands_in
 
 FARTHEST = 32  # how many dominators back a merge may reach
 KEPT = 2**25  # bytes of merged maps that are held until they are placed, if that is done at once
@@ -168,6 +169,7 @@ class Findings:
     blocks: tuple[str, ...] = ()  # modules by path, inside each of which is all that may be merged; () for anywhere
     unwritable: Mapping[tuple[str, str], Refusal] = field(default_factory=dict)  # methods that cannot be written anew
     slower: Mapping[tuple[fx.Node, fx.Node], Refusal] = field(default_factory=dict)  # stretches, by base and root
+    kept: Mapping[str, str] = field(default_factory=dict)  # layers by path that stay as they are, and why
     merges: list[Merge] = field(default_factory=list)
     missed: list[Missed] = field(default_factory=list)
     searches: list[Search] = field(default_factory=list)
@@ -204,6 +206,7 @@ def find(
     beforehand: Iterable[Missed] = (),
     blocks: tuple[str, ...] = (),
     observed: Observed | None = None,
+    kept: Mapping[str, str] | None = None,
 ) -> Findings:
     """Trace the model and find all its merges; those of layers that `inexact_borders` names may differ at the border.
 
@@ -212,13 +215,14 @@ def find(
         beforehand: refusals that are there already.
         blocks: modules by path, inside each of which is all that may be merged; () for anywhere.
         observed: what the model was seen to give to its parts.
+        kept: layers by path that stay as they are, and why.
 
     Raises:
         TrainingMode, Uninitialized, Sharded, BadInput: the model cannot be planned as it is.
     """
     check_ready(model)
     traced = trace(model, example_inputs, probed or {}, observed=observed)
-    findings = Findings(traced, tuple(inexact_borders), tuple(beforehand), blocks)
+    findings = Findings(traced, tuple(inexact_borders), tuple(beforehand), blocks, kept=kept or {})
     return _search(findings, registry)
 
 
@@ -237,6 +241,7 @@ def again(
         found.blocks,
         {**found.unwritable, **(unwritable or {})},
         {**found.slower, **left},
+        found.kept,
     )
     return _search(findings, registry)
 
@@ -828,10 +833,20 @@ class Search:
             if (doubt := self.findings.callers.doubt(*where)) is not None:
                 raise Unreadable(doubt)
         owner = self.owner(inside | _scales(stretch))
+        self._check_adapters(changed, inside)
         self.replicas.check(changed, owner)
         self.findings.borders.check(inside, root, owner)
         for one in {one for segment in stretch for one in segment.absorbed}:
             self.findings.borders.check(one.changed, None, owner)
+
+    def _check_adapters(self, changed: set[fx.Node], inside: set[fx.Node]) -> None:
+        """Raise if a layer with adapters would be merged in part: its own `merge` would do that part again."""
+        for call in {call for node in changed for call in node.meta["call"].chain() if stands_in(call.module)}:
+            if call.path in self.findings.kept:
+                raise Shared(self.findings.kept[call.path])
+            rest = [n for n in call.nodes() if n not in inside and "value" not in n.meta and not only_asserted(n)]
+            if any(not asks_kind(n) and not isinstance(self._reading(n), Same) for n in rest):
+                raise Shared(f"{call.path} would be merged in part, and its own merge() does that part again")
 
     def _memory(self, base: fx.Node) -> tuple[set[fx.Node], set[fx.Node]]:
         """What looks at the memory of a value, and what writes to it; once for all branches that read it."""

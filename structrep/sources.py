@@ -69,6 +69,13 @@ def names_reached(module: nn.Module) -> frozenset[str]:
     return frozenset(n.attr for n in nodes if isinstance(n, ast.Attribute) and not isinstance(n.value, ast.Name))
 
 
+def words(cls: type) -> frozenset[str]:
+    """All attributes that the code of a class asks anything for."""
+    trees = (syntax(inspect.unwrap(function)) for function in functions(cls).values())
+    nodes = (node for tree in trees if tree is not None for node in ast.walk(tree))
+    return frozenset(node.attr for node in nodes if isinstance(node, ast.Attribute))
+
+
 def gives_something(function: FunctionType) -> bool:
     """Whether a function ends with a value, and no None, wherever it ends."""
     body = syntax(function)
@@ -383,7 +390,8 @@ def _own_calls(function: FunctionType) -> tuple[_CallOf, ...] | None:
             stars = any(isinstance(a, ast.Starred) for a in node.args) or any(k.arg is None for k in node.keywords)
             places = None if stars else tuple(map(_literal, node.args))
             names = tuple((keyword.arg, _literal(keyword.value)) for keyword in node.keywords if keyword.arg)
-            found.append(_CallOf(_parts_in(callee, itself, known), last, places, names))
+            bound = isinstance(callee, ast.Attribute) and not _attribute(callee, itself)  # a method of a part, if of one
+            found.append(_CallOf(frozenset() if bound else _parts_in(callee, itself, known), last, places, names))
             plain = isinstance(callee, ast.Name) and callee.id in _HANDS_ON | _ASKS
             for one in () if plain else (*node.args, *(keyword.value for keyword in node.keywords)):
                 everything = isinstance(one, ast.Name) and one.id == itself
@@ -455,8 +463,10 @@ def _parts_in(node: ast.expr, itself: str, known: Mapping[str, frozenset[str]]) 
     elif isinstance(node, ast.BoolOp):
         inner = node.values
     elif isinstance(node, ast.Call):
-        if isinstance(node.func, ast.Name) and node.func.id == "getattr":
-            return frozenset({_ANY})
+        if isinstance(node.func, ast.Name) and node.func.id == "getattr" and node.args:
+            whose = node.args[0]
+            own = isinstance(whose, ast.Name) and whose.id == itself
+            return frozenset({_ANY}) if own else _parts_in(whose, itself, known)
         if isinstance(node.func, ast.Name) and node.func.id in _HANDS_ON:
             inner = node.args
         elif isinstance(node.func, ast.Attribute) and node.func.attr in ("items", "values", "children", "named_children"):

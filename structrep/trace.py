@@ -43,10 +43,10 @@ from structrep.intercept import (
     traced_values_are_tensors,
     unwatched,
 )
-from structrep.observe import Arguments, Given, Observed, Part
+from structrep.observe import Arguments, Given, Observed, Part, Thing
 from structrep.precision import doubled
 from structrep.sources import taken_apart, written_first
-from structrep.values import alike, holds_tensor, is_traced, mapped, proxies, snapshot
+from structrep.values import alike, held, holds_still, holds_tensor, is_traced, mapped, proxies, snapshot
 
 Example = Tensor | tuple[Any, ...] | Mapping[str, Any]
 
@@ -588,7 +588,7 @@ class _Tracer(fx.Tracer):
         self.names = names
         self.tensor_nodes: dict[int, fx.Node] = {}
 
-    def bind(self, example: Example | Arguments | None, flags: Mapping[str, Any]) -> list[Tensor | Given]:
+    def bind(self, example: Example | Arguments | None, flags: Mapping[str, Any]) -> list[Any]:
         """Decide what the forward is called with: placeholders for tensors, some flags, the defaults for the rest.
 
         Returns the tensors of the example, in the order of the placeholders.
@@ -617,7 +617,7 @@ class _Tracer(fx.Tracer):
             bound = signature.bind(*args, **kwargs)
         except TypeError as error:
             raise BadInput(f"the model's {self.method}{signature} does not take the example inputs: {error}") from error
-        tensors: list[Tensor | Given] = []
+        tensors: list[Tensor] = []
 
         def slot(leaf: Any) -> Any:
             if not isinstance(leaf, Tensor):
@@ -628,18 +628,19 @@ class _Tracer(fx.Tracer):
         self.arguments = pytree.tree_map(slot, (bound.args, bound.kwargs))
         return tensors
 
-    def _bind_as_called(self, called: Arguments, signature: inspect.Signature) -> list[Tensor | Given]:
-        """Placeholders for tensors and numbers, which may be others at the next call, and constants for the rest."""
-        held = {path: module for module, path in self.paths.items()}
-        values: list[Tensor | Given] = []
+    def _bind_as_called(self, called: Arguments, signature: inspect.Signature) -> list[Given | Thing]:
+        """Placeholders for tensors, numbers and objects, which may be others at the next call, and constants for the
+        rest."""
+        modules = {path: module for module, path in self.paths.items()}
+        values: list[Given | Thing] = []
 
         def slot(leaf: Any) -> Any:
             if isinstance(leaf, Part):
-                return held[leaf.path]
-            if not isinstance(leaf, Given):
+                return modules[leaf.path]
+            if not isinstance(leaf, (Given, Thing)):
                 return leaf
             values.append(leaf)
-            return _Slot(f"input_{len(values)}", leaf.number)
+            return _Slot(f"input_{len(values)}", leaf)
 
         self.arguments = mapped(slot, called.bound(signature))
         return values
@@ -651,8 +652,10 @@ class _Tracer(fx.Tracer):
             if not isinstance(leaf, _Slot):
                 return leaf
             proxy = self.create_proxy("placeholder", leaf.name, (), {})
-            if leaf.number is not None:
-                proxy.node.meta["stand_in"] = leaf.number
+            if isinstance(leaf.given, Thing):
+                proxy.node.meta["unknown"] = leaf.given.kind
+            elif leaf.given is not None and leaf.given.number is not None:
+                proxy.node.meta["stand_in"] = leaf.given.number
             return proxy
 
         args, kwargs = mapped(placed, self.arguments)
@@ -729,6 +732,7 @@ class _Tracer(fx.Tracer):
         self.called.add(m)
         self.stack.append(call)
         attributes = {} if leaf else snapshot(m.__dict__)
+        holders = [] if leaf else held((args, kwargs))
         drawn = None if leaf else random.getstate()  # a leaf only makes a node
         try:
             result = run(*args, **kwargs)
@@ -749,10 +753,11 @@ class _Tracer(fx.Tracer):
             del parent.steps[-1], self.calls[-1]  # its origin says how it came about
         if not leaf:
             self._note_kept(call, attributes)
-        held = {} if leaf else m.__dict__
-        now = {key: value for key, value in held.items() if not self._settles(m, key, attributes.get(key), value)}
-        before = {key: value for key, value in attributes.items() if key in now or key not in held}
+        own = {} if leaf else m.__dict__
+        now = {key: value for key, value in own.items() if not self._settles(m, key, attributes.get(key), value)}
+        before = {key: value for key, value in attributes.items() if key in now or key not in own}
         call.mutates |= not alike((call.args, call.kwargs, before), (args, kwargs, now))
+        call.mutates |= not all(holds_still(one, held_before) for one, held_before in holders)
         return result
 
     def _settles(self, m: nn.Module, key: str, before: Any, value: Any) -> bool:
@@ -958,7 +963,7 @@ class _Slot:
     """Stands for a tensor argument until there is a graph to make its placeholder in."""
 
     name: str
-    number: int | float | None = None  # it is one, and no tensor
+    given: Given | Thing | None = None  # what a run gave there
 
 
 # What a tensor tells apart from its numbers.
@@ -1151,7 +1156,7 @@ def computed(node: fx.Node, load: Callable[[fx.Node], Any], module: nn.Module | 
     return node.target(*args, **kwargs)
 
 
-def _infer_shapes(graph: fx.Graph, inputs: list[Tensor | Given]) -> None:
+def _infer_shapes(graph: fx.Graph, inputs: list[Any]) -> None:
     """Note the shape of every node that can be followed without computing, in `meta["shape"]`."""
     given = iter(inputs)
     values: dict[fx.Node, Any] = {}
@@ -1170,9 +1175,11 @@ def _infer_shapes(graph: fx.Graph, inputs: list[Tensor | Given]) -> None:
                 node.meta["shape"] = tuple(values[node].shape)
 
 
-def _fake(mode: FakeTensorMode, given: Tensor | Given) -> Any:
+def _fake(mode: FakeTensorMode, given: Tensor | Given | Thing) -> Any:
     if isinstance(given, Tensor):
         return mode.from_tensor(given.detach())
+    if isinstance(given, Thing):
+        raise TypeError(f"a {given.kind.__name__} has no shape")
     if given.number is not None:
         return given.number
     return torch.empty_strided(given.shape, given.stride, dtype=given.dtype, device=given.device)

@@ -72,10 +72,6 @@ def mapped(function: Callable[[Any], Any], value: Any, depth: int = 0) -> Any:
         for f in fields(value):
             object.__setattr__(twin, f.name, inner(getattr(value, f.name)))
         return twin
-    if _is_record(value):
-        twin = _copied(value)
-        twin.__dict__.update({key: inner(item) for key, item in vars(value).items()})
-        return twin
     return function(value)
 
 
@@ -113,11 +109,18 @@ def form_of(value: Any, mark: Callable[[Any], Any]) -> Any:
         return type(value), frozenset((key, inner(item)) for key, item in value.items())
     if _has_fields(value):
         return type(value), *(inner(getattr(value, f.name)) for f in fields(value))
-    if _is_record(value):
-        return type(value), inner(vars(value))
     found = mark(value)
     hash(found)
     return found
+
+
+def held(value: Any) -> list[tuple[Any, dict[str, Any]]]:
+    """The dataclasses in a structure, and what they hold now: others may write to them later."""
+    if isinstance(value, (list, tuple)):
+        return [one for item in value for one in held(item)]
+    if isinstance(value, dict):
+        return [one for item in value.values() for one in held(item)]
+    return [(value, {f.name: snapshot(getattr(value, f.name)) for f in fields(value)})] if _has_fields(value) else []
 
 
 def is_traced(value: Any) -> bool:
@@ -150,6 +153,11 @@ def alike(before: Any, after: Any) -> bool:
     return before is after or (isinstance(before, fx.Proxy) and isinstance(after, fx.Proxy))
 
 
+def holds_still(value: Any, before: dict[str, Any]) -> bool:
+    """Whether a dataclass holds what it did."""
+    return all(alike(one, getattr(value, name)) for name, one in before.items())
+
+
 class Unknown(Exception):
     """What type a traced value will be of."""
 
@@ -176,6 +184,8 @@ def stand_in(node: fx.Node) -> Any:
     Raises:
         Unknown: it may be of several.
     """
+    if "unknown" in node.meta:
+        raise Unknown(f"a {node.meta['unknown'].__name__}")
     if "stand_in" not in node.meta:
         node.meta["stand_in"] = _stand_in(node)
     return node.meta["stand_in"]

@@ -29,6 +29,7 @@ ORDER = [
     "intercept",
     "observe",
     "trace",
+    "wrappers",
     "probe",
     "frames",
     "absorb",
