@@ -45,9 +45,8 @@ class Callers:
 
     def _of_root(self, root: Call) -> Iterator[str]:
         """What calls a part that is traced apart, by their source."""
-        around = [(cls, way, near) for cls, way, near in self._around(root) if near or root in self.traced.guessed]
-        parameters = _parameters(root)
-        calls = [site for cls, way, near in around for site in sites(cls, way, tuple(parameters), near)]
+        parameters, sure = _parameters(root), root not in self.traced.guessed
+        calls = [site for around in self._around(root) for site in sites(*around, sure=sure)]
         if root not in self.traced.guessed:  # there may be calls that the run did not come to
             yield from _others(root, calls)
             return
@@ -92,16 +91,17 @@ class Callers:
                         if not is_traced(value) and not _equal(_given(site, name, _parameters(call)), value):
                             yield _unknown(call, name)
 
-    def _around(self, root: Call) -> Iterator[tuple[type, tuple[str, ...], bool]]:
-        """The classes of the modules around a part that have code, the names from there, and whether it is the nearest
-        of them."""
+    def _around(self, root: Call) -> Iterator[tuple[type, tuple[str, ...], tuple[str, ...], bool]]:
+        """The classes of the modules around a part that have code, the names from there, the part's parameters, and
+        whether it is the nearest of them."""
+        parameters = tuple(_parameters(root))
         for path, module in self.traced.model.named_modules(remove_duplicate=False):
             way = tuple(path.split(".")) if module is root.module else ()
             near = True
             for depth in reversed(range(len(way))):
                 cls = type(self.traced.model.get_submodule(".".join(way[:depth])))
                 if getattr(cls, "forward", None) is not nn.Module.forward:
-                    yield cls, way[depth:], near
+                    yield cls, way[depth:], parameters, near
                     near = False
 
 

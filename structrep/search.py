@@ -844,6 +844,8 @@ class Search:
         for call in {call for node in changed for call in node.meta["call"].chain() if stands_in(call.module)}:
             if call.path in self.findings.kept:
                 raise Shared(self.findings.kept[call.path])
+            if hooks(call.module):
+                raise Hooked(f"{call.path} has a forward hook, and adapters, which are merged with it or not at all")
             rest = [n for n in call.nodes() if n not in inside and "value" not in n.meta and not only_asserted(n)]
             if any(not asks_kind(n) and not isinstance(self._reading(n), Same) for n in rest):
                 raise Shared(f"{call.path} would be merged in part, and its own merge() does that part again")

@@ -301,7 +301,9 @@ def _names(node: ast.AST, known: dict[str, tuple[str, ...]]) -> tuple[str, ...] 
     return (*known[inner.id], *names) if isinstance(inner, ast.Name) and inner.id in known else None
 
 
-def sites(cls: type, way: tuple[str, ...], parameters: tuple[str, ...], near: bool) -> list[Site | None]:
+def sites(
+    cls: type, way: tuple[str, ...], parameters: tuple[str, ...], near: bool, sure: bool = False
+) -> list[Site | None]:
     """What the code of a class around a part may give it: of each call that may be one of the part, the arguments by
     parameter, ... or COMPUTED for what is no literal; None for a call that may give it anything, or for code that
     cannot be read.
@@ -310,6 +312,7 @@ def sites(cls: type, way: tuple[str, ...], parameters: tuple[str, ...], near: bo
         way: the names from a module of that class to the part.
         parameters: their names, in order.
         near: whether nothing but containers is between; else calls count that are of a thing of the part's name.
+        sure: leave out calls of what may be another part, or none.
     """
     found: list[Site | None] = []
     for name, function in functions(cls).items():
@@ -317,8 +320,8 @@ def sites(cls: type, way: tuple[str, ...], parameters: tuple[str, ...], near: bo
         if calls is None and name == "forward":
             found.append(None)
         for call in calls or () if name != "__init__" else ():
-            itself = near and (way[0] in call.of or _ANY in call.of)
-            if itself or call.last == way[-1]:
+            itself = near and (way[0] in call.of or (_ANY in call.of and not sure))
+            if itself or (call.last == way[-1] and not sure):
                 plain = call.places is not None and len(call.places) <= len(parameters)
                 given = zip(parameters, call.places or (), strict=False)
                 found.append({**dict(given), **dict(call.names)} if plain else None)
@@ -394,8 +397,7 @@ def _own_calls(function: FunctionType) -> tuple[_CallOf, ...] | None:
             found.append(_CallOf(frozenset() if bound else _parts_in(callee, itself, known), last, places, names))
             plain = isinstance(callee, ast.Name) and callee.id in _HANDS_ON | _ASKS
             for one in () if plain else (*node.args, *(keyword.value for keyword in node.keywords)):
-                everything = isinstance(one, ast.Name) and one.id == itself
-                if handed := frozenset({_ANY}) if everything else _parts_in(one, itself, known):
+                if handed := _parts_in(one, itself, known):
                     found.append(_CallOf(handed, "", None))  # to somebody who may call it with anything
     return tuple(found)
 

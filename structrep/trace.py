@@ -786,7 +786,8 @@ class _Tracer(fx.Tracer):
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: Any) -> Any:
         """Called for every parameter, buffer and child that a forward looks up: notes who reaches into whom."""
         path = self.names.get(id(attr_val)) if isinstance(attr_val, Tensor) else self.paths.get(attr_val)
-        if path and self.stack and path.rpartition(".")[0] != self.stack[-1].path:
+        tied = bool(self.stack) and self.stack[-1].module._parameters.get(attr) is attr_val  # also held elsewhere
+        if path and self.stack and path.rpartition(".")[0] != self.stack[-1].path and not tied:
             self.reached.setdefault(path, set()).add(self.stack[-1])
             self.fetched[path, self.stack[-1]] += 1
         return attr_val

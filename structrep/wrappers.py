@@ -11,7 +11,6 @@ peft is never imported here: who has such a model has done so.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -48,7 +47,7 @@ def stands_in(module: nn.Module) -> bool:
 
 def settle(model: nn.Module, change: bool = True) -> bool:
     """Put in the place of each part that only wraps another that other one: adapted models inside a model, copies that
-    peft trains beside a layer, layers of which no adapter is active.
+    peft trains in the place of a layer, layers of which no adapter is active.
 
     Args:
         model: is changed.
@@ -71,13 +70,14 @@ def settle(model: nn.Module, change: bool = True) -> bool:
 
 
 def kept(model: nn.Module) -> dict[str, str]:
-    """Paths of layers that stay as they are, with what makes them: adapters that a wrapper switches, which stays too."""
+    """Paths of layers that stay as they are, with what makes them: adapters of a wrapper that stays."""
     found: dict[str, str] = {}
     for path, module in model.named_modules() if _peft() is not None else ():
         if _is_wrapper(module):
-            what = f"{path or 'the model'} ({type(module).__name__}) does more than to run what is inside"
+            reason = _stays(module) or f"code around it asks for its {_asked_for(model, path, module)}"
+            what = f"{path or 'the model'} ({type(module).__name__}) stays, and so do its adapters: {reason}"
             below = ((f"{path}.{name}".strip("."), part) for name, part in module.named_modules())
-            found |= {name: f"{what}: its adapters stay its own" for name, part in below if stands_in(part)}
+            found = {name: what for name, part in below if stands_in(part)} | found
     return found
 
 
@@ -109,22 +109,32 @@ def _is_wrapper(module: nn.Module) -> bool:
 
 def _adapted(model: nn.Module) -> nn.Module | None:
     """The model inside one of peft's, if that does no more than to run it."""
-    if (peft := _peft()) is None or hooks(model):
+    if _peft() is None or not _is_wrapper(model) or _stays(model):
         return None
-    tuner: Any = model
-    if isinstance(model, (peft.PeftModel, peft.PeftMixedModel)):
-        if not type(model).forward.__module__.startswith("peft."):
-            return None
-        tuner = model.base_model
-    plain = peft.tuners.tuners_utils.BaseTuner
-    if not isinstance(tuner, plain) or hooks(tuner):
-        return None  # prompts, which stand before the input
-    if type(tuner).forward not in (plain.forward, peft.AdaLoraModel.forward):  # the latter adds to a loss
-        return None  # X-LoRA and others, which choose between adapters by the input
-    if any(getattr(config, "alora_invocation_tokens", None) for config in tuner.peft_config.values()):
-        return None  # adapters that begin at a token of the input
-    inside: nn.Module = tuner.model
+    inside: nn.Module = _tuner(model).model
     return inside
+
+
+def _tuner(wrapper: Any) -> Any:
+    peft = _peft()
+    return wrapper.base_model if isinstance(wrapper, (peft.PeftModel, peft.PeftMixedModel)) else wrapper
+
+
+def _stays(wrapper: nn.Module) -> str:
+    """Why one of peft's around a model is more than a wrapper; "" if it is not."""
+    peft, tuner = _peft(), _tuner(wrapper)
+    plain = peft.tuners.tuners_utils.BaseTuner
+    if hooks(wrapper) or hooks(tuner):
+        return "it has a forward hook"
+    if not isinstance(tuner, plain):
+        return "it changes what the model inside is given"  # prompts
+    if wrapper is not tuner and not _is_pefts(getattr(type(wrapper).forward, "__module__", "")):
+        return "it has a forward of its own"
+    if type(tuner).forward not in (plain.forward, peft.AdaLoraModel.forward):  # the latter adds to a loss
+        return "it chooses between them by the input"
+    if any(getattr(config, "alora_invocation_tokens", None) for config in tuner.peft_config.values()):
+        return "they begin at a token of the input"
+    return ""
 
 
 def _settled(model: nn.Module, path: str, module: nn.Module) -> nn.Module | None:
@@ -132,7 +142,7 @@ def _settled(model: nn.Module, path: str, module: nn.Module) -> nn.Module | None
     if (peft := _peft()) is None:
         return None
     if (inside := _adapted(module)) is not None:
-        return None if _reached_into(model, path, module) else inside
+        return None if _asked_for(model, path, module) else inside
     if isinstance(module, peft.utils.other.ModulesToSaveWrapper) and not hooks(module):
         off = module.disable_adapters or not module.active_adapters
         return module.original_module if off else module.modules_to_save[module.active_adapters[0]]
@@ -143,24 +153,24 @@ def _idle(layer: Any) -> nn.Module | None:
     """The layer below a layer of peft's that runs nothing else; None if an adapter is at work."""
     if hooks(layer) or "base_layer" not in layer._modules or hasattr(layer, "unload_and_optionally_merge_module"):
         return None
+    if layer.merged and layer.disable_adapters:
+        return None  # at its next call it changes its weights
     held = {name for names in layer.adapter_layer_names for name in getattr(layer, names, {})}
-    works = not layer.merged and not layer.disable_adapters and not held.isdisjoint(layer.active_adapters)
-    inside: nn.Module = layer.base_layer
-    return None if works or (layer.merged and layer.disable_adapters) else inside
+    inside: nn.Module | None = layer.base_layer
+    if not layer.merged and not layer.disable_adapters and not held.isdisjoint(layer.active_adapters):
+        whole = getattr(layer, "ln_tuning_layers", {})  # which take the place of the layer itself
+        inside = whole[layer.active_adapters[0]] if len(layer.active_adapters) == 1 == len(held & {*whole}) else None
+    return inside
 
 
-def _reached_into(model: nn.Module, path: str, wrapper: nn.Module) -> bool:
-    """Whether code around an adapted model asks it for anything that the model inside has not."""
-    own = {"base_model", "peft_config"}.union(*(vars(cls) for cls in type(wrapper).__mro__ if _is_pefts(cls)))
+def _asked_for(model: nn.Module, path: str, wrapper: nn.Module) -> str:
+    """What the code around an adapted model asks it for that is not asked of the model inside; "" if nothing."""
+    own = {"base_model", "peft_config"}.union(*(vars(cls) for cls in type(wrapper).__mro__ if _is_pefts(cls.__module__)))
     own -= {"forward", "generate"} | {name for name in own if name.startswith("__")}
-    return any(not own.isdisjoint(words(cls)) for cls in _around(model, path))
-
-
-def _is_pefts(cls: type) -> bool:
-    return cls.__module__.partition(".")[0] == "peft"
-
-
-def _around(model: nn.Module, path: str) -> Iterator[type]:
     names = path.split(".")
-    for depth in range(len(names)):
-        yield type(model.get_submodule(".".join(names[:depth])))
+    around = {type(model.get_submodule(".".join(names[:depth]))) for depth in range(len(names))}
+    return next((name for cls in around for name in sorted(own & words(cls))), "")
+
+
+def _is_pefts(module: str) -> bool:
+    return module.partition(".")[0] == "peft"
