@@ -180,6 +180,7 @@ class Findings:
     def __post_init__(self) -> None:
         self.replicas, self.borders = Replicas(self.traced), Borders(self.traced)
         self.callers = Callers(self.traced)
+        self.adapted = bool(self.kept) or any(map(stands_in, self.traced.model.modules()))
         self.forget()
 
     def hold(self, stretch: Sequence[Segment], map_: ConvMap) -> None:
@@ -841,9 +842,14 @@ class Search:
 
     def _check_adapters(self, changed: set[fx.Node], inside: set[fx.Node]) -> None:
         """Raise if a layer with adapters would be merged in part: its own `merge` would do that part again."""
-        for call in {call for node in changed for call in node.meta["call"].chain() if stands_in(call.module)}:
-            if call.path in self.findings.kept:
+        if not self.findings.adapted:
+            return
+        around = [set(node.meta["call"].chain()) for node in changed]
+        for call in set[Call]().union(*around):
+            if call.path in self.findings.kept and (stands_in(call.module) or any(call not in one for one in around)):
                 raise Shared(self.findings.kept[call.path])
+            if not stands_in(call.module):
+                continue
             if hooks(call.module):
                 raise Hooked(f"{call.path} has a forward hook, and adapters, which are merged with it or not at all")
             rest = [n for n in call.nodes() if n not in inside and "value" not in n.meta and not only_asserted(n)]

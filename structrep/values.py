@@ -80,8 +80,8 @@ _DEEPEST = 16  # levels of a structure
 
 def _has_fields(value: Any) -> bool:
     """Whether a value is a dataclass of somebody else's."""
-    own = type(value).__module__.partition(".")[0] == "structrep"
-    return is_dataclass(value) and not isinstance(value, type) and not own
+    kind = type(value)  # not the value itself, for which a trace may answer
+    return hasattr(kind, "__dataclass_fields__") and kind.__module__.partition(".")[0] != "structrep"
 
 
 def _copied(value: Any) -> Any:

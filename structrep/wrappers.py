@@ -70,14 +70,17 @@ def settle(model: nn.Module, change: bool = True) -> bool:
 
 
 def kept(model: nn.Module) -> dict[str, str]:
-    """Paths of layers that stay as they are, with what makes them: adapters of a wrapper that stays."""
+    """Paths of layers that stay as they are, with what makes them, adapters of a wrapper that stays; and of the models
+    in such wrappers, which would not be themselves if anything outside were merged into them."""
     found: dict[str, str] = {}
     for path, module in model.named_modules() if _peft() is not None else ():
         if _is_wrapper(module):
             reason = _stays(module) or f"code around it asks for its {_asked_for(model, path, module)}"
             what = f"{path or 'the model'} ({type(module).__name__}) stays, and so do its adapters: {reason}"
+            tuner = _tuner(module)
+            inside = tuner.model if _is_wrapper(tuner) else tuner
             below = ((f"{path}.{name}".strip("."), part) for name, part in module.named_modules())
-            found = {name: what for name, part in below if stands_in(part)} | found
+            found = {name: what for name, part in below if stands_in(part) or part is inside} | found
     return found
 
 
