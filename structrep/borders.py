@@ -157,7 +157,10 @@ class Borders:
 
 
 def _is_required(parameter: Parameter) -> bool:
-    return parameter.default is parameter.empty and parameter.kind not in (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
+    return parameter.default is parameter.empty and parameter.kind not in (
+        Parameter.VAR_POSITIONAL,
+        Parameter.VAR_KEYWORD,
+    )
 
 
 def _variants(name: str, function: FunctionType) -> Iterator[Variant]:

@@ -1,4 +1,4 @@
-"""How code around a part may call it otherwise than it was traced: nothing is written anew for arguments that are guessed.
+"""How code around a part may call it otherwise than it was traced: nothing is written anew for guessed arguments.
 
 A part of a module whose forward cannot be followed is traced apart, with what it was seen to be given as the model ran,
 or without a run as its signature has it. What else it may be given is asked of the source of the modules around.
@@ -48,7 +48,7 @@ class Callers:
         parameters, sure = _parameters(root), root not in self.traced.guessed
         calls = [site for around in self._around(root) for site in sites(*around, sure=sure)]
         if root not in self.traced.guessed:  # there may be calls that the run did not come to
-            yield from _others(root, calls)
+            yield from self._others(root, calls)
             return
         given = dict.fromkeys(name for site in calls for name in site or ())
         if None in calls:
@@ -84,12 +84,26 @@ class Callers:
                 cls = type(self.traced.model.get_submodule(path))
                 calls = sites(cls, (call.method,), tuple(_parameters(call)), near=False)
                 if self.traced.observed.calls:
-                    yield from _others(call, calls)
+                    yield from self._others(call, calls)
                     continue
                 for site in calls:
                     for name, value in _arguments(call).items():
                         if not is_traced(value) and not _equal(_given(site, name, _parameters(call)), value):
                             yield _unknown(call, name)
+
+    def _others(self, call: Call, calls: list[Site | None]) -> Iterator[str]:
+        """Arguments that calls of a part give by their source, and that it was not seen to be given."""
+        parameters = _parameters(call)
+        bodies = [one for one in self.traced.calls[call.module, call.method] if not one.leaf]
+        for name in parameters:
+            given = [_given(site, name, parameters) for site in calls if site is not None]
+            traced = [_arguments(one).get(name) for one in bodies]
+            odd = [one for one in given if not any(_fits(one, value) for value in traced)]
+            if len(odd) == len(given):
+                odd = [one for one in odd if one is not ...]  # what the run has given is what the code gives
+            if odd:
+                what = "something else" if odd[0] in (..., COMPUTED) else repr(odd[0])
+                yield f"{call.path} may be called with {what} for {name}, and was not as the model ran"
 
     def _around(self, root: Call) -> Iterator[tuple[type, tuple[str, ...], tuple[str, ...], bool]]:
         """The classes of the modules around a part that have code, the names from there, the part's parameters, and
@@ -156,21 +170,13 @@ def _unknown(call: Call, name: str) -> str:
     return f"what {call.path} is given for {name} is not known: example inputs would tell"
 
 
-def _others(call: Call, calls: list[Site | None]) -> Iterator[str]:
-    """Other arguments than those that were traced, as some calls of a part give them by their source."""
-    parameters, arguments = _parameters(call), _arguments(call)
-    for name in parameters:
-        given = [_given(site, name, parameters) for site in calls if site is not None]
-        traced = arguments.get(name)
-        if isinstance(traced, fx.Proxy):
-            number = isinstance(traced.node.meta.get("stand_in"), (int, float))
-            literals = [one for one in given if one not in (..., COMPUTED, Parameter.empty)]
-            odd = [one for one in literals if not (number and type(one) in (int, float))]
-        elif is_traced(traced):
-            odd = [one for one in given if one is None]
-        else:
-            same = [_equal(one, traced) for one in given]
-            odd = [one for one, alike in zip(given, same, strict=True) if not alike and (one is not ... or any(same))]
-        if odd:
-            what = "something else" if odd[0] in (..., COMPUTED) else repr(odd[0])
-            yield f"{call.path} may be called with {what} for {name}, and was not as the model ran"
+def _fits(given: Any, traced: Any) -> bool:
+    """Whether an argument that a call gives by its source is one that a method was traced with, or may be."""
+    if given is Parameter.empty:
+        return True
+    if isinstance(traced, fx.Proxy):
+        number = isinstance(traced.node.meta.get("stand_in"), (int, float))
+        return given is ... or given is COMPUTED or (number and type(given) in (int, float))
+    if is_traced(traced):
+        return given is not None
+    return _equal(given, traced)

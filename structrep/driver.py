@@ -19,9 +19,9 @@ from structrep.expand import expand_layers, forget_norms, give_norms_back
 from structrep.explain import refusal, why
 from structrep.layers import Sizes
 from structrep.measured import Measured
+from structrep.observe import Observed
 from structrep.pattern import Term, geometry
 from structrep.probe import probe as find_map
-from structrep.observe import Observed
 from structrep.proof import border, observe, prove, verify
 from structrep.registry import Registry, Rule, resolve
 from structrep.report import (
@@ -337,7 +337,9 @@ def _plan(
             "norms='keep' gives back a model that structrep.expand has made, and in this one is no such block"
         )
     with torch.random.fork_rng(devices=[]), precision.whole():  # a forward may draw numbers
-        found = search.find(model, example_inputs, registry, _globs(inexact_borders), maps, refused, blocks, observed, kept(model))
+        found = search.find(
+            model, example_inputs, registry, _globs(inexact_borders), maps, refused, blocks, observed, kept(model)
+        )
     planned = Plan(model, found, _globs(reserve), measured, given)
     if example_inputs is None or measured is None:
         return planned
@@ -387,9 +389,9 @@ def _probed(model: nn.Module, observed: Observed) -> tuple[dict[str, ConvMap], l
     for path in sorted(observed.keep):
         given = observed.kept.get(path, ())
         try:
-            if path not in observed.kept:
-                raise Unreadable("the model does not call it for the example inputs")
-            found[path] = find_map(model.get_submodule(path), given[0] if len(given) == 1 else None)
+            if len(given) != 1:
+                raise Unreadable("the model does not call it with one argument for the example inputs")
+            found[path] = find_map(model.get_submodule(path), *given)
         except Refusal as reason:
             refused.append(Missed(path, "-", "probed", reason, (path,)))
     return found, refused

@@ -101,9 +101,11 @@ class Forward:
     def _check_calls(self, traced: inspect.BoundArguments) -> None:
         """Raise where a run has shown that the model calls this with other arguments than it was traced with."""
         path, method = self.call.path, self.call.method
-        whole = inspect.BoundArguments(traced.signature, traced.arguments.copy())  # type: ignore[arg-type]
+        whole = inspect.BoundArguments(traced.signature, traced.arguments.copy())
         whole.apply_defaults()
-        for form in self.traced.observed.forms(path, method) if not isinstance(self.call.module, fx.GraphModule) else ():
+        for form in (
+            self.traced.observed.forms(path, method) if not isinstance(self.call.module, fx.GraphModule) else ()
+        ):
             if form is None:
                 raise Unreadable(f"{path} is given more than tensors and plain values as the model runs")
             for name, value in form.given.items():

@@ -60,11 +60,13 @@ class Arguments:
     """What a method was given in all calls of one form: equal constants, and tensors of as many dims, in equal
     structures."""
 
-    given: dict[str, Any]  # by parameter, those that some call gave; with `Given`, `Part` and `Thing` for what they are of
+    given: dict[
+        str, Any
+    ]  # by parameter, those that some call gave; with `Given`, `Part` and `Thing` for what they are of
 
     def bound(self, signature: inspect.Signature) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """As positional and keyword arguments."""
-        both = inspect.BoundArguments(signature, self.given)  # type: ignore[arg-type]
+        both = inspect.BoundArguments(signature, self.given)
         return both.args, both.kwargs
 
     @property

@@ -223,7 +223,9 @@ def observe(model: nn.Module, example_inputs: Example, keep: Collection[str] = (
     """
     how = How.of(model)
     twin = how.model(model)
-    parts = {part: path for path, part in twin.named_modules() if "._orig_mod." not in f".{path}."}  # of what is compiled
+    parts = {
+        part: path for path, part in twin.named_modules() if "._orig_mod." not in f".{path}."
+    }  # of what is compiled
     observed = Observed(parts, keep)
     args, kwargs = as_arguments(how.inputs(example_inputs))
     try:

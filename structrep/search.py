@@ -726,8 +726,8 @@ class Search:
         if sized(term) != "any":
             if self.trace.root.module is not self.traced.model:
                 raise Shared(
-                    f"{term} holds for inputs of some sizes only, and {self.trace.path} is called by code that cannot be "
-                    f"followed: it may give it others"
+                    f"{term} holds for inputs of some sizes only, and code that cannot be followed calls "
+                    f"{self.trace.path}: it may give it others"
                 )
             if not any(segment.term.op in ("sum", "concat") for segment in stretch):
                 raise Costlier(f"{term} would hold for inputs of some sizes only, and spares no branch")

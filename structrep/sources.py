@@ -13,7 +13,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-
 Site = dict[str, Any]  # the arguments of a call, by parameter
 
 
@@ -320,7 +319,8 @@ def sites(
         if calls is None and name == "forward":
             found.append(None)
         for call in calls or () if name != "__init__" else ():
-            itself = near and (way[0] in call.of or (_ANY in call.of and not sure))
+            there = call.key is None or len(way) < 2 or call.key == way[1]
+            itself = near and there and (way[0] in call.of or (_ANY in call.of and not sure))
             if itself or (call.last == way[-1] and not sure):
                 plain = call.places is not None and len(call.places) <= len(parameters)
                 given = zip(parameters, call.places or (), strict=False)
@@ -362,6 +362,7 @@ class _CallOf:
     last: str  # the last name on the way there: "block" in `model.block(x)`
     places: tuple[Any, ...] | None  # positional arguments, as `sites` has them; None if there may be any
     names: tuple[tuple[str, Any], ...] = ()
+    key: str | None = None  # "0" in `self.blocks[0](x)`
 
 
 @functools.lru_cache(4096)
@@ -393,8 +394,13 @@ def _own_calls(function: FunctionType) -> tuple[_CallOf, ...] | None:
             stars = any(isinstance(a, ast.Starred) for a in node.args) or any(k.arg is None for k in node.keywords)
             places = None if stars else tuple(map(_literal, node.args))
             names = tuple((keyword.arg, _literal(keyword.value)) for keyword in node.keywords if keyword.arg)
-            bound = isinstance(callee, ast.Attribute) and not _attribute(callee, itself)  # a method of a part, if of one
-            found.append(_CallOf(frozenset() if bound else _parts_in(callee, itself, known), last, places, names))
+            bound = isinstance(callee, ast.Attribute) and not _attribute(
+                callee, itself
+            )  # a method of a part, if of one
+            index = _literal(callee.slice) if isinstance(callee, ast.Subscript) else ...
+            key = str(index) if isinstance(index, (int, str)) else None
+            of = frozenset() if bound else _parts_in(callee, itself, known)
+            found.append(_CallOf(of, last, places, names, key))
             plain = isinstance(callee, ast.Name) and callee.id in _HANDS_ON | _ASKS
             for one in () if plain else (*node.args, *(keyword.value for keyword in node.keywords)):
                 if handed := _parts_in(one, itself, known):
@@ -471,7 +477,12 @@ def _parts_in(node: ast.expr, itself: str, known: Mapping[str, frozenset[str]]) 
             return frozenset({_ANY}) if own else _parts_in(whose, itself, known)
         if isinstance(node.func, ast.Name) and node.func.id in _HANDS_ON:
             inner = node.args
-        elif isinstance(node.func, ast.Attribute) and node.func.attr in ("items", "values", "children", "named_children"):
+        elif isinstance(node.func, ast.Attribute) and node.func.attr in (
+            "items",
+            "values",
+            "children",
+            "named_children",
+        ):
             if isinstance(node.func.value, ast.Name) and node.func.value.id == itself:
                 return frozenset({_ANY})
             inner = [node.func.value]

@@ -91,7 +91,7 @@ def finish(model: nn.Module) -> None:
     if not any(map(stands_in, model.modules())):
         vars(model).pop("peft_config", None)
         vars(model).pop("_hf_peft_config_loaded", None)
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if getattr(config, "tie_word_embeddings", False):
         ends = [getattr(model, f"get_{end}_embeddings", lambda: None)() for end in ("input", "output")]
         weights = [getattr(end, "weight", None) for end in ends]
@@ -148,7 +148,8 @@ def _settled(model: nn.Module, path: str, module: nn.Module) -> nn.Module | None
         return None if _asked_for(model, path, module) else inside
     if isinstance(module, peft.utils.other.ModulesToSaveWrapper) and not hooks(module):
         off = module.disable_adapters or not module.active_adapters
-        return module.original_module if off else module.modules_to_save[module.active_adapters[0]]
+        whole: nn.Module = module.original_module if off else module.modules_to_save[module.active_adapters[0]]
+        return whole
     return _idle(module) if stands_in(module) else None
 
 
@@ -168,7 +169,9 @@ def _idle(layer: Any) -> nn.Module | None:
 
 def _asked_for(model: nn.Module, path: str, wrapper: nn.Module) -> str:
     """What the code around an adapted model asks it for that is not asked of the model inside; "" if nothing."""
-    own = {"base_model", "peft_config"}.union(*(vars(cls) for cls in type(wrapper).__mro__ if _is_pefts(cls.__module__)))
+    own = {"base_model", "peft_config"}.union(
+        *(vars(cls) for cls in type(wrapper).__mro__ if _is_pefts(cls.__module__))
+    )
     own -= {"forward", "generate"} | {name for name in own if name.startswith("__")}
     names = path.split(".")
     around = {type(model.get_submodule(".".join(names[:depth]))) for depth in range(len(names))}
