@@ -271,9 +271,9 @@ def plan(
 
     Args:
         model: any module in eval mode. What torch wraps around a model to train or compile it (DataParallel,
-            DistributedDataParallel, `torch.compile`) is seen through: the plan is for the model inside. So is what `peft`
-            puts around a model or a part of it (PeftModel, PeftMixedModel, a bare tuner such as LoraModel), whose own
-            methods would no longer be right.
+            DistributedDataParallel, `torch.compile`) is seen through: the plan is for the model inside. So is what
+            `peft` puts around a model or a part of it (PeftModel, PeftMixedModel, a bare tuner such as LoraModel),
+            whose own methods would no longer be right.
         example_inputs: a tensor, a tuple of positional or a mapping of keyword arguments; tells shapes, which some
             merges need, and how parts are called by code that cannot be followed.
         rules: a registry, or names of registered rules and rules; all registered ones by default.
