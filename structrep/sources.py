@@ -328,6 +328,14 @@ def sites(
     return found
 
 
+def methods_called(cls: type) -> frozenset[str]:
+    """The names of what the forward of a class, or what that calls of its own, calls with arguments."""
+    known = functions(cls)
+    own = {"forward", *(mentions(cls, "forward") or ())} & known.keys() if "forward" in known else set()
+    calls = (call for name in own for call in _own_calls(known[name]) or ())
+    return frozenset(call.last for call in calls if call.last and call.places != ())
+
+
 def asks_what(function: Callable[..., Any], parameter: str) -> bool | None:
     """Whether a function may do something else if an argument is None, or of another type; None if its code cannot be
     read."""

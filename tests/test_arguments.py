@@ -398,6 +398,38 @@ def test_a_layer_that_other_code_calls_too():
     check(settled(Net()), (X,), "the model, whose code cannot be followed, calls a.l itself")
 
 
+class Featured(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.c, self.n = nn.Conv1d(8, 8, 1), nn.BatchNorm1d(8)
+
+    def forward(self, x):
+        return self.n(self.c(x))
+
+    def features(self, x):
+        return self.c(x)
+
+
+@pytest.mark.parametrize(("known", "reason"), [
+    (True, "a.c is used 2 times"),
+    (False, "Featured.features may look at what a.c gives"),
+], ids=["with inputs", "without"])  # fmt: skip
+def test_another_method_that_the_model_calls(known, reason):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = Featured()
+
+        def forward(self, x):
+            return self.a(x if x.sum() < 1e9 else x + 1) + self.a.features(x)
+
+    model, x = settled(Net()), X.unsqueeze(2)
+    plan = structrep.plan(model, x if known else None)
+    assert not plan.merges
+    assert any(reason in refusal.reason for refusal in plan.refusals)
+    assert relative_error(plan.apply()(x), model(x)) == 0
+
+
 def test_wrong_inputs_are_the_users():
     model = settled(net(Sized, call_with_size)())
     with pytest.raises(BadInput, match="Net does not accept inputs of shape"):
