@@ -122,10 +122,10 @@ def _block_at(segments: list[Segment]) -> tuple[Call | None, int]:
         inner = [s for s in segments if all(call.holds(n) for n in s.nodes)]
         count = len(inner)
         whole = {n for s in inner for n in s.nodes}
-        behind = _same_as(call.result, inner[-1].root)
+        behind = _same_as(call.result, inner[-1].root) if inner else []
         covers = all(n in whole or n in behind or only_asserted(n) or "value" in n.meta for n in call.nodes())
         entry = [p.node for p in proxies((call.args, call.kwargs))]
-        if inner == segments[:count] and covers and entry == [inner[0].base] and inner[-1].root in behind:
+        if inner == segments[:count] and covers and behind and entry == [inner[0].base]:
             return call, count
     return None, 1
 

@@ -336,12 +336,14 @@ class _Below:
 
     def trace_rest(self, layers: Iterable[nn.Module] = ()) -> None:
         """Trace what nothing that was followed calls, each part in the ways that it was seen to be called, if any."""
-        self.left |= dict.fromkeys(layers)
         while self.left:
             module = next(iter(self.left))
             del self.left[module]
             if module not in self.seen and not readers.knows(module):
                 self._trace_as_called(module, "forward", self.traced.observed.forms(self.paths[module], "forward"))
+        for layer in layers:
+            if layer not in self.seen:
+                self.trace(layer)
 
     def _apart(self, module: nn.Module, method: str) -> None:
         """Trace the parts of a module whose code is not followed."""
