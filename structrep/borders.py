@@ -4,31 +4,31 @@
 second. Another method, say `forward_intermediates`, may give back what stands between. So for every merge the methods
 of the modules around are looked through whose name says that they are forwards too: those that run a part of the merge,
 by their source, are followed; and so are forwards with a flag that is not as it is by default
-(`forward(x, pre_logits=True)`), or given a tensor for what is None by default (`forward(x, mask)`). Left out are those
-for a converted model (`forward_fuse`, `forward_deploy`), which run a convolution and leave out its norm because that is
-merged by then.
+(`forward(x, pre_logits=True)`), or given a tensor for what is None by default (`forward(x, mask)`). So are methods of
+any name that code which cannot be followed calls of a part. Left out are those for a converted model (`forward_fuse`,
+`forward_deploy`), which run a convolution and leave out its norm because that is merged by then.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from inspect import Parameter, signature
 from types import FunctionType
 from typing import Any
 
 from torch import fx, nn
 
 from structrep.errors import Shared
-from structrep.sources import functions, mentions
+from structrep.sources import functions, mentions, methods_called
 from structrep.trace import Call, Method, Traced, follow_method
 
 
 @dataclass(frozen=True)
 class Variant:
     """A way to run a module: a method, and the argument that is not as it is by default, a flag that is turned, or a
-    tensor (...) instead of None."""
+    tensor (...) instead of None; None instead of a tensor."""
 
     method: str
     flags: tuple[tuple[str, Any], ...] = ()
@@ -51,6 +51,9 @@ class Borders:
             for call in trace.calls:
                 if isinstance(call.result, fx.Proxy):
                     self.given[call.result.node].append(call)
+        whole = {type(traced.model.get_submodule(path)) for path in traced.whole}
+        called = frozenset().union(*map(methods_called, whole))  # by code that cannot be followed
+        self.called = {name for name in called if not (name.startswith("__") or hasattr(nn.Module, name))}
         self.others: dict[type, list[Variant]] = {}
         self.variants: dict[nn.Module, list[Variant]] = {}
         self.mentioned: dict[tuple[type, str], frozenset[str] | None] = {}
@@ -135,7 +138,7 @@ class Borders:
         cls = type(around.module)
         if cls not in self.others:
             known = functions(cls)
-            names = [name for name in known if name == "forward" or _is_forward(name)]
+            names = [name for name in known if name == "forward" or _is_forward(name) or name in self.called]
             self.mentioned |= {(cls, name): mentions(cls, name) for name in names}
             self.others[cls] = [one for name in names for one in _variants(name, known[name])]
         if around.module not in self.variants:
@@ -144,6 +147,9 @@ class Borders:
             self.variants[around.module] = [
                 one for one in self.others[cls] if bool(one.flags) == ((around.module, one.method) in calls)
             ]
+            if around in self.traced.guessed:
+                plain = [name for name, one in signature(around.function).parameters.items() if _is_required(one)]
+                self.variants[around.module] += [Variant("forward", ((name, None),)) for name in plain[1:]]
         return self.variants[around.module]
 
     def _follow(self, around: Call, variant: Variant) -> Method | None:
@@ -153,10 +159,17 @@ class Borders:
         return self.followed[key]
 
 
+def _is_required(parameter: Parameter) -> bool:
+    return parameter.default is parameter.empty and parameter.kind not in (
+        Parameter.VAR_POSITIONAL,
+        Parameter.VAR_KEYWORD,
+    )
+
+
 def _variants(name: str, function: FunctionType) -> Iterator[Variant]:
     """A method by its defaults, with each of its flags turned, and with a tensor for each None."""
     yield Variant(name)
-    for parameter in inspect.signature(function).parameters.values():
+    for parameter in signature(function).parameters.values():
         if isinstance(parameter.default, bool):
             yield Variant(name, ((parameter.name, not parameter.default),))
         elif parameter.default is None:

@@ -11,7 +11,6 @@ from typing import Any, Literal
 from weakref import WeakValueDictionary
 
 from torch import nn
-from torch.export import ExportedProgram
 
 from structrep import precision, process, search
 from structrep.algebra import ConvMap
@@ -24,6 +23,7 @@ from structrep.errors import (
     Slower,
     StructrepError,
     Unmerged,
+    Unreadable,
     VerificationError,
     listed,
     warn,
@@ -32,9 +32,10 @@ from structrep.expand import expand_layers, forget_norms, give_norms_back
 from structrep.explain import refusal, why
 from structrep.layers import Sizes
 from structrep.measured import Measured
+from structrep.observe import Observed
 from structrep.pattern import Term, geometry
 from structrep.probe import probe as find_map
-from structrep.proof import accepts, border, inputs_of, prove, verify
+from structrep.proof import border, observe, prove, verify
 from structrep.registry import Registry, Rule, resolve
 from structrep.report import (
     Explanation,
@@ -53,7 +54,8 @@ from structrep.reserve import carry
 from structrep.rewrite import Draft, fallen
 from structrep.search import Findings, Merge, Missed
 from structrep.sources import without_source
-from structrep.trace import Example, demand_python, eval_copy, is_compiled, make_eager, own_copy
+from structrep.trace import Example, eval_copy, make_eager, own_copy, shallow_copy
+from structrep.wrappers import finish, kept, settle, unwrapped
 
 Rules = Registry | Iterable[str | Rule] | None
 IN_TORCH = Measured()  # what cost="measured" is, so that timings are kept from one plan to the next
@@ -65,9 +67,15 @@ class Plan:
     """All merges and refusals for one model. Nothing is changed before `apply`."""
 
     def __init__(
-        self, model: nn.Module, findings: Findings, reserve: tuple[str, ...] = (), measured: Measured | None = None
+        self,
+        model: nn.Module,
+        findings: Findings,
+        reserve: tuple[str, ...] = (),
+        measured: Measured | None = None,
+        given: nn.Module | None = None,
     ) -> None:
         self._model = model
+        self._given = given or model  # the user's, if that has wrappers inside, of which the plan knows nothing
         self._reserve, self._measured = reserve, measured
         self.latency: LatencyRecord | None = None  # of the whole model, if merges were chosen by measurement
         carry(findings, reserve)
@@ -81,7 +89,7 @@ class Plan:
         for merge, reason in self._draft.refused:
             self._refuse(merge, reason)
         self._applied = self._is_proved = False
-        self._state = _state(model)
+        self._state = _state(self._given)
 
     @property
     def merges(self) -> tuple[MergeRecord, ...]:
@@ -138,7 +146,7 @@ class Plan:
         chosen = self
         while slower := self._measured.slower(chosen.merged.values()):
             findings = search.again(chosen._findings, slower=slower)
-            chosen = Plan(self._model, findings, self._reserve, self._measured)
+            chosen = Plan(self._model, findings, self._reserve, self._measured, self._given)
         forms = {"merged": chosen.apply(), "all merged": self.apply(), "as it is": own_copy(self._model)}
         if chosen is self:
             del forms["all merged"]
@@ -206,16 +214,19 @@ class Plan:
         """
         if self._applied:
             raise StructrepError("this plan was applied in place already: make a new one with structrep.plan(model)")
-        if _state(self._model) != self._state:
+        if _state(self._given) != self._state:
             raise StructrepError(
                 "the model's weights changed since this plan was made: make a new one, structrep.plan(model)"
             )
         self._applied = inplace
-        model = self._model if inplace else own_copy(self._model)
+        if inplace:
+            settle(self._given)
+        model = self._given if inplace else own_copy(self._model)
         with process.alone():  # a draft has one model at a time
             deploy = self._draft.apply(model, release=inplace)
         if inplace:
             make_eager(deploy, {id(module): module for module in deploy.modules()})
+        finish(deploy)
         if self._findings.blocks:
             give_norms_back(deploy)
         else:
@@ -330,10 +341,12 @@ def plan(
 
     Args:
         model: any module in eval mode. What torch wraps around a model to train or compile it (DataParallel,
-            DistributedDataParallel, `torch.compile`) is seen through: the plan is for the model inside. Of a program of
-            `torch.export` it is for a graph module of its own.
+            DistributedDataParallel, `torch.compile`) is seen through: the plan is for the model inside. So is what
+            `peft` puts around a model or a part of it (PeftModel, PeftMixedModel, a bare tuner such as LoraModel),
+            whose own methods would no longer be right. Of a program of `torch.export` it is for a graph module of its
+            own.
         example_inputs: a tensor, a tuple of positional or a mapping of keyword arguments; tells shapes, which some
-            merges need.
+            merges need, and how parts are called by code that cannot be followed.
         rules: a registry, or names of registered rules and rules; all registered ones by default.
         inexact_borders: names of modules, or globs, whose merges may differ where they read outside their input, if
             nothing else helps; the plan says of each how many output pixels differ and by how much.
@@ -380,11 +393,17 @@ def _plan(
     if measured is not None and norms == "keep":
         raise BadInput("norms='keep' merges every block, whatever it costs: leave out cost='measured'")
     registry = resolve(rules)
-    model = unwrapped(model)
+    given = model = unwrapped(model)
     search.check_ready(model)
+    if settle(model, change=False):
+        model = shallow_copy(model)
+        settle(model)
+    layers = _to_probe(model, example_inputs, _globs(probe))
+    observed = Observed()
     if example_inputs is not None:
-        example_inputs = accepts(model, example_inputs)
-    maps, refused = _probed(model, example_inputs, _globs(probe))
+        observed = observe(model, example_inputs, layers)
+        example_inputs = observed.inputs
+    maps, refused = _probed(model, observed)
     for glob in (*_globs(inexact_borders), *_globs(reserve)):
         _named(model, glob)
     blocks = tuple(expand_layers(model)) if norms == "keep" else ()
@@ -393,8 +412,10 @@ def _plan(
             "norms='keep' gives back a model that structrep.expand has made, and in this one is no such block"
         )
     with process.same_chance(), precision.whole():  # a forward may draw numbers
-        found = search.find(model, example_inputs, registry, _globs(inexact_borders), maps, refused, blocks)
-    planned = Plan(model, found, _globs(reserve), measured)
+        found = search.find(
+            model, example_inputs, registry, _globs(inexact_borders), maps, refused, blocks, observed, kept(model)
+        )
+    planned = Plan(model, found, _globs(reserve), measured, given)
     if example_inputs is None or measured is None:
         return planned
     with process.same_chance():
@@ -425,24 +446,27 @@ def _named(model: nn.Module, glob: str) -> list[str]:
     return found
 
 
-def _probed(
-    model: nn.Module, example_inputs: Example | None, globs: tuple[str, ...]
-) -> tuple[dict[str, ConvMap], list[Missed]]:
-    """The maps that the named layers were found to be, and why others were not.
+def _to_probe(model: nn.Module, example_inputs: Example | None, globs: tuple[str, ...]) -> set[str]:
+    """The paths of the layers that are to be probed.
 
     Raises:
         BadInput: there are no example inputs, or no layer of such a name.
     """
-    if not globs:
-        return {}, []
-    if example_inputs is None:
+    if globs and example_inputs is None:
         raise BadInput("to probe a layer example_inputs are needed: they tell what it is given")
-    paths = {path for glob in globs for path in _named(model, glob)}
+    return {path for glob in globs for path in _named(model, glob)}
+
+
+def _probed(model: nn.Module, observed: Observed) -> tuple[dict[str, ConvMap], list[Missed]]:
+    """The maps that layers were found to be, and why others were not."""
     found: dict[str, ConvMap] = {}
     refused: list[Missed] = []
-    for path, given in inputs_of(model, example_inputs, paths):
+    for path in sorted(observed.keep):
+        given = observed.kept.get(path, ())
         try:
-            found[path] = find_map(model.get_submodule(path), given)
+            if len(given) != 1:
+                raise Unreadable("the model does not call it with one argument for the example inputs")
+            found[path] = find_map(model.get_submodule(path), *given)
         except Refusal as reason:
             refused.append(Missed(path, "-", "probed", reason, (path,)))
     return found, refused
@@ -528,27 +552,6 @@ def _state(model: nn.Module) -> list[tuple[str, int, int]]:
     """Which tensors a model holds, and how often each was written."""
     named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
     return [(name, tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for name, tensor in named]
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside wrappers that only say how it is run.
-
-    Raises:
-        BadInput: it is no module.
-    """
-    if isinstance(model, ExportedProgram):
-        model = own_copy(model.module())  # whose weights the program would share
-    while True:
-        if not isinstance(model, nn.Module):
-            what = model.__name__ if isinstance(model, type) else type(model).__name__
-            raise BadInput(f"{what} is no torch.nn.Module instance: give the model itself")
-        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            model = model.module
-        elif is_compiled(model):
-            model = model.get_submodule("_orig_mod")
-        else:
-            demand_python(model)
-            return model
 
 
 def _demand(found: Verification) -> None:

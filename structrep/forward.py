@@ -27,11 +27,12 @@ from structrep import guards
 from structrep.errors import Unreadable
 from structrep.generated import Method
 from structrep.guards import Guard
-from structrep.observed import INPUTS, MISSING, UNSTABLE, Read, namespace_reads
+from structrep.observe import Given, Part, Thing
 from structrep.operations import writes
 from structrep.otherwise import Comparison, Different, Slot, alternatives, copied, counterparts, inside, steps
 from structrep.paths import argument
 from structrep.paths import place as place_of
+from structrep.questions import INPUTS, MISSING, UNSTABLE, Read, namespace_reads
 from structrep.ranks import written_in
 from structrep.readers import Layer, Same, aliases, asks_kind, counts_sizes, only_asserted, read_node, writers
 from structrep.sources import functions_in
@@ -492,6 +493,7 @@ class Forward:
         signature = inspect.signature(self.call.function)
         bound = signature.bind(*self.call.args, **self.call.kwargs)
         hints = _plain_hints(self.call.code)
+        self._check_calls(bound)
         for name, parameter in signature.parameters.items():
             star = (
                 "*" if parameter.kind is parameter.VAR_POSITIONAL else "**" * (parameter.kind is parameter.VAR_KEYWORD)
@@ -506,6 +508,20 @@ class Forward:
                 self._expect(node, () if star == "*" else {}, name)
             elif default:
                 self._expect(node, *default, name)
+
+    def _check_calls(self, traced: inspect.BoundArguments) -> None:
+        """Raise where a run has shown that the model calls this with other arguments than it was traced with."""
+        path, method = self.call.path, self.call.method
+        whole = inspect.BoundArguments(traced.signature, traced.arguments.copy())
+        whole.apply_defaults()
+        for form in (
+            self.traced.observed.forms(path, method) if not isinstance(self.call.module, fx.GraphModule) else ()
+        ):
+            if form is None:
+                raise Unreadable(f"{path} is given more than tensors and plain values as the model runs")
+            for name, value in form.given.items():
+                if name not in whole.arguments or not _fits(value, whole.arguments[name]):
+                    raise Unreadable(f"{path} is called with another {name} as the model runs than it was traced with")
 
     def _accept(self, value: Any, node: fx.Node, name: str, optional: bool) -> None:
         if is_traced(value):
@@ -800,6 +816,21 @@ def _head(text: str) -> tuple[str, str]:
 def _defined(module: nn.Module, name: str) -> Any:
     """What a module's class has by a name."""
     return next((vars(base)[name] for base in type(module).__mro__ if name in vars(base)), None)
+
+
+def _fits(seen: Any, traced: Any) -> bool:
+    """Whether an argument that a part was seen to be given is one that it was traced with."""
+    if isinstance(seen, Given):
+        plain = type(traced) in (int, float) and traced == seen.number
+        return plain or isinstance(traced, fx.Proxy) or (seen.number is None and isinstance(traced, Tensor))
+    if isinstance(seen, (list, tuple)):
+        alike = isinstance(traced, (list, tuple)) and len(seen) == len(traced)
+        return isinstance(traced, fx.Proxy) or (alike and all(map(_fits, seen, traced)))
+    if isinstance(seen, dict) and isinstance(traced, dict):
+        return seen.keys() == traced.keys() and all(_fits(seen[key], traced[key]) for key in seen)
+    if isinstance(seen, (Part, Thing)) or is_traced(traced):
+        return seen is not None
+    return guards.matches(seen, traced)
 
 
 def _template(value: Any) -> Any:

@@ -22,6 +22,7 @@ from torch import Tensor, fx, nn
 from structrep import precision, process
 from structrep.algebra import ConvMap
 from structrep.errors import BadInput, VerificationError, WrongMerge, listed, said
+from structrep.observe import Observed
 from structrep.parametrized import uncached
 from structrep.ranks import spatial_size
 from structrep.readers import held, lower
@@ -350,32 +351,28 @@ class _Run:
         return hook
 
 
-def accepts(model: nn.Module, example_inputs: Example) -> Any:
-    """Run a copy of a model where it is; the inputs as it was given them.
+def observe(model: nn.Module, example_inputs: Example, keep: Collection[str] = ()) -> Observed:
+    """Run a copy of a model where it is, and note what it gives to each of its parts.
+
+    Args:
+        keep: paths of modules whose arguments, at their first call, are kept as they are.
 
     Raises:
         BadInput: the model rejects the inputs.
     """
     how = How.of(model)
-    _accepted(model, example_inputs, how)
-    return how.inputs(example_inputs, model)
-
-
-def inputs_of(model: nn.Module, example_inputs: Example, paths: Collection[str]) -> Iterator[tuple[str, Any]]:
-    """What some modules are given at their first call, for the example inputs."""
-    how = How.of(model)
     twin = how.model(model)
-    seen: dict[str, Any] = {}
-    for path in paths:
-
-        def note(module: nn.Module, args: Any, path: str = path) -> None:
-            seen.setdefault(path, args[0] if len(args) == 1 else None)
-
-        twin.get_submodule(path).register_forward_pre_hook(note)
+    known = twin.named_modules()
+    parts = {part: path for path, part in known if "._orig_mod." not in f".{path}."}  # not of what is compiled
+    observed = Observed(parts, keep, inputs=how.inputs(example_inputs, model))
     args, kwargs = as_arguments(how.inputs(example_inputs, model))
-    with how.running():
-        twin(*args, **kwargs)
-    yield from seen.items()
+    try:
+        with how.running(), observed.watching():
+            twin(*args, **kwargs)
+    except Exception:  # the model's own, or one of code that does not bear to be watched
+        _accepted(model, example_inputs, how)
+        return Observed(keep=keep, inputs=observed.inputs)
+    return observed
 
 
 class _Passing:

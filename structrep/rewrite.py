@@ -37,6 +37,7 @@ from structrep.readers import Layer, Same, knows, lower, only_asserted, read_mod
 from structrep.search import Merge, Replicas, Segment, site, together
 from structrep.trace import Call, Traced
 from structrep.values import proxies
+from structrep.wrappers import stands_in
 
 SUMS = (operator.add, operator.iadd)
 
@@ -121,22 +122,31 @@ def _block_at(segments: list[Segment]) -> tuple[Call | None, int]:
     first = segments[0].nodes[0].meta["call"]
     for call in reversed(list(first.chain())):
         layer = knows(call.module) and bool(computed(call.module))  # which is a call of its own only as a root
+        stands = isinstance(call.module, STAND_INS) or stands_in(call.module)
         if call.leaf or call.method != "forward" or hooks(call.module):
             continue
-        if not layer and (not isinstance(call.module, STAND_INS) or (call.parent is None and not call.path)):
+        if not layer and (not stands or (call.parent is None and not call.path)):
             continue
         inner = [s for s in segments if all(call.holds(n) for n in s.nodes)]
         count = len(inner)
         whole = {n for s in inner for n in s.nodes}
-        covers = all(n in whole or only_asserted(n) or "value" in n.meta for n in call.nodes())
+        behind = _same_as(call.result, inner[-1].root) if inner else []
+        covers = all(n in whole or n in behind or only_asserted(n) or "value" in n.meta for n in call.nodes())
         entry = [p.node for p in proxies((call.args, call.kwargs))]
-        if inner == segments[:count] and covers and entry == [inner[0].base] and _is(call.result, inner[-1].root):
+        if inner == segments[:count] and covers and behind and entry == [inner[0].base]:
             return call, count
     return None, 1
 
 
-def _is(result: Any, node: fx.Node) -> bool:
-    return isinstance(result, fx.Proxy) and result.node is node
+def _same_as(result: Any, root: fx.Node) -> list[fx.Node]:
+    """The nodes that a result comes through unchanged, back to one; none of that if it does not come from there."""
+    found: list[fx.Node] = [result.node] if isinstance(result, fx.Proxy) else []
+    while found and found[-1] is not root:
+        reading = read_node(found[-1])
+        if not isinstance(reading, Same):
+            return []
+        found.append(reading.source)
+    return found
 
 
 def host_of(parts: list[Unit]) -> Unit:

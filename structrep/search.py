@@ -24,6 +24,7 @@ from structrep.absorb import Absorption, absorptions
 from structrep.algebra import ConvMap, Ints, Rigour
 from structrep.beside import isolation
 from structrep.borders import Borders
+from structrep.callers import Callers
 from structrep.cost import Cost
 from structrep.errors import (
     BadInput,
@@ -41,6 +42,7 @@ from structrep.errors import (
     Uninitialized,
     Unreadable,
 )
+from structrep.observe import Observed
 from structrep.parametrized import about_hooks, hooks
 from structrep.pattern import ONE, Term, geometry, leaf, seq, signed, sized, stack, total, value
 from structrep.ranks import channels, spatial_size
@@ -64,6 +66,7 @@ from structrep.readers import (
 from structrep.registry import Registry, Rule
 from structrep.sources import names_reached, questions
 from structrep.trace import Call, Example, Trace, Traced, trace
+from structrep.wrappers import stands_in
 
 FARTHEST = 32  # how many dominators back a merge may reach
 LONGEST, DEEPEST = 64, 8  # how many steps a branch of a sum may have, and sums inside each other
@@ -188,14 +191,18 @@ class Findings:
     blocks: tuple[str, ...] = ()  # modules by path, inside each of which is all that may be merged; () for anywhere
     unwritable: Mapping[tuple[str, str], Refusal] = field(default_factory=dict)  # methods that cannot be written anew
     slower: Mapping[tuple[fx.Node, fx.Node], Refusal] = field(default_factory=dict)  # stretches, by base and root
+    kept: Mapping[str, str] = field(default_factory=dict)  # layers by path that stay as they are, and why
     merges: list[Merge] = field(default_factory=list)
     missed: list[Missed] = field(default_factory=list)
     searches: list[Search] = field(default_factory=list)
     replicas: Replicas = field(init=False)
     borders: Borders = field(init=False)
+    callers: Callers = field(init=False)
 
     def __post_init__(self) -> None:
         self.replicas, self.borders = Replicas(self.traced), Borders(self.traced)
+        self.callers = Callers(self.traced)
+        self.adapted = bool(self.kept) or any(map(stands_in, self.traced.model.modules()))
         self.forget()
 
     def hold(self, stretch: Sequence[Segment], map_: ConvMap) -> None:
@@ -221,6 +228,8 @@ def find(
     probed: Mapping[str, ConvMap] | None = None,
     beforehand: Iterable[Missed] = (),
     blocks: tuple[str, ...] = (),
+    observed: Observed | None = None,
+    kept: Mapping[str, str] | None = None,
 ) -> Findings:
     """Trace the model and find all its merges; those of layers that `inexact_borders` names may differ at the border.
 
@@ -228,13 +237,15 @@ def find(
         probed: layers by path that are taken to be those maps.
         beforehand: refusals that are there already.
         blocks: modules by path, inside each of which is all that may be merged; () for anywhere.
+        observed: what the model was seen to give to its parts.
+        kept: layers by path that stay as they are, and why.
 
     Raises:
         TrainingMode, Uninitialized, Sharded, BadInput: the model cannot be planned as it is.
     """
     check_ready(model)
-    traced = trace(model, example_inputs, probed or {})
-    findings = Findings(traced, tuple(inexact_borders), tuple(beforehand), blocks)
+    traced = trace(model, example_inputs, probed or {}, observed=observed)
+    findings = Findings(traced, tuple(inexact_borders), tuple(beforehand), blocks, kept=kept or {})
     return _search(findings, registry)
 
 
@@ -253,6 +264,7 @@ def again(
         found.blocks,
         {**found.unwritable, **(unwritable or {})},
         {**found.slower, **left},
+        found.kept,
     )
     return _search(findings, registry)
 
@@ -771,6 +783,11 @@ class Search:
         if not any(layer.weight is not None for layer in term.leaves()):
             raise Costlier(f"{term} holds no convolution or Linear: as one it would take more work than it does")
         if sized(term) != "any":
+            if self.trace.root.module is not self.traced.model:
+                raise Shared(
+                    f"{term} holds for inputs of some sizes only, and code that cannot be followed calls "
+                    f"{self.trace.path}: it may give it others"
+                )
             if not any(segment.term.op in ("sum", "concat") for segment in stretch):
                 raise Costlier(f"{term} would hold for inputs of some sizes only, and spares no branch")
             for call in stretch[-1].root.meta["call"].chain():
@@ -873,11 +890,30 @@ class Search:
         for where in _written_in(changed):
             if where in self.findings.unwritable:
                 raise Unreadable(str(self.findings.unwritable[where]))
+            if (doubt := self.findings.callers.doubt(*where)) is not None:
+                raise Unreadable(doubt)
         owner = self.owner(inside | _scales(stretch))
+        self._check_adapters(changed, inside)
         self.replicas.check(changed, owner)
         self.findings.borders.check(inside, root, owner)
         for one in {one for segment in stretch for one in segment.absorbed}:
             self.findings.borders.check(one.changed, None, owner)
+
+    def _check_adapters(self, changed: set[fx.Node], inside: set[fx.Node]) -> None:
+        """Raise if a layer with adapters would be merged in part: its own `merge` would do that part again."""
+        if not self.findings.adapted:
+            return
+        around = [set(node.meta["call"].chain()) for node in changed]
+        for call in set[Call]().union(*around):
+            if call.path in self.findings.kept and (stands_in(call.module) or any(call not in one for one in around)):
+                raise Shared(self.findings.kept[call.path])
+            if not stands_in(call.module):
+                continue
+            if hooks(call.module):
+                raise Hooked(f"{call.path} has a forward hook, and adapters, which are merged with it or not at all")
+            rest = [n for n in call.nodes() if n not in inside and "value" not in n.meta and not only_asserted(n)]
+            if any(not asks_kind(n) and not isinstance(self._reading(n), Same) for n in rest):
+                raise Shared(f"{call.path} would be merged in part, and its own merge() does that part again")
 
     def _memory(self, base: fx.Node) -> tuple[set[fx.Node], set[fx.Node]]:
         """What looks at the memory of a value, and what writes to it; once for all branches that read it."""
@@ -1097,6 +1133,8 @@ class Replicas:
         for other in self.traced.reached.get(call.path, ()):
             if other not in touched:
                 raise Shared(f"{other.path or 'the model'} reaches into {call.path}, which would no longer be there")
+        if (caller := self.traced.handled.get(call.path)) is not None:
+            raise Shared(f"{caller or 'the model'}, whose code cannot be followed, calls {call.path} itself")
         parent, _, name = call.path.rpartition(".")
         for path, names in self.unread.items():
             if name in names and path != parent and (not path or f"{parent}.".startswith(f"{path}.")):

@@ -46,12 +46,13 @@ from structrep.intercept import (
     take_traced_sizes,
     unwatched,
 )
-from structrep.observed import INPUTS, Observed, Read
+from structrep.observe import Arguments, Given, Observed, Part, Thing
 from structrep.paths import branches
 from structrep.precision import Shadows, as_stored, doubled
 from structrep.precision import exact as on_float64
+from structrep.questions import INPUTS, Questions, Read
 from structrep.sources import taken_apart, written_first
-from structrep.values import alike, holds_tensor, is_torch, is_traced, proxies, snapshot
+from structrep.values import alike, held, holds_still, holds_tensor, is_torch, is_traced, mapped, proxies, snapshot
 
 Example = Tensor | tuple[Any, ...] | Mapping[str, Any]
 
@@ -105,6 +106,17 @@ class Call:
             else:
                 yield from step.nodes()
 
+    def all_calls(self) -> Iterator[Call]:
+        """This call and those inside that are no single layers."""
+        yield self
+        for step in self.steps:
+            if isinstance(step, Call) and not step.leaf:
+                yield from step.all_calls()
+
+    def arguments(self) -> dict[str, Any]:
+        """What it was given, by parameter."""
+        return dict(inspect.signature(self.function).bind(*self.args, **self.kwargs).arguments)
+
     def holds(self, node: fx.Node) -> bool:
         return any(call is self for call in node.meta["call"].chain())
 
@@ -137,6 +149,11 @@ class Traced:
     calls: dict[tuple[nn.Module, str], list[Call]] = field(default_factory=lambda: defaultdict(list))  # by method
     origins: dict[int, Origin] = field(default_factory=dict)  # id of a computed constant -> how it was computed
     written: set[int] = field(default_factory=set)  # storages of constants that were also written in place
+    observed: Observed = field(default_factory=Observed)  # what the parts of the model are given as it runs
+    handled: dict[str, str] = field(default_factory=dict)  # path of a module -> a module whose code, which cannot be
+    # followed, was seen to call it
+    guessed: set[Call] = field(default_factory=set)  # calls of parts of which no run told how they are called
+    whole: set[str] = field(default_factory=set)  # paths of modules of whose code some is not followed
     reached: dict[str, set[Call]] = field(
         default_factory=dict
     )  # path of a child or tensor -> forwards of others using it
@@ -172,10 +189,12 @@ def trace(
     example_inputs: Example | None = None,
     probed: Mapping[str, ConvMap] | None = None,
     layers: Iterable[str] = (),
+    observed: Observed | None = None,
 ) -> Traced:
     """Follow the model's forward, and where that stops, its parts.
 
     Args:
+        observed: what a run of the model was seen to give to its parts.
         probed: layers by path that are taken to be those maps.
         layers: layers by path that are traces of their own, if nothing that is followed calls them.
 
@@ -183,22 +202,24 @@ def trace(
         BadInput: the model rejects the example inputs.
     """
     with process.alone():
-        return _trace(model, example_inputs, probed, layers)
+        return _trace(model, example_inputs, probed or {}, layers, observed or Observed())
 
 
 def _trace(
-    model: nn.Module, example_inputs: Example | None, probed: Mapping[str, ConvMap] | None, layers: Iterable[str]
+    model: nn.Module,
+    example_inputs: Example | None,
+    probed: Mapping[str, ConvMap],
+    layers: Iterable[str],
+    observed: Observed,
 ) -> Traced:
     twin = shallow_copy(model)
-    for path, map_ in (probed or {}).items():
+    for path, map_ in probed.items():
         twin.get_submodule(path).__dict__[readers.PROBED] = map_
     paths = {module: path for path, module in twin.named_modules()}
-    traced = Traced(twin, {id(tensor): name for name, tensor in _named_tensors(paths)})
-    seen: set[nn.Module] = set()
-    _trace_below(traced, twin, paths, example_inputs, seen)
-    for layer in map(twin.get_submodule, layers):
-        if layer not in seen:
-            _trace_below(traced, layer, paths, None, seen)
+    traced = Traced(twin, {id(tensor): name for name, tensor in _named_tensors(paths)}, observed=observed)
+    below = _Below(traced, paths)
+    below.trace(twin, example_inputs)
+    below.trace_rest(map(twin.get_submodule, layers))
     for one in traced.traces:
         for call in one.calls:
             traced.calls[call.module, call.method].append(call)
@@ -387,39 +408,86 @@ def _alias(tensor: Tensor) -> Tensor:
     return nn.Parameter(tensor.detach(), requires_grad=tensor.requires_grad)
 
 
-def _trace_below(
-    traced: Traced, module: nn.Module, paths: dict[nn.Module, str], example: Example | None, seen: set[nn.Module]
-) -> None:
-    """Trace a module; where a part of it is kept whole, trace that part's children apart."""
-    seen.add(module)
-    apart: list[nn.Module] = []
-    if isinstance(module, torch.jit.ScriptModule):
-        traced.untraced.setdefault(paths[module], _scripted(module))
-    elif not _runs(module):  # a container such as ModuleList
-        apart += _parts(module)
-    elif setting := parametrized.may_set(module):
-        traced.untraced[paths[module]] = Untraceable(f"{setting} may set what {type(module).__name__}.forward reads")
-        apart += _parts(module)
-    else:
-        tracer = _follow(traced, module, paths, example)
+class _Below:
+    """Traces a module; where a part of it is kept whole, what that part calls is traced apart."""
+
+    def __init__(self, traced: Traced, paths: dict[nn.Module, str]) -> None:
+        self.traced, self.paths = traced, paths
+        self.modules = {path: module for module, path in paths.items()}
+        self.seen: set[nn.Module] = set()
+        self.done: set[tuple[str, str, int]] = set()  # of what a method was given, which was followed
+        self.left: dict[nn.Module, None] = {}  # parts that nothing was seen to call, up to now
+
+    def trace(self, module: nn.Module, given: Example | Arguments | None = None, method: str = "forward") -> None:
+        path = self.paths[module]
+        self.seen.add(module)
+        if isinstance(module, torch.jit.ScriptModule):
+            self.traced.untraced.setdefault(path, _scripted(module))
+            return
+        if method == "forward" and not _runs(module):  # a container such as ModuleList
+            self.left |= dict.fromkeys(_parts(module))
+            return
+        if setting := parametrized.may_set(module):
+            reason = f"{setting} may set what {type(module).__name__}.forward reads"
+            self.traced.untraced[path] = Untraceable(reason)
+            self._apart(module, method)
+            return
+        tracer = _follow(self.traced, module, self.paths, given, method)
         if tracer.stopped is not None:
-            apart += _parts(module)
-        else:
-            traced.traces.append(
-                Trace(paths[module], tracer.graph, tracer.calls[0], tracer.calls, tracer.opaque, tracer.whole)
-            )
-            seen.update(call.module for call in tracer.calls if call.module not in tracer.hooked)
-            scripts = [call for call in tracer.calls if isinstance(call.module, torch.jit.ScriptModule)]
-            traced.untraced |= {call.path: _scripted(call.module) for call in scripts if not readers.knows(call.module)}
-            for call in tracer.calls[1:]:
-                if call.leaf and call.module in tracer.hooked:
-                    apart.append(call.module)
-                elif call.leaf and type(call.module) in tracer.opaque:
-                    apart += _parts(call.module)
-            apart += _never_called(module, tracer.called)
-    for child in apart:
-        if child not in seen and (not readers.knows(child) or _settles(child)):
-            _trace_below(traced, child, paths, None, seen)
+            self._apart(module, method)
+            return
+        root = tracer.calls[0]
+        self.traced.traces.append(Trace(path, tracer.graph, root, tracer.calls, tracer.opaque, tracer.whole))
+        if given is None and module is not self.traced.model:
+            self.traced.guessed.add(root)
+        self.seen.update(call.module for call in tracer.calls if call.module not in tracer.hooked)
+        for call in tracer.calls[1:]:
+            if isinstance(call.module, torch.jit.ScriptModule) and not readers.knows(call.module):
+                self.traced.untraced[call.path] = _scripted(call.module)
+            if call.leaf and call.module in tracer.hooked:
+                self.left[call.module] = None
+            elif call.leaf and type(call.module) in tracer.opaque:
+                self._apart(call.module, "forward")
+        self.left |= dict.fromkeys(_never_called(module, tracer.called))
+
+    def trace_rest(self, layers: Iterable[nn.Module] = ()) -> None:
+        """Trace what nothing that was followed calls, each part in the ways that it was seen to be called, if any."""
+        while self.left:
+            module = next(iter(self.left))
+            del self.left[module]
+            if module not in self.seen and _has_parts(module):
+                self._trace_as_called(module, "forward", self.traced.observed.forms(self.paths[module], "forward"))
+        for layer in layers:
+            if layer not in self.seen:
+                self.trace(layer)
+
+    def _apart(self, module: nn.Module, method: str) -> None:
+        """Trace the parts of a module whose code is not followed."""
+        self.traced.whole.add(self.paths[module])
+        for (path, name), forms in self.traced.observed.called_by(self.paths[module], method):
+            part = self.modules.get(path)
+            self.traced.handled.setdefault(path, self.paths[module])
+            if part is not None and _has_parts(part):
+                self._trace_as_called(part, name, forms)
+        self.left |= dict.fromkeys(_parts(module))
+
+    def _trace_as_called(self, module: nn.Module, method: str, forms: list[Arguments | None]) -> None:
+        path = self.paths[module]
+        if None in forms:  # it is given what may be anything
+            reason = f"{type(module).__name__}.{method} cannot be followed: it is given more than values"
+            self.traced.untraced.setdefault(path, Untraceable(reason))
+            self.seen.add(module)
+            self._apart(module, method)
+            return
+        for form in forms or [None]:
+            if (path, method, id(form)) not in self.done and (method == "forward" or (form and form.tensors)):
+                self.done.add((path, method, id(form)))
+                self.trace(module, form, method)
+
+
+def _has_parts(module: nn.Module) -> bool:
+    """Whether a module is more than a layer that is read as a whole, if only by what it computes its numbers of."""
+    return not readers.knows(module) or _settles(module)
 
 
 def _settles(module: nn.Module) -> bool:
@@ -562,7 +630,7 @@ def _follow(
     traced: Traced,
     module: nn.Module,
     paths: dict[nn.Module, str],
-    example: Example | None,
+    given: Example | Arguments | None,
     method: str = "forward",
     flags: Mapping[str, Any] | None = None,
 ) -> _Tracer:
@@ -572,7 +640,7 @@ def _follow(
     whole: dict[FunctionType, tuple[str, Untraceable]] = {}
     while True:
         tracer = _Tracer(module, method, paths, traced.names, opaque, whole.keys())
-        inputs = tracer.bind(example, flags or {})
+        inputs = tracer.bind(given, flags or {})
         try:
             with torch.no_grad(), _unchanged(module), tracer.watching():
                 tracer.trace(_Root(module))
@@ -591,7 +659,7 @@ def _follow(
                 reason = Untraceable(f"{function.__qualname__} cannot be followed: {said(error)}")
                 whole[function] = (call.path, reason)
                 continue
-            reason = Untraceable(f"{type(call.module).__name__}.forward cannot be followed: {said(error)}")
+            reason = Untraceable(f"{type(call.module).__name__}.{call.method} cannot be followed: {said(error)}")
             traced.untraced.setdefault(call.path, reason)
             if call.module is module or type(call.module) in opaque:
                 tracer.stopped = tracer.calls[0]
@@ -730,7 +798,7 @@ class _Tracer(process.Tracer):
         self.stopped: Call | None = None
         self.refused: Exception | None = None  # the first question that had no answer
         self.constants = _Constants(self)
-        self.observed = Observed(paths, lambda: self.stack[-1] if self.stack else None, answers)
+        self.questions = Questions(paths, lambda: self.stack[-1] if self.stack else None, answers)
         self.stored = {storage(p) for p in module.parameters() if p.numel()}
         self.reached: dict[str, set[Call]] = {}
         self.fetched: Counter[tuple[str, Call]] = Counter()  # how often a forward looked up what is not its own
@@ -739,24 +807,27 @@ class _Tracer(process.Tracer):
         self.names = names
         self.tensor_nodes: dict[int, fx.Node] = {}
 
-    def bind(self, example: Example | None, flags: Mapping[str, Any]) -> list[Tensor]:
+    def bind(self, example: Example | Arguments | None, flags: Mapping[str, Any]) -> list[Any]:
         """Decide what the forward is called with: placeholders for tensors, some flags, the defaults for the rest.
 
         Returns the tensors of the example, in the order of the placeholders.
         """
         signature = inspect.signature(getattr(self.module, self.method))
+        if isinstance(example, Arguments):
+            return self._bind_as_called(example, signature)
         if example is None:
             required = [
                 p for p in signature.parameters.values()
-                if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+                if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) and p.name not in flags
             ]  # fmt: skip
             first = next(iter(signature.parameters.values()), None)
             if not required and first is not None and first.default is None:
                 required = [first]  # as in transformers, where all is optional and the first is the input
-            positional = tuple(_Slot(p.name) for p in required if p.kind is not p.KEYWORD_ONLY)
+            by_name = any(name in flags and p.default is p.empty for name, p in signature.parameters.items())
+            positional = tuple(_Slot(p.name) for p in required if p.kind is not p.KEYWORD_ONLY and not by_name)
             if not positional and any(p.kind is p.VAR_POSITIONAL for p in signature.parameters.values()):
                 positional = (_Slot("input"),)  # a wrapper that hands on what it is given
-            named = {p.name: _Slot(p.name) for p in required if p.kind is p.KEYWORD_ONLY}
+            named = {p.name: _Slot(p.name) for p in required if p.kind is p.KEYWORD_ONLY or by_name}
             more = {name: _Slot(name) if value is ... else value for name, value in flags.items()}
             self.arguments: tuple[tuple[Any, ...], dict[str, Any]] = (positional, {**named, **more})
             return []
@@ -776,13 +847,37 @@ class _Tracer(process.Tracer):
         self.arguments = pytree.tree_map(slot, (bound.args, bound.kwargs))
         return tensors
 
+    def _bind_as_called(self, called: Arguments, signature: inspect.Signature) -> list[Given | Thing]:
+        """Placeholders for tensors, numbers and objects, which may be others at the next call, and constants for the
+        rest."""
+        modules = {path: module for module, path in self.paths.items()}
+        values: list[Given | Thing] = []
+
+        def slot(leaf: Any) -> Any:
+            if isinstance(leaf, Part):
+                return modules[leaf.path]
+            if not isinstance(leaf, (Given, Thing)):
+                return leaf
+            values.append(leaf)
+            return _Slot(f"input_{len(values)}", leaf)
+
+        self.arguments = mapped(slot, called.bound(signature))
+        return values
+
     # --- torch.fx's hooks --------------------------------------------------------------------------------------------
 
     def arguments_of(self, root_fn: Any, is_module: bool, concrete_args: Any) -> tuple[Any, list[Any]]:
-        args, kwargs = pytree.tree_map(
-            lambda leaf: self.create_proxy("placeholder", leaf.name, (), {}) if isinstance(leaf, _Slot) else leaf,
-            self.arguments,
-        )
+        def placed(leaf: Any) -> Any:
+            if not isinstance(leaf, _Slot):
+                return leaf
+            proxy = self.create_proxy("placeholder", leaf.name, (), {})
+            if isinstance(leaf.given, Thing):
+                proxy.node.meta["unknown"] = leaf.given.kind
+            elif leaf.given is not None and leaf.given.number is not None:
+                proxy.node.meta["stand_in"] = leaf.given.number
+            return proxy
+
+        args, kwargs = mapped(placed, self.arguments)
 
         def enter() -> list[fx.Proxy]:
             function = getattr(self.module, self.method)
@@ -821,7 +916,7 @@ class _Tracer(process.Tracer):
             take_traced_sizes(self.create_proxy)
             keep_whole(self.whole, self.create_proxy)
             show_tensors(self.module)
-            self.observed.watch(self.module)
+            self.questions.watch(self.module)
             yield
 
     @contextlib.contextmanager
@@ -863,6 +958,7 @@ class _Tracer(process.Tracer):
         self.called.add(m)
         self.stack.append(call)
         attributes = {} if leaf else snapshot(m.__dict__)
+        holders = [] if leaf else held((args, kwargs))
         drawn = None if leaf else _chance()  # a leaf only makes a node
         try:
             result = run(*args, **kwargs)
@@ -884,10 +980,11 @@ class _Tracer(process.Tracer):
             del parent.steps[-1], self.calls[-1]  # its origin says how it came about
         if not leaf:
             self._note_kept(call, attributes)
-        held = {} if leaf else m.__dict__
-        now = {key: value for key, value in held.items() if not self._settles(m, key, attributes.get(key), value)}
-        before = {key: value for key, value in attributes.items() if key in now or key not in held}
+        own = {} if leaf else m.__dict__
+        now = {key: value for key, value in own.items() if not self._settles(m, key, attributes.get(key), value)}
+        before = {key: value for key, value in attributes.items() if key in now or key not in own}
         call.mutates |= not alike((call.args, call.kwargs, before), (args, kwargs, now))
+        call.mutates |= not all(holds_still(one, held_before) for one, held_before in holders)
         if parent and dropped:
             parent.mutates |= call.mutates
         return result
@@ -962,7 +1059,8 @@ class _Tracer(process.Tracer):
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: Any) -> Any:
         """Called for every parameter, buffer and child that a forward looks up: notes who reaches into whom."""
         path = self.names.get(id(attr_val)) if isinstance(attr_val, Tensor) else self.paths.get(attr_val)
-        if path and self.stack and path.rpartition(".")[0] != self.stack[-1].path:
+        tied = bool(self.stack) and self.stack[-1].module._parameters.get(attr) is attr_val  # also held elsewhere
+        if path and self.stack and path.rpartition(".")[0] != self.stack[-1].path and not tied:
             self.reached.setdefault(path, set()).add(self.stack[-1])
             self.fetched[path, self.stack[-1]] += 1
         return attr_val
@@ -990,7 +1088,7 @@ class _Tracer(process.Tracer):
         owner = _owner(self.module)
         if node.target not in (operator.eq, operator.ne) or owner is None or len(node.args) != 2:
             return None
-        dtype = self.observed.answers.get(INPUTS, owner.dtype)
+        dtype = self.questions.answers.get(INPUTS, owner.dtype)
         found = [
             dtype if isinstance(one, fx.Node) and one.target is getattr and one.args[1] == "dtype" else one
             for one in node.args
@@ -1005,7 +1103,7 @@ class _Tracer(process.Tracer):
         place = sum(isinstance(read.holder, fx.Node) for read in call.reads.values())
         key = f"{call.path}.{call.method}", f"dtype {place}"
         call.reads[key] = Read(asked.node, "", told)
-        told = self.observed.answers.get(key, told)
+        told = self.questions.answers.get(key, told)
         holds = self.create_proxy("call_function", operator.eq, (asked, told), {})
         holds.node.meta["asked"] = key
         said = "the forward was reparameterized for an input of another dtype: convert the model again for that"
@@ -1174,6 +1272,7 @@ class _Slot:
     """Stands for a tensor argument until there is a graph to make its placeholder in."""
 
     name: str
+    given: Given | Thing | None = None  # what a run gave there
 
 
 # What a tensor tells apart from its numbers.
@@ -1253,7 +1352,7 @@ class _Constants(TorchFunctionMode):
                 return told
             tensor = source
         path = self.tracer.names.get(id(tensor))
-        return told if path is None else self.tracer.observed.ask(tensor, path, what, told)
+        return told if path is None else self.tracer.questions.ask(tensor, path, what, told)
 
     def _is_fresh(self, tensor: Tensor) -> bool:
         """Whether a tensor was made during this trace, and is no view of what the model holds."""
@@ -1410,7 +1509,7 @@ def computed(node: fx.Node, load: Callable[[fx.Node], Any], module: nn.Module | 
     return node.target(*args, **kwargs)
 
 
-def _infer_shapes(graph: fx.Graph, inputs: list[Tensor]) -> None:
+def _infer_shapes(graph: fx.Graph, inputs: list[Any]) -> None:
     """Note the shape and dtype of every node that can be followed without computing, in its `meta`."""
     given = iter(inputs)
     values: dict[fx.Node, Any] = {}
@@ -1418,7 +1517,7 @@ def _infer_shapes(graph: fx.Graph, inputs: list[Tensor]) -> None:
         for node in graph.nodes:
             try:
                 if node.op == "placeholder":
-                    values[node] = mode.from_tensor(next(given).detach())
+                    values[node] = _fake(mode, next(given))
                 elif node.op == "get_attr":
                     values[node] = node.meta["value"]
                 elif node.op != "output":
@@ -1427,3 +1526,13 @@ def _infer_shapes(graph: fx.Graph, inputs: list[Tensor]) -> None:
                 continue
             if isinstance(values.get(node), Tensor):
                 node.meta["shape"], node.meta["dtype"] = tuple(values[node].shape), values[node].dtype
+
+
+def _fake(mode: FakeTensorMode, given: Tensor | Given | Thing) -> Any:
+    if isinstance(given, Tensor):
+        return mode.from_tensor(given.detach())
+    if isinstance(given, Thing):
+        raise TypeError(f"a {given.kind.__name__} has no shape")
+    if given.number is not None:
+        return given.number
+    return torch.empty_strided(given.shape, given.stride, dtype=given.dtype, device=given.device)

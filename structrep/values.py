@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from types import FunctionType, ModuleType
 from typing import Any
@@ -43,6 +44,86 @@ def _is_record(value: Any) -> bool:
     return own and hasattr(value, "__dict__") and not isinstance(value, (type, ModuleType, FunctionType, nn.Module))
 
 
+def mapped(function: Callable[[Any], Any], value: Any, depth: int = 0) -> Any:
+    """A structure like another, with what a function makes of each of its ends.
+
+    Raises:
+        TypeError: an object in it cannot be copied, or has no end.
+    """
+    if depth > _DEEPEST:
+        raise TypeError(f"a {type(value).__name__} has no end")
+
+    def inner(one: Any) -> Any:
+        return mapped(function, one, depth + 1)
+
+    if isinstance(value, (list, tuple)):
+        items = [inner(item) for item in value]
+        if isinstance(value, tuple) and hasattr(value, "_fields"):
+            return type(value)(*items)
+        return tuple(items) if isinstance(value, tuple) else items  # a torch.Size of what stands for sizes
+    if isinstance(value, slice):
+        return slice(inner(value.start), inner(value.stop), inner(value.step))
+    if isinstance(value, Mapping):
+        twin: Any = _copied(value)
+        for key, item in value.items():
+            twin[key] = inner(item)
+        return twin
+    if _has_fields(value):
+        twin = _copied(value)
+        for f in fields(value):
+            object.__setattr__(twin, f.name, inner(getattr(value, f.name)))
+        return twin
+    return function(value)
+
+
+_DEEPEST = 16  # levels of a structure
+
+
+def _has_fields(value: Any) -> bool:
+    """Whether a value is a dataclass of somebody else's."""
+    kind = type(value)  # not the value itself, for which a trace may answer
+    return hasattr(kind, "__dataclass_fields__") and kind.__module__.partition(".")[0] != "structrep"
+
+
+def _copied(value: Any) -> Any:
+    try:
+        return copy.copy(value)
+    except Exception as error:
+        raise TypeError(f"a {type(value).__name__} cannot be copied") from error
+
+
+def form_of(value: Any, mark: Callable[[Any], Any]) -> Any:
+    """A structure as a key, with the mark of each of its ends.
+
+    Raises:
+        TypeError: a mark is no key.
+    """
+
+    def inner(one: Any) -> Any:
+        return form_of(one, mark)
+
+    if isinstance(value, (list, tuple)):
+        return type(value), *map(inner, value)
+    if isinstance(value, slice):
+        return slice, inner((value.start, value.stop, value.step))
+    if isinstance(value, Mapping):
+        return type(value), frozenset((key, inner(item)) for key, item in value.items())
+    if _has_fields(value):
+        return type(value), *(inner(getattr(value, f.name)) for f in fields(value))
+    found = mark(value)
+    hash(found)
+    return found
+
+
+def held(value: Any) -> list[tuple[Any, dict[str, Any]]]:
+    """The dataclasses in a structure, and what they hold now: others may write to them later."""
+    if isinstance(value, (list, tuple)):
+        return [one for item in value for one in held(item)]
+    if isinstance(value, dict):
+        return [one for item in value.values() for one in held(item)]
+    return [(value, {f.name: snapshot(getattr(value, f.name)) for f in fields(value)})] if _has_fields(value) else []
+
+
 def is_traced(value: Any) -> bool:
     """Whether a structure holds anything that depends on the input."""
     return next(proxies(value), None) is not None
@@ -71,6 +152,11 @@ def alike(before: Any, after: Any) -> bool:
     if type(before) is dict:
         return list(before) == list(after) and all(alike(before[key], after[key]) for key in before)
     return before is after or (isinstance(before, fx.Proxy) and isinstance(after, fx.Proxy))
+
+
+def holds_still(value: Any, before: dict[str, Any]) -> bool:
+    """Whether a dataclass holds what it did."""
+    return all(alike(one, getattr(value, name)) for name, one in before.items())
 
 
 class Unknown(Exception):
@@ -116,6 +202,8 @@ def stand_in(node: fx.Node) -> Any:
 def _of_itself(node: fx.Node) -> Any:
     """What a node stands for, whatever it is given; ... if it goes by that."""
     name = torch_name(node)
+    if "unknown" in node.meta:
+        raise Unknown(f"a {node.meta['unknown'].__name__}")
     if node.meta.get("unfollowed"):
         raise Unknown(f"what {node.target} gives")
     if node.op == "call_module":

@@ -78,6 +78,50 @@ MODELS = {
 }
 
 
+BEIT = dict(
+    hidden_size=32, num_hidden_layers=4, num_attention_heads=4, intermediate_size=64, image_size=64, patch_size=16,
+    use_relative_position_bias=True, layer_scale_init_value=0.5,
+)  # fmt: skip
+
+
+def beit():
+    return hf.BeitForImageClassification(hf.BeitConfig(**BEIT)), {"pixel_values": torch.randn(1, 3, 64, 64)}
+
+
+def zoe_depth():
+    stages = [f"stage{n}" for n in (1, 2, 3, 4)]
+    config = hf.ZoeDepthConfig(
+        backbone_config=hf.BeitConfig(**BEIT, out_features=stages, reshape_hidden_states=False),
+        backbone_hidden_size=32, neck_hidden_sizes=[16, 16, 32, 32], fusion_hidden_size=32, bottleneck_features=32,
+        num_relative_features=16, use_batch_norm_in_fusion_residual=True, bin_embedding_dim=16,
+        num_attractors=[4, 2, 2, 1], bin_configurations=[{"n_bins": 16, "min_depth": 0.001, "max_depth": 10.0}],
+    )  # fmt: skip
+    return hf.ZoeDepthForDepthEstimation(config), {"pixel_values": torch.randn(1, 3, 64, 64)}
+
+
+def group_vit():
+    sizes = dict(hidden_size=32, num_attention_heads=4, intermediate_size=64)
+    config = hf.GroupViTConfig(
+        text_config=dict(**sizes, num_hidden_layers=2, vocab_size=50, max_position_embeddings=16),
+        vision_config=dict(
+            **sizes, num_hidden_layers=3, depths=[1, 1, 1], num_group_tokens=[8, 4, 0], num_output_groups=[8, 4, 0],
+            image_size=32, patch_size=8,
+        ),
+        projection_dim=16, projection_intermediate_dim=32,
+    )  # fmt: skip
+    words = {"input_ids": torch.tensor([[5, 6, 7, 49]]), "attention_mask": torch.ones(1, 4, dtype=torch.long)}
+    return hf.GroupViTModel(config), {"pixel_values": torch.randn(1, 3, 32, 32), **words}
+
+
+def dab_detr():
+    config = hf.DabDetrConfig(
+        backbone_config=hf.ResNetConfig(**RESNET, out_features=["stage4"]), use_timm_backbone=False, backbone=None,
+        use_pretrained_backbone=False, hidden_size=32, encoder_layers=2, decoder_layers=2, encoder_ffn_dim=64,
+        decoder_ffn_dim=64, encoder_attention_heads=4, decoder_attention_heads=4, num_queries=10, num_labels=5,
+    )  # fmt: skip
+    return hf.DabDetrForObjectDetection(config), {"pixel_values": torch.randn(1, 3, 64, 64)}
+
+
 def trained(model):
     """Eval mode, float64, norms with statistics of their own."""
     generator = torch.Generator().manual_seed(0)
@@ -137,3 +181,22 @@ def test_its_repvgg_blocks_are_one_convolution_each(name):
     for again in (copy.deepcopy(deploy), torch.load(file, weights_only=False)):
         for one, two in zip(outputs_of(again, image)[1], outputs_of(deploy, image)[1], strict=True):
             assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["with inputs", "without"])
+@pytest.mark.parametrize("make", [beit, zoe_depth, group_vit, dab_detr])
+def test_its_parts_are_called_as_they_were(make, known):
+    """Each gives to parts of itself, from code that cannot be followed, what is not as their defaults are."""
+    torch.manual_seed(0)
+    model, inputs = make()
+    model = trained(model)
+    if make is dab_detr:  # whose positions are float32, whatever the rest is
+        model = model.float()
+    inputs = {k: v.to(model.dtype) if v.is_floating_point() else v for k, v in inputs.items()}
+    plan = structrep.plan(model, inputs if known else None)
+    assert len(plan.merges) > 4
+    deploy = plan.apply()
+    with torch.no_grad():
+        truth, mine = (list(tensors(one(**inputs))) for one in (model, deploy))
+    for one, two in zip(mine, truth, strict=True):
+        assert relative_error(one, two) < (1e-5 if make is dab_detr else 1e-11)

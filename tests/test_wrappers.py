@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -273,3 +274,35 @@ def test_modules_whose_modes_give_nothing_back(cls):
     assert len(structrep.monitor(model).kernels) == 2
     assert isinstance(structrep.expand(model, "doconv", where="0.dense"), cls)
     assert structrep.verify(model.eval() or model, deploy, X).ok
+
+
+class Toggling(nn.Linear):
+    """As in loralib: the adapter is in the weights in eval mode, and train() takes it out again."""
+
+    def __init__(self, toggles):
+        super().__init__(5, 5)
+        self.down, self.up = nn.Parameter(torch.randn(2, 5)), nn.Parameter(torch.randn(5, 2))
+        self.toggles, self.merged = toggles, False
+
+    def train(self, mode=True):
+        super().train(mode)
+        if self.toggles and mode == self.merged:
+            self.weight.data += (-1 if mode else 1) * self.up @ self.down
+            self.merged = not mode
+        return self
+
+    def forward(self, x):
+        y = F.linear(x, self.weight, self.bias)
+        return y if self.merged else y + x @ self.down.T @ self.up.T
+
+
+@pytest.mark.parametrize("toggles", [True, False])
+def test_train_takes_nothing_out_of_a_deploy_model(toggles):
+    torch.manual_seed(0)
+    model = settled(nn.Sequential(Toggling(toggles), nn.BatchNorm1d(5)))
+    x = X[0, 0]
+    truth = model(x).detach()
+    deploy = structrep.reparameterize(model, x)
+    assert layers(deploy) == ["Linear", "Features2d"]
+    assert relative_error(deploy(x), truth) < 1e-12
+    assert relative_error(deploy.train().eval()(x), truth) < 1e-12

@@ -97,7 +97,7 @@ def _is_object(value: Any) -> bool:
     return own and not isinstance(value, (*_CONTAINERS, *_PLAIN, type, Enum, nn.Module, Tensor))
 
 
-class Observed:
+class Questions:
     """Watches a trace.
 
     Args:
