@@ -174,8 +174,10 @@ def _at(
     marks: frozenset[int | str], names: frozenset[str], target: Target, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> list[Any]:
     """The arguments that are marked in a schema, and those of names that no schema has."""
-    if not marks or isinstance(target, FunctionType):  # whose arguments may be in another order
-        return pytree.tree_leaves((args, dict(kwargs))) if marks else []
+    if isinstance(target, FunctionType):  # whose arguments may be in another order
+        given = _named(target, args, kwargs)
+        by_name = not any(isinstance(one, int) for one in marks)
+        return pytree.tree_leaves([given.get(str(one)) for one in marks] if by_name else (args, dict(kwargs)))
     named = [value for key, value in kwargs.items() if key in marks or key not in {*names, "out"}]
     return pytree.tree_leaves([*(value for place, value in enumerate(args) if place in marks), *named])
 
