@@ -425,7 +425,7 @@ def test_without_data_to_validate_with(tmp_path):
     [
         ({}, {"block": ""}, "Small has none: put them in before the optimizer"),
         ({"module": "right"}, {}, "MulticlassAccuracy has none"),
-        ({"module": "right", "norms": "fold"}, {}, "MulticlassAccuracy: no merge"),
+        ({"module": "right", "norms": "fold"}, {}, "there is nothing to merge in MulticlassAccuracy"),
         ({"module": "model"}, {}, "Small has no module named 'model'"),
         ({"weights": "best"}, {}, "the trainer has none"),
         ({"weights": "first"}, {}, "give 'last' or 'best'"),
