@@ -218,6 +218,10 @@ class Draft:
                     self._written_by(Unit((Segment(node, node, ONE, (node,)),)), merge, dead=False)
 
         self._write_strays()
+        swapped = {unit.module.module for unit in (*self.hosts.values(), *self.idle) if unit.module is not None}
+        for owner in [one for one in self.edits.owners if any(call.module in swapped for call in one.chain())]:
+            del self.edits.owners[owner]  # whose whole module is replaced
+            self.owned.pop(owner, None)
         nodes = (n for merge in self.merges for n in (*merge.nodes, *(n for one in merge.absorbed for n in one.nodes)))
         self.edits.layers = {str(node.target) for node in nodes if node.op == "call_module"}
         self.edits.homes = {name: home for merge in self.merges for name, home in self._homes_of(merge)}
