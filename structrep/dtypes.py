@@ -24,6 +24,7 @@ _KEEPS = {
     *("mean", "sum", "amax", "amin", "std", "var", "norm", "interpolate", "max_pool1d", "max_pool2d", "max_pool3d"),
     *("avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d"),
     *("unfold", "fold", "pixel_shuffle", "pixel_unshuffle", "scaled_dot_product_attention", "embedding"),
+    *("new_zeros", "new_ones", "new_full", "new_empty", "zeros_like", "ones_like", "full_like", "empty_like"),
     *("sort", "topk", "max", "min", "cummax", "cummin", "kthvalue", "median", "mode"),
 }  # the dtype of a call's floats, if they have one and it is told none; of the first thing given, if it gives several
 _ALIKE = {"chunk", "split", "tensor_split", "split_with_sizes", "unbind"}  # what gives several of one dtype
@@ -64,9 +65,9 @@ def _kind(node: fx.Node) -> torch.dtype | None:
 
 
 def _only(kinds: set[torch.dtype | None]) -> torch.dtype | None:
-    """The one dtype that there is, if it is one of floats: sums of others have another."""
-    (one,) = kinds if len(kinds) == 1 else (None,)
-    return one if one is not None and one.is_floating_point else None
+    """The one dtype of floats that there is; integers beside them are indices, or of no account."""
+    floats = [one for one in kinds if one is None or one.is_floating_point or one.is_complex]
+    return floats[0] if len(floats) == 1 else None
 
 
 def _cast(node: fx.Node, sources: list[fx.Node]) -> torch.dtype | None:
@@ -89,12 +90,14 @@ def _computed(node: fx.Node) -> torch.dtype | None:
     """The dtype of what an operation makes of single numbers, which it makes of all others too."""
     given = [n for n in node.all_input_nodes if not counts_sizes(n)]
     kinds = {n.meta["kind"] for n in given if isinstance(n.meta.get("value", ...), (Tensor, type(...)))}
-    if None in kinds or len({one for one in kinds if one.is_floating_point}) > 1:
+    floats = [one for one in kinds if one is not None and one.is_floating_point]
+    if len(floats) > 1 or (None in kinds and not floats):
         return None  # where floats are mixed, dims count that nothing tells
 
     def load(one: fx.Node) -> Any:
         value = one.meta.get("value", 1 if counts_sizes(one) else None)
-        return torch.ones(1, dtype=one.meta["kind"]) if value is None or isinstance(value, Tensor) else value
+        kind = one.meta["kind"] or (floats or [None])[0]  # a part that is not followed gives no wider floats
+        return torch.ones(1, dtype=kind) if value is None or isinstance(value, Tensor) else value
 
     with torch.no_grad(), contextlib.suppress(Exception):
         args: tuple[Any, ...] = fx.node.map_arg(node.args, load)
