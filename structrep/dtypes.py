@@ -57,11 +57,11 @@ def _kind(node: fx.Node) -> torch.dtype | None:
         return _cast(node, sources)
     if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
         return _item(node.args[0], node.args[1])
-    if operations.is_pointwise(node.target):
-        return _computed(node)
     given = (*node.args, *node.kwargs.values())
     told = any(isinstance(one, torch.dtype) or (isinstance(one, fx.Node) and one.target is getattr) for one in given)
-    return _only(kinds) if name in _KEEPS and not told else None
+    if name in _KEEPS:
+        return None if told else _only(kinds)
+    return _computed(node) if operations.is_pointwise(node.target) else None
 
 
 def _only(kinds: set[torch.dtype | None]) -> torch.dtype | None:

@@ -833,6 +833,27 @@ def test_a_value_that_another_path_gives_away(forward):
     assert "self.low" in error
 
 
+def test_rounds_that_an_attribute_counts():
+    def sliced(self, x):
+        for layer in self.net[: self.low or 4]:
+            x = layer(x)
+        return x
+
+    def counted(self, x):
+        for i in range(self.low or 4):
+            x = self.net[i](x)
+        return x
+
+    def picked(self, x):
+        y = self.c(x)
+        return [self.n(y), y][self.low]
+
+    for forward in (sliced, counted, picked):
+        model, deploy = converted(forward, base=Row)
+        model.low = deploy.low = 1
+        assert "self.low" in differs(model, deploy, X)
+
+
 def test_a_value_that_another_path_keeps():
     def forward(self, x):
         y = self.c(x)
