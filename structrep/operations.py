@@ -234,6 +234,11 @@ def draws(target: Target, args: Sequence[Any], kwargs: Mapping[str, Any]) -> boo
     return not any(isinstance(given.get(name), (bool, float)) and not given[name] for name in _CHANCE)
 
 
+def is_pointwise(target: Target) -> bool:
+    """Whether an operation makes each number of the numbers at its place."""
+    return _tagged(target, "pointwise")
+
+
 def reshapes(target: Target) -> bool:
     """Whether an operation gives the very tensor that it is given another shape."""
     return _tagged(target, "inplace_view")

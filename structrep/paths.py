@@ -72,9 +72,9 @@ def strays(
     names = given
     if None in taken or (made is None and not names):
         return True
-    if not branches(code):
-        return False
     found = _function(code)
+    if not branches(code) and (found is None or not _picks(found[0])):
+        return False
     if found is None:
         return True
     tree, parents, at = found
@@ -85,6 +85,18 @@ def strays(
     walk = _Walk(tree, parents, site, takers, dict(parts))
     walk.run(names)
     return walk.exposed or len(walk.returns) > 1 or bool(walk.returns) != returned or walk.met != takers
+
+
+@functools.lru_cache(4096)
+def _picks(tree: ast.AST) -> bool:
+    """Whether code takes a part, or so many rounds, as an attribute says."""
+    for node in ast.walk(tree):
+        asked: list[ast.expr] = [node.slice] if isinstance(node, ast.Subscript) else []
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("range", "islice"):
+            asked = [one for one in node.args if not isinstance(one, ast.Call)]  # of `len(self.layers)`
+        if any(isinstance(inner, ast.Attribute) for one in asked for inner in ast.walk(one)):
+            return True
+    return False
 
 
 def place(code: CodeType, at: int) -> ast.AST | None:
@@ -261,6 +273,7 @@ class _Walk:
         parts = list(ast.walk(loop))
         within = any(node is self.site for node in parts)
         handed = within and any(n in self.takers for n in parts)
+        self.exposed |= handed and _picks(self.tree)
         before = state
         if isinstance(loop, ast.For):
             held = self._use(loop.iter, state)

@@ -1268,7 +1268,7 @@ _CONVOLUTIONS = {*(F.linear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F
 _CASTS = {"float": torch.float32, "double": torch.float64, "half": torch.float16, "bfloat16": torch.bfloat16}
 
 
-def _cast_to(node: fx.Node) -> torch.dtype | None:
+def cast_to(node: fx.Node) -> torch.dtype | None:
     """The dtype that a cast gives, if it does no more."""
     if len(node.args) + len(node.kwargs) == 1:
         return _CASTS.get(str(node.target))
@@ -1301,7 +1301,7 @@ def _dtype_of(node: fx.Node) -> torch.dtype | None:
         if node.target in _CONVOLUTIONS:
             weight = constant(argument(node, 1, "weight"))
             return weight.dtype if isinstance(weight, Tensor) else None
-        if (to := _cast_to(node)) is not None:
+        if (to := cast_to(node)) is not None:
             return to
         sources = [n for n in node.all_input_nodes if "value" not in n.meta]
         passes = _keeps_dtype(node) or isinstance(module, nn.modules.batchnorm._NormBase)
@@ -1314,15 +1314,16 @@ def _dtype_of(node: fx.Node) -> torch.dtype | None:
 @_called("to", "type_as", "type", *_CASTS)
 def _(a: _Arguments) -> Same | None:
     """A value with the dtype or on the device of another one of the same model, or with a dtype that it has already."""
-    to = _cast_to(a.node)
+    to = cast_to(a.node)
     if to is not None and _dtype_of(a(0, "input")) is to:
         return Same(a(0, "input"))
     if a.node.target not in ("to", "type_as"):
         return None
     like = a(1, "other" if a.node.target == "type_as" else "dtype", a.node.kwargs.get("device"))
-    asked = isinstance(like, fx.Node) and asks_kind(like)
-    alone = len(a.node.args) + len(a.node.kwargs) == 2
-    return Same(a(0, "input")) if alone and (asked or a.node.target == "type_as") else None
+    if not isinstance(like, fx.Node) or len(a.node.args) + len(a.node.kwargs) > 2:
+        return None
+    told = asks_kind(like) and "value" in like.meta
+    return Same(a(0, "input")) if told or a.node.meta.get("same_kind") else None
 
 
 @_called(torch.clone, torch.detach, "contiguous", "clone", "detach")

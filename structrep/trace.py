@@ -20,7 +20,7 @@ import operator
 import random
 import sys
 from collections import Counter, OrderedDict, defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from types import CellType, CodeType, FunctionType, MethodType
 from typing import Any
@@ -33,7 +33,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.proxy import TraceError
 from torch.overrides import TorchFunctionMode
 
-from structrep import operations, parametrized, process, readers
+from structrep import dtypes, operations, parametrized, process, readers
 from structrep.algebra import ConvMap
 from structrep.answers import length, spared
 from structrep.aten import gives_more, in_torch
@@ -667,13 +667,13 @@ def _follow(
             opaque = opaque | {type(call.module)}
             continue
         traced.unfollowed.update(whole)
+        if inputs:
+            with _unchanged(module):
+                _infer_shapes(tracer.graph, inputs)
         _fold_constants(tracer)
         traced.origins.update(tracer.constants.origins)
         traced.written |= tracer.constants.written
         traced.note_reach(tracer)
-        if inputs:
-            with _unchanged(module):
-                _infer_shapes(tracer.graph, inputs)
         return tracer
 
 
@@ -699,39 +699,49 @@ def _fold_constants(tracer: _Tracer) -> None:
     `torch.eye(n, device=x.device)` is a constant; inputs are taken to be where the parameters are, and of their dtype.
     """
     owner = _owner(tracer.module)
-    unsteady = tracer.constants.unsteady
+    asks = any(readers.asks_kind(node) or node.target == "type_as" for node in tracer.graph.nodes)
     for node in tracer.graph.nodes:
-        if node.op == "get_attr" and isinstance(node.meta.get("value"), Tensor):
-            formula = node.meta.get("formula")
-            made = (node.meta["value"], *(formula.tensors if formula else ()))
-            node.meta["unsteady"] = not unsteady.isdisjoint(map(storage, made))
-        if node.op not in ("call_function", "call_method"):
+        if owner is None or not asks:
+            _fold(node, tracer.constants.unsteady)
             continue
-        if readers.asks_kind(node):
-            if owner is not None:
-                node.meta["value"] = getattr(owner, node.args[1])
-            continue
-        inputs = node.all_input_nodes
-        if not inputs or not all("value" in n.meta for n in inputs):
-            continue
-        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-        drawn_or_written = operations.draws(node.target, node.args, node.kwargs) or operations.writes(node)
-        if drawn_or_written or node.target is torch._assert:
-            continue
-        drawn = torch.get_rng_state()
-        with torch.no_grad(), contextlib.suppress(Exception):
-            value = computed(node, lambda n: n.meta["value"])
-            if not torch.equal(drawn, torch.get_rng_state()):
-                continue  # other numbers at every call
-            node.meta["value"] = value
-            node.meta["unsteady"] = any(n.meta.get("unsteady") for n in inputs)
-            node.meta["recompute"] = functools.partial(_recomputed, node)
-            formulas = [n.meta["formula"] for n in inputs if n.meta.get("formula")]
-            stored = [n.meta["value"] for n in inputs if n.op == "get_attr" and "formula" not in n.meta]
-            node.meta["formula"] = readers.Formula(
-                frozenset({str(name).strip("_")}).union(*(f.calls for f in formulas)),
-                tuple({id(t): t for t in (*stored, *(t for f in formulas for t in f.tensors))}.values()),
-            )
+        if not readers.asks_kind(node):
+            _fold(node, tracer.constants.unsteady)
+        elif node.args[1] == "device" or node.args[0].meta["kind"] is owner.dtype:
+            node.meta["value"] = getattr(owner, node.args[1])
+        dtypes.note(node, owner.dtype)
+        if node.target == "type_as" and len(node.args) == 2:
+            node.meta["same_kind"] = node.args[1].meta["kind"] is owner.dtype
+
+
+def _fold(node: fx.Node, unsteady: Container[Any]) -> None:
+    """Note the value of a node whose inputs' values are known."""
+    if node.op == "get_attr" and isinstance(node.meta.get("value"), Tensor):
+        formula = node.meta.get("formula")
+        made = (node.meta["value"], *(formula.tensors if formula else ()))
+        node.meta["unsteady"] = any(storage(one) in unsteady for one in made)
+    if node.op not in ("call_function", "call_method"):
+        return
+    inputs = node.all_input_nodes
+    if not inputs or not all("value" in n.meta for n in inputs):
+        return
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    drawn_or_written = operations.draws(node.target, node.args, node.kwargs) or operations.writes(node)
+    if drawn_or_written or node.target is torch._assert:
+        return
+    drawn = torch.get_rng_state()
+    with torch.no_grad(), contextlib.suppress(Exception):
+        value = computed(node, lambda n: n.meta["value"])
+        if not torch.equal(drawn, torch.get_rng_state()):
+            return  # other numbers at every call
+        node.meta["value"] = value
+        node.meta["unsteady"] = any(n.meta.get("unsteady") for n in inputs)
+        node.meta["recompute"] = functools.partial(_recomputed, node)
+        formulas = [n.meta["formula"] for n in inputs if n.meta.get("formula")]
+        stored = [n.meta["value"] for n in inputs if n.op == "get_attr" and "formula" not in n.meta]
+        node.meta["formula"] = readers.Formula(
+            frozenset({str(name).strip("_")}).union(*(f.calls for f in formulas)),
+            tuple({id(t): t for t in (*stored, *(t for f in formulas for t in f.tensors))}.values()),
+        )
 
 
 def _recomputed(node: fx.Node) -> Any:
@@ -1088,14 +1098,19 @@ class _Tracer(process.Tracer):
         owner = _owner(self.module)
         if node.target not in (operator.eq, operator.ne) or owner is None or len(node.args) != 2:
             return None
-        dtype = self.questions.answers.get(INPUTS, owner.dtype)
-        found = [
-            dtype if isinstance(one, fx.Node) and one.target is getattr and one.args[1] == "dtype" else one
-            for one in node.args
-        ]
+        for one in self.graph.nodes:
+            dtypes.note(one, owner.dtype)
+        found = [self._taken(one, owner.dtype) if isinstance(one, fx.Node) else one for one in node.args]
         if not all(isinstance(one, torch.dtype) for one in found):
             return None
         return (found[0] == found[1]) == (node.target is operator.eq)
+
+    def _taken(self, node: fx.Node, own: torch.dtype) -> torch.dtype | None:
+        """The dtype that a question gives: its value's, and where nothing tells that, the model's."""
+        if node.target is not getattr or node.args[1] != "dtype":
+            return None
+        kind = node.args[0].meta["kind"] or own  # type: ignore[union-attr]
+        return self.questions.answers.get(INPUTS, own) if kind is own else kind
 
     def _note_dtype(self, asked: fx.Proxy, told: bool) -> bool:
         """Note a condition on the dtype of an input, and assert what it is taken to be."""

@@ -631,6 +631,50 @@ def test_a_condition_on_a_dtype():
     assert "another dtype" in differs(model.half(), deploy.half(), X.half())
 
 
+OTHERS = {
+    "mask": lambda x: x > 0,
+    "part of a mask": lambda x: ((x > 0) & (x < 1)).split(1, 1)[0],
+    "place": lambda x: x.argmax(1),
+    "place beside a value": lambda x: x.max(1)[1],
+    "cast": lambda x: x.long(),
+    "bits": lambda x: x.view(torch.int64),
+    "places": lambda x: torch.arange(x.shape[1], device=x.device),
+    "mask in general": lambda x: torch.ones(x.shape[0], dtype=torch.bool),
+    "count": lambda x: (x > 0).sum(),
+    "of another": lambda x: torch.zeros_like(x, dtype=torch.int32),
+}
+OWN = {
+    "input": lambda x: x,
+    "masked": lambda x: x * (x > 0),
+    "mean": lambda x: x.pow(2).mean(1, keepdim=True).rsqrt(),
+    "largest": lambda x: x.max(1)[0],
+    "product": lambda x: x @ x.transpose(2, 3),
+    "part": lambda x: x.chunk(2, 1)[1],
+    "new": lambda x: x.new_zeros(3),
+}
+
+
+@pytest.mark.parametrize("cast", [lambda y, m: y.to(m.dtype), lambda y, m: y.type_as(m)])
+@pytest.mark.parametrize("other", OTHERS.values(), ids=OTHERS)
+def test_a_cast_to_what_is_not_of_the_dtype_of_the_model(other, cast):
+    """A value that is cut off to whole numbers is merged across nowhere."""
+    model = made(lambda self, x: self.n(cast(self.a(x), other(x)).to(self.h.weight.dtype)))
+    assert not structrep.plan(model).merges
+    assert torch.equal(structrep.reparameterize(model)(X), model(X))
+
+
+@pytest.mark.parametrize("cast", [lambda y, m: y.to(m.dtype), lambda y, m: y.type_as(m)])
+@pytest.mark.parametrize("own", OWN.values(), ids=OWN)
+def test_a_cast_to_what_is_of_the_dtype_of_the_model(own, cast):
+    converted(lambda self, x: self.n(cast(self.a(x), own(x))))
+
+
+def test_a_condition_on_the_dtype_of_a_mask():
+    forward = lambda self, x: both(self, x) * (2 if (x > 0).dtype == torch.bool else 1)  # noqa: E731
+    model, deploy = converted(forward)
+    assert differs(model, deploy, X) is None
+
+
 def test_the_default_dtype():
     forward = lambda self, x: both(self, x) * torch.ones(4, 1, 1, dtype=torch.get_default_dtype())  # noqa: E731
     model, deploy = converted(forward)
@@ -787,6 +831,27 @@ def test_a_value_that_another_path_gives_away(forward):
     error = differs(model, deploy, X)
     assert error is not None
     assert "self.low" in error
+
+
+def test_rounds_that_an_attribute_counts():
+    def sliced(self, x):
+        for layer in self.net[: self.low or 4]:
+            x = layer(x)
+        return x
+
+    def counted(self, x):
+        for i in range(self.low or 4):
+            x = self.net[i](x)
+        return x
+
+    def picked(self, x):
+        y = self.c(x)
+        return [self.n(y), y][self.low]
+
+    for forward in (sliced, counted, picked):
+        model, deploy = converted(forward, base=Row)
+        model.low = deploy.low = 1
+        assert "self.low" in differs(model, deploy, X)
 
 
 def test_a_value_that_another_path_keeps():

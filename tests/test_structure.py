@@ -23,6 +23,7 @@ ORDER = [
     "answers",
     "parametrized",
     "readers",
+    "dtypes",
     "pattern",
     "cost",
     "registry",

@@ -1,0 +1,108 @@
+"""Dtypes of the values of a graph, where that can be known: from example inputs, else from what made them."""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from structrep import operations
+from structrep.parametrized import torch_kind
+from structrep.ranks import torch_name
+from structrep.readers import cast_to, counts_sizes
+
+_KEEPS = {
+    *("permute", "transpose", "movedim", "swapaxes", "t", "view", "view_as", "reshape", "reshape_as", "flatten"),
+    *("unflatten", "squeeze", "unsqueeze", "contiguous", "expand", "expand_as", "repeat", "narrow", "select", "roll"),
+    *("flip", "pad", "cat", "concat", "concatenate", "stack", "chunk", "split", "tensor_split", "split_with_sizes"),
+    *("unbind", "clone", "detach", "matmul", "imatmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "linear"),
+    *("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "normalize"),
+    *("batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm", "softmax", "log_softmax", "dropout"),
+    *("mean", "sum", "amax", "amin", "std", "var", "norm", "interpolate", "max_pool1d", "max_pool2d", "max_pool3d"),
+    *("avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d"),
+    *("unfold", "fold", "pixel_shuffle", "pixel_unshuffle", "scaled_dot_product_attention", "embedding"),
+    *("new_zeros", "new_ones", "new_full", "new_empty", "zeros_like", "ones_like", "full_like", "empty_like"),
+    *("sort", "topk", "max", "min", "cummax", "cummin", "kthvalue", "median", "mode"),
+}  # the dtype of a call's floats, if they have one and it is told none; of the first thing given, if it gives several
+_ALIKE = {"chunk", "split", "tensor_split", "split_with_sizes", "unbind"}  # what gives several of one dtype
+
+
+def note(node: fx.Node, own: torch.dtype) -> None:
+    """Note the dtype of a node's value, or None, as its `kind`; inputs are taken to be of the parameters' dtype."""
+    if "kind" not in node.meta:
+        node.meta["kind"] = node.meta.get("dtype") or (own if node.op == "placeholder" else _kind(node))
+
+
+def _kind(node: fx.Node) -> torch.dtype | None:
+    value = node.meta.get("value")
+    if isinstance(value, (Tensor, torch.dtype)):
+        return value if isinstance(value, torch.dtype) else value.dtype
+    if node.op == "output" or node.meta.get("autocast"):
+        return None
+    sources = [n for n in node.all_input_nodes if not counts_sizes(n)]
+    kinds = {n.meta["kind"] for n in sources}
+    if node.op == "call_module":
+        module = node.meta["call"].module
+        kinds |= {p.dtype for p in module.parameters()} if torch_kind(module) else {None}
+        return _only(kinds)
+    if node.target is getattr:  # of a question, that of the value which it is asked of
+        return sources[0].meta["kind"] if sources and node.args[1] in ("dtype", "T", "mT") else None
+    if (to := cast_to(node)) is not None:
+        return to
+    name = torch_name(node)
+    if name in ("to", "type", "type_as"):
+        return _cast(node, sources)
+    if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
+        return _item(node.args[0], node.args[1])
+    given = (*node.args, *node.kwargs.values())
+    told = any(isinstance(one, torch.dtype) or (isinstance(one, fx.Node) and one.target is getattr) for one in given)
+    if name in _KEEPS:
+        return None if told else _only(kinds)
+    return _computed(node) if operations.is_pointwise(node.target) else None
+
+
+def _only(kinds: set[torch.dtype | None]) -> torch.dtype | None:
+    """The one dtype of floats that there is; integers beside them are indices, or of no account."""
+    floats = [one for one in kinds if one is None or one.is_floating_point or one.is_complex]
+    return floats[0] if len(floats) == 1 else None
+
+
+def _cast(node: fx.Node, sources: list[fx.Node]) -> torch.dtype | None:
+    """The dtype of a cast to what another value has."""
+    asked = [n for n in sources[1:] if n.target is not getattr or n.args[1] != "device"]
+    given = [one for one in (*node.args[1:], *node.kwargs.values()) if not isinstance(one, (fx.Node, torch.device))]
+    if given or len(asked) > 1:
+        return None
+    return (asked or sources)[0].meta["kind"]  # type: ignore[no-any-return]
+
+
+def _item(source: fx.Node, index: Any) -> torch.dtype | None:
+    """The dtype of a part of a value, or of one of several."""
+    several = source.op == "call_module" or operations.gives(source.target, source.args, source.kwargs) != "tensor"
+    one = source.op == "placeholder" or not isinstance(index, int) or torch_name(source) in _ALIKE
+    return source.meta["kind"] if one or not several or index == 0 else None
+
+
+def _computed(node: fx.Node) -> torch.dtype | None:
+    """The dtype of what an operation makes of single numbers, which it makes of all others too."""
+    given = [n for n in node.all_input_nodes if not counts_sizes(n)]
+    kinds = {n.meta["kind"] for n in given if isinstance(n.meta.get("value", ...), (Tensor, type(...)))}
+    floats = [one for one in kinds if one is not None and one.is_floating_point]
+    if len(floats) > 1 or (None in kinds and not floats):
+        return None  # where floats are mixed, dims count that nothing tells
+
+    def load(one: fx.Node) -> Any:
+        value = one.meta.get("value", 1 if counts_sizes(one) else None)
+        kind = one.meta["kind"] or (floats or [None])[0]  # a part that is not followed gives no wider floats
+        return torch.ones(1, dtype=kind) if value is None or isinstance(value, Tensor) else value
+
+    with torch.no_grad(), contextlib.suppress(Exception):
+        args: tuple[Any, ...] = fx.node.map_arg(node.args, load)
+        kwargs: dict[str, Any] = fx.node.map_arg(node.kwargs, load)
+        function: Any = getattr(args[0], node.target) if isinstance(node.target, str) else node.target
+        made = function(*args[isinstance(node.target, str) :], **kwargs)
+        return made.dtype if isinstance(made, Tensor) else None
+    return None
