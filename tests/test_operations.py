@@ -3,16 +3,19 @@
 import contextlib
 import itertools
 import warnings
+from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.testing._internal.common_methods_invocations import op_db
-from torch.testing._internal.common_modules import module_db
 from torch.utils import _pytree as pytree
 
 from structrep import operations
+
+with mock.patch("torch.backends.disable_global_flags"):  # for good, and for all other tests of the process
+    from torch.testing._internal.common_methods_invocations import op_db
+    from torch.testing._internal.common_modules import module_db
 
 NAMES = sorted({s.name.removeprefix("aten::") for s in torch._C._jit_get_all_schemas() if s.name.startswith("aten::")})
 

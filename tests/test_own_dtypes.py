@@ -557,6 +557,6 @@ def test_a_layer_that_insists_on_its_dtype_is_probed():
 def test_accepted_inputs_are_as_the_model_takes_them():
     net = model(MERGED["to"]).double()
     with contextlib.suppress(BadInput):
-        proof.accepts(net, X)
+        proof.observe(net, X)
     net = model(lambda self, x: self.features(x)).double()
-    assert proof.accepts(net, X).dtype == torch.float64
+    assert proof.observe(net, X).inputs.dtype == torch.float64
