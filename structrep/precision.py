@@ -112,6 +112,10 @@ class Shadows(TorchDispatchMode):
                 self._exact[tensor] = known  # what is written to a view of it is written to it
         return known
 
+    def followed(self, tensor: Tensor) -> bool:
+        """Whether the float64 value of a tensor is known, or what it was chosen by."""
+        return (tensor.dtype not in _WIDE or tensor in self._exact) if _inexact(tensor) else self.chooses
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         given = _tensors(args)

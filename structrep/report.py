@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -145,6 +146,7 @@ class Verification(Record):
     failed: str = ""  # the run in float64, if that is not it
     alone: dict[str, str] = {}  # operators that ran in their own dtype in it, and why
     lost: str = ""  # why a comparison in `dtype` shows nothing
+    blank: bool = False  # whether no output has a finite number, so that merged layers alone say something
     outputs: tuple[OutputRecord, ...]
     choices: tuple[OutputRecord, ...] = ()  # what the deploy model would choose otherwise by, in order
     regions: tuple[RegionRecord, ...] = ()  # from the input to the output
@@ -161,7 +163,8 @@ class Verification(Record):
 
     @property
     def ok(self) -> bool:
-        return all(map(self.holds, (*self.outputs, *self.choices)))
+        shows = not self.blank and math.isfinite(self.noise)
+        return all(map(self.holds, (*self.outputs, *self.choices))) and (shows or self.first_off is None)
 
     @property
     def first_off(self) -> RegionRecord | None:

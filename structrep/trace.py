@@ -764,7 +764,10 @@ def _nearer(found: Any, stored: Any, given: Iterable[Any]) -> Any:
         return stored
     if found.shape != stored.shape or not stored.numel():
         return stored
-    sizes = [one.detach().abs().max() for one in (found, *given) if isinstance(one, Tensor) and one.numel()]
+    numbers = [one.detach() for one in (found, *given) if isinstance(one, Tensor) and one.numel()]
+    # of masks, of float8 and of numbers without a sign torch has no absolute value
+    numbers = [one.double() if one.itemsize == 1 or not one.dtype.is_signed else one for one in numbers]
+    sizes = [one.abs().max() for one in numbers]
     rounding = ROUNDINGS * torch.finfo(stored.dtype).eps * max(float(size) for size in sizes)
     off = float((doubled(found) - doubled(stored)).abs().max())
     return doubled(found) if off <= rounding else stored

@@ -560,3 +560,47 @@ def test_accepted_inputs_are_as_the_model_takes_them():
         proof.observe(net, X)
     net = model(lambda self, x: self.features(x)).double()
     assert proof.observe(net, X).inputs.dtype == torch.float64
+
+
+# --- outputs that show little -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("choose", [lambda y: y.argmax(1), lambda y: y > 0, lambda y: (y * 10).long()])
+def test_outputs_that_are_no_floats_are_compared_by_what_they_are_chosen_by(choose, dtype):
+    net = model(lambda self, x: choose(self.features(x))).to(dtype)
+    x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)).to(dtype)
+    plan = structrep.plan(net, x)
+    assert plan.verify(x).ok
+    off = plan.apply()
+    off.a.weight.data.neg_()
+    for found in (plan.verify(x, off), structrep.verify(net, off, x)):
+        assert not found.ok
+        assert "cannot be run in float64" not in found.lost
+    off.a.weight.data.fill_(float("nan"))
+    assert not structrep.verify(net, off, x).ok
+
+
+BLANK = {
+    "NaN": lambda y: y * float("nan"),
+    "infinite": lambda y: y.abs() * float("inf"),
+    "infinite or NaN": lambda y: y / 0.0,
+    "nothing": lambda y: y[:0],
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", BLANK)
+def test_where_outputs_have_no_finite_number_merged_layers_decide(name, dtype):
+    net = model(lambda self, x: BLANK[name](self.features(x).tanh())).to(dtype)
+    x = X.to(dtype)
+    plan = structrep.plan(net, x)
+    found = plan.verify(x)
+    assert found.ok
+    assert "gives no finite number here" in str(found).replace("\n", " ")
+    structrep.reparameterize(net, x)
+    off = plan.apply()
+    off.a.weight.data.mul_(1.5)
+    found = plan.verify(x, off)
+    assert found.first_off.where == "a"
+    assert not found.ok

@@ -44,6 +44,19 @@ def weight_standardisation(w):
     return F.batch_norm(w.reshape(1, len(w), -1), None, None, training=True, eps=1e-6).reshape_as(w)
 
 
+class Masked(nn.Module):
+    """A parametrization with buffers that hold no floats, or such as torch does not calculate with."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mask", torch.tensor([True]))
+        self.register_buffer("levels", torch.tensor([3], dtype=torch.uint16))
+        self.register_buffer("scale", torch.tensor([0.75]).to(torch.float8_e4m3fn))
+
+    def forward(self, w):
+        return w * self.mask * self.levels.to(w) * self.scale.to(torch.float32).to(w)
+
+
 class Centred(nn.Module):
     """A parametrization with a parameter of its own."""
 
@@ -53,6 +66,11 @@ class Centred(nn.Module):
 
     def forward(self, w):
         return (w - w.mean()) * self.gain.exp()
+
+
+def masked(layer):
+    parametrize.register_parametrization(layer, "weight", Masked())
+    return layer
 
 
 def with_own_parameter(layer):
@@ -70,6 +88,7 @@ NEW = {
     "standardised": lambda layer: by(layer, standardised),
     "weight standardisation": lambda layer: by(layer, weight_standardisation),
     "its own parameter": with_own_parameter,
+    "buffers that are no floats": masked,
     "rounded": lambda layer: by(layer, lambda w: (w * 8).round() / 8),
     "bias": lambda layer: by(layer, torch.tanh, "bias"),
     "two of one": lambda layer: by(parametrizations.weight_norm(layer), torch.tanh),
