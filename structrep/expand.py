@@ -211,9 +211,13 @@ def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer | Iterabl
         optimizer: one, or all that train the model together.
 
     Raises:
-        BadInput: none of the model's parameters is in it, or not all of those of the blocks are, with how many.
+        BadInput: none of the model's parameters is in it, or not all of those of the blocks are, with how many; what
+            is given is no optimizer.
     """
-    optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else optimizer
+    optimizers = [optimizer] if hasattr(optimizer, "param_groups") or not isinstance(optimizer, Iterable) else optimizer
+    optimizers = list(optimizers)
+    if strange := [type(each).__name__ for each in optimizers if not hasattr(each, "param_groups")]:
+        raise BadInput(f"{strange[0]} is no optimizer, it has no param_groups: give the optimizer itself, or several")
     held = {id(one) for each in optimizers for group in each.param_groups for one in group["params"]}
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     missing = [name for name, parameter in trained.items() if id(parameter) not in held]

@@ -461,3 +461,22 @@ def test_a_block_that_cannot_be_merged_is_said_before_anything_changes():
     with pytest.raises(structrep.Unmerged, match=f"these cannot be merged: {watched}\n.*hook"):
         structrep.reparameterize(expanded, norms="keep", inplace=True)
     assert list(expanded.state_dict()) == before
+
+
+@pytest.mark.parametrize("given", [None, "adam", 0.1, {"param_groups": []}])
+def test_what_is_no_optimizer(given):
+    model = structrep.expand(Plain(), "repvgg")
+    for one in (given, list(model.parameters())):
+        with pytest.raises(BadInput, match="is no optimizer, it has no param_groups"):
+            structrep.check_optimizer(model, one)
+
+
+def test_what_wraps_an_optimizer_is_one():
+    class Wrapper:
+        def __init__(self, optimizer):
+            self.param_groups = optimizer.param_groups
+
+    model = structrep.expand(Plain(), "repvgg")
+    structrep.check_optimizer(model, Wrapper(torch.optim.SGD(model.parameters(), 0.1)))
+    with pytest.raises(BadInput, match="has none of the"):
+        structrep.check_optimizer(model, Wrapper(torch.optim.SGD(Plain().parameters(), 0.1)))
