@@ -113,7 +113,7 @@ class Questions:
         current: Callable[[], Any],
         answers: Mapping[tuple[str, str], Any] | None = None,
     ) -> None:
-        self.paths = paths
+        self.paths = {id(module): path for module, path in paths.items()}  # whose hash may ask them for attributes
         self.current = current
         self.answers = dict(answers or {})
         self.asked = 0
@@ -173,7 +173,7 @@ class Questions:
             return self.hooks[id(value)][1]
         if isinstance(value, (nn.Module, Tensor, fx.Proxy, MethodType)) or self.asked > before:
             return value  # a property's parts were noted
-        path = self.paths.get(module)
+        path = self.paths.get(id(module))
         if path is None or self.current() is None or (frame := _outside(sys._getframe(2))) is None:
             return value
         if isinstance(value, functools.partial) and getattr(value.func, "__name__", "") == "_call_method":
@@ -183,7 +183,7 @@ class Questions:
         return self._told(module, path, f".{name}", value, frame)
 
     def _missing(self, module: nn.Module, name: str) -> None:
-        path = self.paths.get(module)
+        path = self.paths.get(id(module))
         frame = sys._getframe(3)
         own = any("__getattr__" in vars(base) for base in type(module).__mro__ if base is not nn.Module)
         if path is not None and self.current() is not None and not own and not _torchs(frame):
@@ -200,7 +200,7 @@ class Questions:
         if self.current() is None or (frame := _outside(sys._getframe(2))) is None:
             return value
         _, module, text = route
-        return self._told(module, self.paths[module], f"{text}.{name}", value, frame)
+        return self._told(module, self.paths[id(module)], f"{text}.{name}", value, frame)
 
     def _told(self, module: nn.Module, path: str, text: str, value: Any, frame: FrameType) -> Any:
         if _is_object(value) and self._adopt(value, module, text):
