@@ -22,6 +22,7 @@ from types import FunctionType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import torch.utils._pytree as pytree
 from torch import fx, nn
 from torch._ops import OpOverload, OpOverloadPacket
@@ -43,7 +44,7 @@ COPIES = re.compile(
     r"|concat(enate)?|[hvd]stack|(row|column)_stack|tile|where|repeat_interleave|flip(lr|ud)|take_along_dim|msort"
     r"|clip|square|absolute|arc(cos|sin|tan)h?|arctan2|isclose|isfinite|isreal|max|min|std(_mean)?|var(_mean)?|nanmean"
     r"|(nan)?quantile|argsort|\w+_loss|cosine_similarity|special_\w+|multiply|(true_)?divide|subtract|negative"
-    r"|(greater|less|not)(_equal)?|r?(add|sub|mul|truediv|div|floordiv|mod|pow|matmul|and|or|xor|lshift|rshift)_?"
+    r"|(greater|less|not)(_equal)?|[ir]?(add|sub|mul|truediv|div|floordiv|mod|pow|matmul|and|or|xor|lshift|rshift)_?"
     r"|neg|abs|inv|invert|eq|ne|lt|le|gt|ge|not_|truth|is_|is_not|contains|index|len"
 )
 # Operators whose schemas do not say that they may look at what they are given, on some devices.
@@ -61,7 +62,10 @@ _MAKERS = {"activation", "batchnorm", "conv", "instancenorm", "loss", "normaliza
 # What a tensor tells apart from its numbers and its memory.
 _TOLD = {"shape", "ndim", "dtype", "device", "layout", "requires_grad", "itemsize", "nbytes", "names"}
 _CASTS = {"float", "double", "half", "bfloat16", "int", "long", "short", "char", "byte", "bool", "cfloat", "cdouble"}
-_MORE = ("return_indices", "return_inverse", "return_counts")  # arguments with which a function gives several tensors
+# Modules of torch whose functions in Python do what the operators of their names do.
+_HOMES = ("torch", "torch.functional", "torch._tensor", "torch.nn.functional", "torch._jit_internal", "_operator")
+# Arguments with which a function gives several tensors.
+_MORE = ("as_tuple", "return_indices", "return_inverse", "return_counts")
 _CHANCE = ("training", "train", "dropout_p", "dropout", "p")  # arguments of 0, with which nothing is drawn
 
 
@@ -82,6 +86,8 @@ def name_of(target: Target) -> str:
 
 def _is_torch(target: Callable[..., Any]) -> bool:
     module = getattr(target, "__module__", None) or ""
+    if isinstance(target, FunctionType):  # others, such as those of torch.masked, share no more than a name
+        return module in _HOMES
     return module.partition(".")[0] in ("torch", "_operator", "builtins", "math", "")
 
 
@@ -157,7 +163,8 @@ def _may_share(target: Target) -> bool:
 def _defaults(target: Target) -> dict[str, Any]:
     """The arguments of an operation by name, in order; of its first operator, if it is no function in Python."""
     if isinstance(target, FunctionType):
-        return {one.name: one.default for one in inspect.signature(target).parameters.values()}
+        whole = getattr(F, f"{name_of(target)}_with_indices", target)  # of which there is one for each answer
+        return {one.name: one.default for one in inspect.signature(whole).parameters.values()}
     return {a.name: a.default_value for one in _overloads(target)[:1] for a in one._schema.arguments}
 
 
@@ -252,15 +259,21 @@ def moves(target: Target) -> bool:
 def gives(target: Target, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
     """What a call gives: "tensor", "several" of them, "number", or "" where that cannot be told."""
     given = _named(target, args, kwargs)
-    return "several" if any(given.get(name) for name in _MORE) else _given(target)
+    more = any(given.get(name) not in (None, False, inspect.Parameter.empty) for name in _MORE)
+    return "several" if more and (name_of(target) or _overloads(target)) else _given(target)
 
 
 @functools.cache
 def _given(target: Target) -> str:
     overloads = _overloads(target)
-    if not overloads and isinstance(target, FunctionType):
-        hint = str(inspect.signature(target).return_annotation)
-        return "tensor" if hint in ("Tensor", "torch.Tensor", str(torch.Tensor)) else ""
+    function = getattr(torch.Tensor, target, None) if isinstance(target, str) else target
+    if isinstance(function, FunctionType):
+        hint = str(inspect.signature(function).return_annotation)
+        known = _defaults(function)
+        if any(name in known for name in _MORE) or hint in ("Tensor", "torch.Tensor", str(torch.Tensor)):
+            return "tensor"  # it gives more if it is told to
+        if "args" in known:  # one of several functions, by what it is told
+            return ""
     found = {_kind(overload._schema.returns) for overload in overloads} or {
         "tensor" if name_of(target) in _CASTS else ""
     }

@@ -661,7 +661,7 @@ def test_a_terminal_sees_what_is_done_but_beside_a_record(monkeypatch: pytest.Mo
 
 
 def test_nothing_to_merge_is_said_with_the_reasons(here: Path) -> None:
-    assert "nothing to merge in this model" in failed(1, "convert", "nets:empty", "--out", "net.pt")
+    assert "there is nothing to merge in Sequential" in failed(1, "convert", "nets:empty", "--out", "net.pt")
     assert "nothing to merge" in failed(1, "convert", "nets:plain", "--out", "net.pt")
     assert "or padded with it, the two would be one" in failed(1, "convert", "nets:Border", "--out", "net.pt")
 

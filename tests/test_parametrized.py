@@ -477,7 +477,7 @@ class Counting(nn.Module):
     ("parametrization", "reason"),
     [
         (lambda: By(lambda w: w + torch.randn_like(w)), "torch.randn_like draws new numbers at every call"),
-        (lambda: By(lambda w: F.dropout(w, 0.5, training=True)), "dropout draws new random numbers at every call"),
+        (lambda: By(lambda w: F.dropout(w, 0.5, training=True)), "torch.dropout draws new numbers at every call"),
         (Counting, "to compute it changes the layer"),
     ],
 )
