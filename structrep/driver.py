@@ -75,7 +75,8 @@ class Plan:
         given: nn.Module | None = None,
     ) -> None:
         self._model = model
-        self._given = given or model  # the user's, if that has wrappers inside, of which the plan knows nothing
+        # the user's, if that has wrappers inside, of which the plan knows nothing
+        self._given = model if given is None else given
         self._reserve, self._measured = reserve, measured
         self.latency: LatencyRecord | None = None  # of the whole model, if merges were chosen by measurement
         carry(findings, reserve)

@@ -164,7 +164,8 @@ def literal(value: Any) -> str:
     if isinstance(value, (dict, MappingProxyType)):
         return "{" + ", ".join(f"{literal(key)}: {literal(item)}" for key, item in value.items()) + "}"
     if isinstance(value, (set, frozenset)):
-        return f"{type(value).__name__}([{', '.join(sorted(map(literal, value)))}])"
+        items = sorted(map(literal, value))
+        return "..." if "..." in items else f"{type(value).__name__}([{', '.join(items)}])"
     return "..."
 
 

@@ -395,7 +395,7 @@ def namespace_reads(functions: Iterable[tuple[CodeType, dict[str, Any], Function
     pending, seen = list(functions), set[CodeType]()
     while pending:
         code, space, function = pending.pop()
-        if code in seen or str(space.get("__name__", "")).partition(".")[0] == "torch":
+        if code in seen or str(space.get("__name__", "")).partition(".")[0] in ("torch", "structrep"):
             continue
         seen.add(code)
         pending += [(one, space, None) for one in code.co_consts if isinstance(one, CodeType)]

@@ -25,7 +25,8 @@ from torch.utils import _pytree as pytree
 
 from structrep.algebra import ConvMap
 from structrep.blocks import STAND_INS
-from structrep.errors import Refusal, StructrepError
+from structrep.callers import Callers
+from structrep.errors import Refusal, StructrepError, Unreadable
 from structrep.forward import Edits, Forward
 from structrep.generated import install, regraph
 from structrep.layers import Features2d, Sizes
@@ -163,7 +164,7 @@ class Draft:
 
     def __init__(self, traced: Traced, replicas: Replicas, merges: Iterable[Merge]) -> None:
         self.traced = traced
-        self.replicas = replicas
+        self.replicas, self.callers = replicas, Callers(traced)
         self.refused: list[tuple[Merge, Refusal]] = []
         self.unwritable: dict[tuple[str, str], Refusal] = {}  # methods that cannot be written anew, by path and name
         self.merges = list(merges)
@@ -318,6 +319,8 @@ class Draft:
         failed: dict[Merge, Refusal] = {}
         for owner, written_out in self.edits.owners.items():
             try:
+                if (doubt := self.callers.doubt(*site(owner))) is not None:
+                    raise Unreadable(doubt)
                 self.forwards[owner] = Forward(self.traced, self.edits, owner, written_out)
             except Refusal as reason:
                 self.unwritable[site(owner)] = reason
