@@ -23,6 +23,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from structrep import process
 from structrep.algebra import ConvMap
 from structrep.blocks import STAND_INS
 from structrep.callers import Callers
@@ -171,6 +172,10 @@ class Draft:
         self.strays: dict[Merge, set[Call]] = {}  # calls whose code reads what a merge takes away
         made = (n.meta["formula"] for trace in traced.traces for n in trace.nodes if n.meta.get("formula"))
         self.computed_from = {id(tensor) for formula in made for tensor in formula.tensors}
+        with process.alone():  # forwards are asked what the names of their modules stand for
+            self._settle_on()
+
+    def _settle_on(self) -> None:
         while True:
             self._decide()
             if not (failed := self._write()):
@@ -186,6 +191,7 @@ class Draft:
         self.ended: set[Call] = set()  # norms that give up their weight and bias
         self.edits = Edits()
         self.owned: dict[Call, set[Merge]] = {}
+        self.needed: set[Call] = set()  # whose forward some unit vanishes from
         for merge in self.merges:
             parts = units(merge)
             host = self.hosts[merge] = host_of(parts)
@@ -303,6 +309,7 @@ class Draft:
         for node in unit.nodes:
             inner.update(itertools.takewhile(lambda call: call is not owner, node.meta["call"].chain()))
         self.owned.setdefault(owner, set()).add(merge)
+        self.needed.add(owner)
         return owner
 
     def _told_by(self, call: Call, merge: Merge) -> None:
@@ -313,13 +320,20 @@ class Draft:
                 self.edits.owners.setdefault(owner, set())
                 self.owned.setdefault(owner, set()).add(merge)
 
+    def _doubt(self, owner: Call) -> str | None:
+        """Why a forward cannot be written anew for the arguments that it was traced with; None if it can."""
+        (*_, root) = owner.chain()
+        if owner not in self.needed and root in self.traced.guessed:  # it would be a guard of its own that raises
+            return f"what {owner.path} is given is not known: example inputs would tell"
+        return self.callers.doubt(*site(owner))
+
     def _write(self) -> dict[Merge, Refusal]:
         """Write all new forwards; gives the merges of those that cannot be written."""
         self.forwards: dict[Call, Forward] = {}
         failed: dict[Merge, Refusal] = {}
         for owner, written_out in self.edits.owners.items():
             try:
-                if (doubt := self.callers.doubt(*site(owner))) is not None:
+                if (doubt := self._doubt(owner)) is not None:
                     raise Unreadable(doubt)
                 self.forwards[owner] = Forward(self.traced, self.edits, owner, written_out)
             except Refusal as reason:
