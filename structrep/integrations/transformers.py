@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -93,7 +94,8 @@ class ReparameterizeOnExport(TrainerCallback):
             BadInput: nothing is merged.
         """
         with process.same_chance():
-            training_time = trained_copy(self.trainer.model)
+            # mixed precision is of the training alone
+            training_time = extract_model_from_parallel(trained_copy(self.trainer.model), keep_fp32_wrapper=False)
             deploy = trained_copy(training_time)
             merge(deploy)
         return training_time, deploy
