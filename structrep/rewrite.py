@@ -191,7 +191,6 @@ class Draft:
         self.ended: set[Call] = set()  # norms that give up their weight and bias
         self.edits = Edits()
         self.owned: dict[Call, set[Merge]] = {}
-        self.needed: set[Call] = set()  # whose forward some unit vanishes from
         for merge in self.merges:
             parts = units(merge)
             host = self.hosts[merge] = host_of(parts)
@@ -309,7 +308,6 @@ class Draft:
         for node in unit.nodes:
             inner.update(itertools.takewhile(lambda call: call is not owner, node.meta["call"].chain()))
         self.owned.setdefault(owner, set()).add(merge)
-        self.needed.add(owner)
         return owner
 
     def _told_by(self, call: Call, merge: Merge) -> None:
@@ -320,20 +318,13 @@ class Draft:
                 self.edits.owners.setdefault(owner, set())
                 self.owned.setdefault(owner, set()).add(merge)
 
-    def _doubt(self, owner: Call) -> str | None:
-        """Why a forward cannot be written anew for the arguments that it was traced with; None if it can."""
-        (*_, root) = owner.chain()
-        if owner not in self.needed and root in self.traced.guessed:  # it would be a guard of its own that raises
-            return f"what {owner.path} is given is not known: example inputs would tell"
-        return self.callers.doubt(*site(owner))
-
     def _write(self) -> dict[Merge, Refusal]:
         """Write all new forwards; gives the merges of those that cannot be written."""
         self.forwards: dict[Call, Forward] = {}
         failed: dict[Merge, Refusal] = {}
         for owner, written_out in self.edits.owners.items():
             try:
-                if (doubt := self._doubt(owner)) is not None:
+                if (doubt := self.callers.doubt(*site(owner))) is not None:
                     raise Unreadable(doubt)
                 self.forwards[owner] = Forward(self.traced, self.edits, owner, written_out)
             except Refusal as reason:

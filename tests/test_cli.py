@@ -17,6 +17,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+import torch.distributed.checkpoint
 import torchvision
 import transformers
 from torch import Tensor, nn
