@@ -8,7 +8,7 @@
 # process with the variance of another; loading says nothing.
 #
 # Output seen (3 processes; statistics are the number of the process):
-#   norm.running_mean of process 0, norm.running_var of process 1
+#   norm.running_mean of process 2, norm.running_var of process 1
 # (which processes may differ; that they do is what is held). Exits with 0 while it is so.
 set -euo pipefail
 folder=$(mktemp -d)

@@ -247,7 +247,7 @@ class Questions:
                 plain, hook = hooks[id(space[alias])]
                 process.change(space, alias, hook)
         made = {one for cls in map(type, model.modules()) for f in functions(cls).values() for one in functions_in(f)}
-        for cell in [cell for function in made for cell in function.__closure__ or () if _full(cell)]:
+        for cell in [cell for function in made for cell in function.__closure__ or () if is_full(cell)]:
             if id(cell.cell_contents) in hooks:
                 plain, hook = hooks[id(cell.cell_contents)]
                 process.change(cell, "cell_contents", hook)
@@ -282,11 +282,13 @@ class Questions:
         return get
 
 
-def _full(cell: CellType) -> bool:
+def is_full(cell: CellType) -> bool:
+    """Whether a closure's cell has a value: the name may have none yet."""
     try:
-        return cell.cell_contents is not None
+        cell.cell_contents  # noqa: B018
     except ValueError:
         return False
+    return True
 
 
 def _outside(frame: FrameType | None, also: tuple[str, ...] = ()) -> FrameType | None:

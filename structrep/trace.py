@@ -50,7 +50,7 @@ from structrep.observe import Arguments, Given, Observed, Part, Thing
 from structrep.paths import branches
 from structrep.precision import Shadows, as_stored, doubled
 from structrep.precision import exact as on_float64
-from structrep.questions import INPUTS, Questions, Read
+from structrep.questions import INPUTS, Questions, Read, is_full
 from structrep.sources import taken_apart, written_first
 from structrep.values import alike, held, holds_still, holds_tensor, is_torch, is_traced, mapped, proxies, snapshot
 
@@ -318,10 +318,10 @@ def _rebound(value: Any, twins: Mapping[int, Any]) -> Any:
     if eager is not value and _holds(eager, twins):
         return _rebound(eager, twins)
     cells = value.__closure__ or ()
-    own = [_rebound(cell.cell_contents, twins) if _is_full(cell) else None for cell in cells]
-    if all(not _is_full(cell) or one is cell.cell_contents for one, cell in zip(own, cells, strict=True)):
+    own = [_rebound(cell.cell_contents, twins) if is_full(cell) else None for cell in cells]
+    if all(not is_full(cell) or one is cell.cell_contents for one, cell in zip(own, cells, strict=True)):
         return value
-    closure = tuple(CellType(one) if _is_full(cell) else cell for one, cell in zip(own, cells, strict=True))
+    closure = tuple(CellType(one) if is_full(cell) else cell for one, cell in zip(own, cells, strict=True))
     twin = FunctionType(value.__code__, value.__globals__, value.__name__, value.__defaults__, closure)
     twin.__kwdefaults__ = value.__kwdefaults__
     vars(twin).update({name: _rebound(one, twins) for name, one in vars(value).items()})
@@ -335,16 +335,8 @@ def _is_compiler(function: FunctionType) -> bool:
 def _holds(value: Any, originals: Mapping[int, Any]) -> bool:
     """Whether a function is, or goes by, a method of a module that was copied."""
     if isinstance(value, FunctionType):
-        return any(_is_full(cell) and _holds(cell.cell_contents, originals) for cell in value.__closure__ or ())
+        return any(is_full(cell) and _holds(cell.cell_contents, originals) for cell in value.__closure__ or ())
     return id(value.__self__ if isinstance(value, MethodType) else value) in originals
-
-
-def _is_full(cell: CellType) -> bool:
-    try:
-        cell.cell_contents  # noqa: B018
-    except ValueError:  # of a name that has no value yet
-        return False
-    return True
 
 
 def eval_copy(model: nn.Module) -> nn.Module:
