@@ -91,14 +91,17 @@ def kept(model: nn.Module) -> dict[str, str]:
 
 def finish(model: nn.Module) -> None:
     """Have a model without adapters say so."""
-    if _peft() is None or not any(hasattr(model, name) for name in ("peft_config", "_hf_peft_config_loaded")):
-        return
+    if _peft() is None or vars(model).keys().isdisjoint(("peft_config", "_hf_peft_config_loaded")):
+        return  # it never had any; of transformers' classes each has the second name
     if not any(map(stands_in, model.modules())):
         vars(model).pop("peft_config", None)
         vars(model).pop("_hf_peft_config_loaded", None)
     config: Any = getattr(model, "config", None)
     if getattr(config, "tie_word_embeddings", False):
-        ends = [getattr(model, f"get_{end}_embeddings", lambda: None)() for end in ("input", "output")]
+        try:
+            ends: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]  # type: ignore[operator]
+        except (AttributeError, NotImplementedError):  # it has none; transformers' own method raises
+            return
         weights = [getattr(end, "weight", None) for end in ends]
         if None not in ends and weights[0] is not weights[1]:
             config.tie_word_embeddings = False  # or loading would make them one again

@@ -297,3 +297,20 @@ def test_an_adapted_part_is_the_part_inside(kind, inplace):
     assert (deploy is model) == inplace
     assert type(deploy.backbone) is MLP
     assert relative_error(deploy(X), truth) < 1e-12
+
+
+def test_a_model_whose_embeddings_cannot_be_asked_for_is_converted():
+    """transformers raises in `get_input_embeddings` of those that it knows no embeddings of; its classes all have
+    the attribute that says whether adapters were loaded."""
+    config = hf.RTDetrResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], out_features=["stage2"])
+    model = hf.RTDetrResNetBackbone(config).double().eval()
+    model.config.tie_word_embeddings = True
+    with pytest.raises(NotImplementedError):
+        model.get_input_embeddings()
+    image = torch.randn(1, 3, 32, 32, dtype=torch.float64)
+    deploy = structrep.reparameterize(model)
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in deploy.modules())
+    assert deploy.config.tie_word_embeddings
+    with torch.no_grad():
+        theirs, ours = model(image), deploy(image)
+    assert relative_error(ours.feature_maps[0], theirs.feature_maps[0]) < 1e-12
