@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from structrep import operations
+from structrep import operations, precision
 from structrep.parametrized import torch_kind
 from structrep.ranks import torch_name
 from structrep.readers import cast_to, counts_sizes
@@ -57,11 +57,29 @@ def _kind(node: fx.Node) -> torch.dtype | None:
         return _cast(node, sources)
     if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
         return _item(node.args[0], node.args[1])
-    given = (*node.args, *node.kwargs.values())
-    told = any(isinstance(one, torch.dtype) or (isinstance(one, fx.Node) and one.target is getattr) for one in given)
     if name in _KEEPS:
-        return None if told else _only(kinds)
+        return None if _is_told(node) else _only(kinds)
     return _computed(node) if operations.is_pointwise(node.target) else None
+
+
+def _is_told(node: fx.Node) -> bool:
+    """Whether a call may be told a dtype."""
+    given = [*node.args, *node.kwargs.values()]
+    given = [one.meta.get("value", one) if isinstance(one, fx.Node) else one for one in given]
+    return any(isinstance(one, torch.dtype) or (isinstance(one, fx.Node) and one.target is getattr) for one in given)
+
+
+def keeps(node: fx.Node) -> bool:
+    """Whether a node computes in the dtype of the floats that it is given, whatever that is."""
+    if node.meta.get("autocast") or node.meta.get("unfollowed"):
+        return False
+    if node.op == "call_module":
+        return torch_kind(node.meta["call"].module) is not None
+    if node.target in (operator.getitem, *operations.AUGMENTED):
+        return True
+    known = torch_name(node) in _KEEPS or operations.is_pointwise(node.target)
+    given = any(isinstance(n.meta.get("value", ...), (Tensor, type(...))) for n in node.all_input_nodes)
+    return known and given and not _is_told(node) and torch_name(node) not in precision.STEPS
 
 
 def _only(kinds: set[torch.dtype | None]) -> torch.dtype | None:

@@ -292,6 +292,24 @@ def _kind(results: Sequence[Any]) -> str:
 
 def writes(node: fx.Node) -> set[fx.Node]:
     """The inputs that a node overwrites in place, or may."""
+    return _kept(node, "writes", _writes)
+
+
+def shares(node: fx.Node) -> set[fx.Node]:
+    """The inputs whose memory a node may give, or hold."""
+    return _kept(node, "shares", _shares)
+
+
+def _kept(node: fx.Node, key: str, made: Callable[[fx.Node], set[fx.Node]]) -> set[fx.Node]:
+    """What is made of a node, made once for as long as it has these arguments: aliases are followed over and over."""
+    known = node.meta.get(key)
+    if known is None or known[0] is not node.args or known[1] is not node.kwargs:
+        known = node.meta[key] = node.args, node.kwargs, made(node)
+    found: set[fx.Node] = known[2]
+    return found
+
+
+def _writes(node: fx.Node) -> set[fx.Node]:
     if node.op == "call_module":
         in_place = getattr(node.meta["call"].module, "inplace", False)
         found = _first(node.args, node.kwargs) if in_place else []
@@ -300,8 +318,7 @@ def writes(node: fx.Node) -> set[fx.Node]:
     return _nodes([*found, *(node.all_input_nodes if node.meta.get("unfollowed") else ())])
 
 
-def shares(node: fx.Node) -> set[fx.Node]:
-    """The inputs whose memory a node may give, or hold."""
+def _shares(node: fx.Node) -> set[fx.Node]:
     inputs = set(node.all_input_nodes)
     if node.meta.get("unfollowed"):
         return inputs

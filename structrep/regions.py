@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 
 from structrep import precision
 from structrep.algebra import ConvMap, Ints
+from structrep.dtypes import keeps
 from structrep.errors import WrongMerge
 from structrep.frames import frame
 from structrep.pattern import geometry
@@ -63,7 +64,9 @@ class Region:
         outputs = [node for node in self.nodes if self._is_output(node)]
         self.outputs = outputs or [node for node in self.nodes if not node.users and node not in self.gone]
         self.modules: dict[tuple[nn.Module, bool], nn.Module] = {}
-        self.shadows = precision.Shadows()
+        # Code without casts computes in float64 what it is given in float64.
+        self.cast = not all(map(keeps, self.nodes))
+        self.shadows = precision.Shadows() if self.cast else precision.Doubled()
 
     def _is_output(self, node: fx.Node) -> bool:
         users = (user for user in node.users if user not in self.inside)
@@ -89,7 +92,7 @@ class Region:
         """The outputs in float64, of the graph as it was traced; `given` and `dtype` as for `after`."""
         found: dict[fx.Node, Tensor] = {}
         with self.shadows:
-            values = _copies(given, dtype)
+            values = self._copies(given, dtype)
             load = partial(self._load, values)
             for node in self.nodes:
                 values[node] = given_as_traced(node, load, self._module(node, ended=False))
@@ -114,7 +117,7 @@ class Region:
         asked = self.outputs if wanted is None else [*wanted]
         needed = self._needed(asked, given)
         with self.shadows:
-            values = _copies(given, dtype)
+            values = self._copies(given, dtype)
             load = partial(self._load, values)
             for node in self.nodes:
                 if node not in needed:
@@ -155,11 +158,16 @@ class Region:
             return computed(node, bare, self._module(node, ended=True))
         return computed(node, load, self._module(node, ended=False))
 
+    def _copies(self, given: Values, dtype: torch.dtype) -> dict[fx.Node, Any]:
+        """Values that may be written to, in the dtypes that they have in the model if that may matter."""
+        stored = {node: node.meta.get("dtype", dtype) if self.cast else value.dtype for node, value in given.items()}
+        return {node: value.to(stored[node], copy=True) for node, value in given.items()}
+
     def _load(self, values: dict[fx.Node, Any], node: fx.Node) -> Any:
         if "held" in node.meta:
             return node.meta["held"]
         if "value" in node.meta:
-            value = precision.as_stored(held(node), node.meta["value"])
+            value = precision.as_stored(held(node), node.meta["value"]) if self.cast else precision.doubled(held(node))
             return value.to(self.device) if isinstance(value, Tensor) else value
         if node not in values and counts_sizes(node):
             values[node] = computed(node, partial(self._sized, values))
@@ -179,9 +187,10 @@ class Region:
             return None
         module = node.meta["call"].module
         if (module, ended) not in self.modules:
-            copy = self.modules[module, ended] = moved_copy(called(node, exactly=False), self.device)
+            dtype = None if self.cast else torch.float64
+            copy = self.modules[module, ended] = moved_copy(called(node, exactly=not self.cast), self.device, dtype)
             for tensor, number in zip(_tensors(copy), _tensors(called(node)), strict=True):
-                if number.dtype != tensor.dtype:
+                if self.cast and number.dtype != tensor.dtype:
                     self.shadows.give(tensor, number.to(self.device))
             if ended:
                 end(copy)
@@ -371,11 +380,6 @@ def read_as_traced(node: fx.Node) -> list[fx.Node]:
 
 def _values(nodes: Iterable[fx.Node]) -> list[fx.Node]:
     return [node for node in nodes if "value" not in node.meta and "held" not in node.meta and not counts_sizes(node)]
-
-
-def _copies(given: Values, dtype: torch.dtype) -> dict[fx.Node, Any]:
-    """Values that may be written to, in the dtypes that they have in the model."""
-    return {node: value.to(node.meta.get("dtype", dtype), copy=True) for node, value in given.items()}
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:
