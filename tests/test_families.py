@@ -50,6 +50,8 @@ class Converted:
 
 
 every_case = pytest.mark.parametrize("case", ALL, ids=str)
+# What does not depend on the family is shown on one block of each, and on all networks.
+one_of_each = pytest.mark.parametrize("case", [*{case.rules: case for case in BLOCKS}.values(), *NETWORKS], ids=str)
 
 
 @every_case
@@ -92,8 +94,9 @@ def test_deploy_stores_less(case):
 
 
 @every_case
-@pytest.mark.parametrize("inplace", [False, True], ids=["copy", "inplace"])
-@pytest.mark.parametrize("example", ["none", "tensor", "tuple"])
+@pytest.mark.parametrize(
+    ("example", "inplace"), [("none", True), ("tensor", False), ("tuple", True)], ids=["none", "tensor", "tuple"]
+)
 def test_example_inputs_and_inplace_make_no_difference(case, inplace, example):
     it = Converted.of(case)
     model = copy.deepcopy(it.model)
@@ -111,7 +114,7 @@ def test_example_inputs_and_inplace_make_no_difference(case, inplace, example):
         assert not shared - {0}
 
 
-@every_case
+@one_of_each
 def test_planning_leaves_the_model_alone(case):
     model = copy.deepcopy(Converted.of(case).model)
     before = fingerprint(model)
@@ -188,7 +191,7 @@ SURGERY = {
 }
 
 
-@every_case
+@one_of_each
 @pytest.mark.parametrize("way", SURGERY)
 def test_result_can_be_copied_saved_and_exported(case, way):
     """Whatever could be done with the training-time model can be done with the result."""
@@ -205,7 +208,7 @@ def test_result_can_be_copied_saved_and_exported(case, way):
     assert equal(other, it.deploy, it.x, within=1e-14)
 
 
-@every_case
+@one_of_each
 def test_result_is_still_the_users_model(case):
     it = Converted.of(case)
     assert isinstance(it.deploy, type(it.model))
