@@ -37,7 +37,7 @@ from structrep.ranks import written_in
 from structrep.readers import Layer, Same, aliases, asks_kind, counts_sizes, only_asserted, read_node, writers
 from structrep.sources import functions_in
 from structrep.sums import Reordered, as_traced
-from structrep.trace import Call, Origin, Traced, retrace, storage
+from structrep.trace import Call, Entry, Origin, Traced, retrace, storage
 from structrep.values import is_traced, proxies
 
 _ITSELF = "structrep_itself"  # an attribute path for the module itself, for which graphs have none
@@ -95,7 +95,7 @@ class Forward:
         self.again: dict[tuple[Any, tuple[Any, ...]], _Text] = {}  # arguments that are asked for again
         self.reads: list[Guard] = []
         self.ways: list[tuple[str, Forward | list[Guard]]] = []  # a condition on how it is run -> what it does then
-        self.merged: dict[str, str] = {}  # paths of plain tensors that are merged, and where they are known for that
+        self.merged: dict[str, Entry] = {}  # plain tensors that are merged, by the name that they are known by for that
         self.excluded: dict[tuple[str, str], Any] = {}  # answers that ways before have taken care of
         self.settled = set(self.answers)  # questions about inputs that need not be asserted
         self._arguments()
@@ -409,12 +409,16 @@ class Forward:
             for given in (n for n in node.all_input_nodes if n.op == "get_attr") if merged else ():
                 formula = given.meta.get("formula")
                 for tensor in formula.tensors if formula else (given.meta.get("value"),):
-                    path = self.traced.names.get(id(tensor), "")
-                    holder, _, name = path.rpartition(".")
-                    if path and name in vars(self.traced.model.get_submodule(holder)):
-                        spelt = self._spelt_path(holder)
-                        self.merged[path] = f"{holder}.reparam_{name}" if holder else f"reparam_{name}"
-                        self.reads.append(guards.same(f"{spelt}.{name}", f"{spelt}.reparam_{name}", self._shown()))
+                    entry = self.traced.entries.get(id(tensor))
+                    holder, _, name = self.traced.names.get(id(tensor), "").rpartition(".")
+                    if name in vars(self.traced.model.get_submodule(holder)):
+                        entry = Entry(holder, ((".", name),))
+                    if entry is not None:
+                        alias = "reparam_" + "_".join(str(key) for _, key in entry.steps)
+                        alias = "".join(c if c.isalnum() else "_" for c in alias)
+                        spelt = self._spelt_path(entry.holder)
+                        self.merged[alias] = entry
+                        self.reads.append(guards.same(f"{spelt}{entry.text}", f"{spelt}.{alias}", self._shown()))
 
     def _shown(self) -> str:
         return f"{type(self.call.module).__name__}.{self.call.method}"
@@ -703,6 +707,12 @@ class Forward:
             if getattr(Tensor, name, None) is origin.function:
                 return self.graph.call_method(name, args, kwargs)
             return self.graph.call_function(origin.function, args, kwargs)
+        if (entry := self.traced.entries.get(id(tensor))) is not None:
+            (_, name), *steps = entry.steps
+            found = self.graph.get_attr(self._relative(f"{entry.holder}.{name}" if entry.holder else name))
+            for how, key in steps:
+                found = self.graph.call_function(getattr if how == "." else operator.getitem, (found, key))
+            return found
         name = f"constant_{len(self.constants)}"
         self.constants[name] = tensor
         return self.graph.get_attr(name)

@@ -79,7 +79,7 @@ class Comparison:
 
     def __init__(self, before: tuple[Traced, Call], after: tuple[Traced, Call], out: Set[tuple[str, str]]) -> None:
         self.origins = before[0].origins, after[0].origins
-        self.names = before[0].names, after[0].names
+        self.names: tuple[dict[int, Any], ...] = tuple({**one.entries, **one.names} for one, _ in (before, after))
         self.slots: list[Slot] = []
         self.nodes: dict[fx.Node, fx.Node] = {}
         self.constants: dict[tuple[int, int], None] = {}
@@ -238,8 +238,8 @@ class _Numbers:
         return type(value).__name__, repr(value)
 
     def _constant(self, tensor: Tensor) -> Any:
-        if id(tensor) in self.traced.names:
-            return self.traced.names[id(tensor)]
+        if (held := self.traced.names.get(id(tensor), self.traced.entries.get(id(tensor)))) is not None:
+            return held
         origin = self.traced.origins.get(id(tensor))
         if origin is None:
             return tuple(tensor.shape), str(tensor.dtype), tuple(tensor.flatten()[:64].tolist())

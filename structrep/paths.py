@@ -89,13 +89,30 @@ def strays(
 
 @functools.lru_cache(4096)
 def _picks(tree: ast.AST) -> bool:
-    """Whether code takes a part, or so many rounds, as an attribute says."""
+    """Whether code takes a part, or so many rounds, as an attribute says, perhaps by way of a name of its own."""
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        value = node.value if isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.NamedExpr)) else None
+        if value is not None and any(_of_first(inner, tree) for inner in ast.walk(value)):
+            names.update(n.id for one in targets if one is not None for n in ast.walk(one) if isinstance(n, ast.Name))
     for node in ast.walk(tree):
         asked: list[ast.expr] = [node.slice] if isinstance(node, ast.Subscript) else []
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("range", "islice"):
             asked = [one for one in node.args if not isinstance(one, ast.Call)]  # of `len(self.layers)`
-        if any(isinstance(inner, ast.Attribute) for one in asked for inner in ast.walk(one)):
+        parts = [inner for one in asked for inner in ast.walk(one)]
+        if any(isinstance(part, ast.Attribute) or getattr(part, "id", None) in names for part in parts):
             return True
+    return False
+
+
+def _of_first(node: ast.AST, tree: ast.AST) -> bool:
+    """Whether an expression is an attribute of what a function is given first, which is itself called by no name."""
+    arguments = tree.args.args if isinstance(tree, (ast.FunctionDef, ast.Lambda)) else []
+    while isinstance(inner := node, ast.Attribute):
+        node = inner.value
+        if isinstance(node, ast.Name):
+            return bool(arguments) and node.id == arguments[0].arg
     return False
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dis
 import functools
+import inspect
 import operator
 import os
 import sys
@@ -32,6 +33,7 @@ from structrep import process
 from structrep.intercept import exchange, namespaces
 from structrep.ranks import written_in
 from structrep.sources import functions, functions_in
+from structrep.values import proxies
 
 # --- what was asked -----------------------------------------------------------------------------------------------
 
@@ -68,7 +70,7 @@ class _Missing:
 
 MISSING = _Missing()
 
-_OF_MODULES = frozenset(vars(nn.Module()))  # torch's own attributes, `training` among them
+OF_MODULES = frozenset(vars(nn.Module()))  # torch's own attributes, `training` among them
 _METHODS = {name: value for name, value in vars(nn.Module).items() if not name.startswith("__")}
 INPUTS = "", "the dtype of inputs"  # what is answered for the dtype of inputs
 
@@ -85,12 +87,13 @@ def _torchs(frame: FrameType) -> bool:
 
 _HEAP = 1 << 9  # types made by a class statement, whose attributes can be set
 _CONTAINERS = (dict, list, tuple, set, frozenset, MappingProxyType)
+_HELD = (fx.Proxy, list, tuple, dict)  # what values stand in
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.layout,
           torch.memory_format, slice, range, type(...))  # fmt: skip
 _LIBRARIES = ("torch", "builtins", "functools", "collections", "numpy", "structrep", "types", "typing", "enum")
 
 
-def _is_object(value: Any) -> bool:
+def is_object(value: Any) -> bool:
     """Whether a value is an object of somebody's own class, which holds settings: a configuration."""
     cls = type(value)
     own = bool(cls.__flags__ & _HEAP) and cls.__module__.partition(".")[0] not in _LIBRARIES
@@ -141,6 +144,9 @@ class Questions:
             return told
         self.asked += 1
         call.codes[frame.f_code] = frame.f_globals
+        if frame.f_code is not getattr(inspect.unwrap(call.code), "__code__", None):  # a function that it calls
+            for proxy in proxies([one for one in frame.f_locals.values() if isinstance(one, _HELD)]):
+                call.held.setdefault(proxy.node, set()).add(frame.f_code)
         key = (path, text)
         read = call.reads.setdefault(key, Read(holder, text, told, counts))
         read.places.append((frame.f_code, frame.f_lasti, deep))
@@ -156,7 +162,7 @@ class Questions:
     # --- attributes -------------------------------------------------------------------------------------------------
 
     def _of_module(self, module: nn.Module, name: str, get: Callable[[Any, str], Any]) -> Any:
-        if name in _OF_MODULES or name.startswith("__") or threading.get_ident() != self.thread:
+        if name in OF_MODULES or name.startswith("__") or threading.get_ident() != self.thread:
             return get(module, name)
         torchs = name in _METHODS and getattr(type(module), name, None) is _METHODS[name]
         if torchs and name not in object.__getattribute__(module, "__dict__"):
@@ -203,14 +209,14 @@ class Questions:
         return self._told(module, self.paths[id(module)], f"{text}.{name}", value, frame)
 
     def _told(self, module: nn.Module, path: str, text: str, value: Any, frame: FrameType) -> Any:
-        if _is_object(value) and self._adopt(value, module, text):
+        if is_object(value) and self._adopt(value, module, text):
             return value  # what is asked of it is noted
         told, further = value, ""
         if isinstance(value, (*_CONTAINERS, SimpleNamespace)):
             further, told = onward(frame.f_code, frame.f_lasti, value)
             if isinstance(told, (nn.Module, Tensor, fx.Proxy)):
                 return value
-            if further and _is_object(told) and self._adopt(told, module, text + further):
+            if further and is_object(told) and self._adopt(told, module, text + further):
                 return value
         deep = further.count("[") if "(" not in further else 99  # which no code is
         again = self.note(module, path, text + further, told, frame, counts=not further, deep=deep)
@@ -438,7 +444,7 @@ def _asked_by(code: CodeType, space: dict[str, Any], function: FunctionType | No
             name = instructions[ahead].argval if ahead < len(instructions) else None
             attribute = ahead < len(instructions) and instructions[ahead].opname in ("LOAD_ATTR", "LOAD_METHOD")
             steady |= isinstance(value, ModuleType) and value.__name__.partition(".")[0] in _STEADY
-            asks = isinstance(value, (ModuleType, type)) or _is_object(value)
+            asks = isinstance(value, (ModuleType, type)) or is_object(value)
             if not attribute or not asks or not isinstance(name, str) or isinstance(value, nn.Module):
                 break
             try:

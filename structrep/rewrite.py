@@ -14,7 +14,7 @@ import contextlib
 import inspect
 import itertools
 import operator
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from inspect import signature
@@ -32,7 +32,7 @@ from structrep.forward import Edits, Forward
 from structrep.generated import install, regraph
 from structrep.layers import Features2d, Sizes
 from structrep.parametrized import by_properties, computed, hooks, made_of, settle, torch_kind
-from structrep.paths import parts_of, span, strays
+from structrep.paths import branches, parts_of, span, strays
 from structrep.pattern import ONE, geometry
 from structrep.ranks import rank
 from structrep.readers import Layer, Same, knows, lower, only_asserted, read_module, read_node
@@ -170,6 +170,11 @@ class Draft:
         self.unwritable: dict[tuple[str, str], Refusal] = {}  # methods that cannot be written anew, by path and name
         self.merges = list(merges)
         self.strays: dict[Merge, set[Call]] = {}  # calls whose code reads what a merge takes away
+        self.given: dict[fx.Node, set[Call]] = defaultdict(set)  # a value -> the calls that are given it
+        for call in itertools.chain(*traced.calls.values()):
+            given = [] if call.leaf else [proxy.node for proxy in proxies((call.args, call.kwargs))]
+            for node in (*given, *call.held):
+                self.given[node].add(call)
         made = (n.meta["formula"] for trace in traced.traces for n in trace.nodes if n.meta.get("formula"))
         self.computed_from = {id(tensor) for formula in made for tensor in formula.tensors}
         with process.alone():  # forwards are asked what the names of their modules stand for
@@ -240,7 +245,7 @@ class Draft:
             if merge not in self.strays:
                 gone = {node for node in merge.nodes if node is not merge.root}
                 gone = gone.union(*(one.changed for one in merge.absorbed))
-                self.strays[merge] = {call for node in gone for call in _seen_by(node) if _strays(node, call)}
+                self.strays[merge] = {call for node in gone for call in self._seen_by(node) if _strays(node, call)}
             for call in self.strays[merge]:
                 owner = next(call.homes())
                 if call not in written and owner not in written:
@@ -249,6 +254,17 @@ class Draft:
                     inner.update(around[: around.index(owner)])
                 if owner in self.edits.owners:
                     self.owned.setdefault(owner, set()).add(merge)
+
+    def _seen_by(self, node: fx.Node) -> set[Call]:
+        """The calls whose code has a value in hand: that made it, were given it, or were given it back."""
+        found: set[Call] = set(self.given.get(node, ()))
+        made: Call | None = node.meta["call"]
+        while made is not None:
+            found |= {made} if not made.leaf else set()
+            if node not in {proxy.node for proxy in proxies(made.result)}:
+                break
+            made = made.parent
+        return found
 
     def _homes_of(self, merge: Merge) -> Iterator[tuple[str, str]]:
         """The tensors that a merge takes, by path, and the path of the layer that has them, with a + where that is more
@@ -395,9 +411,8 @@ class Draft:
             module = self._at(owner.path)
             for name, tensor in forward.constants.items():
                 module.register_buffer(name, tensor.detach().clone(), persistent=False)
-            for path, known in forward.merged.items():
-                (holder, _, name), alias = path.rpartition("."), known.rpartition(".")[2]
-                vars(self._at(holder))[alias] = vars(self._at(holder))[name]
+            for alias, entry in forward.merged.items():
+                vars(self._at(entry.holder))[alias] = entry.of(self.model)
         self._bury(dead)
         for owner, forward in self.forwards.items():
             module = self._at(owner.path)
@@ -624,28 +639,14 @@ def _does_nothing(node: fx.Node) -> bool:
         return False
 
 
-def _seen_by(node: fx.Node) -> set[Call]:
-    """The calls whose code has a value in hand: that made it, were given it, or were given it back."""
-    found: set[Call] = set()
-    made: Call | None = node.meta["call"]
-    while made is not None:
-        found |= {made} if not made.leaf else set()
-        if node not in {proxy.node for proxy in proxies(made.result)}:
-            break
-        made = made.parent
-    for user in node.users:
-        for call in user.meta["call"].chain() if user.op != "output" else ():
-            if not call.leaf and node in {proxy.node for proxy in proxies((call.args, call.kwargs))}:
-                found.add(call)
-    return found
-
-
 def _strays(node: fx.Node, call: Call) -> bool:
     """Whether a call's code may read a value on a path that was not taken, or read another instead."""
     function = inspect.unwrap(call.code)
     code = getattr(function, "__code__", None)
     if code is None or str(getattr(function, "__module__", "")).startswith("torch."):
         return False
+    if any(map(branches, call.held.get(node, ()))):
+        return True
     maker: fx.Node | Call = node
     taken: list[int | None] = []
     names: list[str] = []

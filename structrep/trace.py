@@ -22,7 +22,7 @@ import sys
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
-from types import CellType, CodeType, FunctionType, MethodType
+from types import CellType, CodeType, FunctionType, MethodType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -50,7 +50,7 @@ from structrep.observe import Arguments, Given, Observed, Part, Thing
 from structrep.paths import branches
 from structrep.precision import Shadows, as_stored, doubled
 from structrep.precision import exact as on_float64
-from structrep.questions import INPUTS, Questions, Read, is_full
+from structrep.questions import INPUTS, OF_MODULES, Questions, Read, is_full, is_object
 from structrep.sources import taken_apart, written_first
 from structrep.values import alike, held, holds_still, holds_tensor, is_torch, is_traced, mapped, proxies, snapshot
 
@@ -77,6 +77,7 @@ class Call:
     steps: list[fx.Node | Call] = field(default_factory=list)  # what its forward did, in order
     reads: dict[tuple[str, str], Read] = field(default_factory=dict)  # what it asked for, by whose it is and how
     codes: dict[CodeType, dict[str, Any]] = field(default_factory=dict)  # the code that asked, and its namespace
+    held: dict[fx.Node, set[CodeType]] = field(default_factory=dict)  # values that code of no call had as it asked
     at: int | None = None  # the instruction of its parent's code that it is called by, if that code itself calls it
 
     @property
@@ -137,12 +138,37 @@ class Trace:
         return list(self.graph.nodes)
 
 
+@dataclass(frozen=True)
+class Entry:
+    """A plain tensor that stands in a dict, a list or an object which a module holds.
+
+    Args:
+        holder: path of the module.
+        steps: how it is got from there: "." and an attribute, "[" and a key, each.
+    """
+
+    holder: str
+    steps: tuple[tuple[str, Any], ...]
+
+    @property
+    def text(self) -> str:
+        """How it is asked for, behind the module."""
+        return "".join(f".{key}" if how == "." else f"[{key!r}]" for how, key in self.steps)
+
+    def of(self, model: nn.Module) -> Any:
+        found: Any = model.get_submodule(self.holder)
+        for how, key in self.steps:
+            found = getattr(found, key) if how == "." else found[key]
+        return found
+
+
 @dataclass(eq=False)
 class Traced:
     """All traces of a model."""
 
     model: nn.Module  # the throwaway copy: same names, same storage
     names: dict[int, str]  # id of a tensor that the model holds -> its path
+    entries: dict[int, Entry] = field(default_factory=dict)  # id of one in a dict, a list or an object that it holds
     traces: list[Trace] = field(default_factory=list)
     untraced: dict[str, Untraceable] = field(default_factory=dict)  # module path -> why it was left whole
     unfollowed: dict[FunctionType, tuple[str, Untraceable]] = field(default_factory=dict)  # kept whole: by whom, why
@@ -216,7 +242,7 @@ def _trace(
     for path, map_ in probed.items():
         twin.get_submodule(path).__dict__[readers.PROBED] = map_
     paths = {module: path for path, module in twin.named_modules()}
-    traced = Traced(twin, {id(tensor): name for name, tensor in _named_tensors(paths)}, observed=observed)
+    traced = _untraced(twin, paths, observed)
     below = _Below(traced, paths)
     below.trace(twin, example_inputs)
     below.trace_rest(map(twin.get_submodule, layers))
@@ -559,7 +585,7 @@ def follow_method(module: nn.Module, path: str, method: str, flags: Mapping[str,
     followed."""
     twin = shallow_copy(module)
     paths = {part: ".".join(filter(None, (path, name))) for name, part in twin.named_modules()}
-    scratch = Traced(twin, {id(tensor): name for name, tensor in _named_tensors(paths)})
+    scratch = _untraced(twin, paths)
     tracer = _follow(scratch, twin, paths, None, method, flags)
     if tracer.stopped is not None:
         return None
@@ -583,7 +609,7 @@ def retrace(traced: Traced, call: Call, answers: Mapping[tuple[str, str], Any]) 
         return None
     twin = shallow_copy(call.module)
     paths = {part: ".".join(filter(None, (call.path, name))) for name, part in twin.named_modules()}
-    again = Traced(_placed(twin, call.path), {id(tensor): name for name, tensor in _named_tensors(paths)})
+    again = _untraced(_placed(twin, call.path), paths)
     tracer = _Tracer(twin, call.method, paths, again.names, of.opaque, of.whole, answers)
     count = itertools.count()
     tracer.arguments = pytree.tree_map(
@@ -1496,6 +1522,39 @@ def _named_tensors(paths: dict[nn.Module, str]) -> Iterator[tuple[str, Tensor]]:
         for name, value in (*module._parameters.items(), *module._buffers.items(), *module.__dict__.items()):
             if isinstance(value, Tensor):
                 yield f"{path}.{name}" if path else name, value
+
+
+def _untraced(twin: nn.Module, paths: dict[nn.Module, str], observed: Observed | None = None) -> Traced:
+    names = {id(tensor): name for name, tensor in _named_tensors(paths)}
+    entries = {id(tensor): entry for tensor, entry in _entries(paths) if id(tensor) not in names}
+    return Traced(twin, names, entries, observed=observed or Observed())
+
+
+DEEP = 4  # entries in entries that are looked into
+
+
+def _entries(paths: dict[nn.Module, str]) -> Iterator[tuple[Tensor, Entry]]:
+    """Plain tensors in dicts, lists, tuples and objects that modules hold."""
+    for module, path in paths.items():
+        own = ((name, value) for name, value in vars(module).items() if name not in OF_MODULES)
+        pending: list[tuple[Any, tuple[tuple[str, Any], ...]]] = [
+            (value, ((".", name),)) for name, value in own if type(value) not in _ATOMS
+        ]
+        while pending:
+            value, steps = pending.pop()
+            if isinstance(value, Tensor):
+                yield value, Entry(path, steps)
+            elif len(steps) <= DEEP and not isinstance(value, nn.Module):
+                pending += [(one, (*steps, step)) for step, one in _parts_of(value) if type(one) not in _ATOMS]
+
+
+def _parts_of(value: Any) -> Iterator[tuple[tuple[str, Any], Any]]:
+    if isinstance(value, (list, tuple)):
+        yield from ((("[", place), one) for place, one in enumerate(value))
+    elif isinstance(value, Mapping):
+        yield from ((("[", key), one) for key, one in value.items() if type(key) in (str, int))
+    elif is_object(value) or isinstance(value, SimpleNamespace):
+        yield from (((".", name), one) for name, one in getattr(value, "__dict__", {}).items())
 
 
 def _own(value: Any) -> Any:

@@ -5,7 +5,6 @@ import itertools
 import warnings
 from unittest import mock
 
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

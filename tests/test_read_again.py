@@ -65,6 +65,8 @@ class Two(nn.Module):
         self.cfg, self.sizes, self.config = {"t": 0.1, "u": 2.0, "deep": {"k": 1.5}}, [1.0, 2.0], Config()
         self.space, self.act, self.kind = types.SimpleNamespace(k=0.5), F.relu, Kind.SOFT
         self.plain, self.kept_dtype = torch.ones(1, dtype=torch.float64), torch.float64
+        self.held = {"t": torch.ones(1, dtype=torch.float64), 3: [torch.ones(1, dtype=torch.float64)]}
+        self.config.scale = torch.ones(1, dtype=torch.float64)
 
     @property
     def of_property(self):
@@ -288,6 +290,37 @@ def plain_tensor_that_is_replaced(self, x):
 @program(sets(plain=torch.full((1,), 3.0, dtype=torch.float64)), "self.plain that was merged")
 def plain_tensor_that_is_merged(self, x):
     return (self.n(self.a(x)) + self.b(x)) * self.plain
+
+
+THREE = torch.full((1,), 3.0, dtype=torch.float64)
+
+
+@program(lambda model: model.held.update(t=THREE), None)
+def plain_tensor_in_a_dict_that_is_replaced(self, x):
+    return (self.n(self.a(x)) + self.b(x)).relu() * self.held["t"]
+
+
+@program(lambda model: model.held[3].__setitem__(0, THREE), None)
+def plain_tensors_in_a_list_that_are_replaced(self, x):
+    y = (self.n(self.a(x)) + self.b(x)).relu()
+    for tensor in self.held[3]:
+        y = y * tensor
+    return y
+
+
+@program(lambda model: setattr(model.config, "scale", THREE), None)
+def plain_tensor_of_an_object_that_is_computed_with_and_replaced(self, x):
+    return (self.n(self.a(x)) + self.b(x)).relu() * (self.config.scale + 1)
+
+
+@program(lambda model: model.held.update(t=THREE), "self.held['t'] that was merged")
+def plain_tensor_in_a_dict_that_is_merged(self, x):
+    return (self.n(self.a(x)) + self.b(x)) * (2 * self.held["t"])
+
+
+@program(lambda model: setattr(model.config, "scale", THREE), "self.config.scale that was merged")
+def plain_tensor_of_an_object_that_is_merged(self, x):
+    return (self.n(self.a(x)) + self.b(x)) * self.config.scale
 
 
 @program(sets(other=3.0), None)
@@ -848,7 +881,17 @@ def test_rounds_that_an_attribute_counts():
         y = self.c(x)
         return [self.n(y), y][self.low]
 
-    for forward in (sliced, counted, picked):
+    def counted_by_a_name(self, x):
+        rounds = self.low or 4
+        for i in range(rounds):
+            x = self.net[i](x)
+        return x
+
+    def picked_by_a_name(self, x):
+        which, y = self.low, self.c(x)
+        return [self.n(y), y][which]
+
+    for forward in (sliced, counted, picked, counted_by_a_name, picked_by_a_name):
         model, deploy = converted(forward, base=Row)
         model.low = deploy.low = 1
         assert "self.low" in differs(model, deploy, X)
@@ -940,6 +983,47 @@ def test_an_argument_that_a_child_uses_on_another_path():
     assert relative_error(deploy(X), model(X)) < 1e-12
     model[1].low = deploy[1].low = True
     assert "self.low" in differs(model, deploy, X)
+
+
+class Sometimes(nn.Module):
+    """Hands on what it is given, or something else."""
+
+    def __init__(self):
+        super().__init__()
+        self.low = False
+
+    def forward(self, y):
+        return y * 2 if self.low else y
+
+    def again(self, y):
+        return y * 2 if self.low else y
+
+
+def by_a_function(y, module):
+    return y * 2 if module.low else y
+
+
+@pytest.mark.parametrize(
+    "between",
+    [Sometimes.__call__, Sometimes.again, Sometimes.forward, lambda sub, y: by_a_function(y, sub)],
+    ids=["call", "method", "forward", "function"],
+)
+def test_a_value_that_a_child_hands_on_by_another_path(between):
+    class Between(Row):
+        def __init__(self):
+            super().__init__()
+            self.sub = Sometimes()
+
+        def forward(self, x):
+            return self.n(between(self.sub, self.c(x)))
+
+    model = settled(Between())
+    plan = structrep.plan(model)
+    assert len(plan.merges) == 1
+    deploy = plan.apply()
+    assert relative_error(deploy(X), model(X)) < 1e-12
+    model.sub.low = deploy.sub.low = True
+    assert ".low" in differs(model, deploy, X)
 
 
 # --- all else goes on -------------------------------------------------------------------------------------------------
