@@ -40,6 +40,8 @@ class Callers:
             yield from self._of_root(root)
         elif call is not root and root.module is not self.traced.model and self.doubt(root.path, root.method):
             yield from self._inside(call, root)
+        if not self.traced.observed.calls:
+            yield from self._of_results(call)
         if call.method != "forward":
             yield from self._of_method(call)
 
@@ -58,6 +60,13 @@ class Callers:
         if calls:
             first = next(iter(assumed), None)
             yield from (_unknown(root, name) for name in assumed if _asks(root, assumed[name], name == first))
+
+    def _of_results(self, call: Call) -> Iterator[str]:
+        """Arguments that a function gives which is not followed, and so may give no tensor."""
+        for name, value in call.arguments().items():
+            unfollowed = isinstance(value, fx.Proxy) and value.node.meta.get("unfollowed")
+            if unfollowed and value.node.op == "call_function" and _asks(call, value.node, first=False):
+                yield _unknown(call, name)
 
     def _inside(self, call: Call, root: Call) -> Iterator[str]:
         """What a part that may be called otherwise may give to one of its own parts then."""

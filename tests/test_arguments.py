@@ -459,3 +459,33 @@ def test_a_model_that_does_not_bear_to_be_watched_is_planned_all_the_same():
 
     model = settled(nn.Sequential(Proud(), nn.ReLU()))
     assert [merge.where for merge in structrep.plan(model, X).merges] == ["0.l"]
+
+
+MASKS = {"eager": lambda x: None}
+
+
+def mask_of(x):
+    """Cannot be followed, and what it gives is not in its source."""
+    bool((x > 100).any())
+    return MASKS["eager"](x)
+
+
+class Handed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.part = Masked()
+
+    def forward(self, x):
+        return self.part(x, mask_of(x))
+
+
+def test_what_a_function_gives_that_is_not_followed_may_be_none():
+    """As transformers' `create_bidirectional_mask` does, for DAB-DETR."""
+    model = settled(Handed())
+    plan = structrep.plan(model)
+    assert not plan.merges
+    assert any("what part is given for mask is not known" in refusal.reason for refusal in plan.refusals)
+    assert relative_error(plan.apply()(X), model(X)) == 0
+    deploy = structrep.reparameterize(model, X)
+    assert len(structrep.plan(model, X).merges) == 1
+    assert relative_error(deploy(X), model(X)) < 1e-12
