@@ -127,7 +127,8 @@ class Tracer(fx.Tracer):
                 keep(nn.Module, name)
             self.thread = threading.get_ident()
             self.elsewhere = {name: getattr(nn.Module, name) for name in _EXCHANGED}
-            change(_fx, "_is_fx_tracing_flag", _Here())
+            if hasattr(_fx, "_is_fx_tracing_flag"):  # before torch 2.14, which has one for each thread
+                change(_fx, "_is_fx_tracing_flag", _Here())
             # with names of its own, so that it does not raise that flag for all threads; torch.compile has wrapped it
             plain: Any = inspect.unwrap(fx.Tracer.trace)
             own = FunctionType(plain.__code__, {**plain.__globals__}, None, plain.__defaults__, plain.__closure__)
