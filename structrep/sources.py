@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import functools
 import inspect
 import linecache
@@ -407,7 +408,8 @@ class _CallOf:
 
 
 @functools.lru_cache(4096)
-def _own_calls(function: FunctionType) -> tuple[_CallOf, ...] | None:
+def _own_calls(function: FunctionType, callers: frozenset[FunctionType] = frozenset()) -> tuple[_CallOf, ...] | None:
+    """The calls in the code of a method, and in functions that it hands its module to; None if it cannot be read."""
     read = _tree(function)
     if read is None:
         return None
@@ -443,10 +445,29 @@ def _own_calls(function: FunctionType) -> tuple[_CallOf, ...] | None:
             of = frozenset() if bound else _parts_in(callee, itself, known)
             found.append(_CallOf(of, last, places, names, key))
             plain = isinstance(callee, ast.Name) and callee.id in _HANDS_ON | _ASKS
+            if any(isinstance(one, ast.Name) and one.id == itself for one in node.args) and not plain:
+                helper = _function_of(callee, function)
+                first = isinstance(node.args[0], ast.Name) and node.args[0].id == itself
+                if first and helper is not None and helper not in callers:
+                    further = _own_calls(helper, callers | {function})
+                    found += further if further is not None else [_CallOf(frozenset({_ANY}), "", None)]
             for one in () if plain else (*node.args, *(keyword.value for keyword in node.keywords)):
                 if handed := _parts_in(one, itself, known):
                     found.append(_CallOf(handed, "", None))  # to somebody who may call it with anything
     return tuple(found)
+
+
+def _function_of(callee: ast.expr, function: FunctionType) -> FunctionType | None:
+    """The function that code calls by its name, or by that of the module which it is in; not one of torch's."""
+    found: Any = None
+    if isinstance(callee, ast.Name):
+        cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
+        with contextlib.suppress(ValueError):  # a cell that has no value yet
+            found = cells[callee.id].cell_contents if callee.id in cells else function.__globals__.get(callee.id)
+    elif isinstance(callee, ast.Attribute) and isinstance(callee.value, ast.Name):
+        home = function.__globals__.get(callee.value.id)
+        found = getattr(home, callee.attr, None) if isinstance(home, ModuleType) else None
+    return found if isinstance(found, FunctionType) and written_in(found).partition(".")[0] != "torch" else None
 
 
 COMPUTED = object()  # an argument that a forward computes, or chooses

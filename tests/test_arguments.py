@@ -489,3 +489,27 @@ def test_what_a_function_gives_that_is_not_followed_may_be_none():
     plan = structrep.plan(model, X)
     assert not plan.merges
     assert any("called with another mask as the model runs" in refusal.reason for refusal in plan.refusals)
+
+
+def with_a_size(net, x):
+    return net.part(x, size=(3,)) if bool((x > -100).all()) else x
+
+
+class Helped(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.part = Sized()
+
+    def forward(self, x):
+        return with_a_size(self, x)
+
+
+def test_what_a_function_gives_to_a_part_of_the_module_that_it_is_handed():
+    model = settled(Helped())
+    plan = structrep.plan(model)
+    assert not plan.merges
+    assert any("what part is given for size is not known" in refusal.reason for refusal in plan.refusals)
+    assert relative_error(plan.apply()(X), model(X)) == 0
+    plan = structrep.plan(model, X)
+    assert len(plan.merges) == 1
+    assert relative_error(plan.apply()(X), model(X)) < 1e-12
