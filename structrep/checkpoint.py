@@ -254,9 +254,11 @@ def _as_integers(given: Tensor, own: Tensor, name: str, path: Path) -> Tensor:
     return whole
 
 
-def _mappings(content: Any, at: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], dict[str, Any]]]:
+def _mappings(
+    content: Any, at: tuple[str, ...] = (), around: tuple[Any, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], dict[str, Any]]]:
     """All mappings of a checkpoint with tensors in them, by the keys that lead there, without the wrappers' names."""
-    if not isinstance(content, Mapping):
+    if not isinstance(content, Mapping) or any(content is one for one in around):  # which holds itself
         return
     if any(isinstance(value, Tensor) for value in content.values()):
         named = {key: value for key, value in content.items() if _of_module(key, value)}
@@ -265,7 +267,7 @@ def _mappings(content: Any, at: tuple[str, ...] = ()) -> Iterator[tuple[tuple[st
         yield at, {plain_name(key): value for key, value in named.items()}
     for key, value in content.items():
         if isinstance(key, str) and key not in OF_TRAINING:
-            yield from _mappings(value, (*at, key))
+            yield from _mappings(value, (*at, key), (*around, content))
 
 
 def _of_module(key: Any, value: Any) -> bool:

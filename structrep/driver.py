@@ -393,19 +393,21 @@ def _plan(
         raise BadInput("cost='measured' needs example_inputs: they tell the shapes that layers are timed on")
     if measured is not None and norms == "keep":
         raise BadInput("norms='keep' merges every block, whatever it costs: leave out cost='measured'")
+    probed = _globs("probe", probe)
+    borders, reserved = _globs("inexact_borders", inexact_borders), _globs("reserve", reserve)
     registry = resolve(rules)
     given = model = unwrapped(model)
     search.check_ready(model)
     if settle(model, change=False):
         model = shallow_copy(model)
         settle(model)
-    layers = _to_probe(model, example_inputs, _globs(probe))
+    layers = _to_probe(model, example_inputs, probed)
     observed = Observed()
     if example_inputs is not None:
         observed = observe(model, example_inputs, layers)
         example_inputs = observed.inputs
     maps, refused = _probed(model, observed)
-    for glob in (*_globs(inexact_borders), *_globs(reserve)):
+    for glob in (*borders, *reserved):
         _named(model, glob)
     blocks = tuple(expand_layers(model)) if norms == "keep" else ()
     if norms == "keep" and not blocks:
@@ -413,10 +415,8 @@ def _plan(
             "norms='keep' gives back a model that structrep.expand has made, and in this one is no such block"
         )
     with process.same_chance(), precision.whole():  # a forward may draw numbers
-        found = search.find(
-            model, example_inputs, registry, _globs(inexact_borders), maps, refused, blocks, observed, kept(model)
-        )
-    planned = Plan(model, found, _globs(reserve), measured, given)
+        found = search.find(model, example_inputs, registry, borders, maps, refused, blocks, observed, kept(model))
+    planned = Plan(model, found, reserved, measured, given)
     if example_inputs is None or measured is None:
         return planned
     with process.same_chance():
@@ -431,8 +431,16 @@ def _measured(cost: object) -> Measured | None:
     return IN_TORCH
 
 
-def _globs(names: str | Iterable[str]) -> tuple[str, ...]:
-    return (names,) if isinstance(names, str) else tuple(names)
+def _globs(setting: str, names: Any) -> tuple[str, ...]:
+    """Names of modules, or globs, of which one alone may stand for itself.
+
+    Raises:
+        BadInput: there is something else.
+    """
+    found = (names,) if isinstance(names, str) else tuple(names) if isinstance(names, Iterable) else (None,)
+    if not all(isinstance(one, str) for one in found):
+        raise BadInput(f"{setting}={names!r}: give names of modules, or globs such as 'layer1.*'")
+    return found
 
 
 def _named(model: nn.Module, glob: str) -> list[str]:

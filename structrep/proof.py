@@ -19,7 +19,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
-from structrep import precision, process
+from structrep import parametrized, precision, process
 from structrep.algebra import ConvMap
 from structrep.errors import BadInput, VerificationError, WrongMerge, listed, said
 from structrep.observe import Observed
@@ -247,8 +247,12 @@ class _Exactly:
 
 
 def _rounded(model: nn.Module, how: How, eps: float) -> nn.Module:
-    """The model with every number off by one rounding, up or down."""
+    """The model with every number off by one rounding, up or down, those that it computes of others as it computes
+    them."""
     twin = how.model(model)
+    for module in [one for one in twin.modules() if parametrized.computed(one)]:
+        still = parametrized.plain(module, parametrized.compute(module))
+        module.__class__, module.__dict__ = type(still), vars(still)
     generator = torch.Generator().manual_seed(0)
     for tensor in (*twin.parameters(), *twin.buffers()):
         if (

@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import itertools
 import operator
@@ -108,10 +109,22 @@ def fallen(merges: Sequence[Merge], failed: Mapping[Merge, Refusal]) -> dict[Mer
 
 def end(norm: nn.Module) -> None:
     """Take from a norm of each value its weight and bias."""
-    names = computed(norm)
-    settle(norm)
-    norm._parameters |= dict.fromkeys((*norm._parameters, *names))
-    vars(norm).update(dict.fromkeys(vars(norm).keys() & {"affine", "elementwise_affine"}, False))
+    with _shown_still(norm):
+        names = computed(norm)
+        settle(norm)
+        norm._parameters |= dict.fromkeys((*norm._parameters, *names))
+        vars(norm).update(dict.fromkeys(vars(norm).keys() & {"affine", "elementwise_affine"}, False))
+
+
+@contextlib.contextmanager
+def _shown_still(module: nn.Module) -> Iterator[None]:
+    """Take tensors from a module whose text may be about them, as that of transformers' LlamaRMSNorm."""
+    shown = module.extra_repr()
+    yield
+    try:
+        module.extra_repr()
+    except Exception:  # asked None for its shape
+        vars(module)["extra_repr"] = functools.partial(str, shown)
 
 
 def _stays(segment: Segment) -> bool:
@@ -624,9 +637,10 @@ class Draft:
             module = self._at(parent)
         except AttributeError:
             return  # buried with its module
-        for store in (module._parameters, module._buffers):
-            if name in store:
-                store[name] = None
+        with _shown_still(module):
+            for store in (module._parameters, module._buffers):
+                if name in store:
+                    store[name] = None
         if name == "running_mean" and "num_batches_tracked" in module._buffers:
             module._buffers["num_batches_tracked"] = None
             module.__dict__["track_running_stats"] = False  # or loading a plain state dict would count batches again

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import fnmatch
 import itertools
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
@@ -825,6 +826,11 @@ class Search:
         leaves = [layer for segment in stretch for layer in segment.term.leaves()]
         kernels = [layer.weight for layer in leaves if layer.weight is not None]
         dtype = kernels[0].dtype
+        if dtype.itemsize == 1:  # torch itself has no layer that runs in it
+            raise Overflow(
+                f"a merged kernel would be rounded to {str(dtype).removeprefix('torch.')}, which keeps "
+                f"{1 - round(math.log2(torch.finfo(dtype).eps))} bits: cast the model to float32 or bfloat16 first"
+            )
         if map_.magnitude > torch.finfo(dtype).max:
             raise Overflow(
                 f"a merged coefficient of {map_.magnitude:.3g} does not fit {str(dtype).removeprefix('torch.')}, whose "

@@ -1,5 +1,7 @@
 """Norms that several layers take between them: all do, or none."""
 
+import pickle
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -351,6 +353,13 @@ class Written(nn.Module):
         return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps))
 
 
+class Shown(Written):
+    """Its text is about its weight."""
+
+    def extra_repr(self):
+        return f"{tuple(self.weight.shape)}, eps={self.eps}"
+
+
 def learned(module, seed=0):
     """With no weight or bias as it was initialized."""
     generator = torch.Generator().manual_seed(seed)
@@ -370,6 +379,7 @@ TOKENS = torch.randn(2, 5, 4, dtype=torch.float64, generator=torch.Generator().m
         lambda: nn.RMSNorm(4),
         lambda: OwnNorm(4),
         lambda: Written(4),
+        lambda: Shown(4),
         lambda: nn.Sequential(OwnNorm(4), nn.Dropout()),
     ],
 )
@@ -381,6 +391,7 @@ def test_weight_and_bias_of_a_norm_of_tokens_go_into_the_linears(make, inplace):
     deploy = structrep.reparameterize(model, inplace=inplace)
     assert relative_error(deploy(TOKENS), truth) < 1e-12
     assert not list(deploy.norm.parameters())
+    assert repr(deploy.norm) == repr(pickle.loads(pickle.dumps(deploy)).norm)
     biases = own > 4  # then the keys, which have no bias of their own, are given one
     assert sum(p.numel() for p in deploy.parameters()) == numbers - own + 4 * biases
     assert not structrep.plan(deploy).merges

@@ -253,3 +253,21 @@ def test_forwards_that_raise_or_need_more():
         deploy(X)
     with pytest.raises(BadInput, match="not today"):
         structrep.reparameterize(model, X)
+
+
+@pytest.mark.parametrize("setting", ["probe", "inexact_borders", "reserve"])
+@pytest.mark.parametrize("given", [True, None, 3, [nn.ReLU()]])
+def test_names_that_are_none(setting, given):
+    with pytest.raises(BadInput, match=f"^{setting}=.*: give names of modules, or globs"):
+        structrep.plan(nn.Sequential(nn.Conv2d(3, 3, 1)), X, **{setting: given})
+
+
+def test_weights_in_float8_stay():
+    """torch stores in it, and runs no layer."""
+    model = block()
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.float8_e4m3fn)
+    plan = structrep.plan(model)
+    assert not plan.merges
+    assert "rounded to float8_e4m3fn, which keeps 4 bits: cast the model to float32" in plan.refusals[0].reason
+    assert model[0].dense.conv.weight.dtype == torch.float8_e4m3fn

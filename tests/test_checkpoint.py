@@ -465,6 +465,14 @@ class Held:
     """What a checkpoint should not hold."""
 
 
+def test_a_checkpoint_that_holds_itself(wide, tmp_path):
+    content = {"net": wide.state_dict(), "epoch": 3}
+    content["self"] = content
+    structrep.convert_checkpoint(written(content, tmp_path / "train.pt"), tmp_path / "new.pt", wide)
+    deploy = torch.load(tmp_path / "new.pt")
+    assert deploy["net"].keys() == Plain().state_dict().keys()
+
+
 def test_bad_input(wide, tmp_path):
     state = wide.state_dict()
     good = written(state, tmp_path / "good.pt")

@@ -222,6 +222,17 @@ def test_in_half_precision(kind, dtype):
     demand_near(deploy, model, made("norm", kind, dtype).double(), x)
 
 
+def test_a_weight_that_is_rounded_on_the_way():
+    """Its rounding to float16 is none of the merge's, and is measured with the model's own."""
+    model = nn.Sequential(by(nn.Conv2d(4, 4, 3, padding=1), lambda w: w.half().to(w.dtype)), nn.BatchNorm2d(4)).eval()
+    x = torch.randn(1, 4, 6, 5)
+    deploy = structrep.reparameterize(model, x)
+    assert type(deploy[0]) is nn.Conv2d
+    assert relative_error(deploy(x), model(x)) < 1e-6
+    deploy[0].weight.data *= 1.01
+    assert not structrep.verify(model, deploy, x).ok
+
+
 def test_a_frozen_weight_stays_frozen():
     model = parametrizations.weight_norm(nn.Conv2d(4, 8, 3)).eval().requires_grad_(False)
     assert not structrep.reparameterize(nn.Sequential(model))[0].weight.requires_grad
