@@ -67,7 +67,7 @@ def state():
     found |= {(helper.__name__, "code"): (helper.__code__, str(helper.__kwdefaults__)) for helper in HELPERS}
     found["flags"] = (
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision(),
-        torch.is_autocast_enabled("cpu"), torch.is_grad_enabled(), torch.fx._symbolic_trace._is_fx_tracing_flag,
+        torch.is_autocast_enabled("cpu"), torch.is_grad_enabled(), torch.fx._symbolic_trace.is_fx_symbolic_tracing(),
         "isinstance" in globals(), len(process._undo), process._depth,
     )  # fmt: skip
     return {key: value for key, value in found.items() if "cache" not in str(key) and "_dict_" not in str(key)}
@@ -207,7 +207,6 @@ def asks_for_tracing():
     importlib.import_module("torch._dynamo")  # which wraps what traces
 
     def step():
-        assert not torch.fx._symbolic_trace._is_fx_tracing_flag
         assert not torch.fx._symbolic_trace.is_fx_symbolic_tracing()
 
     return step
