@@ -362,12 +362,22 @@ def whole(*, tf32: bool = False) -> Iterator[None]:
 def _set_tf32(on: bool) -> None:
     matmul: Any = torch.backends.cuda.matmul
     cudnn: Any = torch.backends.cudnn
+    value: bool | str
     try:
         # of which "medium" is not told from "high" by the flag
         process.afterwards(functools.partial(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision()))
-        for owner in (matmul, cudnn):
-            process.keep(owner, "allow_tf32")
-        matmul.allow_tf32 = cudnn.allow_tf32 = on
+        before = {owner: owner.allow_tf32 for owner in (matmul, cudnn)}
+        name, value = "allow_tf32", on
     except RuntimeError:  # the settings that took their place were used, which cannot be read this way
-        for owner in (matmul, cudnn.conv, cudnn.rnn):
-            process.change(owner, "fp32_precision", "tf32" if on else "ieee")
+        before = {owner: owner.fp32_precision for owner in (matmul, cudnn.conv, cudnn.rnn)}
+        name, value = "fp32_precision", "tf32" if on else "ieee"
+    for owner, was in before.items():
+        process.afterwards(functools.partial(_set_flag, owner, name, was))
+        _set_flag(owner, name, value)
+
+
+def _set_flag(owner: Any, name: str, value: Any) -> None:
+    """Set a flag of a backend, also after `torch.backends.disable_global_flags`, as `torch.testing._internal` calls it:
+    nothing of it is left afterwards."""
+    with getattr(torch.backends, "__allow_nonbracketed_mutation")():
+        setattr(owner, name, value)

@@ -34,6 +34,16 @@ def test_the_precision_of_products_is_as_it_was_after(setting: str) -> None:
         torch.set_float32_matmul_precision(before)
 
 
+def test_flags_that_may_no_more_be_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever imports `torch.testing._internal` has called `torch.backends.disable_global_flags()`, for good."""
+    monkeypatch.setitem(torch.backends.flags_frozen.__globals__, "__allow_nonbracketed_mutation_flag", False)
+    before = MATMUL.allow_tf32, CUDNN.allow_tf32
+    with precision.whole(tf32=True):
+        assert (MATMUL.allow_tf32, CUDNN.allow_tf32) == (True, True)
+        assert torch.backends.flags_frozen()
+    assert before == (MATMUL.allow_tf32, CUDNN.allow_tf32)
+
+
 @pytest.mark.skipif(not hasattr(CUDNN, "conv"), reason="this torch has the old settings alone")
 @pytest.mark.parametrize("setting", ["ieee", "tf32"])
 def test_settings_that_torch_does_not_let_be_read_the_old_way(setting: str) -> None:
