@@ -96,7 +96,7 @@ _LIBRARIES = ("torch", "builtins", "functools", "collections", "numpy", "structr
 def is_object(value: Any) -> bool:
     """Whether a value is an object of somebody's own class, which holds settings: a configuration."""
     cls = type(value)
-    own = bool(cls.__flags__ & _HEAP) and cls.__module__.partition(".")[0] not in _LIBRARIES
+    own = bool(cls.__flags__ & _HEAP) and written_in(cls).partition(".")[0] not in _LIBRARIES
     return own and not isinstance(value, (*_CONTAINERS, *_PLAIN, type, Enum, nn.Module, Tensor))
 
 
