@@ -334,7 +334,7 @@ def _nodes(values: list[Any]) -> set[fx.Node]:
 def _makes(module: nn.Module) -> bool:
     """Whether a module gives memory of its own, if it does not write to its input: torch's own, run as it is."""
     for base in type(module).__mro__:
-        space, _, file = base.__module__.rpartition(".")
+        space, _, file = (getattr(base, "__module__", None) or "").rpartition(".")
         if space == "torch.nn.modules" and base.forward is type(module).forward:  # type: ignore[attr-defined]
             return file in _MAKERS or base.__name__ in ("Linear", "Bilinear")
     return False

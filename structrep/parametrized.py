@@ -64,7 +64,8 @@ def own_class(module: nn.Module) -> type[nn.Module]:
 
 def torch_kind(module: nn.Module) -> type[nn.Module] | None:
     """The class of torch's whose forward a module runs; None for a module that does more than that."""
-    base = next((base for base in type(module).__mro__ if base.__module__.startswith("torch.nn.modules.")), None)
+    homes = ((base, getattr(base, "__module__", None) or "") for base in type(module).__mro__)
+    base = next((base for base, home in homes if home.startswith("torch.nn.modules.")), None)
     same = all(getattr(type(module), name, None) is getattr(base, name, None) for name in _RUNS)
     return base if same and "forward" not in module.__dict__ else None
 

@@ -408,7 +408,7 @@ def namespace_reads(functions: Iterable[tuple[CodeType, dict[str, Any], Function
         seen.add(code)
         pending += [(one, space, None) for one in code.co_consts if isinstance(one, CodeType)]
         for text, value, holder in _asked_by(code, space, function):
-            if isinstance(value, FunctionType) and value.__module__.partition(".")[0] not in ("torch", "structrep"):
+            if isinstance(value, FunctionType) and written_in(value).partition(".")[0] not in ("torch", "structrep"):
                 pending.append((value.__code__, value.__globals__, value))
             if isinstance(value, (ModuleType, nn.Module, Tensor, fx.Proxy, MethodType)) or callable(value):
                 name = text.rpartition(".")[2]

@@ -82,7 +82,7 @@ _DEEPEST = 16  # levels of a structure
 def _has_fields(value: Any) -> bool:
     """Whether a value is a dataclass of somebody else's."""
     kind = type(value)  # not the value itself, for which a trace may answer
-    return hasattr(kind, "__dataclass_fields__") and kind.__module__.partition(".")[0] != "structrep"
+    return hasattr(kind, "__dataclass_fields__") and written_in(kind).partition(".")[0] != "structrep"
 
 
 def _copied(value: Any) -> Any:

@@ -18,6 +18,7 @@ from torch.export import ExportedProgram
 
 from structrep.errors import BadInput
 from structrep.parametrized import hooks
+from structrep.ranks import written_in
 from structrep.sources import words
 from structrep.trace import demand_python, is_compiled, own_copy
 
@@ -178,7 +179,7 @@ def _idle(layer: Any) -> nn.Module | None:
 def _asked_for(model: nn.Module, path: str, wrapper: nn.Module) -> str:
     """What the code around an adapted model asks it for that is not asked of the model inside; "" if nothing."""
     own = {"base_model", "peft_config"}.union(
-        *(vars(cls) for cls in type(wrapper).__mro__ if _is_pefts(cls.__module__))
+        *(vars(cls) for cls in type(wrapper).__mro__ if _is_pefts(written_in(cls)))
     )
     own -= {"forward", "generate"} | {name for name in own if name.startswith("__")}
     names = path.split(".")

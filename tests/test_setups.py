@@ -63,6 +63,8 @@ def test_no_note_where_there_is_source():
 def test_classes_that_are_in_no_module():
     namespace = {"nn": nn, "forward": Plain.forward, "start": start}
     exec("Bare = type('Bare', (nn.Module,), {'forward': forward, '__init__': start})", namespace)
+    exec("def scaled(x):\n    return x * 2.0", namespace)  # whose module is None
+    namespace["Bare"].forward = lambda self, x: namespace["scaled"](Plain.forward(self, x)).relu()
     model = settled(nn.Sequential(namespace["Bare"](), nn.Conv2d(4, 4, 1)))
     assert "__module__" not in vars(type(model[0]))
     deploy = structrep.reparameterize(model, X)
