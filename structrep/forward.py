@@ -23,7 +23,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
-from structrep import guards
+from structrep import contexts, guards
 from structrep.errors import Unreadable
 from structrep.generated import Method
 from structrep.guards import Guard
@@ -98,10 +98,12 @@ class Forward:
         self.merged: dict[str, Entry] = {}  # plain tensors that are merged, by the name that they are known by for that
         self.excluded: dict[tuple[str, str], Any] = {}  # answers that ways before have taken care of
         self.settled = set(self.answers)  # questions about inputs that need not be asserted
+        self.entered: tuple[contexts.Context, ...] = ()  # that what is written next stands in
         self._arguments()
         self._ask_again()
         self._mark_merged()
         self._body(call)
+        self._enter(call.contexts)
         self.graph.output(self._rebuild(call.result))
         for node in reversed(self.graph.nodes):
             unused = node.target in (operator.getitem, getattr, "view", "reshape") or node.meta.get("constant")
@@ -110,7 +112,7 @@ class Forward:
         code = self.graph.python_code("self")
         source = code.src.strip().replace("def forward(", f"def {call.method}(", 1) + "\n"
         self.head, _, body = source.replace(f"self.{_ITSELF}", "self").partition("\n")
-        self.body = textwrap.dedent(body)
+        self.body = contexts.blocks(textwrap.dedent(body))
         self.globals = code.globals
         self.method()
 
@@ -557,9 +559,24 @@ class Forward:
             else:
                 self._collapse(step)
 
+    def _enter(self, wanted: tuple[contexts.Context, ...]) -> None:
+        """Write what comes next in some contexts, as far as the forward itself enters them."""
+        own = wanted[len(self.call.contexts) :]
+        if lasting := [one.code for one in own if not one.ends]:
+            raise Unreadable(f"{self.call.path or 'the model'} calls {lasting[0]}, which stays so after it")
+        kept = sum(
+            1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(own, self.entered, strict=False))
+        )
+        for _ in self.entered[kept:]:
+            self.graph.call_function(contexts.leave)
+        for one in own[kept:]:
+            self.graph.call_function(contexts.enter, (one.code,))
+        self.entered = own
+
     def _copy(self, node: fx.Node) -> None:
         if node.meta["autocast"]:
             raise Unreadable(f"{self.call.path or 'the model'} runs part of its forward under autocast")
+        self._enter(node.meta["contexts"])
         if node in self.edits.refilled:
             self.env[node] = self._refilled(node, *self.edits.refilled[node])
         elif node in self.edits.replaced:
@@ -625,6 +642,7 @@ class Forward:
 
     def _collapse(self, call: Call) -> None:
         """A child's call, as it stands in its parent's forward."""
+        self._enter(call.contexts)
         args = self._rebuild(self._asking(call.args, call, ("args",)))
         kwargs = self._rebuild(self._asking(call.kwargs, call, ("kwargs",)))
         node = self.graph.call_module(self._relative(call.path), args, kwargs)
@@ -683,8 +701,11 @@ class Forward:
             if not left:
                 one = pending.pop()
                 if id(one) not in self.rebuilt:
+                    around = self.call.contexts + self.entered
+                    self._enter(origin.contexts if origin is not None else around)
                     self.rebuilt[id(one)] = self._recompute(one, origin)
                     self.rebuilt[id(one)].meta["constant"] = True
+                    self._enter(around)
         return self.rebuilt[id(tensor)]
 
     def _origin(self, tensor: Tensor) -> Origin | None:

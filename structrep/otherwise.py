@@ -95,13 +95,13 @@ class Comparison:
 
     def _step(self, one: fx.Node | Call, other: fx.Node | Call) -> None:
         if isinstance(one, fx.Node) and isinstance(other, fx.Node):
-            if not _same_operation(one, other):
+            if not _same_operation(one, other) or one.meta["contexts"] != other.meta["contexts"]:
                 raise Different
             self._pair(one.args, other.args, one, ("args",))
             self._pair(dict(one.kwargs), dict(other.kwargs), one, ("kwargs",))
             self.nodes[one] = other
         elif isinstance(one, Call) and isinstance(other, Call):
-            if (one.path, one.method) != (other.path, other.method):
+            if (one.path, one.method, one.contexts) != (other.path, other.method, other.contexts):
                 raise Different
             self._pair(one.args, other.args, one, ("args",))
             self._pair(one.kwargs, other.kwargs, one, ("kwargs",))
@@ -165,7 +165,7 @@ class Comparison:
             if origins[0] is not origins[1] or one.shape != other.shape or not torch.equal(one, other):
                 raise Different
             return
-        if origins[0].function is not origins[1].function:
+        if origins[0].function is not origins[1].function or origins[0].contexts != origins[1].contexts:
             raise Different
         self._pair(origins[0].args, origins[1].args, one, ("args",))
         self._pair(origins[0].kwargs, origins[1].kwargs, one, ("kwargs",))
@@ -215,7 +215,8 @@ class _Numbers:
         args, kwargs = node.args, dict(node.kwargs)
         if len(args) == 2 and "bias" in kwargs:  # which is the third of all layers as functions
             args = (*args, kwargs.pop("bias"))
-        made = node.op, str(node.target), node.meta["call"].path, self._of(args), self._of(kwargs)
+        where = node.meta["call"].path, node.meta["contexts"]
+        made = node.op, str(node.target), where, self._of(args), self._of(kwargs)
         count = self.counts[made] = self.counts.get(made, 0) + 1
         self.numbers[node] = number = self.known.setdefault((made, count), len(self.known))
         return number

@@ -11,7 +11,7 @@ from __future__ import annotations
 import fnmatch
 import itertools
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
@@ -26,6 +26,7 @@ from structrep.algebra import ConvMap, Ints, Rigour
 from structrep.beside import isolation
 from structrep.borders import Borders
 from structrep.callers import Callers
+from structrep.contexts import Context
 from structrep.cost import Cost
 from structrep.errors import (
     BadInput,
@@ -46,7 +47,7 @@ from structrep.errors import (
 from structrep.observe import Observed
 from structrep.parametrized import about_hooks, hooks
 from structrep.pattern import ONE, Term, geometry, leaf, seq, signed, sized, stack, total, value
-from structrep.ranks import channels, spatial_size
+from structrep.ranks import channels, spatial_size, torch_name
 from structrep.readers import (
     Layer,
     Reading,
@@ -563,6 +564,8 @@ class Search:
         nodes, branches = found
         if any(layer.kind == "view" for branch in branches for layer in branch.leaves()):
             return None  # views stay where they are, and so must what they are views of
+        if any(torch_name(node) == "detach" for node in nodes):
+            return None  # one branch has no gradient
         if isinstance(reading, Total):
             nodes.update(dict.fromkeys(reading.through))
         size = spatial_size(base)
@@ -893,6 +896,7 @@ class Search:
                     f"a value of {given} channels is spread over {wanted} by a scale, and no layer does so"
                 )
         changed = {n for n in inside if not isinstance(self._reading(n), Same)} | _scales(stretch)
+        _check_contexts(changed)
         for where in _written_in(changed):
             if where in self.findings.unwritable:
                 raise Unreadable(str(self.findings.unwritable[where]))
@@ -972,6 +976,17 @@ def _notes(map_: ConvMap, leaves: Iterable[Layer], dtype: torch.dtype) -> Iterat
         if dead := layer.dead():
             norm = path_of(layer.node) if layer.node else "a norm"
             yield f"{norm}: {dead} of its channels have a variance below eps, dead in training and scaled by eps alone"
+
+
+def _check_contexts(changed: Set[fx.Node]) -> None:
+    """Raise if what is merged runs in several contexts; modules that are swapped are cast wherever they stand."""
+    swapped = all(node.op == "call_module" for node in changed)
+    around: dict[tuple[Context, ...], fx.Node] = {}
+    for node in sorted(changed, key=lambda n: int(n.meta["index"])):
+        around.setdefault(tuple(one for one in node.meta["contexts"] if not (swapped and one.casts)), node)
+    if len(around) > 1:
+        told = (f"{node.name} in {' in '.join(one.code for one in found) or 'none'}" for found, node in around.items())
+        raise Unreadable(f"one layer runs in one context, and {', '.join(told)}")
 
 
 def path_of(node: fx.Node) -> str:

@@ -37,6 +37,7 @@ from structrep import dtypes, operations, parametrized, process, readers
 from structrep.algebra import ConvMap
 from structrep.answers import length, spared
 from structrep.aten import gives_more, in_torch
+from structrep.contexts import Context, Contexts
 from structrep.errors import BadInput, StructrepError, Unreadable, Untraceable, said
 from structrep.intercept import (
     compiled_inlined,
@@ -79,6 +80,7 @@ class Call:
     codes: dict[CodeType, dict[str, Any]] = field(default_factory=dict)  # the code that asked, and its namespace
     held: dict[fx.Node, set[CodeType]] = field(default_factory=dict)  # values that code of no call had as it asked
     at: int | None = None  # the instruction of its parent's code that it is called by, if that code itself calls it
+    contexts: tuple[Context, ...] = ()  # that it is called in
 
     @property
     def code(self) -> Callable[..., Any]:
@@ -203,6 +205,7 @@ class Origin:
     function: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    contexts: tuple[Context, ...] = ()  # that it was computed in
 
     @property
     def given(self) -> list[Tensor]:
@@ -610,7 +613,7 @@ def retrace(traced: Traced, call: Call, answers: Mapping[tuple[str, str], Any]) 
     twin = shallow_copy(call.module)
     paths = {part: ".".join(filter(None, (call.path, name))) for name, part in twin.named_modules()}
     again = _untraced(_placed(twin, call.path), paths)
-    tracer = _Tracer(twin, call.method, paths, again.names, of.opaque, of.whole, answers)
+    tracer = _Tracer(twin, call.method, paths, again.names, of.opaque, of.whole, answers, call.contexts)
     count = itertools.count()
     tracer.arguments = pytree.tree_map(
         lambda leaf: _Slot(f"input_{next(count)}") if isinstance(leaf, fx.Proxy) else leaf, (call.args, call.kwargs)
@@ -815,6 +818,7 @@ class _Tracer(process.Tracer):
         opaque: Set[type[nn.Module]],
         whole: Set[FunctionType],
         answers: Mapping[tuple[str, str], Any] | None = None,
+        contexts: tuple[Context, ...] = (),
     ) -> None:
         super().__init__()
         self.module = module
@@ -830,6 +834,7 @@ class _Tracer(process.Tracer):
         self.refused: Exception | None = None  # the first question that had no answer
         self.constants = _Constants(self)
         self.questions = Questions(paths, lambda: self.stack[-1] if self.stack else None, answers)
+        self.contexts = Contexts(contexts)
         self.stored = {storage(p) for p in module.parameters() if p.numel()}
         self.reached: dict[str, set[Call]] = {}
         self.fetched: Counter[tuple[str, Call]] = Counter()  # how often a forward looked up what is not its own
@@ -948,6 +953,7 @@ class _Tracer(process.Tracer):
             keep_whole(self.whole, self.create_proxy)
             show_tensors(self.module)
             self.questions.watch(self.module)
+            self.contexts.watch()
             yield
 
     @contextlib.contextmanager
@@ -983,6 +989,7 @@ class _Tracer(process.Tracer):
         call = Call(m, self.paths[m], parent, snapshot(args), snapshot(kwargs), leaf, method, function)
         call.settings = readers.settings(m) if leaf else {}
         call.at = self._place() if parent else None
+        call.contexts = self.contexts.now
         if parent:
             parent.steps.append(call)
         self.calls.append(call)
@@ -1176,6 +1183,7 @@ class _Tracer(process.Tracer):
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         node = super().create_node(*args, **kwargs)
         node.meta["index"] = self.count
+        node.meta["contexts"] = self.contexts.now
         node.meta["autocast"] = torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
         call = node.meta["call"] = self.stack[-1] if self.stack else None
         node.meta["at"] = self._place() if call is not None and not call.leaf else None
@@ -1363,7 +1371,7 @@ class _Constants(TorchFunctionMode):
             return self._ask(args[0], func.__self__.__name__, result)
         itself = any(result is one for one in pytree.tree_leaves((args, kwargs)))  # `x.to(x.dtype)`
         if isinstance(result, Tensor) and not written and not itself:
-            self.origins[id(result)] = Origin(result, func, args, kwargs)
+            self.origins[id(result)] = Origin(result, func, args, kwargs, self.tracer.contexts.now)
         return result
 
     def note_written(self, tensor: Tensor, name: str) -> None:

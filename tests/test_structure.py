@@ -32,6 +32,7 @@ ORDER = [
     "sources",
     "paths",
     "intercept",
+    "contexts",
     "questions",
     "observe",
     "trace",

@@ -1,0 +1,135 @@
+"""Contexts that code enters as a trace runs: `torch.no_grad()` and its like, autocast.
+
+None is a step of a graph, but each changes what steps do: whether they have a gradient, in which dtype they compute.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+
+from structrep import process
+
+
+class Context(NamedTuple):
+    """A context that steps of a forward run in.
+
+    Args:
+        code: how it is entered.
+        ends: whether it is left again where it was entered; `torch.set_grad_enabled(False)` alone is not.
+    """
+
+    code: str
+    ends: bool = True
+
+    @property
+    def casts(self) -> bool:
+        return self.code.startswith("torch.autocast(")
+
+
+class Contexts:
+    """Watches a trace.
+
+    Args:
+        around: what it starts in.
+    """
+
+    def __init__(self, around: Iterable[Context] = ()) -> None:
+        self.entered: list[tuple[Any, Context]] = [(None, one) for one in around]
+        self.wanted: dict[int, tuple[Any, bool]] = {}  # autocasts, by id, and whether they were to be enabled
+
+    @property
+    def now(self) -> tuple[Context, ...]:
+        return tuple(context for _, context in self.entered)
+
+    def watch(self) -> None:
+        """Note what is entered as long as the process is ours."""
+        for cls in (torch.no_grad, torch.enable_grad, torch.inference_mode, torch.set_grad_enabled, torch.autocast):
+            _exchange(cls, "__enter__", self._enter)
+            _exchange(cls, "__exit__", self._leave)
+        _exchange(torch.set_grad_enabled, "__init__", self._set)
+        _exchange(torch.autocast, "__init__", self._want)
+
+    def _enter(self, plain: Callable[..., Any], manager: Any) -> Any:
+        before = [one for one in self.entered if one[0] is not manager]
+        entered = plain(manager)
+        self.entered = [*before, (manager, Context(self._spelt(manager)))]
+        return entered
+
+    def _leave(self, plain: Callable[..., Any], manager: Any, *raised: Any) -> Any:
+        managers = [one for one, _ in self.entered]
+        before = self.entered[: managers.index(manager)] if manager in managers else self.entered
+        left = plain(manager, *raised)
+        self.entered = before
+        return left
+
+    def _set(self, plain: Callable[..., Any], manager: Any, mode: bool) -> None:
+        plain(manager, mode)
+        self.entered = [*self.entered, (manager, Context(f"torch.set_grad_enabled({mode})", ends=False))]
+
+    def _want(self, plain: Callable[..., Any], manager: Any, device: str, *args: Any, **kwargs: Any) -> None:
+        plain(manager, device, *args, **kwargs)
+        enabled = args[1] if len(args) > 1 else kwargs.get("enabled", True)
+        self.wanted[id(manager)] = manager, bool(enabled)  # it is disabled itself where there is no such device
+
+    def _spelt(self, manager: Any) -> str:
+        if isinstance(manager, torch.autocast):
+            _, enabled = self.wanted.get(id(manager), (manager, manager._enabled))
+            how = f"dtype={manager.fast_dtype}, cache_enabled={manager._cache_enabled}" if enabled else "enabled=False"
+            return f"torch.autocast({manager.device!r}, {how})"
+        kinds = torch.no_grad, torch.enable_grad, torch.inference_mode, torch.set_grad_enabled
+        name = next(kind.__name__ for kind in kinds if isinstance(manager, kind))
+        return f"torch.{name}({getattr(manager, 'mode', '')})"
+
+
+def _exchange(cls: type, name: str, hook: Callable[..., Any]) -> None:
+    plain = getattr(cls, name)
+
+    def watching(manager: Any, *args: Any, **kwargs: Any) -> Any:
+        return hook(plain, manager, *args, **kwargs)
+
+    process.change(cls, name, process.here(watching, plain))
+
+
+# --- in written code --------------------------------------------------------------------------------------------------
+
+
+def enter(code: str) -> None:
+    """Stands in a graph where a context is entered."""
+
+
+def leave() -> None:
+    """Stands in a graph where the last context is left."""
+
+
+def blocks(body: str) -> str:
+    """The code of a graph, with blocks for the contexts that are entered and left in it."""
+    lines: list[str] = []
+    depth = 0
+    for line in body.splitlines():
+        name, given = _called(line)
+        if name == enter.__name__:
+            lines.append(f"{'    ' * depth}with {given}:")
+            depth += 1
+        elif name == leave.__name__:
+            depth -= 1
+            if lines[-1].lstrip().startswith("with "):
+                lines.pop()  # nothing is left inside
+        else:
+            lines.append("    " * depth + line)
+    return "\n".join(lines)
+
+
+def _called(line: str) -> tuple[str, str]:
+    """Which of the two functions above a line of a graph's code calls, if any, and with what."""
+    before = f"{__name__.replace('.', '_')}_"
+    if before not in line:
+        return "", ""
+    found = ast.parse(line).body[0]
+    if not isinstance(found, ast.Assign) or not isinstance(found.value, ast.Call):
+        return "", ""
+    given = [ast.literal_eval(one) for one in found.value.args]
+    return ast.unparse(found.value.func).removeprefix(before), given[0] if given else ""
