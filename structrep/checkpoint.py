@@ -6,6 +6,7 @@ structrep.convert_checkpoint("last.ckpt", "deploy.ckpt", structrep.expand(model,
 from __future__ import annotations
 
 import contextlib
+import inspect
 import re
 import warnings
 from collections import Counter
@@ -336,7 +337,6 @@ def _distributed(folder: Path, model: nn.Module) -> dict[str, Tensor]:
     """
     from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-    from torch.distributed.checkpoint.state_dict_loader import load as load_sharded
 
     try:
         metadata = FileSystemReader(folder).read_metadata()
@@ -351,7 +351,7 @@ def _distributed(folder: Path, model: nn.Module) -> dict[str, Tensor]:
         if any(plain_name(name)[start:] in expected for start in _endings(plain_name(name)))
     }
     try:
-        load_sharded(state, checkpoint_id=folder, no_dist=True)
+        _load_alone(state, folder)
     except Exception as error:
         raise BadInput(f"{folder} is damaged: {said(error)}") from error
     if mixed := _of_several_processes(metadata.storage_data, state, model):
@@ -362,6 +362,19 @@ def _distributed(folder: Path, model: nn.Module) -> dict[str, Tensor]:
             stacklevel=4,
         )
     return state
+
+
+def _load_alone(state: dict[str, Tensor], folder: Path) -> None:
+    """Read a state from a folder of `torch.distributed.checkpoint`, without waiting for other processes."""
+    from torch.distributed.checkpoint import state_dict_loader
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+
+    if "no_dist" in inspect.signature(state_dict_loader.load).parameters:
+        state_dict_loader.load(state, checkpoint_id=folder, no_dist=True)
+        return
+    with warnings.catch_warnings():  # torch 2.6 may be told so by the older function alone
+        warnings.simplefilter("ignore", FutureWarning)
+        state_dict_loader.load_state_dict(state, FileSystemReader(folder), no_dist=True)
 
 
 def _of_several_processes(places: Any, state: Mapping[str, Tensor], model: nn.Module) -> list[str]:

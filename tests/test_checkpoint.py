@@ -163,7 +163,7 @@ def test_names_with_wrappers(wide, tmp_path):
 def test_a_sharded_checkpoint(wide, tmp_path, nested):
     state = dict(wide.state_dict())
     content = {"model": state, "optim": {"state": {"conv.weight": torch.zeros(3)}}, "step": 7} if nested else state
-    sharded.save(content, checkpoint_id=tmp_path / "step-7", no_dist=True)
+    sharded.save(content, checkpoint_id=tmp_path / "step-7")
     structrep.convert_checkpoint(tmp_path / "step-7", tmp_path / "deploy.safetensors", wide, norms="keep")
     state = safetensors.torch.load_file(tmp_path / "deploy.safetensors")
     assert relative_error(plain_of(state)(X), wide(X)) < 1e-5
@@ -455,7 +455,7 @@ def test_shards_that_are_none(wide, tmp_path):
 
 
 def test_the_command_unpickles_no_metadata_unless_it_is_trusted(wide, tmp_path):
-    sharded.save(wide.state_dict(), checkpoint_id=tmp_path / "step-7", no_dist=True)
+    sharded.save(wide.state_dict(), checkpoint_id=tmp_path / "step-7")
     with pytest.raises(BadInput, match="reading its metadata could run any code: say --trusted"):
         checkpoint.read(tmp_path / "step-7", wide)
     assert checkpoint.read(tmp_path / "step-7", wide, trusted=True).keys() == wide.state_dict().keys()

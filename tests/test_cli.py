@@ -852,7 +852,7 @@ def test_a_checkpoint_with_more_than_tensors_is_read_if_it_is_trusted(here: Path
     torch.save({"model": net.state_dict(), "held": net}, here / "held.pt")
     assert "or say --trusted" in failed(2, "explain", "nets:Net", "--weights", "held.pt")
     assert run("explain", "nets:Net", "--weights", "held.pt", "--trusted").exit_code == 0
-    torch.distributed.checkpoint.save(net.state_dict(), checkpoint_id=here / "step-7", no_dist=True)
+    torch.distributed.checkpoint.save(net.state_dict(), checkpoint_id=here / "step-7")
     assert "say --trusted" in failed(2, "explain", "nets:Net", "--weights", "step-7")
     assert run("explain", "nets:Net", "--weights", "step-7", "--trusted").exit_code == 0
 
