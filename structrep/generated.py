@@ -10,10 +10,11 @@ import hashlib
 import importlib
 import linecache
 from dataclasses import dataclass
-from types import ModuleType
+from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import Any
 
 from torch import fx, nn
+from torch.utils import _pytree as pytree
 
 from structrep.process import Tracer
 from structrep.ranks import written_in
@@ -82,8 +83,39 @@ def generated_class(base: type[nn.Module], methods: tuple[Method, ...]) -> type[
 
 
 class _Whole(Tracer):
+    """Calls of modules and of torch's functions are nodes: torch 2.6 wants numbers itself where a graph has them."""
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
+
+    def arguments_of(self, root_fn: Any, is_module: bool, concrete_args: Any) -> tuple[Any, list[Any]]:
+        spaces = {name: self.noted(value) for name, value in root_fn.__globals__.items()}
+        run = FunctionType(root_fn.__code__, spaces, root_fn.__name__, root_fn.__defaults__, root_fn.__closure__)
+        run.__kwdefaults__, run.__annotations__ = root_fn.__kwdefaults__, root_fn.__annotations__
+        return super().arguments_of(run, is_module, concrete_args)
+
+    def noted(self, value: Any) -> Any:
+        """A function of torch's, or a module of such, whose calls are noted without being looked at."""
+        if isinstance(value, ModuleType):
+            return _Space(self, value)
+        if not isinstance(value, BuiltinFunctionType) or not str(value.__module__).startswith("torch"):
+            return value
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            known = not any(isinstance(one, fx.Proxy) for one in pytree.tree_leaves((args, kwargs)))
+            return value(*args, **kwargs) if known else self.create_proxy("call_function", value, args, kwargs)
+
+        return call
+
+
+class _Space:
+    """A module as a tracer sees it."""
+
+    def __init__(self, tracer: _Whole, module: ModuleType) -> None:
+        self._tracer, self._module = tracer, module
+
+    def __getattr__(self, name: str) -> Any:
+        return self._tracer.noted(getattr(self._module, name))
 
 
 def regraph(module: fx.GraphModule) -> None:
