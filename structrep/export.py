@@ -10,6 +10,7 @@ import ctypes
 import hashlib
 import io
 import logging
+import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -28,6 +29,7 @@ from structrep.report import PlanRecord, Provenance, Verification
 from structrep.trace import Example, as_arguments
 
 KEY = "structrep"  # of the record in a file's own metadata
+BATCH = "batch"  # what a program calls the size of dim 0, if it is left open
 ONNX = "pip install 'structrep[onnx]'"
 
 
@@ -125,8 +127,21 @@ def _onnx(deploy: nn.Module, example_inputs: Example | None, record: str) -> byt
 
     made = _with_open_batch(export, example_inputs)
     made.model.metadata_props[KEY] = record
-    content: bytes = made.model_proto.SerializeToString()
+    program = made.model_proto
+    _name_batch(program.graph)
+    content: bytes = program.SerializeToString()
     return content
+
+
+def _name_batch(graph: Any) -> None:
+    """Give the one size that is left open the name that it has for torch.export; torch 2.6 writes its symbol, s0."""
+    given, made = (
+        [size for value in values for size in value.type.tensor_type.shape.dim if size.dim_param]
+        for values in (graph.input, (*graph.output, *graph.value_info))
+    )
+    symbol = given[0].dim_param if given else BATCH  # other open sizes are those of what is made
+    for size in (*given, *made) if symbol != BATCH else ():
+        size.dim_param = re.sub(rf"\b{re.escape(symbol)}\b", BATCH, size.dim_param)
 
 
 def _with_open_batch(export: Callable[[Any, Any, Any], Any], example_inputs: Example | None) -> Any:
@@ -139,7 +154,7 @@ def _with_open_batch(export: Callable[[Any, Any, Any], Any], example_inputs: Exa
         raise BadInput("a program is made from example inputs: give some (--shape 1x3x224x224, say)")
     args, kwargs = as_arguments(example_inputs)
     sizes = {len(leaf) for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.ndim}
-    batch = torch.export.Dim("batch")
+    batch = torch.export.Dim(BATCH)
 
     def wide(leaf: Any) -> Any:  # a batch of 1 would be taken for a constant
         return torch.cat([leaf, leaf]) if isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == 1 else leaf
