@@ -118,7 +118,7 @@ def _here(one: Any) -> Any:
 @contextlib.contextmanager
 def device(*, float64: bool = True) -> Iterator[torch.device]:
     """The device, for as long as this lasts, and whether it has float64: Apple's has none."""
-    torch._C._ensureCUDADeviceGuardSet()
+    getattr(torch._C, "_ensureCUDADeviceGuardSet", lambda: None)()
     before = torch.__future__.get_overwrite_module_params_on_conversion()
     torch.__future__.set_overwrite_module_params_on_conversion(True)
     try:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import fx, nn
 
 import structrep
 from tests.models import relative_error, settled
@@ -85,7 +85,8 @@ def test_planning_draws_nothing():
         lambda y: torch.ops.aten.sub.Scalar(y, 1.5, 2),
     ],
 )
-def test_operators_with_a_factor(function):
+@pytest.mark.parametrize("how", ["exported", "traced"])
+def test_operators_with_a_factor(function, how):
     class Model(nn.Module):
         def __init__(self):
             super().__init__()
@@ -95,7 +96,12 @@ def test_operators_with_a_factor(function):
             return self.d(function(self.c(x)))
 
     model = Model().eval()
-    graph = torch.export.export(model, (X,)).module()
+    try:
+        graph = torch.export.export(model, (X,)).module() if how == "exported" else fx.symbolic_trace(model)
+    except Exception as error:
+        if "too many positional arguments" not in str(error):
+            raise
+        pytest.skip("torch 2.6 exports no operator whose factor is given by its place")
     with torch.no_grad():
         assert relative_error(structrep.reparameterize(graph, verify=False)(X), model(X)) < 1e-5
 

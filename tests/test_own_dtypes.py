@@ -463,7 +463,8 @@ def test_language_models(kind, dtype):
     found = structrep.verify(net, deploy, x)
     assert found.ok
     assert found.truth == "float64"
-    assert list(found.alone) == ([] if kind == "Gemma" else ["_grouped_mm"])
+    grouped = kind != "Gemma" and hasattr(torch, "_grouped_mm")  # without it experts run one by one
+    assert list(found.alone) == (["_grouped_mm"] if grouped else [])
     if dtype == torch.float32:
         assert not planted(plan, x).ok
 

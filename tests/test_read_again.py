@@ -490,6 +490,22 @@ def test_traced_as_the_model_is():
     assert relative_error(truth, model(X)) > 0.1
 
 
+def test_compiled_as_the_model_is():
+    def forward(self, x):
+        y = self.n(self.a(x)) + self.b(x)
+        return y * 2 if torch.compiler.is_compiling() else y.softmax(1)
+
+    model, deploy = converted(forward)
+    for run in (
+        lambda one: torch.export.export(one, (X,)).module(),
+        lambda one: torch.compile(one, backend="eager", fullgraph=True),
+    ):
+        truth, found = (run(one)(X) for one in (model, deploy))
+        assert relative_error(found, truth) < 1e-12
+        assert relative_error(truth, 2 * (model.n(model.a(X)) + model.b(X))) < 1e-12
+
+
+@pytest.mark.skipif(not hasattr(torch.compiler, "is_exporting"), reason="torch.compiler has no is_exporting")
 def test_exported_as_the_model_is():
     def forward(self, x):
         y = self.n(self.a(x)) + self.b(x)
@@ -562,7 +578,8 @@ def test_asked_by_another_name():
 
 def test_a_question_that_changes_nothing_is_not_asked_again():
     def forward(self, x):
-        if torch.jit.is_tracing() or torch.compiler.is_exporting() or torch.is_grad_enabled():
+        exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # torch 2.6 has none
+        if torch.jit.is_tracing() or exporting() or torch.is_grad_enabled():
             pass
         return (self.n(self.a(x)) + self.b(x)).relu()
 

@@ -60,6 +60,12 @@ class Net(nn.Module):
         return self.m(self.c(y)) + torch.zeros(x.shape[0], 4, 1, 1, dtype=torch.float64)
 
 
+def tracing():
+    """Whether torch.fx traces, as torch asks itself: torch 2.6 has one name for it, later ones warn of that."""
+    space = torch.fx._symbolic_trace
+    return getattr(space, "is_fx_symbolic_tracing", space.is_fx_tracing)()
+
+
 def state():
     """All that a conversion changes for a process, as it is now."""
     spaces = [torch, Tensor, torch._C.TensorBase, nn.Module, F, torch.fx._symbolic_trace, fx.Tracer, fx.Proxy]
@@ -67,7 +73,7 @@ def state():
     found |= {(helper.__name__, "code"): (helper.__code__, str(helper.__kwdefaults__)) for helper in HELPERS}
     found["flags"] = (
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision(),
-        torch.is_autocast_enabled("cpu"), torch.is_grad_enabled(), torch.fx._symbolic_trace.is_fx_symbolic_tracing(),
+        torch.is_autocast_enabled("cpu"), torch.is_grad_enabled(), tracing(),
         "isinstance" in globals(), len(process._undo), process._depth,
     )  # fmt: skip
     return {key: value for key, value in found.items() if "cache" not in str(key) and "_dict_" not in str(key)}
@@ -207,7 +213,7 @@ def asks_for_tracing():
     importlib.import_module("torch._dynamo")  # which wraps what traces
 
     def step():
-        assert not torch.fx._symbolic_trace.is_fx_symbolic_tracing()
+        assert not tracing()
 
     return step
 
