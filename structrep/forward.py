@@ -678,6 +678,9 @@ class Forward:
     def _load(self, node: fx.Node) -> Any:
         if isinstance(node.meta.get("held"), nn.Module):
             return self.graph.get_attr(_ITSELF if node.target == self.call.path else self._relative(str(node.target)))
+        if node.op == "get_attr" and "value" not in node.meta:
+            kind = type(node.meta.get("held")).__name__
+            raise Unreadable(f"{self.call.path or 'the model'} uses a {kind} that is no part of it")
         if node.op == "get_attr":
             return self._constant(node.meta["value"])
         if node not in self.env:

@@ -29,7 +29,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 from torch._ops import OpOverload
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.proxy import TraceError
 from torch.overrides import TorchFunctionMode
 
@@ -1586,6 +1586,9 @@ def computed(node: fx.Node, load: Callable[[fx.Node], Any], module: nn.Module | 
     return node.target(*args, **kwargs)
 
 
+_LENDS = {"from_dlpack", "to_dlpack", "__dlpack__"}  # what hands on memory, of which fake tensors have none
+
+
 def _infer_shapes(graph: fx.Graph, inputs: list[Any]) -> None:
     """Note the shape and dtype of every node that can be followed without computing, in its `meta`."""
     given = iter(inputs)
@@ -1597,8 +1600,11 @@ def _infer_shapes(graph: fx.Graph, inputs: list[Any]) -> None:
                     values[node] = _fake(mode, next(given))
                 elif node.op == "get_attr":
                     values[node] = node.meta["value"]
-                elif node.op != "output":
-                    values[node] = computed(node, values.__getitem__)
+                elif node.op != "output" and getattr(node.target, "__name__", node.target) not in _LENDS:
+                    found = computed(node, values.__getitem__)
+                    faked = any(isinstance(values[one], FakeTensor) for one in node.all_input_nodes)
+                    if not faked or not isinstance(found, Tensor) or isinstance(found, FakeTensor):
+                        values[node] = found  # else it is no fake any more, and may have no memory either
             except Exception:  # unknown from here on, which only makes the plan more careful
                 continue
             if isinstance(values.get(node), Tensor):

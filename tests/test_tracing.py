@@ -9,9 +9,10 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import fx, nn
 
 import structrep
+from structrep.trace import _infer_shapes
 from tests.models import relative_error, settled
 
 
@@ -471,3 +472,47 @@ def test_a_scripted_child_is_left_as_it_is():
     deploy = structrep.reparameterize(model, x)
     assert relative_error(deploy(x), model(x)) < 1e-13
     assert len([module for module in deploy.modules() if isinstance(module, nn.Conv2d)]) == 1
+
+
+@pytest.mark.parametrize("inputs", [(), (torch.ones(1, 4, 6, 6, dtype=torch.float64),)], ids=["alone", "inputs"])
+@pytest.mark.parametrize("holder", [lambda part: [part], lambda part: {0: part}], ids=["list", "dict"])
+def test_a_scripted_module_that_is_no_part_keeps_the_forward(holder, inputs):
+    class Holds(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.n, self.b = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1)
+            self.held = holder(torch.jit.script(nn.ReLU()))
+
+        def forward(self, x):
+            return self.held[0](self.n(self.a(x)) + self.b(x))
+
+    model = settled(Holds())
+    x = torch.randn(1, 4, 6, 6, dtype=torch.float64)
+    plan = structrep.plan(model, *inputs)
+    assert [merge.rules for merge in plan.merges] == [("fold_norm",)]
+    assert any("uses a ScriptModule that is no part of it" in str(one.reason) for one in plan.refusals)
+    assert relative_error(plan.apply()(x), model(x)) < 1e-13
+
+
+def test_what_lends_memory_is_not_run_where_there_is_none():
+    ran = []
+
+    def from_dlpack(x):
+        ran.append(x)
+        return x * 2
+
+    kept = torch.ones(2, 4, dtype=torch.float64)
+
+    def real(x):
+        ran.append(x)
+        return kept
+
+    for function in (from_dlpack, real):
+        graph = fx.Graph()
+        found = graph.call_function(function, (graph.placeholder("x"),))
+        after = graph.call_method("add_", (found, 1))
+        _infer_shapes(graph, [kept])
+        assert "shape" not in found.meta
+        assert "shape" not in after.meta
+    assert len(ran) == 1
+    assert torch.equal(kept, torch.ones_like(kept))
