@@ -32,7 +32,7 @@ from structrep.operations import writes
 from structrep.otherwise import Comparison, Different, Slot, alternatives, copied, counterparts, inside, steps
 from structrep.paths import argument
 from structrep.paths import place as place_of
-from structrep.questions import INPUTS, MISSING, UNSTABLE, Read, namespace_reads
+from structrep.questions import INPUTS, MISSING, Read, namespace_reads
 from structrep.ranks import written_in
 from structrep.readers import Layer, Same, aliases, asks_kind, counts_sizes, only_asserted, read_node, writers
 from structrep.sources import functions_in
@@ -161,8 +161,7 @@ class Forward:
         asked = {key: read for one in calls for key, read in one.reads.items() if key not in self.answers}
         reads = list(asked.items())
         for (path, _), read in reads:
-            if read.text.partition("(")[0] in UNSTABLE:
-                raise Unreadable(f"{path or 'the model'} asks {read.text}, whose answer may be another at every call")
+            self._check_stable(path, read)
         plain = [(key, read) for key, read in reads if not read.where_am_i]
         staying = set(steps(self.call, self.out))
         done = {
@@ -187,7 +186,12 @@ class Forward:
             if isinstance(function, FunctionType) and not one.leaf:
                 codes: list[Any] = [(code, space, None) for code, space in one.codes.items()]
                 for read in namespace_reads([(function.__code__, function.__globals__, function), *codes]):
+                    self._check_stable(one.path, read)
                     self._guard("", read)
+
+    def _check_stable(self, path: str, read: Read) -> None:
+        if read.unstable:
+            raise Unreadable(f"{path or 'the model'} asks {read.text}, whose answer may be another at every call")
 
     def _told(self, answers: Mapping[tuple[str, str], Any]) -> tuple[Traced, Call] | None:
         return retrace(self.traced, self.call, {**self.answers, **answers})

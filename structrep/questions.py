@@ -17,11 +17,13 @@ import functools
 import inspect
 import operator
 import os
+import random
 import sys
 import threading
-import time
+import time  # noqa: F401
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from datetime import date
 from enum import Enum
 from types import CellType, CodeType, FrameType, FunctionType, MappingProxyType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
@@ -61,6 +63,11 @@ class Read:
     def where_am_i(self) -> bool:
         """Whether it is asked how the forward is run, which a user changes without touching the model."""
         return (self.holder is None or isinstance(self.holder, fx.Node)) and isinstance(self.told, bool)
+
+    @property
+    def unstable(self) -> bool:
+        """Whether the answer may be another at every call."""
+        return self.text.partition("(")[0] in _UNSTABLE or _is_date(self.told)
 
 
 class _Missing:
@@ -239,7 +246,7 @@ class Questions:
 
     def _watch_questions(self, model: nn.Module) -> None:
         hooks = self.hooks
-        for owner, name, plain, text in _questions():
+        for owner, name, plain, text in list(_questions()):
             if isinstance(plain, FunctionType):
                 original = FunctionType(plain.__code__, plain.__globals__, plain.__name__, plain.__defaults__)
                 original.__kwdefaults__ = plain.__kwdefaults__
@@ -315,7 +322,14 @@ def _watch(
     process.change(cls, "__getattribute__", __getattribute__)
 
 
-UNSTABLE = {f"time.{name}" for name in ("time", "time_ns", "perf_counter", "perf_counter_ns", "monotonic")}
+_CLOCKS = ("time", "perf_counter", "monotonic", "process_time", "thread_time")
+_UNSTABLE = {"os.urandom", *(f"time.{name}{unit}" for name in _CLOCKS for unit in ("", "_ns"))}
+
+
+def _is_date(value: Any) -> bool:
+    """Whether a value is a function that tells the date."""
+    of = getattr(value, "__self__", None)
+    return isinstance(of, type) and issubclass(of, date) and value.__name__ in ("now", "utcnow", "today")
 
 
 def _questions() -> Iterator[tuple[Any, str, Any, str]]:
@@ -335,9 +349,10 @@ def _questions() -> Iterator[tuple[Any, str, Any, str]]:
             owner = sys.modules.get(home)
             if owner is not None and (plain := getattr(owner, name, None)) is not None:
                 yield owner, name, plain, f"{home}.{name}"
-    for text in UNSTABLE:
-        name = text.partition(".")[2]
-        yield time, name, getattr(time, name), text
+    for text in _UNSTABLE:
+        home, _, name = text.partition(".")
+        yield sys.modules[home], name, getattr(sys.modules[home], name), text
+    yield random, "_urandom", os.urandom, "os.urandom"  # by which `secrets` and `random.SystemRandom` draw
 
 
 # --- what code does next with a value ---------------------------------------------------------------------------------
@@ -410,12 +425,15 @@ def namespace_reads(functions: Iterable[tuple[CodeType, dict[str, Any], Function
         for text, value, holder in _asked_by(code, space, function):
             if isinstance(value, FunctionType) and written_in(value).partition(".")[0] not in ("torch", "structrep"):
                 pending.append((value.__code__, value.__globals__, value))
-            if isinstance(value, (ModuleType, nn.Module, Tensor, fx.Proxy, MethodType)) or callable(value):
+            if _is_date(value):
+                yield Read(holder, f"{text}()", value, counts=False)
+            elif isinstance(value, (ModuleType, nn.Module, Tensor, fx.Proxy, MethodType)) or callable(value):
                 name = text.rpartition(".")[2]
                 renamed = callable(value) and getattr(value, "__name__", name) != name
-                if not renamed or isinstance(value, nn.Module) or isinstance(holder, FunctionType):
-                    continue
-            yield Read(holder, text, value, counts=False)
+                if renamed and not isinstance(value, nn.Module) and not isinstance(holder, FunctionType):
+                    yield Read(holder, text, value, counts=False)
+            else:
+                yield Read(holder, text, value, counts=False)
 
 
 _STEADY = {"torch", "math", "numpy", "builtins", "typing", "collections", "functools", "operator", "os", "sys",

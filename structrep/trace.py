@@ -53,6 +53,7 @@ from structrep.precision import Shadows, as_stored, doubled
 from structrep.precision import exact as on_float64
 from structrep.questions import INPUTS, OF_MODULES, Questions, Read, is_full, is_object
 from structrep.sources import taken_apart, written_first
+from structrep.states import Holdings
 from structrep.values import alike, held, holds_still, holds_tensor, is_torch, is_traced, mapped, proxies, snapshot
 
 Example = Tensor | tuple[Any, ...] | Mapping[str, Any]
@@ -188,6 +189,8 @@ class Traced:
 
     told: dict[str, set[Call]] = field(default_factory=dict)  # and by those that ask no more than a dtype or a device
     handed: dict[Any, Any] = field(default_factory=dict)  # what was found to hang on answers, for calls that are alike
+    watched: bool = False  # whether it is noted which call changes what an object holds
+    changed: bool = False  # whether any does, where that is not noted
 
     def note_reach(self, tracer: _Tracer) -> None:
         for path, calls in tracer.reached.items():
@@ -231,7 +234,9 @@ def trace(
         BadInput: the model rejects the example inputs.
     """
     with process.alone():
-        return _trace(model, example_inputs, probed or {}, layers, observed or Observed())
+        given = model, example_inputs, probed or {}, list(layers), observed or Observed()
+        traced = _trace(*given, watched=False)  # to look for who changes something is dear, and few do
+        return _trace(*given, watched=True) if traced.changed else traced
 
 
 def _trace(
@@ -240,12 +245,15 @@ def _trace(
     probed: Mapping[str, ConvMap],
     layers: Iterable[str],
     observed: Observed,
+    *,
+    watched: bool,
 ) -> Traced:
     twin = shallow_copy(model)
     for path, map_ in probed.items():
         twin.get_submodule(path).__dict__[readers.PROBED] = map_
     paths = {module: path for path, module in twin.named_modules()}
     traced = _untraced(twin, paths, observed)
+    traced.watched = watched
     below = _Below(traced, paths)
     below.trace(twin, example_inputs)
     below.trace_rest(map(twin.get_submodule, layers))
@@ -661,6 +669,10 @@ def _follow(
     whole: dict[FunctionType, tuple[str, Untraceable]] = {}
     while True:
         tracer = _Tracer(module, method, paths, traced.names, opaque, whole.keys())
+        holdings = Holdings(module)
+        state = holdings.state()
+        if traced.watched:
+            tracer.holdings, tracer.state = holdings, state
         inputs = tracer.bind(given, flags or {})
         try:
             with torch.no_grad(), _unchanged(module), tracer.watching():
@@ -688,6 +700,7 @@ def _follow(
             opaque = opaque | {type(call.module)}
             continue
         traced.unfollowed.update(whole)
+        traced.changed |= holdings.state() != state
         if inputs:
             with _unchanged(module):
                 _infer_shapes(tracer.graph, inputs)
@@ -835,6 +848,8 @@ class _Tracer(process.Tracer):
         self.constants = _Constants(self)
         self.questions = Questions(paths, lambda: self.stack[-1] if self.stack else None, answers)
         self.contexts = Contexts(contexts)
+        self.holdings: Holdings | None = None  # whose changes are noted
+        self.state: tuple[Any, ...] = ()
         self.stored = {storage(p) for p in module.parameters() if p.numel()}
         self.reached: dict[str, set[Call]] = {}
         self.fetched: Counter[tuple[str, Call]] = Counter()  # how often a forward looked up what is not its own
@@ -986,6 +1001,7 @@ class _Tracer(process.Tracer):
         self, m: nn.Module, run: Callable[..., Any], args: Any, kwargs: Any, leaf: bool, method: str, function: Any
     ) -> Any:
         parent = self.stack[-1] if self.stack else None
+        self._note_changes(parent)
         call = Call(m, self.paths[m], parent, snapshot(args), snapshot(kwargs), leaf, method, function)
         call.settings = readers.settings(m) if leaf else {}
         call.at = self._place() if parent else None
@@ -1009,6 +1025,7 @@ class _Tracer(process.Tracer):
             raise
         finally:
             self.stack.pop()
+        self._note_changes(call)
         call.result = snapshot(result)
         given = zip(proxies((call.args, call.kwargs)), proxies((args, kwargs)), strict=False)
         call.written = [(old.node, new.node) for old, new in given if old.node is not new.node]
@@ -1049,6 +1066,13 @@ class _Tracer(process.Tracer):
             return False
         formula = self.constants.formula(value)
         return formula is not None and all(t is not before for t in formula.tensors)
+
+    def _note_changes(self, call: Call | None) -> None:
+        """Note whether a call has changed what an object holds, since the last call began or ended."""
+        if self.holdings is not None:
+            before, self.state = self.state, self.holdings.state()
+            if call is not None and self.state != before:
+                call.mutates = True
 
     def _note_kept(self, call: Call, before: dict[str, Any]) -> None:
         """Mark the traced values that a call has left in its module: they are looked at later."""

@@ -4,7 +4,9 @@ Each program is converted, then changed like the model that it came from: it doe
 that names what was changed. Silently other is never right.
 """
 
+import collections
 import copy
+import datetime
 import enum
 import functools
 import inspect
@@ -12,11 +14,14 @@ import io
 import os
 import pickle
 import random
+import secrets
 import sys
 import time
 import types
+import uuid
 from typing import Optional
 
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
@@ -474,6 +479,76 @@ def test_what_is_another_at_every_call_keeps_the_forward(ask, rules):
     model = made(lambda self, x: (self.n(self.a(x)) + self.b(x)) * ask())
     plan = structrep.plan(model)
     assert [merge.rules for merge in plan.merges] == rules  # of modules alone; one that draws numbers is not followed
+
+
+class Counter:
+    def __init__(self):
+        self.n = 0
+
+    def draw(self):
+        self.n += 1
+        return self.n
+
+
+COUNTER, NUMBERS = Counter(), random.Random(0)
+
+
+def counted(model, x):
+    model.held.n += 1
+    return model.held.n
+
+
+@pytest.mark.parametrize(("held", "ask"), [
+    (lambda: numpy.random.default_rng(0), lambda m, x: m.held.random()),
+    (lambda: numpy.random.RandomState(0), lambda m, x: m.held.rand()),
+    (lambda: random.Random(0), lambda m, x: m.held.random()),
+    (lambda: {"of": [random.Random(0)]}, lambda m, x: m.held["of"][0].random()),
+    (lambda: iter([0.5, 1.5, 2.5, 3.5, 4.5, 5.5]), lambda m, x: next(m.held)),
+    (lambda: types.SimpleNamespace(n=0), counted),
+    (Counter, lambda m, x: m.held.draw()),
+    (collections.deque, lambda m, x: m.held.append(1) or len(m.held)),
+], ids=["numpy", "old numpy", "random", "in a dict", "iterator", "namespace", "object", "deque"])  # fmt: skip
+@pytest.mark.parametrize("inputs", [(), (X,)], ids=["alone", "inputs"])
+def test_what_an_object_gives_that_it_changes_is_no_constant(held, ask, inputs):
+    model = made(lambda self, x: (self.n(self.a(x)) + self.b(x)) * ask(self, x))
+    model.held = held()
+    deploy = structrep.reparameterize(model, *inputs)
+    assert isinstance(deploy.n, nn.Identity)
+    for _ in range(3):
+        assert relative_error(deploy(X), model(X)) < 1e-12
+
+
+@pytest.mark.parametrize("ask", [
+    COUNTER.draw, lambda: COUNTER.draw(), lambda: NUMBERS.random(), lambda: os.urandom(1)[0], lambda: uuid.uuid4().int,
+    lambda: random.SystemRandom().random(), lambda: secrets.randbelow(9), time.monotonic_ns, time.process_time,
+    lambda: datetime.datetime.now().microsecond, lambda: datetime.date.today().day,
+])  # fmt: skip
+def test_what_the_process_gives_otherwise_at_every_call_keeps_the_forward(ask):
+    plan = structrep.plan(made(lambda self, x: (self.n(self.a(x)) + self.b(x)) * ask()))
+    assert [merge.rules for merge in plan.merges] == [("fold_norm",)]
+    assert any(
+        "at every call" in one.reason or "changes its arguments or itself" in one.reason for one in plan.refusals
+    )
+
+
+def test_only_the_forward_that_changes_an_object_is_kept():
+    class Draws(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.numbers = random.Random(0)
+
+        def forward(self, x):
+            return x * self.numbers.random()
+
+    def forward(self, x):
+        return self.part(self.n(self.a(x)) + self.b(x))
+
+    model = made(forward)
+    model.part = Draws()
+    deploy = structrep.reparameterize(model)
+    assert "reparam_conv" in written(deploy)
+    for _ in range(3):
+        assert relative_error(deploy(X), model(X)) < 1e-12
 
 
 # --- how it is run --------------------------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ ORDER = [
     "rules",
     "values",
     "sources",
+    "states",
     "paths",
     "intercept",
     "contexts",
