@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 
+import torch
 from torch import fx, nn
 
 from structrep.absorb import readers_of
@@ -15,12 +16,13 @@ from structrep.readers import Layer, Reading, Same, called, constant, only_asser
 Readings = Mapping[fx.Node, Reading]
 
 _KERNELS = {f"conv{kind}{dims}d" for kind in ("", "_transpose") for dims in (1, 2, 3)} | {"linear"}
-# What moves or averages numbers, through which one still sees what stands behind.
+# What moves, averages or casts numbers, through which one still sees what stands behind.
 _MOVES = {
     *("flatten", "unflatten", "reshape", "view", "permute", "transpose", "swapaxes", "movedim", "squeeze", "unsqueeze"),
     *("pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "chunk", "split", "getitem", "contiguous", "roll", "mean"),
-    *("unfold", "fold", "T", "mT"),
+    *("unfold", "fold", "float", "half", "double", "bfloat16", "to", "type", "type_as"),
 }
+_TURNS = {"T", "mT", "H", "mH"}
 _MOVING = (nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle, nn.Fold, nn.Unfold)
 _POOLS = (nn.modules.pooling._AdaptiveAvgPoolNd, nn.modules.pooling._AvgPoolNd)
 
@@ -97,12 +99,17 @@ def _layer(node: fx.Node, readings: Readings) -> str | None:
 
 
 def _moves(node: fx.Node, readings: Readings) -> bool:
-    """Whether a node moves, pads or averages numbers and does nothing else to them."""
+    """Whether a node moves, pads, averages or casts numbers and does nothing else to them."""
     reading = readings.get(node)
     if isinstance(reading, Layer):
         return reading.kind in ("pool", "pad", "view", "slice")
     if node.op == "call_module":
         return isinstance(node.meta["call"].module, (*_MOVING, *_POOLS))
+    if node.target is getattr:
+        return node.args[1] in _TURNS
+    if node.target is torch.einsum:
+        given, _, found = str(node.args[0]).replace(" ", "").partition("->")
+        return len(node.args) == 2 and len(set(given)) == len(given) and sorted(given) == sorted(found)
     return torch_name(node) in _MOVES or torch_name(node).startswith(("avg_pool", "adaptive_avg_pool"))
 
 
@@ -125,6 +132,8 @@ def named(node: fx.Node) -> str:
         return str(node.target)
     if node.op == "placeholder":
         return "the input"
+    if node.target is getattr:
+        return str(node.args[1])
     return str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", str(node.target))
 
 

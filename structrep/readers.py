@@ -1293,7 +1293,9 @@ def _keeps_dtype(node: fx.Node) -> bool:
 
 
 def _dtype_of(node: fx.Node) -> torch.dtype | None:
-    """The dtype of what a layer gives, whatever it is given; None where that is not told."""
+    """The dtype of what a layer gives, whatever it is given; of what a norm does, which is taken to be given its own.
+    None where that is not told."""
+    own: torch.dtype | None = None
     while not node.meta.get("autocast"):
         module = node.meta["call"].module if node.op == "call_module" else None
         if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)):
@@ -1304,11 +1306,18 @@ def _dtype_of(node: fx.Node) -> torch.dtype | None:
         if (to := cast_to(node)) is not None:
             return to
         sources = [n for n in node.all_input_nodes if "value" not in n.meta]
-        passes = _keeps_dtype(node) or isinstance(module, nn.modules.batchnorm._NormBase)
-        if not passes or len(sources) != 1:
-            return None
+        norm = isinstance(module, (nn.modules.batchnorm._NormBase, *(one for one in _ENDINGS if isinstance(one, type))))
+        if norm and module is not None:
+            own = own or next((one.dtype for one in (*module.parameters(), *module.buffers())), None)
+        elif node.target in _ENDINGS:
+            given = (constant(one) for one in node.all_input_nodes)
+            own = own or next((one.dtype for one in given if isinstance(one, Tensor)), None)
+        elif not _keeps_dtype(node):
+            return own
+        if len(sources) != 1:
+            return own
         node = sources[0]
-    return None
+    return own
 
 
 @_called("to", "type_as", "type", *_CASTS)

@@ -150,7 +150,10 @@ class Region:
         """What a node gives once the merges are done."""
         if (merge := self.merges.get(node)) is not None:
             base = load(merge.base)
-            return layers[merge](self.shadows.of(base)).to(base.dtype)
+            value = layers[merge](self.shadows.of(base)).to(base.dtype)
+            for view in _folding(merge):  # which stay where they are
+                value = computed(view, dict.fromkeys(view.all_input_nodes, value).__getitem__)
+            return value
         if node in self.idle:
             return load(self.idle[node])
         if node in self.ended:
@@ -195,6 +198,13 @@ class Region:
             if ended:
                 end(copy)
         return self.modules[module, ended]
+
+
+def _folding(merge: Merge) -> list[fx.Node]:
+    """The views inside a merge, if all fold dims; one to the shape of another value takes that back."""
+    layers = ((segment.root, segment.term.layer) for segment in merge.segments)
+    views = [node for node, layer in layers if layer is not None and layer.kind == "view"]
+    return views if all(torch_name(view) == "flatten" for view in views) else []
 
 
 class Trials:

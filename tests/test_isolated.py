@@ -54,6 +54,11 @@ REASONS = {
         "l is behind it, but adaptive_avg_pool2d and flatten stand between"
     ),
     "s.l(s.n(torch.cat([x, x], 1).relu()).mean((2, 3)))": "l is behind it, but mean stands between",
+    "s.n(s.a(x).mT).mT": "a is before it, but mT stands between",
+    "s.n(torch.einsum('bchw->bcwh', s.a(x)))": "a is before it, but einsum stands between",
+    "s.n(torch.einsum('bchw->bc', s.a(x))[..., None, None])": NONE,
+    "s.n(s.a(x).half())": "a is before it, but half stands between",
+    "s.b(s.n(torch.cat([x, x], 1).relu()).float())": "b is behind it, but float stands between",
 }
 
 

@@ -19,7 +19,7 @@ from structrep.cli import app
 from structrep.errors import BadInput
 from structrep.precision import Shadows
 from structrep.report import Verification
-from tests.models import settled
+from tests.models import relative_error, settled
 from tests.test_transformers import rt_detr
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -605,3 +605,32 @@ def test_where_outputs_have_no_finite_number_merged_layers_decide(name, dtype):
     found = plan.verify(x, off)
     assert found.first_off.where == "a"
     assert not found.ok
+
+
+CASTS_BEHIND_NORMS = {
+    "layer norm": lambda self, x: self.linear(self.last(x).float()),
+    "to": lambda self, x: self.linear(self.last(x).to(torch.float32)),
+    "functional layer norm": lambda self, x: self.linear(
+        F.layer_norm(x, (8,), self.last.weight, self.last.bias).float()
+    ),
+    "batch norm": lambda self, x: self.c(self.n(x).float()),
+}
+
+
+@pytest.mark.parametrize("inputs", [False, True])
+@pytest.mark.parametrize("forward", CASTS_BEHIND_NORMS.values(), ids=CASTS_BEHIND_NORMS)
+def test_a_cast_to_the_dtype_of_a_norm_is_merged_across(forward, inputs):
+    class Normed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.last, self.linear = nn.LayerNorm(8), nn.Linear(8, 8)
+            self.n, self.c = nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3)
+
+    Normed.forward = forward
+    net = settled(Normed()).float()
+    nn.init.normal_(net.last.weight)
+    x = torch.randn(2, 4, 8, 8)
+    plan = structrep.plan(net, *([x] if inputs else []))
+    assert len(plan.merges) == 1, plan.refusals
+    assert relative_error(structrep.reparameterize(net, *([x] if inputs else []))(x), net(x)) < 1e-5
+    assert not structrep.plan(net.double()).merges  # which a cast to float32 is not the dtype of

@@ -392,3 +392,20 @@ def test_a_border_that_is_left_open_is_open_for_what_shares_a_scale_too(monkeypa
     plan = structrep.plan(model, example, inexact_borders="part.*")
     plan.prove()
     assert [merge.where for merge in plan.merges] == ["own"]
+
+
+def test_dims_that_are_folded_between_a_linear_and_its_norm():
+    class Folds(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.l, self.n = nn.Linear(4, 4), nn.BatchNorm1d(4)
+
+        def forward(self, x):
+            return self.n(self.l(x).flatten(0, 1))
+
+    model = settled(Folds())
+    x = torch.randn(2, 6, 4, dtype=torch.float64)
+    deploy = structrep.reparameterize(model, x)
+    assert not isinstance(deploy.n, nn.BatchNorm1d)
+    assert deploy(x).shape == (12, 4)
+    assert torch.allclose(deploy(x), model(x), atol=1e-12)
