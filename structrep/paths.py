@@ -72,7 +72,7 @@ def strays(
     names = given
     if None in taken or (made is None and not names):
         return True
-    found = _function(code)
+    found = definition(code)
     if not branches(code) and (found is None or not _picks(found[0])):
         return False
     if found is None:
@@ -118,7 +118,7 @@ def _of_first(node: ast.AST, tree: ast.AST) -> bool:
 
 def place(code: CodeType, at: int) -> ast.AST | None:
     """The expression that an instruction is of; None if the source cannot be read."""
-    found, where = _function(code), span(code, at)
+    found, where = definition(code), span(code, at)
     return None if found is None else found[2].get(where, found[2].get(where[::2]))
 
 
@@ -128,7 +128,7 @@ def argument(code: CodeType, at: int, deep: int) -> tuple[ast.AST, tuple[str, in
     Args:
         deep: of how many entries, one in another, it is handed the innermost.
     """
-    found, node = _function(code), place(code, at)
+    found, node = definition(code), place(code, at)
     if found is None or node is None:
         return None
     parents = found[1]
@@ -182,7 +182,7 @@ def _file(filename: str) -> ast.Module | None:
 
 
 @functools.lru_cache(4096)
-def _function(
+def definition(
     code: CodeType,
 ) -> tuple[ast.FunctionDef | ast.Lambda, dict[ast.AST, ast.AST], dict[Any, ast.AST]] | None:
     """The syntax of code, what each part of it is in, and where it stands; None if it cannot be read."""

@@ -184,10 +184,12 @@ class Questions:
             raise
         if id(value) in self.hooks:
             return self.hooks[id(value)][1]
-        if isinstance(value, (nn.Module, Tensor, fx.Proxy, MethodType)) or self.asked > before:
+        if isinstance(value, (nn.Module, Tensor, fx.Proxy)) or self.asked > before:
             return value  # a property's parts were noted
         path = self.paths.get(id(module))
         if path is None or self.current() is None or (frame := _outside(sys._getframe(2))) is None:
+            return value
+        if isinstance(value, MethodType) and (name not in module.__dict__ or _torchs(frame)):
             return value
         if isinstance(value, functools.partial) and getattr(value.func, "__name__", "") == "_call_method":
             return value

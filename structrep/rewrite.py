@@ -17,7 +17,7 @@ import itertools
 import operator
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from inspect import signature
 from typing import Any
 
@@ -33,12 +33,13 @@ from structrep.forward import Edits, Forward
 from structrep.generated import install, regraph
 from structrep.layers import Features2d, Sizes
 from structrep.parametrized import by_properties, computed, hooks, made_of, settle, torch_kind
-from structrep.paths import branches, parts_of, span, strays
+from structrep.paths import branches, parts_of, place, span, strays
 from structrep.pattern import ONE, geometry
 from structrep.ranks import rank
 from structrep.readers import Layer, Same, knows, lower, only_asserted, read_module, read_node
 from structrep.search import Merge, Replicas, Segment, site, together
 from structrep.trace import Call, Traced
+from structrep.uses import Place, Use, place_of, uses
 from structrep.values import proxies
 from structrep.wrappers import stands_in
 
@@ -183,6 +184,12 @@ class Draft:
         self.unwritable: dict[tuple[str, str], Refusal] = {}  # methods that cannot be written anew, by path and name
         self.merges = list(merges)
         self.strays: dict[Merge, set[Call]] = {}  # calls whose code reads what a merge takes away
+        self.chosen: dict[Call, tuple[str, set[Merge]]] = {}  # calls whose code may use parts otherwise: where, of what
+        self.uses: dict[tuple[nn.Module, str], list[Use]] = {}  # of parts, by the code of a method
+        self.alike: dict[Any, tuple[dict[nn.Module, str], list[Use]]] = {}  # and of modules that have the same parts
+        self.sites: dict[nn.Module, set[Place]] = defaultdict(
+            set
+        )  # where the code of a module was seen to do something
         self.given: dict[fx.Node, set[Call]] = defaultdict(set)  # a value -> the calls that are given it
         for call in itertools.chain(*traced.calls.values()):
             given = [] if call.leaf else [proxy.node for proxy in proxies((call.args, call.kwargs))]
@@ -259,6 +266,7 @@ class Draft:
                 gone = {node for node in merge.nodes if node is not merge.root}
                 gone = gone.union(*(one.changed for one in merge.absorbed))
                 self.strays[merge] = {call for node in gone for call in self._seen_by(node) if _strays(node, call)}
+                self.strays[merge] |= self._used_otherwise(merge)
             for call in self.strays[merge]:
                 owner = next(call.homes())
                 if call not in written and owner not in written:
@@ -267,6 +275,67 @@ class Draft:
                     inner.update(around[: around.index(owner)])
                 if owner in self.edits.owners:
                     self.owned.setdefault(owner, set()).add(merge)
+
+    def _used_otherwise(self, merge: Merge) -> set[Call]:
+        """The calls whose code, on a path that was not taken, may run some of what is merged without the rest."""
+        nodes = {*merge.nodes, *(one.node for one in merge.absorbed)}
+        made = [node.meta["call"] for node in nodes]
+        chains = [list((call.parent if call.leaf else call).chain()) for call in made]
+        owner = next((one for one in chains[0] if all(one in chain for chain in chains)), None)
+        paths = [call.path.split(".") for call in made]
+        above = len(owner.path.split(".")) if owner is not None and owner.path else 0
+        below = {tuple(path[:depth]) for path in paths for depth in range(above + 1, len(path) + 1)}
+        some = {way for way in below if not all(tuple(path[: len(way)]) == way for path in paths)}
+        parts = {self.traced.model.get_submodule(".".join(way)) for way in some}
+        if not parts:
+            return set()
+        around = list(dict.fromkeys(call for chain in chains for call in chain))
+        found: dict[Call, Use] = {}
+        hangs: dict[frozenset[str], list[tuple[Call, Use]]] = {}
+        for call in around:
+            others = {_code(one) for one in around if one.module is call.module and one is not call}
+            for use in self._uses_of(call):
+                if use.parts.isdisjoint(parts) or use.code in others - {_code(call)}:
+                    continue
+                several = bool(use.hangs_on) and len(use.parts & parts) > 1
+                if several or use.places.isdisjoint(self._sites_of(call.module)):
+                    found.setdefault(call, use)
+                else:
+                    hangs.setdefault(use.hangs_on, []).append((call, use))
+        if len(hangs) > 1:  # what is always the same part goes with what may be another
+            for on, those in hangs.items():
+                for call, use in those if on else ():
+                    found.setdefault(call, use)
+        for call, use in found.items():
+            where = f"line {use.line} of {use.code.co_filename}"
+            self.chosen.setdefault(call, (where, set()))[1].add(merge)
+        return set(found)
+
+    def _uses_of(self, call: Call) -> list[Use]:
+        """What the code of a call does with parts of its module; read once for modules that have the same."""
+        key = (call.module, call.method)
+        if key not in self.uses:
+            paths = {part: path for path, part in call.module.named_modules()}
+            parts = tuple((path, type(part)) for part, path in paths.items())
+            like = (_code(call), parts, *vars(call.module))
+            first, found = self.alike.get(like, (paths, None))
+            if found is None or not all(use.parts <= first.keys() for use in found):  # or parts that are held elsewhere
+                self.uses[key] = uses(call.module, call.code)
+                self.alike.setdefault(like, (paths, self.uses[key]))
+            else:
+                own = dict(zip(first, paths, strict=True))
+                self.uses[key] = [replace(use, parts=frozenset(own[part] for part in use.parts)) for use in found]
+        return self.uses[key]
+
+    def _sites_of(self, module: nn.Module) -> set[Place]:
+        if not self.sites:
+            for call in itertools.chain(*self.traced.calls.values()):
+                code, made = _code(call), self.sites[call.module]
+                for step in call.steps if code is not None and not call.leaf else ():
+                    at = step.at if isinstance(step, Call) else step.meta["at"]
+                    if at is not None and (node := place(code, at)) is not None:
+                        made.add(place_of(node, code))
+        return self.sites[module]
 
     def _seen_by(self, node: fx.Node) -> set[Call]:
         """The calls whose code has a value in hand: that made it, were given it, or were given it back."""
@@ -355,7 +424,8 @@ class Draft:
             try:
                 if (doubt := self.callers.doubt(*site(owner))) is not None:
                     raise Unreadable(doubt)
-                self.forwards[owner] = Forward(self.traced, self.edits, owner, written_out)
+                forward = self.forwards[owner] = Forward(self.traced, self.edits, owner, written_out)
+                self._check_choice(owner, forward)
             except Refusal as reason:
                 self.unwritable[site(owner)] = reason
                 failed.update(dict.fromkeys(self.owned[owner], reason))
@@ -365,6 +435,13 @@ class Draft:
         at = self.traced.model.get_submodule
         self.at_rest = {owner: forward.holding(at(owner.path)) for owner, forward in self.forwards.items()}
         return failed
+
+    def _check_choice(self, owner: Call, forward: Forward) -> None:
+        """Raise where it cannot be told, and so not be guarded, what code picks parts by."""
+        for call, (where, merges) in self.chosen.items():
+            inside = owner in call.homes() and not merges.isdisjoint(self.owned[owner])
+            if inside and not (forward.reads or forward.ways or forward.guards):
+                raise Unreadable(f"{where} may use what is merged otherwise, and what that hangs on is not known")
 
     def _idle_sums(self) -> set[Call]:
         """Blocks whose forward adds a merged layer to 0, as those of their class with more branches do, whose forwards
@@ -653,11 +730,14 @@ def _does_nothing(node: fx.Node) -> bool:
         return False
 
 
+def _code(call: Call) -> Any:
+    return getattr(inspect.unwrap(call.code), "__code__", None)
+
+
 def _strays(node: fx.Node, call: Call) -> bool:
     """Whether a call's code may read a value on a path that was not taken, or read another instead."""
-    function = inspect.unwrap(call.code)
-    code = getattr(function, "__code__", None)
-    if code is None or str(getattr(function, "__module__", "")).startswith("torch."):
+    code = _code(call)
+    if code is None or str(getattr(inspect.unwrap(call.code), "__module__", "")).startswith("torch."):
         return False
     if any(map(branches, call.held.get(node, ()))):
         return True

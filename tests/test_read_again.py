@@ -11,6 +11,7 @@ import enum
 import functools
 import inspect
 import io
+import itertools
 import os
 import pickle
 import random
@@ -1116,6 +1117,184 @@ def test_a_value_that_a_child_hands_on_by_another_path(between):
     assert relative_error(deploy(X), model(X)) < 1e-12
     model.sub.low = deploy.sub.low = True
     assert ".low" in differs(model, deploy, X)
+
+
+# --- which parts are run --------------------------------------------------------------------------------------------
+
+
+class Several(nn.Module):
+    """A convolution and norms, of which some forward takes one, or none."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+        self.n, self.m = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+        self.norms, self.by_name = nn.ModuleList([self.n, self.m]), nn.ModuleDict({"n": self.n, "m": self.m})
+        self.net = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU())
+        self.low, self.which, self.cfg, self.run = 0, "n", {"which": "n"}, self.run_whole
+
+    @property
+    def norm(self):
+        return self.m if self.low else self.n
+
+    def picked(self):
+        if self.low:
+            return self.m
+        return self.n
+
+    def run_whole(self, x):
+        return self.n(self.a(x))
+
+    def run_half(self, x):
+        return self.a(x)
+
+
+def by_match(self, x):
+    match self.low:
+        case 0:
+            norm = self.n
+        case _:
+            norm = self.m
+    return norm(self.a(x))
+
+
+def by_an_early_return(self, x):
+    if self.low:
+        return self.a(x).relu()
+    return self.n(self.a(x)).relu()
+
+
+def by_chained_lists(self, x):
+    for layer in itertools.chain([self.a], [] if self.low else [self.n]):
+        x = layer(x)
+    return x
+
+
+def by_a_function_inside(self, x):
+    def half(y):
+        return self.a(y).relu()
+
+    return half(x) if self.low else self.n(self.a(x)).relu()
+
+
+def one_of_the_norms(model, x):
+    return (model.n, model.m)[model.low](model.a(x))
+
+
+def inside_of_a_part(self, x):
+    return self.net[0](x) if self.low else self.net(x)
+
+
+def some_of_a_part(self, x):
+    return self.net[:1](x) if self.low else self.net(x)
+
+
+PICKS = {
+    "conditional": lambda self, x: (self.m if self.low else self.n)(self.a(x)),
+    "without": lambda self, x: self.a(x).relu() if self.low else self.n(self.a(x)).relu(),
+    "getattr": lambda self, x: getattr(self, self.which)(self.a(x)),
+    "list": lambda self, x: self.norms[self.low](self.a(x)),
+    "dict": lambda self, x: self.by_name[self.cfg["which"]](self.a(x)),
+    "dict that is written out": lambda self, x: {0: self.n, 1: self.m}[self.low](self.a(x)),
+    "_modules": lambda self, x: self._modules[self.which](self.a(x)),
+    "get_submodule": lambda self, x: self.get_submodule(self.which)(self.a(x)),
+    "or": lambda self, x: ((self.low and self.m) or self.n)(self.a(x)),
+    "property": lambda self, x: self.norm(self.a(x)),
+    "method that picks": lambda self, x: self.picked()(self.a(x)),
+    "method": lambda self, x: self.run_half(x) if self.low else self.run_whole(x),
+    "method by a name": lambda self, x: getattr(self, "run_" + ("half" if self.low else "whole"))(x),
+    "method as an attribute": lambda self, x: self.run(x),
+    "convolution": lambda self, x: self.n((self.b if self.low else self.a)(x)),
+    "norm of another": lambda self, x: self.n(self.b(x)) if self.low else self.n(self.a(x)),
+    "function": lambda self, x: one_of_the_norms(self, x),
+    **{one.__name__: one for one in (by_match, by_an_early_return, by_chained_lists, by_a_function_inside,
+                                     inside_of_a_part, some_of_a_part)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("forward", PICKS.values(), ids=PICKS)
+def test_parts_that_another_path_runs(forward):
+    torch.manual_seed(0)
+    model = made(forward, Several)
+    plan = structrep.plan(model)
+    assert len(plan.merges) == 1 + (forward not in (inside_of_a_part, some_of_a_part)) or not plan.merges, plan.refusals
+    deploy = plan.apply()
+    assert relative_error(deploy(X), model(X)) < 1e-12
+    for one in (model, deploy):
+        one.low, one.which, one.cfg["which"], one.run = 1, "m", "m", one.run_half
+    error = differs(model, deploy, X)
+    assert error is not None
+    assert any(f"self.{name}" in error for name in ("low", "which", "cfg", "run"))
+
+
+def test_parts_that_a_way_to_run_it_picks():
+    """Forwards are followed without gradients, as a program that is compiled or traced is not."""
+    for ask in (torch.is_grad_enabled, torch.jit.is_tracing, torch.compiler.is_compiling):
+        model = made(lambda self, x, ask=ask: (self.n if ask() else self.m)(self.a(x)), Several)
+        deploy = structrep.plan(model).apply()
+        assert relative_error(deploy(X), model(X)) < 1e-12
+        assert (
+            relative_error(
+                torch.jit.trace(deploy, X, check_trace=False)(X), torch.jit.trace(model, X, check_trace=False)(X)
+            )
+            < 1e-12
+        )
+        compiled = [torch.compile(one, backend="eager") for one in (deploy, model)]
+        assert relative_error(compiled[0](X), compiled[1](X)) < 1e-12
+
+
+def test_parts_that_are_picked_by_what_cannot_be_guarded():
+    class Wrapped(Several):
+        def forward(self, x):
+            return (self.n if self.which_of(0) else self.m)(self.a(x))
+
+        which_of = staticmethod(lambda place, seen=[True]: seen[place])
+
+    plan = structrep.plan(settled(Wrapped()))
+    assert "test_read_again.py may use what is merged otherwise" in str(plan.refusals)
+    assert not any("conv 3x3" in merge.before for merge in plan.merges)
+
+
+def by_loops(self, x):
+    for c, n in zip((self.a, self.b), (self.n, self.m), strict=True):
+        x = n(c(x)) if n is not None else x
+    return x * 2 if self.low else x
+
+
+def by_index(self, x):
+    for i in range(2):
+        x = getattr(self, "nm"[i])(getattr(self, "ab"[i])(x))
+    return x * 2 if self.low else x
+
+
+def in_training(self, x):
+    if self.training:
+        return self.a(x)
+    return self.n(self.a(x)) * (2 if self.low else 1)
+
+
+def by_a_method_of_its_own(self, x):
+    return self.run_whole(x) * (2 if self.low else 1)
+
+
+def as_a_whole(self, x):
+    return self.net(x) * 2 if self.low else self.net(x)
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [by_loops, by_index, in_training, by_a_method_of_its_own, as_a_whole],
+    ids=lambda forward: forward.__name__,
+)
+def test_parts_that_every_path_runs_alike(forward):
+    """Only modules are swapped, and what is set later goes on working."""
+    model = made(forward, Several)
+    plan = structrep.plan(model)
+    assert plan.merges
+    deploy = plan.apply()
+    assert not hasattr(type(deploy), "__structrep_methods__")
+    model.low = deploy.low = True
+    assert differs(model, deploy, X) is None
 
 
 # --- all else goes on -------------------------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ ORDER = [
     "sources",
     "states",
     "paths",
+    "uses",
     "intercept",
     "contexts",
     "questions",
