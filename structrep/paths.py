@@ -188,13 +188,14 @@ def definition(
     """The syntax of code, what each part of it is in, and where it stands; None if it cannot be read."""
     tree = _file(code.co_filename)
     kinds = (ast.FunctionDef, ast.Lambda)
+    inside = [one for one in _positions(code) if None not in one and one[2] != one[3]]
+    ends = [(one[1] or 0, one[3] or 0) for one in inside]
     for node in ast.walk(tree) if tree is not None else ():
         if not isinstance(node, kinds) or getattr(node, "name", "<lambda>") != code.co_name:
             continue
         lines = {node.lineno, *(one.lineno for one in getattr(node, "decorator_list", ()))}
-        inside = [one for one in _positions(code) if None not in one and one[2] != one[3]]
-        last = max((one[1] or 0 for one in inside), default=0)
-        if code.co_firstlineno in lines and last <= (node.end_lineno or 0):
+        last = (node.end_lineno or 0, node.end_col_offset or 0)
+        if code.co_firstlineno in lines and all(one <= last for one in ends):  # of several on a line the first
             parents = {child: parent for parent in ast.walk(node) for child in ast.iter_child_nodes(parent)}
             return node, parents, _places(node)
     return None

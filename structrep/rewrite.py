@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import functools
 import inspect
@@ -35,7 +36,7 @@ from structrep.layers import Features2d, Sizes
 from structrep.parametrized import by_properties, computed, hooks, made_of, settle, torch_kind
 from structrep.paths import branches, parts_of, place, span, strays
 from structrep.pattern import ONE, geometry
-from structrep.ranks import rank
+from structrep.ranks import rank, torch_name
 from structrep.readers import Layer, Same, knows, lower, only_asserted, read_module, read_node
 from structrep.search import Merge, Replicas, Segment, site, together
 from structrep.trace import Call, Traced
@@ -267,6 +268,7 @@ class Draft:
                 gone = gone.union(*(one.changed for one in merge.absorbed))
                 self.strays[merge] = {call for node in gone for call in self._seen_by(node) if _strays(node, call)}
                 self.strays[merge] |= self._used_otherwise(merge)
+                self.strays[merge].update(_told_to_do_nothing(merge.nodes))
             for call in self.strays[merge]:
                 owner = next(call.homes())
                 if call not in written and owner not in written:
@@ -728,6 +730,21 @@ def _does_nothing(node: fx.Node) -> bool:
         return isinstance(read_node(node), Same)
     except Refusal:  # a norm of each batch
         return False
+
+
+def _told_to_do_nothing(nodes: Sequence[fx.Node]) -> Iterator[Call]:
+    """The calls that do nothing between layers for a number, a factor of 1, that their code does not spell out."""
+    inert = [node.op != "call_module" and _does_nothing(node) for node in nodes]
+    while inert and inert[-1]:  # behind all of them it may do something
+        inert.pop()
+    for node in (node for node, nothing in zip(nodes, inert, strict=False) if nothing):
+        numbers = [one for one in (*node.args, *node.kwargs.values()) if type(one) in (int, float)]
+        at = node.meta["at"]
+        spelt = place(_code(node.meta["call"]), at) if numbers and at is not None else None
+        given = [*ast.iter_child_nodes(spelt), *(one.value for one in getattr(spelt, "keywords", ()))] if spelt else []
+        told = any(all(getattr(one, "value", None) != number for one in given) for number in numbers)
+        if told and "dropout" not in torch_name(node):
+            yield node.meta["call"]
 
 
 def _code(call: Call) -> Any:

@@ -164,6 +164,7 @@ class _Scope:
         self.values: dict[ast.AST, Value] = {}
         self.returned: list[Value] = []
         self.perhaps = False  # whether code is read that may not be run
+        self.within: list[Place] = []  # the expressions around what is read
         for node in ast.walk(tree):
             self._bind_all(node)
         self.runs: dict[str, set[Place]] = {}  # name of a function inside -> calls that run it, or hand it on
@@ -523,9 +524,11 @@ class _Scope:
             named = (name for name, one in self.inner.items() if one is node)
             around = around.union(*(self.runs.get(name, set()) for name in named))
         if isinstance(node, ast.Call):
-            self._use_call(node, around)
-        elif isinstance(node, ast.Attribute):
-            self._use_numbers(node, around)
+            self._use_call(node, frozenset() if self.perhaps else around)
+        elif isinstance(node, ast.Attribute) and self.perhaps:  # what is always read is nothing else
+            self._use_numbers(node, frozenset(self.within))
+        if isinstance(node, ast.expr):
+            self.within.append(place_of(node, self.code))
         before, here = self.perhaps, around
         if isinstance(node, (ast.ListComp, ast.GeneratorExp, ast.SetComp, ast.DictComp, ast.Lambda)):
             self.perhaps = False  # it is code of its own
@@ -539,13 +542,14 @@ class _Scope:
                 child = child.value
             self._expression(child, here)
         self.perhaps = before
+        if isinstance(node, ast.expr):
+            self.within.pop()
 
     def _use(self, value: Value, node: ast.AST, around: frozenset[Place]) -> None:
         parts = frozenset(part for part in _parts(value.held) if part is not self.module)
         if parts:
             line = getattr(node, "lineno", self.code.co_firstlineno)
-            places = (frozenset() if self.perhaps else around) | {place_of(node, self.code)}
-            self.of.all.append(Use(parts, places, value.hangs_on, self.code, line))
+            self.of.all.append(Use(parts, around | {place_of(node, self.code)}, value.hangs_on, self.code, line))
 
     def _use_call(self, node: ast.Call, around: frozenset[Place]) -> None:
         callee = node.func

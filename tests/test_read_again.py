@@ -1297,6 +1297,41 @@ def test_parts_that_every_path_runs_alike(forward):
     assert differs(model, deploy, X) is None
 
 
+NOTHING = {
+    "mul": lambda self, x: self.n(self.a(x) * self.one),
+    "add": lambda self, x: self.n(self.a(x) + self.zero),
+    "sub": lambda self, x: self.n(self.a(x) - self.zero),
+    "entry": lambda self, x: self.n(self.a(x) * self.cfg["one"]),
+    "keyword": lambda self, x: self.n(torch.mul(self.a(x), other=self.one)),
+    "activation": lambda self, x: self.n(F.leaky_relu(self.a(x), self.one)),
+    "behind the norm": lambda self, x: self.h(self.n(self.a(x)) * self.one),
+}
+
+
+class Neutral(Two):
+    def __init__(self):
+        super().__init__()
+        self.one, self.zero, self.cfg = 1.0, 0.0, {"one": 1.0}
+
+
+@pytest.mark.parametrize("forward", NOTHING.values(), ids=NOTHING)
+def test_a_number_that_did_nothing(forward):
+    model, deploy = converted(forward, base=Neutral)
+    for one in (model, deploy):
+        one.one, one.zero, one.cfg["one"] = 2.0, 0.5, 2.0
+    assert "reparameterized for self." in str(differs(model, deploy, X))
+
+
+@pytest.mark.parametrize(
+    "forward", [lambda self, x: self.n(self.a(x)) * self.one, lambda self, x: self.n(self.a(x) * 1) * self.one]
+)
+def test_a_number_behind_what_is_merged_may_change(forward):
+    model, deploy = converted(forward, base=Neutral)
+    assert not hasattr(type(deploy), "__structrep_methods__")
+    model.one = deploy.one = 2.0
+    assert differs(model, deploy, X) is None
+
+
 # --- all else goes on -------------------------------------------------------------------------------------------------
 
 
