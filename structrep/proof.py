@@ -13,7 +13,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.utils._pytree as pytree
@@ -74,7 +74,8 @@ def verify(
     how = How(device, dtype or own, autocast, channels_last, seed, cast=dtype not in (None, own))
     merges = merges or {}
     # Weights that were cast to float32 when they were merged cannot be nearer the truth than that.
-    coarsest = max(how.dtype, dtype_of(deploy), autocast or how.dtype, key=_eps)
+    cast = _dtypes(deploy).keys() - _dtypes(reference)
+    coarsest = max(how.dtype, dtype_of(deploy), autocast or how.dtype, *cast, key=_eps)
     noisy = replace(how, dtype=max(how.dtype, dtype_of(deploy), key=_eps))
     floor = 2 * _eps(coarsest)  # one small sum may happen to be exact
     lost, choices = "", tuple[OutputRecord, ...]()
@@ -263,6 +264,9 @@ def _rounded(model: nn.Module, how: How, eps: float) -> nn.Module:
     return twin
 
 
+_T = TypeVar("_T")
+
+
 @dataclass(frozen=True)
 class How:
     """How a model is run."""
@@ -314,11 +318,22 @@ class How:
         return pytree.tree_map(moved, example_inputs)
 
     @contextlib.contextmanager
-    def running(self) -> Iterator[None]:
+    def running(self, gradients: bool = False) -> Iterator[None]:
         cast = torch.autocast(self.device.type, self.autocast) if self.autocast else contextlib.nullcontext()
-        with torch.no_grad(), process.same_chance(cuda=True), uncached(), cast:
+        with torch.set_grad_enabled(gradients), process.same_chance(cuda=True), uncached(), cast:
             torch.manual_seed(self.seed)
             yield
+
+    def run(self, call: Callable[[], _T]) -> _T:
+        """What a call gives; with gradients if it needs them, as forces that are the gradient of an energy do."""
+        try:
+            with self.running():
+                return call()
+        except RuntimeError as error:
+            if "does not require grad" not in str(error):
+                raise
+        with self.running(gradients=True):
+            return call()
 
 
 class _Run:
@@ -340,19 +355,25 @@ class _Run:
         self.watched_exact: dict[str, Tensor] = {}
         for path in watch:
             twin.get_submodule("" if path == "(root)" else path).register_forward_hook(self._watch(path))
-        with how.running():
+
+        def run() -> Any:
+            self.watched.clear()
             drawn = torch.get_rng_state()
             with shadows or contextlib.nullcontext():
                 result = twin(*args, **kwargs)
             self.draws = not torch.equal(drawn, torch.get_rng_state())  # random numbers
-        self.outputs = list(tensors(result))
+            return result
+
+        self.outputs = list(tensors(how.run(run)))
         self.chooses = shadows is not None and shadows.chooses
         self.exact = [self._exactly(one) for one in self.outputs]
         # not where another runtime than torch has computed them
         self.exactly = shadows is not None and any(map(shadows.followed, self.outputs))
+        self.outputs = [one.detach() if one.requires_grad else one for one in self.outputs]
 
     def _exactly(self, tensor: Tensor) -> Tensor:
-        return tensor if self.shadows is None else self.shadows.of(tensor)
+        found = tensor if self.shadows is None else self.shadows.of(tensor)
+        return found.detach() if found.requires_grad else found
 
     def _watch(self, path: str) -> Callable[[nn.Module, Any, Any], None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
@@ -379,8 +400,8 @@ def observe(model: nn.Module, example_inputs: Example, keep: Collection[str] = (
     observed = Observed(parts, keep, inputs=how.inputs(example_inputs, model))
     args, kwargs = as_arguments(how.inputs(example_inputs, model))
     try:
-        with how.running(), observed.watching():
-            twin(*args, **kwargs)
+        with observed.watching():
+            how.run(lambda: twin(*args, **kwargs))
     except Exception:  # the model's own, or one of code that does not bear to be watched
         _accepted(model, example_inputs, how)
         return Observed(keep=keep, inputs=observed.inputs)

@@ -634,3 +634,40 @@ def test_a_cast_to_the_dtype_of_a_norm_is_merged_across(forward, inputs):
     assert len(plan.merges) == 1, plan.refusals
     assert relative_error(structrep.reparameterize(net, *([x] if inputs else []))(x), net(x)) < 1e-5
     assert not structrep.plan(net.double()).merges  # which a cast to float32 is not the dtype of
+
+
+class Energy(nn.Module):
+    """Forces, which are a gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.n = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        x = x.detach().requires_grad_(True)
+        return torch.autograd.grad(torch.tanh(self.n(self.a(x))).sum(), x)[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_model_that_takes_gradients(dtype):
+    net, x = settled(Energy()).to(dtype), torch.randn(1, 4, 6, 6, dtype=dtype)
+    deploy = structrep.reparameterize(net, x)
+    assert isinstance(deploy.n, nn.Identity)
+    assert relative_error(deploy(x), net(x)) < 1e-5
+    assert structrep.verify(net, deploy, x).ok
+
+
+def test_merged_weights_that_were_cast_are_as_near_as_their_dtype_lets_them():
+    class Casts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 5), nn.Linear(5, 3)
+
+        def forward(self, x):
+            y = F.linear(x.float(), self.a.weight.float(), self.a.bias.float())
+            return F.linear(y, self.b.weight.float())
+
+    net, x = settled(Casts()), torch.randn(2, 4, 6, dtype=torch.float64)
+    deploy = structrep.reparameterize(net, x)
+    assert deploy.reparam_linear.weight.dtype == torch.float32
+    assert relative_error(deploy(x), net(x)) < 1e-6
