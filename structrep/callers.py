@@ -59,13 +59,13 @@ class Callers:
         yield from (_unknown(root, name) for name in given if name not in assumed)
         if calls:
             first = next(iter(assumed), None)
-            yield from (_unknown(root, name) for name in assumed if _asks(root, assumed[name], name == first))
+            yield from (_unknown(root, name) for name in assumed if asks(root, assumed[name], name == first))
 
     def _of_results(self, call: Call) -> Iterator[str]:
         """Arguments that a function gives which is not followed, and so may give no tensor."""
         for name, value in call.arguments().items():
             unfollowed = isinstance(value, fx.Proxy) and value.node.meta.get("unfollowed")
-            if unfollowed and value.node.op == "call_function" and _asks(call, value.node, first=False):
+            if unfollowed and value.node.op == "call_function" and asks(call, value.node, first=False):
                 yield _unknown(call, name)
 
     def _inside(self, call: Call, root: Call) -> Iterator[str]:
@@ -79,7 +79,7 @@ class Callers:
         assumed = list(_assumed(root).values())
         for name, value in _arguments(call).items():
             if is_traced(value):
-                if isinstance(value, fx.Proxy) and value.node in assumed[1:] and _asks(call, value.node, first=False):
+                if isinstance(value, fx.Proxy) and value.node in assumed[1:] and asks(call, value.node, first=False):
                     yield _unknown(call, name)
                 continue
             given = [_given(site, name, parameters) for site in calls] or [_given({}, name, parameters)]
@@ -144,7 +144,7 @@ def _assumed(root: Call) -> dict[str, fx.Node]:
     return {name: value.node for name, value in root.arguments().items() if isinstance(value, fx.Proxy)}
 
 
-def _asks(call: Call, node: fx.Node, first: bool) -> bool:
+def asks(call: Call, node: fx.Node, first: bool) -> bool:
     """Whether a call, or what it hands an argument on to, may do something else if that is None, or no tensor.
 
     Args:

@@ -24,6 +24,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
 from structrep import contexts, guards
+from structrep.callers import asks
 from structrep.errors import Unreadable
 from structrep.generated import Method
 from structrep.guards import Guard
@@ -537,11 +538,19 @@ class Forward:
         if is_traced(value):
             if optional:
                 self.guards.append(guards.given(name))
+            elif isinstance(value, fx.Proxy) and self._is_asked_what_it_is(value.node):
+                self.guards.append(guards.tensor(name))
             self._expect(node, value, name)
             for proxy, access in _places(value, node, self.graph):
                 self.env[proxy.node] = access
         else:
             self._expect(node, value, name)
+
+    def _is_asked_what_it_is(self, node: fx.Node) -> bool:
+        """Whether an argument of the model was taken for a tensor by code that may do something else with others."""
+        number = isinstance(node.meta.get("stand_in"), (int, float))
+        whole = self.call.parent is None and not isinstance(self.call.module, fx.GraphModule)
+        return whole and not number and "unknown" not in node.meta and asks(self.call, node, first=True)
 
     def _expect(self, node: fx.Node, value: Any, name: str) -> None:
         """The merged forward holds for the traced constants and structure of this argument only."""

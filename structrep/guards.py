@@ -93,6 +93,12 @@ def given(name: str) -> Guard:
     return Guard(name, "...", f"{name} is None", True, (before, ""))
 
 
+def tensor(name: str) -> Guard:
+    """A guard for an argument that was a tensor, of a forward that asks what it is."""
+    before = f"this forward was reparameterized for a tensor as {name} and was called with {name}="
+    return Guard(name, "a tensor", f"not isinstance({name}, torch.Tensor)", True, (before, ""))
+
+
 def alike(asked: str, other: str, method: str) -> Guard:
     """A guard for two answers that were the same."""
     before = f"{method} was reparameterized for a model whose {asked} and {other} are the same, and {asked} is "

@@ -513,3 +513,30 @@ def test_what_a_function_gives_to_a_part_of_the_module_that_it_is_handed():
     plan = structrep.plan(model, X)
     assert len(plan.merges) == 1
     assert relative_error(plan.apply()(X), model(X)) < 1e-12
+
+
+class Asking(Plain):
+    def forward(self, x, mask):
+        y = super().forward(x)
+        return y if isinstance(mask, str) else y + mask
+
+
+class Listing(Plain):
+    def forward(self, x, mask):
+        return super().forward(x) * (2 if isinstance(mask, (list, tuple)) else mask)
+
+
+@pytest.mark.parametrize(("cls", "other"), [(Masked, None), (Asking, "none"), (Listing, (1,))])
+@pytest.mark.parametrize("inputs", [(), ((X, X),)])
+def test_an_argument_that_was_taken_for_a_tensor(cls, other, inputs):
+    model = settled(cls())
+    deploy = structrep.reparameterize(model, *inputs)
+    assert relative_error(deploy(X, X), model(X, X)) < 1e-12
+    with pytest.raises(ValueError, match="reparameterized for a tensor as mask and was called with mask="):
+        deploy(X, other)
+
+
+def test_a_number_for_an_argument_that_nothing_is_asked_of():
+    model = settled(Added())
+    deploy = structrep.reparameterize(model)
+    assert relative_error(deploy(X, 2.0), model(X, 2.0)) < 1e-12
