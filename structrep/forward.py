@@ -33,7 +33,7 @@ from structrep.operations import writes
 from structrep.otherwise import Comparison, Different, Slot, alternatives, copied, counterparts, inside, steps
 from structrep.paths import argument
 from structrep.paths import place as place_of
-from structrep.questions import INPUTS, MISSING, Read, namespace_reads
+from structrep.questions import INPUTS, MISSING, WHOLE, Read, class_reads, namespace_reads
 from structrep.ranks import written_in
 from structrep.readers import Layer, Same, aliases, asks_kind, counts_sizes, only_asserted, read_node, writers
 from structrep.sources import functions_in
@@ -163,6 +163,8 @@ class Forward:
         reads = list(asked.items())
         for (path, _), read in reads:
             self._check_stable(path, read)
+            if read.text == WHOLE:
+                raise Unreadable(f"{self._shown()} looks at all attributes of {path or 'the model'} at once")
         plain = [(key, read) for key, read in reads if not read.where_am_i]
         staying = set(steps(self.call, self.out))
         done = {
@@ -189,6 +191,8 @@ class Forward:
                 for read in namespace_reads([(function.__code__, function.__globals__, function), *codes]):
                     self._check_stable(one.path, read)
                     self._guard("", read)
+                for read in class_reads([function.__code__, *one.codes], one.module):
+                    self._guard(one.path, read)
 
     def _check_stable(self, path: str, read: Read) -> None:
         if read.unstable:
@@ -437,7 +441,7 @@ class Forward:
             return
         asked = self._spelt(path, read)
         held = isinstance(read.holder, nn.Module) and read.text[1:] in read.holder.__dict__
-        named = asked if isinstance(read.holder, nn.Module) else f"{path}{read.text}"
+        named = asked.replace("structrep_is(", "isinstance(") if isinstance(read.holder, nn.Module) else read.of(path)
         made = guards.guard(asked, named, read.told, self._shown(), scripted=held)
         if made is not None:
             self.reads.append(made)
@@ -445,9 +449,9 @@ class Forward:
     def _spelt(self, path: str, read: Read) -> str:
         """A question as code of this forward."""
         if isinstance(read.holder, nn.Module):
-            return f"{self._spelt_path(path)}{read.text}"
+            return read.of(self._spelt_path(path))
         if isinstance(read.holder, Tensor):
-            return f"{self._spelt_tensor(path)}{read.text}"
+            return read.of(self._spelt_tensor(path))
         if isinstance(read.holder, dict):
             return f"{self._space(read.holder)}.{read.text}"
         if isinstance(read.holder, FunctionType):

@@ -208,6 +208,11 @@ def matches(value: Any, told: Any) -> bool:
     return value is told or (value is not None and told is not None and bool(value == told))
 
 
+def is_a(value: Any, kind: str) -> bool:
+    """Whether a value is of a class, by that class's name."""
+    return any(f"{base.__module__}.{base.__qualname__}" == kind for base in type(value).__mro__)
+
+
 class Space:
     """Names that no module has: of code that was made by `exec`."""
 
@@ -271,5 +276,6 @@ NAMES: dict[str, Any] = {
     "structrep_is_scripting": is_scripting,
     "structrep_described": described,
     "structrep_matches": matches,
+    "structrep_is": is_a,
     "structrep_cell": cell,
 }

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from types import FunctionType, ModuleType, TracebackType
+from types import FrameType, FunctionType, ModuleType, TracebackType
 from typing import Any
 
 import torch
@@ -133,14 +133,19 @@ def unwatched(function: Callable[..., Any]) -> Callable[..., Any]:
     return found
 
 
-def show_tensors(model: nn.Module) -> None:
+def show_tensors(model: nn.Module, note: Callable[[nn.Module, Any, FrameType], None]) -> None:
     """Make type questions of a model's code see traced values as what they stand for.
 
     `isinstance` is shadowed in the namespaces of that code alone: torch's own code has to see proxies.
+
+    Args:
+        note: is told what is asked of modules.
     """
 
     def is_instance(value: Any, kinds: Any) -> bool:
         if not isinstance(value, fx.Proxy):
+            if isinstance(value, nn.Module):
+                note(value, kinds, sys._getframe(1))
             return isinstance(value, kinds)
         try:
             return isinstance(stand_in(value.node), kinds)

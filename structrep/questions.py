@@ -21,7 +21,7 @@ import random
 import sys
 import threading
 import time  # noqa: F401
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from datetime import date
 from enum import Enum
@@ -47,7 +47,8 @@ class Read:
     Args:
         holder: the module whose attribute it is, or the tensor whose dtype or device; the namespace or the function
             that has a name; the node that compares the dtype of an input; None of a question to torch or the system.
-        text: how it is asked, behind what stands for the holder: ".low", ".cfg['t']", ".dtype"; the whole question.
+        text: how it is asked, behind what stands for the holder, ".low", ".cfg['t']", ".dtype", or around it, with
+            `HELD` in its place; the whole question.
         told: the answer; `MISSING` for an attribute that there was none of.
         counts: whether a trace may be told otherwise.
         places: the code and the instruction of each time that it was asked, and how many entries deep.
@@ -58,6 +59,10 @@ class Read:
     told: Any
     counts: bool = True
     places: list[tuple[CodeType, int, int]] = field(default_factory=list)
+
+    def of(self, holder: str) -> str:
+        """The question as code, given the holder's."""
+        return self.text.replace(HELD, holder) if HELD in self.text else f"{holder}{self.text}"
 
     @property
     def where_am_i(self) -> bool:
@@ -76,20 +81,33 @@ class _Missing:
 
 
 MISSING = _Missing()
+HELD = "\0"  # what stands for the holder in a question around it: len(HELD)
 
 OF_MODULES = frozenset(vars(nn.Module()))  # torch's own attributes, `training` among them
 _METHODS = {name: value for name, value in vars(nn.Module).items() if not name.startswith("__")}
+_OF_CLASS = ("__class__", "__dict__")
+_OF_TORCH = OF_MODULES | set(dir(nn.Module))  # what its own code asks for at every turn
+_PARTS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)  # torch's own containers of parts
 INPUTS = "", "the dtype of inputs"  # what is answered for the dtype of inputs
 
 
 def _ours(frame: FrameType) -> bool:
     """Whether a frame is the engine's own; modules that come along are models like others."""
-    name = str(frame.f_globals.get("__name__", ""))
-    return name.startswith("structrep.") and not name.startswith(("structrep.blocks", "structrep.layers"))
+    return _of_engine(frame.f_globals.get("__name__"))
 
 
 def _torchs(frame: FrameType) -> bool:
-    return str(frame.f_globals.get("__name__", "")).partition(".")[0] == "torch" or _ours(frame)
+    return _of_library(frame.f_globals.get("__name__"))
+
+
+@functools.lru_cache(4096)  # asked at every attribute
+def _of_library(name: Any) -> bool:
+    return str(name).partition(".")[0] == "torch" or _of_engine(name)
+
+
+@functools.lru_cache(4096)
+def _of_engine(name: Any) -> bool:
+    return str(name).startswith("structrep.") and not str(name).startswith(("structrep.blocks", "structrep.layers"))
 
 
 _HEAP = 1 << 9  # types made by a class statement, whose attributes can be set
@@ -134,11 +152,16 @@ class Questions:
 
     def watch(self, model: nn.Module) -> None:
         """Note what is asked for as long as the process is ours."""
-        # Only where code of the model's is: to change nn.Module itself makes Python look at all classes there are.
-        classes = {type(module) for module in model.modules() if not written_in(type(module)).startswith("torch.")}
-        plain = {cls: cls.__getattribute__ for cls in classes}
+        # Only classes of the model's: to change nn.Module itself makes Python look at all classes there are.
+        plain = {cls: cls.__getattribute__ for cls in {type(module) for module in model.modules()}}
         for cls, get in plain.items():
-            _watch(cls, get, self._of_module)
+            library = written_in(cls)
+            if not library.startswith("torch."):
+                _watch(cls, get, self._of_module)
+            elif library.startswith("torch.nn."):
+                _watch(cls, get, self._of_layer, _OF_TORCH)
+        for cls in [one for one in _PARTS if any(issubclass(kind, one) for kind in plain)]:
+            self._watch_parts(cls)
         self._watch_questions(model)
         process.change(type(os.environ), "__getitem__", self._environment(os.environ))
 
@@ -168,7 +191,13 @@ class Questions:
 
     # --- attributes -------------------------------------------------------------------------------------------------
 
-    def _of_module(self, module: nn.Module, name: str, get: Callable[[Any, str], Any]) -> Any:
+    def _of_layer(self, module: nn.Module, name: str, get: Callable[[Any, str], Any]) -> Any:
+        """An attribute of a module of torch's own."""
+        return get(module, name) if _torchs(sys._getframe(2)) else self._of_module(module, name, get, 3)
+
+    def _of_module(self, module: nn.Module, name: str, get: Callable[[Any, str], Any], depth: int = 2) -> Any:
+        if name in _OF_CLASS and not _torchs(sys._getframe(depth)) and threading.get_ident() == self.thread:
+            self._of_class(module, name, sys._getframe(depth))
         if name in OF_MODULES or name.startswith("__") or threading.get_ident() != self.thread:
             return get(module, name)
         torchs = name in _METHODS and getattr(type(module), name, None) is _METHODS[name]
@@ -179,15 +208,21 @@ class Questions:
             value = get(module, name)
         except AttributeError:
             held = (module._parameters, module._buffers, module._modules)
-            if not any(name in one for one in held):
-                self._missing(module, name)
-            raise
+            if any(name in one for one in held):
+                if module._modules.get(name) is not None:
+                    self._looked_at(module, name, sys._getframe(depth))
+                raise
+            try:
+                value = self._instead(module, name)
+            except AttributeError:
+                self._missing(module, name, sys._getframe(depth))
+                raise
         if id(value) in self.hooks:
             return self.hooks[id(value)][1]
         if isinstance(value, (nn.Module, Tensor, fx.Proxy)) or self.asked > before:
             return value  # a property's parts were noted
         path = self.paths.get(id(module))
-        if path is None or self.current() is None or (frame := _outside(sys._getframe(2))) is None:
+        if path is None or self.current() is None or (frame := _outside(sys._getframe(depth))) is None:
             return value
         if isinstance(value, MethodType) and (name not in module.__dict__ or _torchs(frame)):
             return value
@@ -197,12 +232,52 @@ class Questions:
             return value  # a static method
         return self._told(module, path, f".{name}", value, frame)
 
-    def _missing(self, module: nn.Module, name: str) -> None:
+    def _missing(self, module: nn.Module, name: str, frame: FrameType) -> None:
         path = self.paths.get(id(module))
-        frame = sys._getframe(3)
-        own = any("__getattr__" in vars(base) for base in type(module).__mro__ if base is not nn.Module)
-        if path is not None and self.current() is not None and not own and not _torchs(frame):
+        if path is not None and self.current() is not None and not _torchs(frame):
             self.note(module, path, f".{name}", MISSING, frame, counts=False)
+
+    def _instead(self, module: nn.Module, name: str) -> Any:
+        """What a class's own `__getattr__` has for an attribute that there is none of."""
+        own = next((base for base in type(module).__mro__ if "__getattr__" in vars(base)), nn.Module)
+        if own is nn.Module:
+            raise AttributeError(name)
+        return vars(own)["__getattr__"](module, name)
+
+    def _of_class(self, module: nn.Module, name: str, frame: FrameType) -> None:
+        """Note what code asks a module's class, or all its attributes at once, for."""
+        if self.current() is None or frame.f_code.co_name.startswith("__"):
+            return
+        instructions, places = _instructions(frame.f_code)
+        ahead = instructions[places.get(frame.f_lasti, len(instructions)) :][:2]
+        if name == "__dict__":
+            further, told = onward(frame.f_code, frame.f_lasti, vars(module))
+            held = isinstance(told, (nn.Module, Tensor, fx.Proxy)) or callable(told)
+            if not held:
+                self._of_part(module, f".__dict__{further}", told if further else None, frame)
+        elif ahead and ahead[0].argval == "__class__":
+            further = ahead[1].argval if len(ahead) > 1 and ahead[1].opname == "LOAD_ATTR" else ""
+            self._ask_class(module, further, frame)
+
+    def _ask_class(self, module: nn.Module, name: str, frame: FrameType) -> None:
+        told = getattr(type(module), name, MISSING) if name else type(module)
+        if told is not MISSING and not isinstance(told, (FunctionType, property)):
+            self._of_part(module, f"type({HELD})" + (f".{name}" if name else ""), told, frame)
+
+    def _looked_at(self, module: nn.Module, name: str, frame: FrameType) -> None:
+        """Note whether there is a part, or of which class it is, where code looks at it instead of calling it."""
+        if self.current() is None or _torchs(frame):
+            return
+        instructions, places = _instructions(frame.f_code)
+        place = places.get(frame.f_lasti)
+        if place is None:
+            return
+        ahead = [one.opname for one in instructions[place + 1 : place + 3]]
+        asks_type = ahead[:1] in (["PRECALL"], ["CALL"]) and instructions[place + 1].argval == 1
+        if asks_type and any(_is_type(one) for one in instructions[max(place - 4, 0) : place]):
+            self._of_part(module, f"type({HELD}.{name})", type(module._modules[name]), frame)
+        elif not _calls(instructions[place]) and ahead[:1] not in (["LOAD_ATTR"], ["LOAD_METHOD"], ["GET_ITER"]):
+            self._of_part(module, f"({HELD}.{name} is None)", False, frame)
 
     def _of_object(self, held: Any, name: str, get: Callable[[Any, str], Any]) -> Any:
         route = self.routes.get(id(held))
@@ -243,6 +318,44 @@ class Questions:
             self.patched.add(cls)
         self.routes[id(value)] = value, module, text
         return True
+
+    # --- parts ------------------------------------------------------------------------------------------------------
+
+    def _watch_parts(self, cls: type) -> None:
+        """Note how many parts a container has, and which names, where code counts them or goes through them."""
+        size: Callable[[Any], int] = vars(cls)["__len__"]
+        names = issubclass(cls, nn.ModuleDict)
+
+        def watched(plain: Callable[..., Any], name: str) -> Callable[..., Any]:
+            def asked(held: nn.Module, *args: Any) -> Any:
+                told = plain(held, *args)
+                if name == "__contains__":
+                    self._of_part(held, f"({args[0]!r} in {HELD})", told, sys._getframe(2))
+                elif names and name != "__len__":
+                    self._of_part(held, f"list({HELD})", list(held._modules), sys._getframe(2))
+                else:
+                    self._of_part(held, f"len({HELD})", size(held), sys._getframe(2))
+                return told
+
+            return process.here(asked, plain)
+
+        for name in ("__len__", "__iter__", "keys", "items", "values", *(("__contains__",) if names else ())):
+            if name in vars(cls):
+                process.change(cls, name, watched(vars(cls)[name], name))
+
+    def is_instance(self, module: nn.Module, kinds: Any, frame: FrameType) -> None:
+        """Note of which classes a part of the model is, or is not."""
+        for kind in kinds if isinstance(kinds, tuple) else (kinds,):
+            if isinstance(kind, tuple):
+                self.is_instance(module, kind, frame)
+            elif isinstance(kind, type):
+                name = f"{written_in(kind)}.{kind.__qualname__}"
+                self._of_part(module, f"structrep_is({HELD}, {name!r})", isinstance(module, kind), frame)
+
+    def _of_part(self, module: nn.Module, text: str, told: Any, frame: FrameType) -> None:
+        path = self.paths.get(id(module))
+        if path is not None and self.current() is not None and not _ours(frame):
+            self.note(module, path, text, told, frame, counts=False)
 
     # --- questions --------------------------------------------------------------------------------------------------
 
@@ -314,16 +427,20 @@ def _outside(frame: FrameType | None, also: tuple[str, ...] = ()) -> FrameType |
 
 
 def _watch(
-    cls: type, get: Callable[[Any, str], Any], note: Callable[[Any, str, Callable[[Any, str], Any]], Any]
+    cls: type,
+    get: Callable[[Any, str], Any],
+    note: Callable[[Any, str, Callable[[Any, str], Any]], Any],
+    spared: Set[str] = frozenset(),
 ) -> None:
-    """Look up attributes of instances of a class through a function."""
+    """Look up attributes of instances of a class through a function, but for some."""
 
     def __getattribute__(self: Any, name: str) -> Any:
-        return note(self, name, get)
+        return get(self, name) if name in spared else note(self, name, get)
 
     process.change(cls, "__getattribute__", __getattribute__)
 
 
+WHOLE = ".__dict__"  # all that a module has, of which no guard could say that it is the same
 _CLOCKS = ("time", "perf_counter", "monotonic", "process_time", "thread_time")
 _UNSTABLE = {"os.urandom", *(f"time.{name}{unit}" for name in _CLOCKS for unit in ("", "_ns"))}
 
@@ -404,6 +521,15 @@ def _onward(instructions: tuple[dis.Instruction, ...], place: int, value: Any) -
     return text, value, place
 
 
+def _calls(one: dis.Instruction) -> bool:
+    """Whether an attribute is looked up to be called."""
+    return one.opname == "LOAD_METHOD" or (one.opname == "LOAD_ATTR" and sys.version_info >= (3, 12) and one.arg & 1)
+
+
+def _is_type(one: dis.Instruction) -> bool:
+    return one.opname == "LOAD_GLOBAL" and one.argval == "type"
+
+
 def _is_constant(one: dis.Instruction) -> bool:
     return one.opname in ("LOAD_CONST", "LOAD_SMALL_INT") and isinstance(one.argval, (str, int, float, tuple))
 
@@ -436,6 +562,19 @@ def namespace_reads(functions: Iterable[tuple[CodeType, dict[str, Any], Function
                     yield Read(holder, text, value, counts=False)
             else:
                 yield Read(holder, text, value, counts=False)
+
+
+def class_reads(codes: Iterable[CodeType], module: nn.Module) -> Iterator[Read]:
+    """What methods of a module ask its class for: `type(self).name`."""
+    own = {function.__code__ for f in functions(type(module)).values() for function in functions_in(f)}
+    for code in (one for one in codes if one in own and one.co_argcount):
+        for inner in (code, *(one for one in code.co_consts if isinstance(one, CodeType))):
+            plain = [one for one in _instructions(inner)[0] if one.opname not in ("PRECALL", "RESUME", "PUSH_NULL")]
+            for asks, given, call, then in zip(plain, plain[1:], plain[2:], plain[3:], strict=False):
+                asked = _is_type(asks) and given.argval == code.co_varnames[0] and call.opname == "CALL"
+                told = getattr(type(module), then.argval, MISSING) if asked and then.opname == "LOAD_ATTR" else MISSING
+                if told is not MISSING and not isinstance(told, (FunctionType, property)):
+                    yield Read(module, f"type({HELD}).{then.argval}", told, counts=False)
 
 
 _STEADY = {"torch", "math", "numpy", "builtins", "typing", "collections", "functools", "operator", "os", "sys",

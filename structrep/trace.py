@@ -966,7 +966,7 @@ class _Tracer(process.Tracer):
         with self.watched_methods(), process.alone(), parametrized.uncached(), compiled_inlined(), self.constants:
             take_traced_sizes(self.create_proxy)
             keep_whole(self.whole, self.create_proxy)
-            show_tensors(self.module)
+            show_tensors(self.module, self.questions.is_instance)
             self.questions.watch(self.module)
             self.contexts.watch()
             yield

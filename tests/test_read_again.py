@@ -73,6 +73,8 @@ class Two(nn.Module):
         self.plain, self.kept_dtype = torch.ones(1, dtype=torch.float64), torch.float64
         self.held = {"t": torch.ones(1, dtype=torch.float64), 3: [torch.ones(1, dtype=torch.float64)]}
         self.config.scale = torch.ones(1, dtype=torch.float64)
+        self.drop, self.act_layer, self.tail = nn.Dropout(0.0), nn.Tanh(), nn.ModuleList([nn.Tanh(), nn.Tanh()])
+        self.idle.on, self.tail.k, self.named = False, 1.0, nn.ModuleDict({"y": nn.Tanh()})
 
     @property
     def of_property(self):
@@ -339,6 +341,104 @@ def attribute_with_the_name_of_a_method(self, x):
     return (self.n(self.a(x)) + self.b(x)) * self.zero_grad
 
 
+# of parts that are torch's own
+
+
+@program(lambda m: setattr(m.drop, "p", 0.5), "self.drop.p")
+def setting_of_a_layer(self, x):
+    return both(self, x) * (1 - self.drop.p)
+
+
+@program(lambda m: setattr(m.drop, "p", 0.5), None)
+def setting_that_is_handed_on(self, x):
+    return both(self, x).clamp(max=self.drop.p)
+
+
+@program(lambda m: setattr(m.idle, "on", True), "self.idle.on")
+def flag_on_a_layer(self, x):
+    return both(self, x).relu() if self.idle.on else both(self, x)
+
+
+@program(sets(h=nn.Conv2d(4, 9, 1, dtype=torch.float64)), "self.h.out_channels")
+def setting_of_a_layer_that_is_replaced(self, x):
+    return both(self, x) * self.h.out_channels
+
+
+@program(lambda m: setattr(m.h, "scale", 2.0), "self.h.scale")
+def setting_that_a_layer_did_not_have(self, x):
+    return both(self, x) * getattr(self.h, "scale", 1.0)
+
+
+@program(lambda m: setattr(m.tail, "k", 3.0), None)
+def setting_of_a_container(self, x):
+    return both(self, x) * self.tail.k
+
+
+@program(lambda m: m.tail.append(nn.Softmax(1)), "len(self.tail)")
+def loop_over_parts(self, x):
+    y = both(self, x)
+    for layer in self.tail:
+        y = layer(y)
+    return y
+
+
+@program(lambda m: m.tail.append(nn.Softmax(1)), "len(self.tail)")
+def how_many_parts_there_are(self, x):
+    return both(self, x) * len(self.tail)
+
+
+@program(lambda m: m.named.update({"z": nn.Tanh()}), "'z' in self.named")
+def whether_there_is_a_part_of_a_name(self, x):
+    return both(self, x) * (2 if "z" in self.named else 1)
+
+
+@program(lambda m: m.named.update({"z": nn.Tanh()}), "list(self.named)")
+def loop_over_named_parts(self, x):
+    y = both(self, x)
+    for name, layer in self.named.items():
+        y = layer(y) + len(name)
+    return y
+
+
+@program(sets(act_layer=nn.ReLU()), "isinstance(self.act_layer, 'torch.nn.modules.activation.Tanh')")
+def class_of_a_part(self, x):
+    return both(self, x) * (2 if isinstance(self.act_layer, (nn.Tanh, nn.Sigmoid)) else 1)
+
+
+@program(sets(act_layer=nn.ReLU()), "type(self.act_layer)")
+def type_of_a_part(self, x):
+    return both(self, x) * (2 if type(self.act_layer) is nn.Tanh else 1)
+
+
+@program(sets(act_layer=nn.Sigmoid()), None)
+def part_that_is_replaced(self, x):
+    return self.act_layer(both(self, x))
+
+
+@program(sets(act_layer=None), "self.act_layer is None")
+def part_that_may_be_none(self, x):
+    y = both(self, x)
+    if self.act_layer is not None:
+        y = self.act_layer(y)
+    return y
+
+
+@program(sets(act_layer=None), "self.act_layer is None")
+def part_by_another_name(self, x):
+    act, y = self.act_layer, both(self, x)
+    return act(y) if act is not None else y
+
+
+@program(sets(low=1.0), "self.__dict__['low']")
+def entry_of_all_attributes(self, x):
+    return both(self, x) * (2 if self.__dict__["low"] else 1)
+
+
+@program(sets(low=1.0), "self.__dict__['low']")
+def entry_of_vars(self, x):
+    return both(self, x) * (2 if vars(self)["low"] else 1)
+
+
 @pytest.mark.parametrize(("forward", "change", "named"), PROGRAMS)
 @pytest.mark.parametrize("inplace", [False, True])
 def test_what_a_forward_was_told(forward, change, named, inplace):
@@ -350,6 +450,69 @@ def test_what_a_forward_was_told(forward, change, named, inplace):
     change(deploy)
     error = differs(model, deploy, X)
     assert (error is None) if named is None else (error is not None and named in error), error
+
+
+def of_type(self, x):
+    return both(self, x) * type(self).of_class
+
+
+def of_own_class(self, x):
+    return both(self, x) * self.__class__.of_class
+
+
+@pytest.mark.parametrize("forward", [of_type, of_own_class])
+def test_an_attribute_of_the_class_itself(forward, monkeypatch):
+    model, deploy = converted(forward)
+    monkeypatch.setattr(Two, "of_class", 3.0)
+    assert "type(self).of_class" in differs(model, deploy, X)
+
+
+class Delegating(Two):
+    """Looks for what it has not in its configuration, then among its parts."""
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("h"), name) if name == "out_channels" else getattr(self.config, name)
+
+
+def attribute_of_another(self, x):
+    return both(self, x) * self.eps
+
+
+def attribute_of_a_part(self, x):
+    return both(self, x) * self.out_channels
+
+
+def attribute_that_nobody_has(self, x):
+    return both(self, x) * getattr(self, "gain", 0.5)
+
+
+@pytest.mark.parametrize(
+    ("forward", "change", "named"),
+    [
+        (attribute_of_another, lambda m: setattr(m.config, "eps", 3.0), "self.config.eps"),
+        (attribute_of_a_part, lambda m: setattr(m.h, "out_channels", 3), "self.h.out_channels"),
+        (attribute_that_nobody_has, lambda m: setattr(m, "gain", 3.0), "self.gain"),
+        (attribute_that_nobody_has, lambda m: setattr(m.config, "gain", 3.0), "self.gain"),
+    ],
+)
+def test_a_class_that_looks_for_attributes_itself(forward, change, named):
+    model, deploy = converted(forward, base=Delegating)
+    change(model)
+    change(deploy)
+    assert named in differs(model, deploy, X)
+
+
+def test_all_attributes_at_once_keep_the_forward():
+    def forward(self, x):
+        held = vars(self)
+        return both(self, x) * held["factor"]
+
+    plan = structrep.plan(made(forward))
+    assert all(merge.rules == ("fold_norm",) for merge in plan.merges)
+    assert "looks at all attributes of the model at once" in str(plan.refusals)
 
 
 def test_an_error_says_what_was_found_and_what_to_do():
