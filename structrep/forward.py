@@ -443,6 +443,8 @@ class Forward:
         held = isinstance(read.holder, nn.Module) and read.text[1:] in read.holder.__dict__
         named = asked.replace("structrep_is(", "isinstance(") if isinstance(read.holder, nn.Module) else read.of(path)
         made = guards.guard(asked, named, read.told, self._shown(), scripted=held)
+        if made is not None and read.of_numbers:
+            made = replace(made, unlike=f"not structrep_is_exporting() and ({made.unlike})")
         if made is not None:
             self.reads.append(made)
 

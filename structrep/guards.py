@@ -19,7 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch._jit_internal import is_scripting
 
+from structrep.ranks import written_in
 from structrep.sources import functions_in
+from structrep.values import numbers
 
 
 @dataclass(frozen=True)
@@ -147,11 +149,17 @@ def _is_loose(told: Any) -> bool:
         return any(map(_is_loose, told.values()))
     if isinstance(told, (list, tuple)):
         return any(map(_is_loose, told))
-    return literal(told) == "..." or is_named(told)
+    return literal(told) == "..." or is_named(told) or _is_numpys(told)
+
+
+def _is_numpys(value: Any) -> bool:
+    return written_in(type(value)).partition(".")[0] == "numpy" and hasattr(value, "tolist")
 
 
 def literal(value: Any) -> str:
     """A value as code that gives an equal one, with `...` for what may be anything: tensors, modules, objects."""
+    if _is_numpys(value):
+        return literal(value.tolist()) if value.size <= 1024 else "..."
     if value is None or type(value) in (bool, int, str, bytes, complex, slice, range):
         return repr(value)
     if is_named(value) or isinstance(value, (nn.Module, Tensor)):
@@ -199,6 +207,8 @@ def matches(value: Any, told: Any) -> bool:
     """Whether a value is equal to what was told, but for what that leaves open (`...`)."""
     if told is ...:
         return True
+    if _is_numpys(value):
+        return matches(value.tolist(), told)
     if isinstance(told, (list, tuple)):
         alike = isinstance(value, (list, tuple)) and len(value) == len(told)
         return alike and all(map(matches, value, told))
@@ -276,6 +286,8 @@ NAMES: dict[str, Any] = {
     "structrep_is_scripting": is_scripting,
     "structrep_described": described,
     "structrep_matches": matches,
+    "structrep_is_exporting": getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling),
     "structrep_is": is_a,
+    "structrep_numbers": numbers,
     "structrep_cell": cell,
 }

@@ -65,6 +65,12 @@ class Read:
         return self.text.replace(HELD, holder) if HELD in self.text else f"{holder}{self.text}"
 
     @property
+    def of_numbers(self) -> bool:
+        """Whether it is asked for the numbers of a tensor, which no exported program can look at."""
+        of = self.text.startswith(("bool(", "float(", "int(", "structrep_numbers("))
+        return HELD in self.text and (of or self.text.endswith((".item()", ".tolist()")))
+
+    @property
     def where_am_i(self) -> bool:
         """Whether it is asked how the forward is run, which a user changes without touching the model."""
         return (self.holder is None or isinstance(self.holder, fx.Node)) and isinstance(self.told, bool)
@@ -85,6 +91,7 @@ HELD = "\0"  # what stands for the holder in a question around it: len(HELD)
 
 OF_MODULES = frozenset(vars(nn.Module()))  # torch's own attributes, `training` among them
 _METHODS = {name: value for name, value in vars(nn.Module).items() if not name.startswith("__")}
+_BETWEEN = {"structrep.trace", "structrep.guards", "structrep.values", "torch._tensor", "torch.overrides"}
 _OF_CLASS = ("__class__", "__dict__")
 _OF_TORCH = OF_MODULES | set(dir(nn.Module))  # what its own code asks for at every turn
 _PARTS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)  # torch's own containers of parts
@@ -110,6 +117,7 @@ def _of_engine(name: Any) -> bool:
     return str(name).startswith("structrep.") and not str(name).startswith(("structrep.blocks", "structrep.layers"))
 
 
+_PLAIN_TENSORS = (None, Tensor.__torch_function__, nn.Parameter.__torch_function__)
 _HEAP = 1 << 9  # types made by a class statement, whose attributes can be set
 _CONTAINERS = (dict, list, tuple, set, frozenset, MappingProxyType)
 _HELD = (fx.Proxy, list, tuple, dict)  # what values stand in
@@ -182,12 +190,12 @@ class Questions:
         read.places.append((frame.f_code, frame.f_lasti, deep))
         return self.answers.get(key, told) if counts else told
 
-    def ask(self, tensor: Tensor, path: str, what: str, told: Any) -> Any:
-        """A question about a tensor of the model: its dtype, or where it is."""
+    def ask(self, holder: Any, path: str, text: str, told: Any, counts: bool = True) -> Any:
+        """A question about a tensor of the model: its dtype, where it is, what its numbers are."""
         frame: FrameType | None = sys._getframe(1)
-        while frame is not None and frame.f_globals.get("__name__") == "structrep.trace":
+        while frame is not None and frame.f_globals.get("__name__") in _BETWEEN:
             frame = frame.f_back
-        return told if frame is None or _torchs(frame) else self.note(tensor, path, f".{what}", told, frame)
+        return told if frame is None or _torchs(frame) else self.note(holder, path, text, told, frame, counts)
 
     # --- attributes -------------------------------------------------------------------------------------------------
 
@@ -370,6 +378,14 @@ class Questions:
                 hook = self._asking(plain, text, 1)
                 hooks[id(plain)] = plain, hook
                 process.change(owner, name, hook)
+        for name in ("is_fx_tracing", "is_fx_symbolic_tracing"):
+            tracing = getattr(torch.fx._symbolic_trace, name, None)
+            if isinstance(tracing, FunctionType):
+                exchange(tracing, self._as_for_real(FunctionType(tracing.__code__, tracing.__globals__), 2))
+        for name in ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic"):
+            plain = getattr(torch.overrides, name)
+            hooks[id(plain)] = plain, self._as_for_real(plain, 1)
+            process.change(torch.overrides, name, hooks[id(plain)][1])
         for space in namespaces(model):
             for alias in [name for name, value in space.items() if id(value) in hooks]:
                 plain, hook = hooks[id(space[alias])]
@@ -390,6 +406,18 @@ class Questions:
                 return told
             given = ", ".join([*map(repr, args), *(f"{key}={value!r}" for key, value in kwargs.items())])
             return self.note(None, "", f"{text}({given})", told, frame)
+
+        return asked
+
+    def _as_for_real(self, plain: Callable[..., bool], depth: int) -> Callable[..., bool]:
+        """A function that tells code of the model's, where traced values are tensors to it, that nothing traces."""
+
+        def asked(*args: Any) -> bool:
+            if threading.get_ident() != self.thread or _torchs(sys._getframe(depth)):
+                return plain(*args)
+            given = args[0] if len(args) == 1 and isinstance(args[0], (tuple, list)) else args
+            own = (type(one) for one in given if not isinstance(one, fx.Proxy))
+            return any(getattr(kind, "__torch_function__", None) not in _PLAIN_TENSORS for kind in own)
 
         return asked
 
@@ -460,6 +488,7 @@ def _questions() -> Iterator[tuple[Any, str, Any, str]]:
         "torch.cuda": ("is_available",),
         "torch": (
             *("is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled", "is_autocast_cpu_enabled"),
+            *("are_deterministic_algorithms_enabled", "get_num_threads", "get_float32_matmul_precision"),
             *("get_default_dtype", "get_default_device", "get_autocast_dtype", "get_autocast_gpu_dtype"),
         ),
     }

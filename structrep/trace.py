@@ -51,10 +51,21 @@ from structrep.observe import Arguments, Given, Observed, Part, Thing
 from structrep.paths import branches
 from structrep.precision import Shadows, as_stored, doubled
 from structrep.precision import exact as on_float64
-from structrep.questions import INPUTS, OF_MODULES, Questions, Read, is_full, is_object
+from structrep.questions import HELD, INPUTS, OF_MODULES, Questions, Read, is_full, is_object
 from structrep.sources import taken_apart, written_first
 from structrep.states import Holdings
-from structrep.values import alike, held, holds_still, holds_tensor, is_torch, is_traced, mapped, proxies, snapshot
+from structrep.values import (
+    alike,
+    held,
+    holds_still,
+    holds_tensor,
+    is_torch,
+    is_traced,
+    mapped,
+    numbers,
+    proxies,
+    snapshot,
+)
 
 Example = Tensor | tuple[Any, ...] | Mapping[str, Any]
 
@@ -621,7 +632,7 @@ def retrace(traced: Traced, call: Call, answers: Mapping[tuple[str, str], Any]) 
     twin = shallow_copy(call.module)
     paths = {part: ".".join(filter(None, (call.path, name))) for name, part in twin.named_modules()}
     again = _untraced(_placed(twin, call.path), paths)
-    tracer = _Tracer(twin, call.method, paths, again.names, of.opaque, of.whole, answers, call.contexts)
+    tracer = _Tracer(twin, call.method, paths, again, of.opaque, of.whole, answers, call.contexts)
     count = itertools.count()
     tracer.arguments = pytree.tree_map(
         lambda leaf: _Slot(f"input_{next(count)}") if isinstance(leaf, fx.Proxy) else leaf, (call.args, call.kwargs)
@@ -668,7 +679,7 @@ def _follow(
     opaque: set[type[nn.Module]] = set()
     whole: dict[FunctionType, tuple[str, Untraceable]] = {}
     while True:
-        tracer = _Tracer(module, method, paths, traced.names, opaque, whole.keys())
+        tracer = _Tracer(module, method, paths, traced, opaque, whole.keys())
         holdings = Holdings(module)
         state = holdings.state()
         if traced.watched:
@@ -827,7 +838,7 @@ class _Tracer(process.Tracer):
         module: nn.Module,
         method: str,
         paths: dict[nn.Module, str],
-        names: dict[int, str],
+        held: Traced,
         opaque: Set[type[nn.Module]],
         whole: Set[FunctionType],
         answers: Mapping[tuple[str, str], Any] | None = None,
@@ -855,7 +866,7 @@ class _Tracer(process.Tracer):
         self.fetched: Counter[tuple[str, Call]] = Counter()  # how often a forward looked up what is not its own
         self.asked: Counter[tuple[str, Call]] = Counter()  # and asked it for no more than its dtype or device
         self.count = 0
-        self.names = names
+        self.names, self.entries = held.names, held.entries
         self.tensor_nodes: dict[int, fx.Node] = {}
 
     def bind(self, example: Example | Arguments | None, flags: Mapping[str, Any]) -> list[Any]:
@@ -1273,6 +1284,8 @@ class _Proxy(fx.Proxy):
     def __getattr__(self, k: str) -> Any:
         if not hasattr(Tensor, k):
             raise AttributeError(f"'Tensor' object has no attribute {k!r}")
+        if k in ("grad", "grad_fn"):
+            raise self._refuse(TypeError(f"the .{k} of a value that depends on the input"))
         return _Attribute(self, k)
 
     def __len__(self) -> int:
@@ -1350,6 +1363,24 @@ _TOLD = {"dtype", "device", "shape", "ndim", "requires_grad", "is_cuda", "layout
 _ASKED = {"dtype", "device", "is_cuda", "is_cpu", "is_mps", "is_xpu", "requires_grad"}
 
 
+# How code is told of the shape of a tensor, of what its dtype says, and of its numbers.
+_SHAPES = {"shape", "ndim", "size", "numel", "nelement", "dim", "ndimension", "__len__"}
+_KINDS = {
+    **{"element_size": "element_size()", "itemsize": "itemsize", "type": "type()", "is_complex": "is_complex()"},
+    "is_floating_point": "is_floating_point()",
+}
+_NUMBERS = {
+    **{
+        "item": f"{HELD}.item()",
+        "tolist": f"{HELD}.tolist()",
+        "__bool__": f"bool({HELD})",
+        "is_nonzero": f"bool({HELD})",
+    },
+    **{"__float__": f"float({HELD})", "__int__": f"int({HELD})", "__index__": f"int({HELD})", "__complex__": ""},
+    **dict.fromkeys(("numpy", "__array__", "__contains__", "equal", "allclose"), ""),
+}
+
+
 class _Constants(TorchFunctionMode):
     """Watches what the trace computes for real: notes where constants come from, stops what must not be baked in."""
 
@@ -1393,6 +1424,7 @@ class _Constants(TorchFunctionMode):
             raise RuntimeError(f"{name} draws new random numbers at every call")
         if name == "__get__" and func.__self__.__name__ in _ASKED:
             return self._ask(args[0], func.__self__.__name__, result)
+        self._note_told(func.__self__.__name__ if name == "__get__" else name, args, kwargs, result)
         itself = any(result is one for one in pytree.tree_leaves((args, kwargs)))  # `x.to(x.dtype)`
         if isinstance(result, Tensor) and not written and not itself:
             self.origins[id(result)] = Origin(result, func, args, kwargs, self.tracer.contexts.now)
@@ -1420,7 +1452,34 @@ class _Constants(TorchFunctionMode):
                 return told
             tensor = source
         path = self.tracer.names.get(id(tensor))
-        return told if path is None else self.tracer.questions.ask(tensor, path, what, told)
+        return told if path is None else self.tracer.questions.ask(tensor, path, f".{what}", told)
+
+    def _note_told(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], told: Any) -> None:
+        """Note what code is told of the shape, the dtype or the numbers of tensors that the model holds, or of what it
+        computes of them."""
+        asks = name in _NUMBERS or name in _SHAPES or name in _KINDS
+        for given in pytree.tree_leaves((args, kwargs)) if asks else ():
+            formula = self.formula(given) if isinstance(given, Tensor) else None
+            for one in formula.tensors if formula else (given,):
+                path, entry = self.tracer.names.get(id(one)), self.tracer.entries.get(id(one))
+                if path is None and entry is None:
+                    continue
+                if name in _SHAPES:
+                    text, answer = f"{HELD}.shape", tuple(one.shape)
+                elif name in _KINDS:
+                    text, answer = f"{HELD}.{_KINDS[name]}", told
+                elif one is given and len(args) == 1 and _NUMBERS[name]:
+                    text, answer = _NUMBERS[name], told
+                else:
+                    text, answer = f"structrep_numbers({HELD})", numbers(one)
+                if name in _KINDS and (len(args) > 1 or kwargs or one.dtype != given.dtype):
+                    continue  # a cast; a source of another dtype
+                if path is not None:
+                    self.tracer.questions.ask(one, path, text, answer, counts=False)
+                elif entry is not None:
+                    holder = next(module for module, where in self.tracer.paths.items() if where == entry.holder)
+                    asked = text.replace(HELD, f"{HELD}{entry.text}")
+                    self.tracer.questions.ask(holder, entry.holder, asked, answer, counts=False)
 
     def _is_fresh(self, tensor: Tensor) -> bool:
         """Whether a tensor was made during this trace, and is no view of what the model holds."""

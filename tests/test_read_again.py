@@ -74,6 +74,13 @@ class Two(nn.Module):
         self.held = {"t": torch.ones(1, dtype=torch.float64), 3: [torch.ones(1, dtype=torch.float64)]}
         self.config.scale = torch.ones(1, dtype=torch.float64)
         self.drop, self.act_layer, self.tail = nn.Dropout(0.0), nn.Tanh(), nn.ModuleList([nn.Tanh(), nn.Tanh()])
+        self.low_tensor = torch.tensor(1.0, dtype=torch.float64)
+        self.register_buffer("on", torch.tensor(False))
+        self.many, self.array, self.scalar = (
+            torch.ones(40, dtype=torch.float64),
+            numpy.array([1.0, 2.0]),
+            numpy.float32(0.5),
+        )
         self.idle.on, self.tail.k, self.named = False, 1.0, nn.ModuleDict({"y": nn.Tanh()})
 
     @property
@@ -439,6 +446,102 @@ def entry_of_vars(self, x):
     return both(self, x) * (2 if vars(self)["low"] else 1)
 
 
+# numbers, shapes and dtypes of tensors
+
+LOW_TENSOR = sets(low_tensor=torch.tensor(0.1, dtype=torch.float64))
+LESS = -torch.ones(40, dtype=torch.float64)
+
+
+@program(lambda m: m.load_state_dict({**m.state_dict(), "on": torch.tensor(True)}, strict=False), "bool(on)")
+def buffer_as_a_flag(self, x):
+    return both(self, x).relu() if self.on else both(self, x)
+
+
+@program(LOW_TENSOR, None)
+def number_of_a_tensor(self, x):
+    return both(self, x).clamp(max=float(self.low_tensor))
+
+
+@program(LOW_TENSOR, None)
+def item_of_a_tensor(self, x):
+    return both(self, x).clamp(max=self.low_tensor.item())
+
+
+@program(LOW_TENSOR, "float(low_tensor)")
+def number_of_a_tensor_that_is_computed_with(self, x):
+    return both(self, x).clamp(max=float(self.low_tensor) * 2)
+
+
+@program(LOW_TENSOR, "int(low_tensor)")
+def tensor_as_a_count(self, x):
+    return both(self, x).relu() * (int(self.low_tensor) + 1)
+
+
+@program(LOW_TENSOR, "low_tensor.tolist()")
+def list_of_a_tensor(self, x):
+    return both(self, x).clamp(max=self.low_tensor.tolist() + 1)
+
+
+@program(LOW_TENSOR, "low_tensor")
+def number_computed_of_a_tensor(self, x):
+    return both(self, x).clamp(max=float(self.low_tensor * 2) + 1)
+
+
+@program(LOW_TENSOR, "low_tensor")
+def tensor_as_an_array(self, x):
+    return both(self, x).clamp(max=float(self.low_tensor.numpy()) + 1)
+
+
+@program(sets(many=LESS), "many")
+def condition_on_many_numbers(self, x):
+    return both(self, x) * (2 if (self.many > 0).any() else 1)
+
+
+@program(sets(many=LESS), "many")
+def many_numbers_compared(self, x):
+    return both(self, x) * (2 if torch.equal(self.many, self.many.abs()) else 1)
+
+
+@program(lambda m: m.held.update(t=THREE), "self.held['t']")
+def number_of_a_tensor_in_a_dict(self, x):
+    return both(self, x) * (float(self.held["t"]) + 1)
+
+
+@program(lambda m: m.array.__setitem__(0, 3.0), "self.array")
+def number_of_an_array(self, x):
+    return both(self, x) * float(self.array[0])
+
+
+@program(sets(scalar=numpy.float32(3.0)), "self.scalar")
+def scalar_of_numpy(self, x):
+    return both(self, x) * float(self.scalar)
+
+
+@program(sets(h=nn.Conv2d(4, 9, 1, dtype=torch.float64)), "h.weight.shape")
+def shape_of_a_kernel(self, x):
+    return both(self, x) * self.h.weight.shape[0]
+
+
+@program(sets(h=nn.Conv2d(4, 9, 1, dtype=torch.float64)), "h.bias.shape")
+def how_many_numbers_there_are(self, x):
+    return both(self, x) * (self.h.bias.numel() + len(self.h.bias) + self.h.bias.size(0))
+
+
+@program(lambda m: m.h.half(), "h.weight.element_size()")
+def size_of_a_number(self, x):
+    return both(self, x) * self.h.weight.element_size()
+
+
+@program(lambda m: m.h.half(), "h.weight.type()")
+def name_of_a_dtype(self, x):
+    return both(self, x) * (2 if self.h.weight.type() == "torch.DoubleTensor" else 1)
+
+
+@program(lambda m: m.h.float(), None)
+def cast_to_the_name_of_a_dtype(self, x):
+    return both(self, x).type(self.h.weight.type())
+
+
 @pytest.mark.parametrize(("forward", "change", "named"), PROGRAMS)
 @pytest.mark.parametrize("inplace", [False, True])
 def test_what_a_forward_was_told(forward, change, named, inplace):
@@ -796,6 +899,53 @@ def test_under_another_mode(ask, run):
     for around in (torch.no_grad, run):
         with around():
             assert differs(model, deploy, X) is None
+
+
+@pytest.mark.parametrize(
+    ("ask", "set_", "now", "before"),
+    [
+        (torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms, True, False),
+        (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "high", "highest"),
+    ],
+)
+def test_under_another_setting_of_torch(ask, set_, now, before):
+    model, deploy = converted(lambda self, x: both(self, x) * 2 if ask() == before else both(self, x).softmax(1))
+    set_(now)
+    try:
+        error = differs(model, deploy, X)
+    finally:
+        set_(before)
+    assert error is None or ask.__name__ in error
+
+
+@pytest.mark.parametrize("ask", [lambda x: x.grad_fn, lambda x: x.grad])
+def test_what_a_traced_value_cannot_say_keeps_the_forward(ask):
+    model = made(lambda self, x: both(self, x) * (2 if ask(x) is None else 1))
+    assert "of a value that depends on the input" in str(structrep.plan(model).refusals)
+    assert differs(model, structrep.reparameterize(model), X) is None
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda x: torch.fx._symbolic_trace.is_fx_tracing(),
+        lambda x: torch.overrides.has_torch_function((x, torch.ones(1))),
+        lambda x: torch.overrides.has_torch_function_unary(x),
+    ],
+)
+def test_a_trace_is_not_to_be_seen(ask):
+    converted(lambda self, x: both(self, x) * (2 if ask(x) else 1))
+
+
+def test_numbers_of_a_tensor_go_everywhere():
+    """What is exported holds for the numbers that it was exported with; all else looks again."""
+    model, deploy = converted(number_computed_of_a_tensor)
+    assert relative_error(torch.export.export(deploy, (X,)).module()(X), model(X)) < 1e-12
+    assert relative_error(torch.compile(deploy, backend="eager")(X), model(X)) < 1e-12
+    again = structrep.reparameterize(copy.deepcopy(deploy), X)
+    LOW_TENSOR(again)
+    with pytest.raises(ValueError, match="low_tensor"):
+        again(X)
 
 
 def test_asked_by_another_name():
