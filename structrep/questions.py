@@ -257,8 +257,11 @@ class Questions:
         if self.current() is None or frame.f_code.co_name.startswith("__"):
             return
         instructions, places = _instructions(frame.f_code)
-        ahead = instructions[places.get(frame.f_lasti, len(instructions)) :][:2]
-        if name == "__dict__":
+        place = places.get(frame.f_lasti, len(instructions))
+        ahead, key = instructions[place:][:2], instructions[max(place - 2, 0)]
+        if name == "__dict__" and ahead[1:] and ahead[1].opname == "CONTAINS_OP" and _is_constant(key):
+            self._of_part(module, f"({key.argval!r} in {HELD}.__dict__)", key.argval in vars(module), frame)
+        elif name == "__dict__":
             further, told = onward(frame.f_code, frame.f_lasti, vars(module))
             held = isinstance(told, (nn.Module, Tensor, fx.Proxy)) or callable(told)
             if not held:

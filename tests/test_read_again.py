@@ -527,6 +527,16 @@ def how_many_numbers_there_are(self, x):
     return both(self, x) * (self.h.bias.numel() + len(self.h.bias) + self.h.bias.size(0))
 
 
+@program(lambda m: None, None)
+def shape_and_numbers_of_what_is_merged(self, x):
+    return both(self, x) * (self.n.bias.numel() + self.a.weight.shape[1] + float(self.a.bias.abs().max()))
+
+
+@program(sets(gone=1.0), "'gone' in self.__dict__")
+def whether_all_attributes_have_one(self, x):
+    return both(self, x) * (2 if "gone" in self.__dict__ else 1)
+
+
 @program(lambda m: m.h.half(), "h.weight.element_size()")
 def size_of_a_number(self, x):
     return both(self, x) * self.h.weight.element_size()
