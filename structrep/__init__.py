@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from structrep.monitor import monitor
     from structrep.probe import probe
     from structrep.proof import verify
-    from structrep.readers import reader
+    from structrep.read.modules import reader
     from structrep.registry import Registry, Rule, rule
     from structrep.report import Verification
 

@@ -9,9 +9,12 @@ from torch import fx, nn
 
 from structrep.absorb import readers_of
 from structrep.errors import Unreadable
+from structrep.graph.constants import constant
+from structrep.graph.queries import only_asserted
 from structrep.parametrized import hooks
 from structrep.ranks import torch_name
-from structrep.readers import Layer, Reading, Same, called, constant, only_asserted
+from structrep.read.nodes import called
+from structrep.terms.layer import Layer, Reading, Same
 
 Readings = Mapping[fx.Node, Reading]
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from structrep.algebra import ConvMap, Geometry
 from structrep.pattern import Term, _dims, geometry
-from structrep.readers import Layer
+from structrep.terms.layer import Layer
 
 
 @dataclass(frozen=True)

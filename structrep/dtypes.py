@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, fx
 
 from structrep import operations, precision
+from structrep.graph.casts import cast_to
+from structrep.graph.queries import counts_sizes
 from structrep.parametrized import torch_kind
 from structrep.ranks import torch_name
-from structrep.readers import cast_to, counts_sizes
 
 _KEEPS = {
     *("permute", "transpose", "movedim", "swapaxes", "t", "view", "view_as", "reshape", "reshape_as", "flatten"),

@@ -12,9 +12,11 @@ from torch import fx
 
 from structrep.beside import named
 from structrep.errors import Refusal
-from structrep.readers import Layer, Reading, Same, Stack, Total, asks_kind, counts_sizes, only_asserted, read_node
+from structrep.graph.queries import asks_kind, counts_sizes, only_asserted
+from structrep.read.nodes import read_node
 from structrep.report import MergeRecord, RefusalRecord
 from structrep.search import Merge, Replicas
+from structrep.terms.layer import Layer, Reading, Same, Stack, Total
 from structrep.trace import Call, Traced
 
 MOST = 40  # boxes in one picture

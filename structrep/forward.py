@@ -27,6 +27,8 @@ from structrep import contexts, guards
 from structrep.callers import asks
 from structrep.errors import Unreadable
 from structrep.generated import Method
+from structrep.graph.aliases import aliases, writers
+from structrep.graph.queries import asks_kind, counts_sizes, only_asserted
 from structrep.guards import Guard
 from structrep.observe import Given, Part, Thing
 from structrep.operations import writes
@@ -35,9 +37,10 @@ from structrep.paths import argument
 from structrep.paths import place as place_of
 from structrep.questions import INPUTS, MISSING, WHOLE, Read, class_reads, namespace_reads
 from structrep.ranks import written_in
-from structrep.readers import Layer, Same, aliases, asks_kind, counts_sizes, only_asserted, read_node, writers
+from structrep.read.nodes import read_node
 from structrep.sources import functions_in
 from structrep.sums import Reordered, as_traced
+from structrep.terms.layer import Layer, Same
 from structrep.trace import Call, Entry, Origin, Traced, retrace, storage
 from structrep.values import is_traced, proxies
 

@@ -16,7 +16,8 @@ from torch import fx
 from structrep.algebra import ConvMap, Geometry, Ints
 from structrep.pattern import ONE, Term, leaf, seq, signed, total
 from structrep.ranks import torch_name
-from structrep.readers import Layer, Reading, Same, Total, diagonal_layer
+from structrep.terms.layer import Layer, Reading, Same, Total
+from structrep.terms.layers import diagonal_layer
 
 MOST = 64  # nodes between the reshapes that make pieces and fold them together
 

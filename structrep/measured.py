@@ -19,10 +19,12 @@ from torch import fx, nn
 
 from structrep.errors import BadInput, Slower, said
 from structrep.files import save_bytes, writer
+from structrep.graph.constants import held
+from structrep.graph.queries import only_asserted
 from structrep.latency import device_name, device_of, in_turn
 from structrep.pattern import Term, geometry
 from structrep.proof import How
-from structrep.readers import held, lower, only_asserted
+from structrep.read.lower import lower
 from structrep.report import LatencyRecord, milliseconds
 from structrep.search import Merge
 from structrep.trace import Example, as_arguments

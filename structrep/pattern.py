@@ -26,7 +26,8 @@ from structrep import algebra
 from structrep.algebra import ConvMap, Geometry, Ints, Rigour
 from structrep.errors import Incompatible, InvalidRule, Unreadable
 from structrep.ranks import rank
-from structrep.readers import Formula, Layer, scale_layer
+from structrep.terms.layer import Formula, Layer
+from structrep.terms.layers import scale_layer
 
 # --- terms ----------------------------------------------------------------------------------------
 

@@ -22,10 +22,11 @@ from torch import Tensor, fx, nn
 from structrep import parametrized, precision, process
 from structrep.algebra import ConvMap
 from structrep.errors import BadInput, VerificationError, WrongMerge, listed, said
+from structrep.graph.constants import held
 from structrep.observe import Observed
 from structrep.parametrized import uncached
 from structrep.ranks import spatial_size
-from structrep.readers import held, lower
+from structrep.read.lower import lower
 from structrep.regions import Region, Shapes, Trials, given_as_traced, read_as_traced, room
 from structrep.registry import COEFFICIENT_ROUNDING
 from structrep.report import BorderRecord, OutputRecord, RegionRecord, Verification

@@ -22,9 +22,11 @@ from structrep.algebra import ConvMap, Ints
 from structrep.dtypes import keeps
 from structrep.errors import WrongMerge
 from structrep.frames import frame
+from structrep.graph.constants import held
+from structrep.graph.queries import asks_shape, counts_sizes, only_asserted
 from structrep.pattern import geometry
 from structrep.ranks import rank, torch_name
-from structrep.readers import asks_shape, called, counts_sizes, held, only_asserted
+from structrep.read.nodes import called
 from structrep.rewrite import end
 from structrep.search import Merge
 from structrep.sums import as_traced, reordered

@@ -19,11 +19,14 @@ from torch import fx, nn
 from structrep import cost
 from structrep.algebra import ConvMap, Ints
 from structrep.errors import Incompatible, Mutated, Refusal, Shared, Unreadable
+from structrep.graph.aliases import aliases, writers
+from structrep.graph.queries import asks_kind, only_asserted
 from structrep.parametrized import hooks
 from structrep.pattern import ONE, Term, geometry, leaf, seq, stack, total, value
 from structrep.ranks import torch_name
-from structrep.readers import Total, aliases, asks_kind, conv_layer, only_asserted, slice_layer, writers
 from structrep.search import Carried, Findings, Merge, Missed, Search, Segment, path_of
+from structrep.terms.layer import Total
+from structrep.terms.layers import conv_layer, slice_layer
 
 RULE, SOURCE = "rmnet", "RMNet, arXiv:2111.00687, section 3"
 

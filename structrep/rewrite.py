@@ -32,13 +32,17 @@ from structrep.callers import Callers
 from structrep.errors import Refusal, StructrepError, Unreadable
 from structrep.forward import Edits, Forward
 from structrep.generated import install, regraph
+from structrep.graph.queries import only_asserted
 from structrep.layers import Features2d, Sizes
 from structrep.parametrized import by_properties, computed, hooks, made_of, settle, torch_kind
 from structrep.paths import branches, parts_of, place, span, strays
 from structrep.pattern import ONE, geometry
 from structrep.ranks import rank, torch_name
-from structrep.readers import Layer, Same, knows, lower, only_asserted, read_module, read_node
+from structrep.read.lower import lower
+from structrep.read.modules import knows, read_module
+from structrep.read.nodes import read_node
 from structrep.search import Merge, Replicas, Segment, site, together
+from structrep.terms.layer import Layer, Same
 from structrep.trace import Call, Traced
 from structrep.uses import Place, Use, place_of, uses
 from structrep.values import proxies

@@ -44,29 +44,18 @@ from structrep.errors import (
     Uninitialized,
     Unreadable,
 )
+from structrep.graph.aliases import aliases, writers
+from structrep.graph.queries import asks_kind, asks_shape, asserts_rank, counts_sizes, only_asserted
 from structrep.observe import Observed
 from structrep.parametrized import about_hooks, hooks
 from structrep.pattern import ONE, Term, geometry, leaf, seq, signed, sized, stack, total, value
 from structrep.ranks import channels, spatial_size, torch_name
-from structrep.readers import (
-    Layer,
-    Reading,
-    Same,
-    Stack,
-    Total,
-    aliases,
-    asks_kind,
-    asks_shape,
-    asserts_rank,
-    counts_sizes,
-    only_asserted,
-    read_ending,
-    read_node,
-    remedy,
-    writers,
-)
+from structrep.read.endings import read_ending
+from structrep.read.lower import remedy
+from structrep.read.nodes import read_node
 from structrep.registry import Registry, Rule
 from structrep.sources import names_reached, questions
+from structrep.terms.layer import Layer, Reading, Same, Stack, Total
 from structrep.trace import Call, Example, Trace, Traced, trace
 from structrep.wrappers import stands_in
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from structrep.readers import aliases, writers
+from structrep.graph.aliases import aliases, writers
 from structrep.trace import Trace
 from structrep.values import proxies
 

@@ -33,12 +33,14 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.proxy import TraceError
 from torch.overrides import TorchFunctionMode
 
-from structrep import dtypes, operations, parametrized, process, readers
+from structrep import dtypes, operations, parametrized, process
 from structrep.algebra import ConvMap
 from structrep.answers import length, spared
 from structrep.aten import gives_more, in_torch
 from structrep.contexts import Context, Contexts
 from structrep.errors import BadInput, StructrepError, Unreadable, Untraceable, said
+from structrep.graph import constants
+from structrep.graph.queries import asks_kind
 from structrep.intercept import (
     compiled_inlined,
     keep_whole,
@@ -52,8 +54,12 @@ from structrep.paths import branches
 from structrep.precision import Shadows, as_stored, doubled
 from structrep.precision import exact as on_float64
 from structrep.questions import HELD, INPUTS, OF_MODULES, Questions, Read, is_full, is_object
+from structrep.read.endings import ends
+from structrep.read.modules import PROBED, generated, knows
+from structrep.read.modules import settings as settings_of_modules
 from structrep.sources import taken_apart, written_first
 from structrep.states import Holdings
+from structrep.terms.layer import Computed, Formula
 from structrep.values import (
     alike,
     held,
@@ -261,7 +267,7 @@ def _trace(
 ) -> Traced:
     twin = shallow_copy(model)
     for path, map_ in probed.items():
-        twin.get_submodule(path).__dict__[readers.PROBED] = map_
+        twin.get_submodule(path).__dict__[PROBED] = map_
     paths = {module: path for path, module in twin.named_modules()}
     traced = _untraced(twin, paths, observed)
     traced.watched = watched
@@ -482,7 +488,7 @@ class _Below:
             self.traced.guessed.add(root)
         self.seen.update(call.module for call in tracer.calls if call.module not in tracer.hooked)
         for call in tracer.calls[1:]:
-            if isinstance(call.module, torch.jit.ScriptModule) and not readers.knows(call.module):
+            if isinstance(call.module, torch.jit.ScriptModule) and not knows(call.module):
                 self.traced.untraced[call.path] = _scripted(call.module)
             if call.leaf and call.module in tracer.hooked:
                 self.left[call.module] = None
@@ -527,12 +533,12 @@ class _Below:
 
 def _has_parts(module: nn.Module) -> bool:
     """Whether a module is more than a layer that is read as a whole, if only by what it computes its numbers of."""
-    return not readers.knows(module) or _settles(module)
+    return not knows(module) or _settles(module)
 
 
 def _settles(module: nn.Module) -> bool:
     """Whether a module is a layer that computes its numbers, and may hold them instead wherever it is called."""
-    return readers.knows(module) and bool(parametrized.computed(module)) and not parametrized.hooks(module)
+    return knows(module) and bool(parametrized.computed(module)) and not parametrized.hooks(module)
 
 
 def _runs(module: nn.Module) -> bool:
@@ -744,12 +750,12 @@ def _fold_constants(tracer: _Tracer) -> None:
     `torch.eye(n, device=x.device)` is a constant; inputs are taken to be where the parameters are, and of their dtype.
     """
     owner = _owner(tracer.module)
-    asks = any(readers.asks_kind(node) or node.target == "type_as" for node in tracer.graph.nodes)
+    asks = any(asks_kind(node) or node.target == "type_as" for node in tracer.graph.nodes)
     for node in tracer.graph.nodes:
         if owner is None or not asks:
             _fold(node, tracer.constants.unsteady)
             continue
-        if not readers.asks_kind(node):
+        if not asks_kind(node):
             _fold(node, tracer.constants.unsteady)
         elif node.args[1] == "device" or node.args[0].meta["kind"] is owner.dtype:
             node.meta["value"] = getattr(owner, node.args[1])
@@ -783,7 +789,7 @@ def _fold(node: fx.Node, unsteady: Container[Any]) -> None:
         node.meta["recompute"] = functools.partial(_recomputed, node)
         formulas = [n.meta["formula"] for n in inputs if n.meta.get("formula")]
         stored = [n.meta["value"] for n in inputs if n.op == "get_attr" and "formula" not in n.meta]
-        node.meta["formula"] = readers.Formula(
+        node.meta["formula"] = Formula(
             frozenset({str(name).strip("_")}).union(*(f.calls for f in formulas)),
             tuple({id(t): t for t in (*stored, *(t for f in formulas for t in f.tensors))}.values()),
         )
@@ -791,7 +797,7 @@ def _fold(node: fx.Node, unsteady: Container[Any]) -> None:
 
 def _recomputed(node: fx.Node) -> Any:
     """The value of a node, its constants computed in float64."""
-    given = [doubled(readers.exact(n) if "recompute" in n.meta else n.meta["value"]) for n in node.all_input_nodes]
+    given = [doubled(constants.exact(n) if "recompute" in n.meta else n.meta["value"]) for n in node.all_input_nodes]
     with torch.no_grad(), Shadows() as shadows:
         own = map(as_stored, given, (n.meta["value"] for n in node.all_input_nodes))
         found = computed(node, dict(zip(node.all_input_nodes, own, strict=True)).__getitem__)
@@ -1014,7 +1020,7 @@ class _Tracer(process.Tracer):
         parent = self.stack[-1] if self.stack else None
         self._note_changes(parent)
         call = Call(m, self.paths[m], parent, snapshot(args), snapshot(kwargs), leaf, method, function)
-        call.settings = readers.settings(m) if leaf else {}
+        call.settings = settings_of_modules(m) if leaf else {}
         call.at = self._place() if parent else None
         call.contexts = self.contexts.now
         if parent:
@@ -1093,9 +1099,9 @@ class _Tracer(process.Tracer):
                 proxy.node.meta["kept"] = True
                 call.mutates = True
 
-    def _computed(self, m: nn.Module) -> dict[str, readers.Computed] | Unreadable:
+    def _computed(self, m: nn.Module) -> dict[str, Computed] | Unreadable:
         """What a layer that is read as a whole computes before every call; or why that is no constant."""
-        names = parametrized.computed(m) if readers.knows(m) or readers.ends(m) else ()
+        names = parametrized.computed(m) if knows(m) or ends(m) else ()
         if not names:
             return {}
         stopped, refused = self.stopped, self.refused
@@ -1125,8 +1131,8 @@ class _Tracer(process.Tracer):
             type(m) in self.opaque
             or isinstance(m, torch.jit.ScriptModule)
             or m in self.hooked
-            or readers.knows(m)
-            or (library and not isinstance(m, nn.Sequential) and not readers.generated(m))
+            or knows(m)
+            or (library and not isinstance(m, nn.Sequential) and not generated(m))
         )
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: Any) -> Any:
@@ -1228,7 +1234,7 @@ class _Tracer(process.Tracer):
             and (
                 call.module in self.hooked
                 or isinstance(call.module, torch.jit.ScriptModule)
-                or (type(call.module) in self.opaque and not readers.knows(call.module))
+                or (type(call.module) in self.opaque and not knows(call.module))
             )
         )
         self.count += 1
@@ -1512,13 +1518,13 @@ class _Constants(TorchFunctionMode):
         if found and len(found) == len(held) and not any(self.used[id(tensor)] for tensor in held):
             tensors = {id(tensor): tensor for formula in found for tensor in formula.tensors}
             calls = frozenset().union(*(formula.calls for formula in found))
-            node.meta["assigned"] = readers.Formula(calls, tuple(tensors.values()))
+            node.meta["assigned"] = Formula(calls, tuple(tensors.values()))
         for tensor in held:
             self.used[id(tensor)].append(node)
 
-    def computed(self, tensor: Tensor) -> readers.Computed:
-        formula = self.formula(tensor) or readers.Formula(frozenset(), (tensor,))
-        return readers.Computed(tensor, formula, functools.partial(self.exact, tensor))
+    def computed(self, tensor: Tensor) -> Computed:
+        formula = self.formula(tensor) or Formula(frozenset(), (tensor,))
+        return Computed(tensor, formula, functools.partial(self.exact, tensor))
 
     def exact(self, tensor: Tensor) -> Tensor:
         """A constant computed again, in float64; as it is where its storage was written to since."""
@@ -1550,7 +1556,7 @@ class _Constants(TorchFunctionMode):
         nearer: Tensor = _nearer(found, tensor, known.values())
         return nearer
 
-    def formula(self, tensor: Tensor) -> readers.Formula | None:
+    def formula(self, tensor: Tensor) -> Formula | None:
         """All that a constant was computed with and from; None if it was not computed here."""
         calls: set[str] = set()
         tensors: dict[int, Tensor] = {}
@@ -1566,7 +1572,7 @@ class _Constants(TorchFunctionMode):
             else:
                 calls.add(getattr(origin.function, "__name__", "").strip("_"))
                 pending += origin.given
-        return readers.Formula(frozenset(calls), tuple(tensors.values())) if calls else None
+        return Formula(frozenset(calls), tuple(tensors.values())) if calls else None
 
 
 def _chance() -> tuple[Any, ...]:

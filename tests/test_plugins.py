@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 import structrep
-from structrep import Registry, Rule, readers, registry
+from structrep import Registry, Rule, registry
+from structrep.read.modules import _MODULES
 from structrep.testing import check_rule
 from tests.models import relative_error, settled
 
@@ -31,7 +32,7 @@ def installed(monkeypatch):
     monkeypatch.syspath_prepend(str(PLUGIN))
     monkeypatch.setattr(registry, "_loaded", set())
     monkeypatch.setattr(registry.default, "_rules", dict(registry.default._rules))
-    monkeypatch.setattr(readers, "_MODULES", dict(readers._MODULES))
+    monkeypatch.setattr("structrep.read.modules._MODULES", dict(_MODULES))
     yield install
     for name in [name for name in sys.modules if name.startswith("structrep_twins")]:
         del sys.modules[name]

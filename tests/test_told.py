@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import structrep
-from structrep import readers
 from structrep.errors import BadInput, TrainingMode, Unmerged
 from structrep.integrations.export import merge
+from structrep.read.modules import _MODULES
 from tests.models import relative_error, settled
 
 X = torch.randn(2, 4, 6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -28,7 +28,7 @@ class Doubling(nn.Module):
 @pytest.fixture
 def forgetful(monkeypatch):
     """A reader that forgets a factor of 2."""
-    monkeypatch.setattr(readers, "_MODULES", dict(readers._MODULES))
+    monkeypatch.setattr("structrep.read.modules._MODULES", dict(_MODULES))
     structrep.reader(Doubling)(lambda module: structrep.ConvMap(module.weight))
 
 

@@ -13,7 +13,8 @@ from torch import nn
 import structrep
 from structrep.algebra import ConvMap, concat, swapped
 from structrep.errors import Incompatible, Inexact, Unreadable
-from structrep.readers import lower, read_module
+from structrep.read.lower import lower
+from structrep.read.modules import read_module
 from tests.models import Branches, relative_error, settled
 
 EXACT = 1e-12

@@ -10,8 +10,8 @@ from torch.nn.utils.parametrizations import weight_norm
 from structrep.algebra import ConvMap
 from structrep.blocks import DiracConv2d
 from structrep.pattern import Conv
-from structrep.readers import Formula
 from structrep.registry import rule
+from structrep.terms.layer import Formula
 
 NORMS = {"normalize", "norm", "vector_norm", "linalg_vector_norm", "linalg_norm", "rsqrt", "sqrt"}
 SUMS = {"add", "iadd", "radd"}

@@ -9,9 +9,9 @@ only running it gets right.
 from structrep.algebra import ConvMap
 from structrep.blocks import DiracConv2d, DOConv2d
 from structrep.pattern import Conv
-from structrep.readers import Formula
 from structrep.registry import rule
 from structrep.rules.diracnet import NORMS
+from structrep.terms.layer import Formula
 
 CONTRACTIONS = {"einsum", "matmul", "bmm", "mm", "tensordot", "rmatmul"}
 

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from structrep.algebra import ConvMap
 from structrep.blocks import Branches, Conv3XC2d, EdgeBlock2d
 from structrep.pattern import Conv, Identity, Many, Optional, Seq, Sum, conv_norm, pointwise, spatial
-from structrep.readers import Formula
 from structrep.registry import rule
 from structrep.rules.dbb import BORDER
 from structrep.rules.diracnet import SUMS
+from structrep.terms.layer import Formula
 
 
 @rule(

@@ -11,8 +11,8 @@ from torch import nn
 from structrep.algebra import ConvMap
 from structrep.blocks import DOConv2d, ExpandConv2d, ExpandLinear
 from structrep.pattern import Conv, Many, Seq, pointwise, spatial
-from structrep.readers import Formula
 from structrep.registry import rule
+from structrep.terms.layer import Formula
 
 
 @rule(

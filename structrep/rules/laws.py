@@ -8,8 +8,8 @@ from functools import reduce
 from structrep import algebra
 from structrep.algebra import ConvMap
 from structrep.pattern import Affine, Anything, Concat, Conv, Many, Optional, Seq, Sum, View
-from structrep.readers import Formula
 from structrep.registry import default
+from structrep.terms.layer import Formula
 
 
 def computed(formula: Formula) -> bool:

@@ -7,10 +7,10 @@ Training time: one convolution whose kernel is a sum of branches, each contracte
 from structrep.algebra import ConvMap
 from structrep.blocks import DOConv2d, OREPA2d
 from structrep.pattern import Conv
-from structrep.readers import Formula
 from structrep.registry import rule
 from structrep.rules.diracnet import NORMS, SUMS
 from structrep.rules.doconv import CONTRACTIONS
+from structrep.terms.layer import Formula
 
 
 def summed_contractions(formula: Formula) -> bool:

@@ -11,9 +11,9 @@ from torch import nn
 from structrep.algebra import ConvMap
 from structrep.blocks import Branches, Conv3XC2d, DOConv2d
 from structrep.pattern import Conv, Optional, Pad, Seq, Sum, pointwise, spatial
-from structrep.readers import Formula
 from structrep.registry import rule
 from structrep.rules.ecbsr import CONVOLUTIONS
+from structrep.terms.layer import Formula
 
 
 @rule(

@@ -1,0 +1,8 @@
+"""What the nodes of a graph do, as maps, and maps as layers.
+
+Readers of functions are known by the operation that they read, so their pages are imported here.
+"""
+
+from structrep.read import functions, transposed
+
+__all__ = ["functions", "transposed"]

@@ -1,0 +1,150 @@
+"""One node of a graph as a reading."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from structrep.algebra import ConvMap, Ints
+from structrep.errors import Unreadable
+from structrep.parametrized import hooks, plain
+from structrep.ranks import rank, spatial_size
+from structrep.read.arguments import CALLS, Arguments, NotConstant
+from structrep.read.modules import IDENTITIES, POOLS, knows, read_module, settings
+from structrep.terms.layer import Computed, Formula, Layer, Reading, Same
+from structrep.terms.layers import adaptive_pool_layer, numbers_in, pool_layer
+
+
+def read_node(node: fx.Node) -> Reading | None:
+    """One node of a traced graph; None where it is no linear operation of its inputs.
+
+    Raises:
+        Unreadable: a known layer, but without fixed coefficients.
+    """
+    if node.op == "call_module":
+        return _read_call(node)
+    if node.op not in ("call_function", "call_method"):
+        return None
+    reader = CALLS.get(node.target.strip("_") if isinstance(node.target, str) else node.target)
+    if reader is None:
+        return None
+    if "out" in node.kwargs:
+        return None
+    try:
+        reading = reader(Arguments(node, read_node))
+    except (NotConstant, TypeError):  # a size that depends on the input
+        return None
+    if not isinstance(reading, Layer):
+        return reading
+    if reading.kind == "affine" and not reading.through:
+        held = [n.meta["value"].ndim for n in node.all_input_nodes if isinstance(n.meta.get("value"), Tensor)]
+        known, most = rank(reading.source or node.all_input_nodes[0]), max(held, default=0)
+        if known is not None and most > known:
+            return None  # it adds dims
+        if known is None:
+            reading = _within(reading, most)
+    return _placed(reading, node)
+
+
+def _within(scale: Layer, most: int) -> Layer:
+    """A scale by constants of that many dims, of values that must have as many."""
+
+    def load(c: int, d: int) -> ConvMap:
+        if most > d + 2:
+            raise Unreadable(f"a constant of {most} dims would add dims to a value with {d} spatial ones")
+        return scale.load(c, d)
+
+    return replace(scale, load=load)
+
+
+def _placed(layer: Layer, node: fx.Node) -> Layer | None:
+    """The layer at its place in a graph: one input, and constants (a view may be shown another value's shape)."""
+    if layer.source is not None:  # by way of other nodes
+        return replace(layer, node=node) if "value" not in layer.source.meta else None
+    inputs = [n for n in node.all_input_nodes if "value" not in n.meta]
+    if len(inputs) != 1 and layer.kind != "view":
+        return None
+    formulas = [n.meta["formula"] for n in node.all_input_nodes if n.meta.get("formula")]
+    if layer.weight is None or not formulas:
+        return replace(layer, source=inputs[0], node=node)
+    if not any(n.meta.get("value") is layer.weight and n.meta.get("formula") for n in node.all_input_nodes):
+        formulas.append(Formula(frozenset(), (layer.weight,)))  # it is the bias that is computed
+    plain = [n.meta["value"] for n in node.all_input_nodes if n.op == "get_attr" and not n.meta.get("formula")]
+    learned = [p for formula in formulas for p in formula.parameters]
+    stored = {id(p): p.numel() for p in (*learned, *(t for t in plain if isinstance(t, Tensor)))}
+    return replace(layer, source=inputs[0], node=node, formula=Formula.of(formulas), parameters=sum(stored.values()))
+
+
+def _read_call(node: fx.Node) -> Reading | None:
+    module = node.meta["call"].module
+    if node.meta["call"].settings != settings(module):
+        return None  # changed while the forward ran
+    if (
+        hooks(module)
+        or not knows(module)
+        or len(node.args) != 1
+        or node.kwargs
+        or not isinstance(node.args[0], fx.Node)
+    ):
+        return None
+    if isinstance(module, IDENTITIES):
+        inert = isinstance(module, nn.Identity) or not module.training or getattr(module, "p", 1) == 0
+        return Same(node.args[0]) if inert else None
+    layer = _read_pool(module, spatial_size(node.args[0])) or read_module(called(node, exactly=False))
+    if layer and (numbers := node.meta["computed"]):
+        layer = replace(
+            layer,
+            load=lambda c, d: _map_of(called(node), c, d),
+            formula=Formula.of((*(one.formula for one in numbers.values()), *_stored(module, numbers))),
+            parameters=sum(p.numel() for p in module.parameters()),
+        )
+    if layer and (formula := node.meta["assigned"]):
+        layer = replace(layer, formula=formula, parameters=numbers_in(*formula.parameters))
+    return _placed(layer, node) if layer else None
+
+
+def called(node: fx.Node, *, exactly: bool = True) -> nn.Module:
+    """The layer that a node calls, plain: what it computes before every call stands in it as numbers.
+
+    Args:
+        exactly: with numbers in float64, as all that is computed of weights is; or as the layer has them.
+
+    Raises:
+        Unreadable: what it computes is not the same at every call.
+    """
+    module: nn.Module = node.meta["call"].module
+    numbers = node.meta.get("computed")
+    if isinstance(numbers, Unreadable):
+        raise numbers
+    return (
+        plain(module, {name: one.exact() if exactly else one.value for name, one in numbers.items()})
+        if numbers
+        else module
+    )
+
+
+def _stored(module: nn.Module, numbers: Mapping[str, Computed]) -> Iterator[Formula]:
+    """The kernel of a layer that computes another tensor, as a formula that computes nothing."""
+    if "weight" not in numbers and (weight := module._parameters.get("weight")) is not None:
+        yield Formula(frozenset(), (weight,))
+
+
+def _map_of(module: nn.Module, c: int, d: int) -> ConvMap:
+    layer = read_module(module)
+    assert layer is not None
+    return layer.load(c, d)
+
+
+def _read_pool(pool: Any, size: Ints | None) -> Layer | None:
+    dims = next((POOLS[base] for base in type(pool).__mro__ if base in POOLS), None)
+    if dims is None:
+        return None
+    if isinstance(pool, nn.modules.pooling._AdaptiveAvgPoolNd):
+        return adaptive_pool_layer(dims, pool.output_size, size)
+    return pool_layer(
+        dims, pool.kernel_size, pool.stride, pool.padding, pool.ceil_mode, pool.count_include_pad,
+        getattr(pool, "divisor_override", None), size,
+    )  # fmt: skip

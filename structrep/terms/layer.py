@@ -1,0 +1,110 @@
+"""What one operation of a model does, as a map: a layer, a sum, a concatenation, or nothing at all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor, fx, nn
+
+from structrep.algebra import ConvMap, Geometry
+
+
+@dataclass(frozen=True)
+class Formula:
+    """How a kernel is computed: the torch functions called, and the parameters and constants they were called on."""
+
+    calls: frozenset[str]
+    tensors: tuple[Tensor, ...]
+
+    @classmethod
+    def of(cls, formulas: Iterable[Formula]) -> Formula:
+        """One for what several tensors are computed of."""
+        parts = list(formulas)
+        tensors = {id(tensor): tensor for part in parts for tensor in part.tensors}
+        return cls(frozenset().union(*(part.calls for part in parts)), tuple(tensors.values()))
+
+    @property
+    def parameters(self) -> tuple[Tensor, ...]:
+        return tuple(tensor for tensor in self.tensors if isinstance(tensor, nn.Parameter))
+
+
+@dataclass(frozen=True, eq=False)
+class Computed:
+    """A tensor that a layer computes before every call: as it is in the layer's dtype, how, and in float64."""
+
+    value: Tensor
+    formula: Formula
+    exact: Callable[[], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """A map of one input.
+
+    Args:
+        kind: "conv", "linear", "norm", "affine", "pool", "pad", "slice" or "view".
+        load: the map itself, given the channel count of its input and the number of spatial dims.
+        shape: its geometry, given the same; touches no weight.
+        in_channels, out_channels, dims: None where open.
+        parameters: how many numbers the layer stores.
+        shifts: whether it can add a constant.
+        weight: the kernel tensor of a convolution or Linear.
+        formula: how that kernel was computed, if it is no parameter itself.
+        source, node: in a graph, the node that feeds it and the node that it is.
+        through: nodes between the two.
+        sized: whether it is that map for inputs of any size, for those that differ from the example by multiples of its
+            stride, or for the example's alone.
+        probed: whether it was found out by what it does, not read.
+        dead: counts channels of a norm whose variance is lost in its eps, whose scale says nothing of the data.
+    """
+
+    kind: str
+    load: Callable[[int, int], ConvMap]
+    shape: Callable[[int, int], Geometry]
+    in_channels: int | None = None
+    out_channels: int | None = None
+    dims: int | None = None
+    parameters: int = 0
+    shifts: bool = False
+    weight: Tensor | None = None
+    formula: Formula | None = None
+    source: fx.Node | None = None
+    node: fx.Node | None = None
+    through: tuple[fx.Node, ...] = ()
+    sized: Literal["any", "period", "size"] = "any"
+    probed: bool = False
+    dead: Callable[[], int] = lambda: 0
+
+    def __str__(self) -> str:
+        if self.weight is None:
+            return self.kind
+        taps = "x".join(map(str, self.weight.shape[2:]))
+        return f"{self.kind} {taps}" if taps else self.kind
+
+
+@dataclass(frozen=True)
+class Total:
+    """A signed sum: ((input, coefficient), ...), perhaps by way of other nodes."""
+
+    parts: tuple[tuple[fx.Node, float], ...]
+    through: tuple[fx.Node, ...] = ()
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Inputs concatenated along dimension `dim`."""
+
+    parts: tuple[fx.Node, ...]
+    dim: int
+
+
+@dataclass(frozen=True)
+class Same:
+    """The input itself."""
+
+    source: fx.Node
+
+
+Reading = Layer | Total | Stack | Same
