@@ -23,10 +23,10 @@ from structrep.algebra import ConvMap
 from structrep.errors import Mutated, Refusal
 from structrep.frames import Pieces, frame, is_matrix, pieces, spread, takes_together
 from structrep.graph.aliases import aliases, writers
+from structrep.graph.axes import axis_after, axis_before
 from structrep.graph.queries import asks_shape, only_asserted
-from structrep.moves import axis_after, axis_before
+from structrep.graph.shapes import rank
 from structrep.pattern import Term, signed, total
-from structrep.ranks import rank
 from structrep.terms.layer import Layer, Reading, Same, Stack, Total
 from structrep.terms.layers import diagonal_layer
 

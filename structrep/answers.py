@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from structrep.ranks import argument, channels, rank, torch_name
+from structrep.graph.shapes import argument, channels, rank, torch_name
 
 Span = tuple[int | None, int | None, int | None, int | None]
 

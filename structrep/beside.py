@@ -11,8 +11,8 @@ from structrep.absorb import readers_of
 from structrep.errors import Unreadable
 from structrep.graph.constants import constant
 from structrep.graph.queries import only_asserted
-from structrep.parametrized import hooks
-from structrep.ranks import torch_name
+from structrep.graph.shapes import torch_name
+from structrep.modules.parametrized import hooks
 from structrep.read.nodes import called
 from structrep.terms.layer import Layer, Reading, Same
 

@@ -21,8 +21,11 @@ from typing import Any
 from torch import fx, nn
 
 from structrep.errors import Shared
-from structrep.sources import functions, mentions, methods_called
-from structrep.trace import Call, Method, Traced, follow_method
+from structrep.graph.calls import Call, Method, Traced
+from structrep.modules.call_sites import methods_called
+from structrep.modules.mentions import mentions
+from structrep.modules.source import functions
+from structrep.trace import follow_method
 
 
 @dataclass(frozen=True)

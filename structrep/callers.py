@@ -14,9 +14,9 @@ from typing import Any
 
 from torch import fx, nn
 
-from structrep.sources import COMPUTED, Site, asks_what, sites
-from structrep.trace import Call, Traced
-from structrep.values import is_traced
+from structrep.graph.calls import Call, Traced
+from structrep.graph.structures import is_traced
+from structrep.modules.call_sites import COMPUTED, Site, asks_what, sites
 
 
 class Callers:

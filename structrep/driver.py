@@ -30,9 +30,12 @@ from structrep.errors import (
 )
 from structrep.expand import expand_layers, forget_norms, give_norms_back
 from structrep.explain import refusal, why
+from structrep.graph.observed import Observed
 from structrep.layers import Sizes
 from structrep.measured import Measured
-from structrep.observe import Observed
+from structrep.modules.copies import eval_copy, make_eager, own_copy, shallow_copy
+from structrep.modules.source import without_source
+from structrep.modules.wrappers import finish, kept, settle, unwrapped
 from structrep.pattern import Term, geometry
 from structrep.probe import probe as find_map
 from structrep.proof import border, observe, prove, verify
@@ -53,9 +56,7 @@ from structrep.report import (
 from structrep.reserve import carry
 from structrep.rewrite import Draft, fallen
 from structrep.search import Findings, Merge, Missed
-from structrep.sources import without_source
-from structrep.trace import Example, eval_copy, make_eager, own_copy, shallow_copy
-from structrep.wrappers import finish, kept, settle, unwrapped
+from structrep.trace import Example
 
 Rules = Registry | Iterable[str | Rule] | None
 IN_TORCH = Measured()  # what cost="measured" is, so that timings are kept from one plan to the next

@@ -23,10 +23,10 @@ from structrep import blocks, search
 from structrep.algebra import ConvMap
 from structrep.blocks.places import NormInBlock
 from structrep.errors import BadInput, listed
-from structrep.parametrized import computed, hooks
+from structrep.modules.copies import demand_python, eval_copy, own_copy
+from structrep.modules.parametrized import computed, hooks
 from structrep.pattern import Conv, Norm, Seq
 from structrep.registry import Registry
-from structrep.trace import demand_python, eval_copy, own_copy
 
 log = logging.getLogger("structrep")
 

@@ -12,12 +12,12 @@ from torch import fx
 
 from structrep.beside import named
 from structrep.errors import Refusal
+from structrep.graph.calls import Call, Traced
 from structrep.graph.queries import asks_kind, counts_sizes, only_asserted
 from structrep.read.nodes import read_node
 from structrep.report import MergeRecord, RefusalRecord
 from structrep.search import Merge, Replicas
 from structrep.terms.layer import Layer, Reading, Same, Stack, Total
-from structrep.trace import Call, Traced
 
 MOST = 40  # boxes in one picture
 

@@ -23,26 +23,28 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
-from structrep import contexts, guards
+from structrep import guards
 from structrep.callers import asks
 from structrep.errors import Unreadable
 from structrep.generated import Method
+from structrep.graph import contexts
 from structrep.graph.aliases import aliases, writers
+from structrep.graph.calls import Call, Entry, Origin, Traced, storage
+from structrep.graph.observed import Given, Part, Thing
+from structrep.graph.operations import writes
 from structrep.graph.queries import asks_kind, counts_sizes, only_asserted
+from structrep.graph.reads import MISSING, Read
+from structrep.graph.structures import is_traced, proxies
 from structrep.guards import Guard
-from structrep.observe import Given, Part, Thing
-from structrep.operations import writes
+from structrep.modules.paths import argument
+from structrep.modules.paths import place as place_of
+from structrep.modules.source import functions_in, written_in
 from structrep.otherwise import Comparison, Different, Slot, alternatives, copied, counterparts, inside, steps
-from structrep.paths import argument
-from structrep.paths import place as place_of
-from structrep.questions import INPUTS, MISSING, WHOLE, Read, class_reads, namespace_reads
-from structrep.ranks import written_in
+from structrep.questions import INPUTS, WHOLE, class_reads, namespace_reads
 from structrep.read.nodes import read_node
-from structrep.sources import functions_in
 from structrep.sums import Reordered, as_traced
 from structrep.terms.layer import Layer, Same
-from structrep.trace import Call, Entry, Origin, Traced, retrace, storage
-from structrep.values import is_traced, proxies
+from structrep.trace import retrace
 
 _ITSELF = "structrep_itself"  # an attribute path for the module itself, for which graphs have none
 

@@ -14,8 +14,8 @@ from dataclasses import replace
 from torch import fx
 
 from structrep.algebra import ConvMap, Geometry, Ints
+from structrep.graph.shapes import torch_name
 from structrep.pattern import ONE, Term, leaf, seq, signed, total
-from structrep.ranks import torch_name
 from structrep.terms.layer import Layer, Reading, Same, Total
 from structrep.terms.layers import diagonal_layer
 

@@ -16,8 +16,8 @@ from typing import Any
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+from structrep.modules.source import written_in
 from structrep.process import Tracer
-from structrep.ranks import written_in
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch._jit_internal import is_scripting
 
-from structrep.ranks import written_in
-from structrep.sources import functions_in
-from structrep.values import numbers
+from structrep.deployed.answers import numbers
+from structrep.modules.source import functions_in, written_in
 
 
 @dataclass(frozen=True)

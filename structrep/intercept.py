@@ -18,9 +18,8 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
 from structrep import process
-from structrep.ranks import written_in
-from structrep.sources import gives_something, reads_settings_only
-from structrep.values import Unknown, is_traced, proxies, stand_in
+from structrep.graph.structures import Unknown, is_traced, proxies, stand_in
+from structrep.modules.source import gives_something, reads_settings_only, written_in
 
 Record = Callable[[str, Any, tuple[Any, ...], dict[str, Any]], Any]
 

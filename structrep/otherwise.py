@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from structrep.operations import writes
-from structrep.ranks import torch_name
-from structrep.trace import Call, Traced
-from structrep.values import proxies
+from structrep.graph.calls import Call, Traced
+from structrep.graph.operations import writes
+from structrep.graph.shapes import torch_name
+from structrep.graph.structures import proxies
 
 Where = tuple[Any, tuple[Any, ...]]  # a node, the id of a constant or a call, and the way to one of its arguments
 

@@ -25,7 +25,7 @@ from torch import fx
 from structrep import algebra
 from structrep.algebra import ConvMap, Geometry, Ints, Rigour
 from structrep.errors import Incompatible, InvalidRule, Unreadable
-from structrep.ranks import rank
+from structrep.graph.shapes import rank
 from structrep.terms.layer import Formula, Layer
 from structrep.terms.layers import scale_layer
 

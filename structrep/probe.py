@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from structrep.algebra import Border, ConvMap, Geometry, Ints
 from structrep.errors import Inexact, Unreadable
+from structrep.modules.copies import shallow_copy
 from structrep.precision import Shadows
-from structrep.trace import shallow_copy
 
 EXACT = 1e-9  # of the largest value: what a layer that computes in float64 rounds, and no more
 SMALL = 13  # pixels a side of the inputs that kernels are read with, if the layer takes them

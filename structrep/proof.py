@@ -19,19 +19,21 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
-from structrep import parametrized, precision, process
+from structrep import precision, process
 from structrep.algebra import ConvMap
 from structrep.errors import BadInput, VerificationError, WrongMerge, listed, said
 from structrep.graph.constants import held
-from structrep.observe import Observed
-from structrep.parametrized import uncached
-from structrep.ranks import spatial_size
+from structrep.graph.observed import Observed
+from structrep.graph.shapes import spatial_size
+from structrep.modules import parametrized
+from structrep.modules.copies import moved_copy
+from structrep.modules.parametrized import uncached
 from structrep.read.lower import lower
 from structrep.regions import Region, Shapes, Trials, given_as_traced, read_as_traced, room
 from structrep.registry import COEFFICIENT_ROUNDING
 from structrep.report import BorderRecord, OutputRecord, RegionRecord, Verification
 from structrep.search import Merge, together
-from structrep.trace import Example, as_arguments, moved_copy
+from structrep.trace import Example, as_arguments
 
 SLACK = 8.0  # rounding errors of two equal models are alike, not equal
 

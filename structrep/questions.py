@@ -20,74 +20,19 @@ import os
 import random
 import sys
 import threading
-import time  # noqa: F401
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
-from dataclasses import dataclass, field
-from datetime import date
 from enum import Enum
-from types import CellType, CodeType, FrameType, FunctionType, MappingProxyType, MethodType, ModuleType, SimpleNamespace
+from types import CodeType, FrameType, FunctionType, MappingProxyType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from structrep import process
+from structrep.graph.reads import MISSING, PLACEHOLDER, UNSTABLE, Read, is_date
+from structrep.graph.structures import proxies
 from structrep.intercept import exchange, namespaces
-from structrep.ranks import written_in
-from structrep.sources import functions, functions_in
-from structrep.values import proxies
-
-# --- what was asked -----------------------------------------------------------------------------------------------
-
-
-@dataclass(eq=False)
-class Read:
-    """One thing that a forward asked for, and what it was told.
-
-    Args:
-        holder: the module whose attribute it is, or the tensor whose dtype or device; the namespace or the function
-            that has a name; the node that compares the dtype of an input; None of a question to torch or the system.
-        text: how it is asked, behind what stands for the holder, ".low", ".cfg['t']", ".dtype", or around it, with
-            `HELD` in its place; the whole question.
-        told: the answer; `MISSING` for an attribute that there was none of.
-        counts: whether a trace may be told otherwise.
-        places: the code and the instruction of each time that it was asked, and how many entries deep.
-    """
-
-    holder: Any
-    text: str
-    told: Any
-    counts: bool = True
-    places: list[tuple[CodeType, int, int]] = field(default_factory=list)
-
-    def of(self, holder: str) -> str:
-        """The question as code, given the holder's."""
-        return self.text.replace(HELD, holder) if HELD in self.text else f"{holder}{self.text}"
-
-    @property
-    def of_numbers(self) -> bool:
-        """Whether it is asked for the numbers of a tensor, which no exported program can look at."""
-        of = self.text.startswith(("bool(", "float(", "int(", "structrep_numbers("))
-        return HELD in self.text and (of or self.text.endswith((".item()", ".tolist()")))
-
-    @property
-    def where_am_i(self) -> bool:
-        """Whether it is asked how the forward is run, which a user changes without touching the model."""
-        return (self.holder is None or isinstance(self.holder, fx.Node)) and isinstance(self.told, bool)
-
-    @property
-    def unstable(self) -> bool:
-        """Whether the answer may be another at every call."""
-        return self.text.partition("(")[0] in _UNSTABLE or _is_date(self.told)
-
-
-class _Missing:
-    def __repr__(self) -> str:
-        return "missing"
-
-
-MISSING = _Missing()
-HELD = "\0"  # what stands for the holder in a question around it: len(HELD)
+from structrep.modules.source import functions, functions_in, is_full, written_in
 
 OF_MODULES = frozenset(vars(nn.Module()))  # torch's own attributes, `training` among them
 _METHODS = {name: value for name, value in vars(nn.Module).items() if not name.startswith("__")}
@@ -260,7 +205,7 @@ class Questions:
         place = places.get(frame.f_lasti, len(instructions))
         ahead, key = instructions[place:][:2], instructions[max(place - 2, 0)]
         if name == "__dict__" and ahead[1:] and ahead[1].opname == "CONTAINS_OP" and _is_constant(key):
-            self._of_part(module, f"({key.argval!r} in {HELD}.__dict__)", key.argval in vars(module), frame)
+            self._of_part(module, f"({key.argval!r} in {PLACEHOLDER}.__dict__)", key.argval in vars(module), frame)
         elif name == "__dict__":
             further, told = onward(frame.f_code, frame.f_lasti, vars(module))
             held = isinstance(told, (nn.Module, Tensor, fx.Proxy)) or callable(told)
@@ -273,7 +218,7 @@ class Questions:
     def _ask_class(self, module: nn.Module, name: str, frame: FrameType) -> None:
         told = getattr(type(module), name, MISSING) if name else type(module)
         if told is not MISSING and not isinstance(told, (FunctionType, property)):
-            self._of_part(module, f"type({HELD})" + (f".{name}" if name else ""), told, frame)
+            self._of_part(module, f"type({PLACEHOLDER})" + (f".{name}" if name else ""), told, frame)
 
     def _looked_at(self, module: nn.Module, name: str, frame: FrameType) -> None:
         """Note whether there is a part, or of which class it is, where code looks at it instead of calling it."""
@@ -286,9 +231,9 @@ class Questions:
         ahead = [one.opname for one in instructions[place + 1 : place + 3]]
         asks_type = ahead[:1] in (["PRECALL"], ["CALL"]) and instructions[place + 1].argval == 1
         if asks_type and any(_is_type(one) for one in instructions[max(place - 4, 0) : place]):
-            self._of_part(module, f"type({HELD}.{name})", type(module._modules[name]), frame)
+            self._of_part(module, f"type({PLACEHOLDER}.{name})", type(module._modules[name]), frame)
         elif not _calls(instructions[place]) and ahead[:1] not in (["LOAD_ATTR"], ["LOAD_METHOD"], ["GET_ITER"]):
-            self._of_part(module, f"({HELD}.{name} is None)", False, frame)
+            self._of_part(module, f"({PLACEHOLDER}.{name} is None)", False, frame)
 
     def _of_object(self, held: Any, name: str, get: Callable[[Any, str], Any]) -> Any:
         route = self.routes.get(id(held))
@@ -341,11 +286,11 @@ class Questions:
             def asked(held: nn.Module, *args: Any) -> Any:
                 told = plain(held, *args)
                 if name == "__contains__":
-                    self._of_part(held, f"({args[0]!r} in {HELD})", told, sys._getframe(2))
+                    self._of_part(held, f"({args[0]!r} in {PLACEHOLDER})", told, sys._getframe(2))
                 elif names and name != "__len__":
-                    self._of_part(held, f"list({HELD})", list(held._modules), sys._getframe(2))
+                    self._of_part(held, f"list({PLACEHOLDER})", list(held._modules), sys._getframe(2))
                 else:
-                    self._of_part(held, f"len({HELD})", size(held), sys._getframe(2))
+                    self._of_part(held, f"len({PLACEHOLDER})", size(held), sys._getframe(2))
                 return told
 
             return process.here(asked, plain)
@@ -361,7 +306,7 @@ class Questions:
                 self.is_instance(module, kind, frame)
             elif isinstance(kind, type):
                 name = f"{written_in(kind)}.{kind.__qualname__}"
-                self._of_part(module, f"structrep_is({HELD}, {name!r})", isinstance(module, kind), frame)
+                self._of_part(module, f"structrep_is({PLACEHOLDER}, {name!r})", isinstance(module, kind), frame)
 
     def _of_part(self, module: nn.Module, text: str, told: Any, frame: FrameType) -> None:
         path = self.paths.get(id(module))
@@ -441,15 +386,6 @@ class Questions:
         return get
 
 
-def is_full(cell: CellType) -> bool:
-    """Whether a closure's cell has a value: the name may have none yet."""
-    try:
-        cell.cell_contents  # noqa: B018
-    except ValueError:
-        return False
-    return True
-
-
 def _outside(frame: FrameType | None, also: tuple[str, ...] = ()) -> FrameType | None:
     """The frame that asks; None if that is the engine."""
     while frame is not None and also and frame.f_globals.get("__name__") in also:
@@ -472,14 +408,6 @@ def _watch(
 
 
 WHOLE = ".__dict__"  # all that a module has, of which no guard could say that it is the same
-_CLOCKS = ("time", "perf_counter", "monotonic", "process_time", "thread_time")
-_UNSTABLE = {"os.urandom", *(f"time.{name}{unit}" for name in _CLOCKS for unit in ("", "_ns"))}
-
-
-def _is_date(value: Any) -> bool:
-    """Whether a value is a function that tells the date."""
-    of = getattr(value, "__self__", None)
-    return isinstance(of, type) and issubclass(of, date) and value.__name__ in ("now", "utcnow", "today")
 
 
 def _questions() -> Iterator[tuple[Any, str, Any, str]]:
@@ -500,13 +428,10 @@ def _questions() -> Iterator[tuple[Any, str, Any, str]]:
             owner = sys.modules.get(home)
             if owner is not None and (plain := getattr(owner, name, None)) is not None:
                 yield owner, name, plain, f"{home}.{name}"
-    for text in _UNSTABLE:
+    for text in UNSTABLE:
         home, _, name = text.partition(".")
         yield sys.modules[home], name, getattr(sys.modules[home], name), text
     yield random, "_urandom", os.urandom, "os.urandom"  # by which `secrets` and `random.SystemRandom` draw
-
-
-# --- what code does next with a value ---------------------------------------------------------------------------------
 
 
 @functools.lru_cache(4096)
@@ -570,9 +495,6 @@ def _is_subscript(one: dis.Instruction) -> bool:
     return one.opname == "BINARY_SUBSCR" or (one.opname == "BINARY_OP" and one.argrepr == "[]")
 
 
-# --- names and cells --------------------------------------------------------------------------------------------------
-
-
 def namespace_reads(functions: Iterable[tuple[CodeType, dict[str, Any], FunctionType | None]]) -> Iterator[Read]:
     """Plain values that code asks its namespace and its cells for, in functions that it calls by name too."""
     pending, seen = list(functions), set[CodeType]()
@@ -585,7 +507,7 @@ def namespace_reads(functions: Iterable[tuple[CodeType, dict[str, Any], Function
         for text, value, holder in _asked_by(code, space, function):
             if isinstance(value, FunctionType) and written_in(value).partition(".")[0] not in ("torch", "structrep"):
                 pending.append((value.__code__, value.__globals__, value))
-            if _is_date(value):
+            if is_date(value):
                 yield Read(holder, f"{text}()", value, counts=False)
             elif isinstance(value, (ModuleType, nn.Module, Tensor, fx.Proxy, MethodType)) or callable(value):
                 name = text.rpartition(".")[2]
@@ -606,7 +528,7 @@ def class_reads(codes: Iterable[CodeType], module: nn.Module) -> Iterator[Read]:
                 asked = _is_type(asks) and given.argval == code.co_varnames[0] and call.opname == "CALL"
                 told = getattr(type(module), then.argval, MISSING) if asked and then.opname == "LOAD_ATTR" else MISSING
                 if told is not MISSING and not isinstance(told, (FunctionType, property)):
-                    yield Read(module, f"type({HELD}).{then.argval}", told, counts=False)
+                    yield Read(module, f"type({PLACEHOLDER}).{then.argval}", told, counts=False)
 
 
 _STEADY = {"torch", "math", "numpy", "builtins", "typing", "collections", "functools", "operator", "os", "sys",

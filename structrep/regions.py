@@ -19,18 +19,19 @@ from torch import Tensor, fx, nn
 
 from structrep import precision
 from structrep.algebra import ConvMap, Ints
-from structrep.dtypes import keeps
 from structrep.errors import WrongMerge
 from structrep.frames import frame
 from structrep.graph.constants import held
+from structrep.graph.dtypes import keeps
 from structrep.graph.queries import asks_shape, counts_sizes, only_asserted
+from structrep.graph.run import computed
+from structrep.graph.shapes import rank, torch_name
+from structrep.modules.copies import moved_copy
 from structrep.pattern import geometry
-from structrep.ranks import rank, torch_name
 from structrep.read.nodes import called
 from structrep.rewrite import end
 from structrep.search import Merge
 from structrep.sums import as_traced, reordered
-from structrep.trace import computed, moved_copy
 
 Values = Mapping[fx.Node, Any]
 Shapes = Mapping[fx.Node, tuple[int, ...]]

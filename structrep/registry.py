@@ -16,8 +16,8 @@ from torch import nn
 
 from structrep.algebra import ConvMap
 from structrep.errors import InvalidRule, Refusal, UnknownRule, WrongMerge, said, warn
+from structrep.modules.source import written_in
 from structrep.pattern import Captures, Pattern, Term, arguments, channels_at, value
-from structrep.ranks import written_in
 
 Merge = Callable[..., ConvMap]
 

@@ -21,9 +21,9 @@ from structrep.algebra import ConvMap, Ints
 from structrep.errors import Incompatible, Mutated, Refusal, Shared, Unreadable
 from structrep.graph.aliases import aliases, writers
 from structrep.graph.queries import asks_kind, only_asserted
-from structrep.parametrized import hooks
+from structrep.graph.shapes import torch_name
+from structrep.modules.parametrized import hooks
 from structrep.pattern import ONE, Term, geometry, leaf, seq, stack, total, value
-from structrep.ranks import torch_name
 from structrep.search import Carried, Findings, Merge, Missed, Search, Segment, path_of
 from structrep.terms.layer import Total
 from structrep.terms.layers import conv_layer, slice_layer

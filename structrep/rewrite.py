@@ -32,21 +32,21 @@ from structrep.callers import Callers
 from structrep.errors import Refusal, StructrepError, Unreadable
 from structrep.forward import Edits, Forward
 from structrep.generated import install, regraph
+from structrep.graph.calls import Call, Traced
 from structrep.graph.queries import only_asserted
+from structrep.graph.shapes import rank, torch_name
+from structrep.graph.structures import proxies
 from structrep.layers import Features2d, Sizes
-from structrep.parametrized import by_properties, computed, hooks, made_of, settle, torch_kind
-from structrep.paths import branches, parts_of, place, span, strays
+from structrep.modules.parametrized import by_properties, computed, hooks, made_of, settle, torch_kind
+from structrep.modules.paths import branches, parts_of, place, span, strays
+from structrep.modules.uses import Place, Use, place_of, uses
+from structrep.modules.wrappers import stands_in
 from structrep.pattern import ONE, geometry
-from structrep.ranks import rank, torch_name
 from structrep.read.lower import lower
 from structrep.read.modules import knows, read_module
 from structrep.read.nodes import read_node
 from structrep.search import Merge, Replicas, Segment, site, together
 from structrep.terms.layer import Layer, Same
-from structrep.trace import Call, Traced
-from structrep.uses import Place, Use, place_of, uses
-from structrep.values import proxies
-from structrep.wrappers import stands_in
 
 SUMS = (operator.add, operator.iadd)
 

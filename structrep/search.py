@@ -26,7 +26,6 @@ from structrep.algebra import ConvMap, Ints, Rigour
 from structrep.beside import isolation
 from structrep.borders import Borders
 from structrep.callers import Callers
-from structrep.contexts import Context
 from structrep.cost import Cost
 from structrep.errors import (
     BadInput,
@@ -45,19 +44,22 @@ from structrep.errors import (
     Unreadable,
 )
 from structrep.graph.aliases import aliases, writers
+from structrep.graph.calls import Call, Trace, Traced
+from structrep.graph.contexts import Context
+from structrep.graph.observed import Observed
 from structrep.graph.queries import asks_kind, asks_shape, asserts_rank, counts_sizes, only_asserted
-from structrep.observe import Observed
-from structrep.parametrized import about_hooks, hooks
+from structrep.graph.shapes import channels, spatial_size, torch_name
+from structrep.modules.mentions import questions
+from structrep.modules.parametrized import about_hooks, hooks
+from structrep.modules.source import names_reached
+from structrep.modules.wrappers import stands_in
 from structrep.pattern import ONE, Term, geometry, leaf, seq, signed, sized, stack, total, value
-from structrep.ranks import channels, spatial_size, torch_name
 from structrep.read.endings import read_ending
 from structrep.read.lower import remedy
 from structrep.read.nodes import read_node
 from structrep.registry import Registry, Rule
-from structrep.sources import names_reached, questions
 from structrep.terms.layer import Layer, Reading, Same, Stack, Total
-from structrep.trace import Call, Example, Trace, Traced, trace
-from structrep.wrappers import stands_in
+from structrep.trace import Example, trace
 
 FARTHEST = 32  # how many dominators back a merge may reach
 LONGEST, DEEPEST = 64, 8  # how many steps a branch of a sum may have, and sums inside each other

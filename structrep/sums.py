@@ -16,8 +16,8 @@ import torch
 from torch import fx
 
 from structrep.graph.aliases import aliases, writers
-from structrep.trace import Trace
-from structrep.values import proxies
+from structrep.graph.calls import Trace
+from structrep.graph.structures import proxies
 
 Merges = Callable[[Sequence[fx.Node], Sequence[fx.Node]], bool]
 

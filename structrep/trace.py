@@ -12,35 +12,49 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 import inspect
 import itertools
 import operator
 import random
 import sys
-from collections import Counter, OrderedDict, defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Set
-from dataclasses import dataclass, field
-from types import CellType, CodeType, FunctionType, MethodType, SimpleNamespace
+from dataclasses import dataclass
+from types import FunctionType, SimpleNamespace
 from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 from torch._ops import OpOverload
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.proxy import TraceError
 from torch.overrides import TorchFunctionMode
 
-from structrep import dtypes, operations, parametrized, process
+from structrep import process
 from structrep.algebra import ConvMap
 from structrep.answers import length, spared
 from structrep.aten import gives_more, in_torch
-from structrep.contexts import Context, Contexts
+from structrep.deployed.answers import numbers
 from structrep.errors import BadInput, StructrepError, Unreadable, Untraceable, said
-from structrep.graph import constants
+from structrep.graph import constants, dtypes, operations
+from structrep.graph.calls import Call, Entry, Method, Origin, Trace, Traced, storage
+from structrep.graph.contexts import Context, Contexts
+from structrep.graph.observed import Arguments, Given, Observed, Part, Thing
 from structrep.graph.queries import asks_kind
+from structrep.graph.reads import PLACEHOLDER, Read
+from structrep.graph.run import computed, infer_shapes
+from structrep.graph.structures import (
+    alike,
+    held,
+    holds_still,
+    holds_tensor,
+    is_torch,
+    is_traced,
+    mapped,
+    proxies,
+    snapshot,
+)
 from structrep.intercept import (
     compiled_inlined,
     keep_whole,
@@ -49,188 +63,21 @@ from structrep.intercept import (
     take_traced_sizes,
     unwatched,
 )
-from structrep.observe import Arguments, Given, Observed, Part, Thing
-from structrep.paths import branches
+from structrep.modules import parametrized
+from structrep.modules.copies import ATOMS, _scripted, is_compiled, shallow_copy
+from structrep.modules.mentions import taken_apart
+from structrep.modules.paths import branches
+from structrep.modules.source import written_first
+from structrep.modules.states import Holdings
 from structrep.precision import Shadows, as_stored, doubled
 from structrep.precision import exact as on_float64
-from structrep.questions import HELD, INPUTS, OF_MODULES, Questions, Read, is_full, is_object
+from structrep.questions import INPUTS, OF_MODULES, Questions, is_object
 from structrep.read.endings import ends
 from structrep.read.modules import PROBED, generated, knows
 from structrep.read.modules import settings as settings_of_modules
-from structrep.sources import taken_apart, written_first
-from structrep.states import Holdings
 from structrep.terms.layer import Computed, Formula
-from structrep.values import (
-    alike,
-    held,
-    holds_still,
-    holds_tensor,
-    is_torch,
-    is_traced,
-    mapped,
-    numbers,
-    proxies,
-    snapshot,
-)
 
 Example = Tensor | tuple[Any, ...] | Mapping[str, Any]
-
-
-@dataclass(eq=False)
-class Call:
-    """One call of a module during a trace, or of a method of a module on a traced value."""
-
-    module: nn.Module
-    path: str
-    parent: Call | None
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    leaf: bool
-    method: str = "forward"
-    function: Callable[..., Any] = field(default=lambda: None, repr=False)  # the bound method
-    result: Any = None
-    settings: dict[str, Any] = field(default_factory=dict)  # of a layer, when it was called
-    inlined: bool = False  # a method called from several places, or given weights: part of each of its callers
-    written: list[tuple[fx.Node, fx.Node]] = field(default_factory=list)  # arguments it wrote in place: before, after
-    mutates: bool = False  # whether it changed what it was given, or its own module
-    steps: list[fx.Node | Call] = field(default_factory=list)  # what its forward did, in order
-    reads: dict[tuple[str, str], Read] = field(default_factory=dict)  # what it asked for, by whose it is and how
-    codes: dict[CodeType, dict[str, Any]] = field(default_factory=dict)  # the code that asked, and its namespace
-    held: dict[fx.Node, set[CodeType]] = field(default_factory=dict)  # values that code of no call had as it asked
-    at: int | None = None  # the instruction of its parent's code that it is called by, if that code itself calls it
-    contexts: tuple[Context, ...] = ()  # that it is called in
-
-    @property
-    def code(self) -> Callable[..., Any]:
-        """The function that runs, apart from what it is bound to."""
-        function = self.function
-        while isinstance(function, functools.partial):
-            function = function.func
-        return getattr(function, "__func__", function)
-
-    def chain(self) -> Iterator[Call]:
-        """This call and those around it, innermost first."""
-        call: Call | None = self
-        while call is not None:
-            yield call
-            call = call.parent
-
-    def homes(self) -> Iterator[Call]:
-        """The calls around what this call does whose forward could be written anew, innermost first."""
-        return (call for call in self.chain() if not call.leaf and not call.inlined)
-
-    def nodes(self) -> Iterator[fx.Node]:
-        """All nodes made inside, in order."""
-        for step in self.steps:
-            if isinstance(step, fx.Node):
-                yield step
-            else:
-                yield from step.nodes()
-
-    def all_calls(self) -> Iterator[Call]:
-        """This call and those inside that are no single layers."""
-        yield self
-        for step in self.steps:
-            if isinstance(step, Call) and not step.leaf:
-                yield from step.all_calls()
-
-    def arguments(self) -> dict[str, Any]:
-        """What it was given, by parameter."""
-        return dict(inspect.signature(self.function).bind(*self.args, **self.kwargs).arguments)
-
-    def holds(self, node: fx.Node) -> bool:
-        return any(call is self for call in node.meta["call"].chain())
-
-
-@dataclass(eq=False)
-class Trace:
-    """The flat graph of one module: all that could be followed below it, and the calls that made it."""
-
-    path: str
-    graph: fx.Graph
-    root: Call
-    calls: list[Call]
-    opaque: Set[type[nn.Module]] = frozenset()  # module types and functions that were kept whole
-    whole: Set[FunctionType] = frozenset()
-
-    @property
-    def nodes(self) -> list[fx.Node]:
-        return list(self.graph.nodes)
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A plain tensor that stands in a dict, a list or an object which a module holds.
-
-    Args:
-        holder: path of the module.
-        steps: how it is got from there: "." and an attribute, "[" and a key, each.
-    """
-
-    holder: str
-    steps: tuple[tuple[str, Any], ...]
-
-    @property
-    def text(self) -> str:
-        """How it is asked for, behind the module."""
-        return "".join(f".{key}" if how == "." else f"[{key!r}]" for how, key in self.steps)
-
-    def of(self, model: nn.Module) -> Any:
-        found: Any = model.get_submodule(self.holder)
-        for how, key in self.steps:
-            found = getattr(found, key) if how == "." else found[key]
-        return found
-
-
-@dataclass(eq=False)
-class Traced:
-    """All traces of a model."""
-
-    model: nn.Module  # the throwaway copy: same names, same storage
-    names: dict[int, str]  # id of a tensor that the model holds -> its path
-    entries: dict[int, Entry] = field(default_factory=dict)  # id of one in a dict, a list or an object that it holds
-    traces: list[Trace] = field(default_factory=list)
-    untraced: dict[str, Untraceable] = field(default_factory=dict)  # module path -> why it was left whole
-    unfollowed: dict[FunctionType, tuple[str, Untraceable]] = field(default_factory=dict)  # kept whole: by whom, why
-    calls: dict[tuple[nn.Module, str], list[Call]] = field(default_factory=lambda: defaultdict(list))  # by method
-    origins: dict[int, Origin] = field(default_factory=dict)  # id of a computed constant -> how it was computed
-    written: set[int] = field(default_factory=set)  # storages of constants that were also written in place
-    observed: Observed = field(default_factory=Observed)  # what the parts of the model are given as it runs
-    handled: dict[str, str] = field(default_factory=dict)  # path of a module -> a module whose code, which cannot be
-    # followed, was seen to call it
-    guessed: set[Call] = field(default_factory=set)  # calls of parts of which no run told how they are called
-    whole: set[str] = field(default_factory=set)  # paths of modules of whose code some is not followed
-    reached: dict[str, set[Call]] = field(
-        default_factory=dict
-    )  # path of a child or tensor -> forwards of others using it
-
-    told: dict[str, set[Call]] = field(default_factory=dict)  # and by those that ask no more than a dtype or a device
-    handed: dict[Any, Any] = field(default_factory=dict)  # what was found to hang on answers, for calls that are alike
-    watched: bool = False  # whether it is noted which call changes what an object holds
-    changed: bool = False  # whether any does, where that is not noted
-
-    def note_reach(self, tracer: _Tracer) -> None:
-        for path, calls in tracer.reached.items():
-            used = {call for call in calls if tracer.fetched[path, call] > tracer.asked[path, call]}
-            if used:
-                self.reached.setdefault(path, set()).update(used)
-            self.told.setdefault(path, set()).update(calls - used)
-
-
-@dataclass(eq=False)
-class Origin:
-    """How a constant was computed from parameters, buffers and numbers."""
-
-    result: Tensor
-    function: Callable[..., Any]
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    contexts: tuple[Context, ...] = ()  # that it was computed in
-
-    @property
-    def given(self) -> list[Tensor]:
-        """The tensors that it was computed from, in one step."""
-        return [leaf for leaf in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Tensor)]
 
 
 def trace(
@@ -285,173 +132,6 @@ def _trace(
                 len(sites) > 1 or len(set(callers)) < len(calls) or holds_tensor((call.args, call.kwargs))
             )
     return traced
-
-
-def shallow_copy(model: nn.Module) -> nn.Module:
-    """A copy with its own modules, attributes and buffers, whose parameters share the storage of the original's.
-
-    Raises:
-        BadInput: the model holds something that cannot be copied.
-    """
-    modules = list(model.modules())
-    return _copied(modules, {id(tensor): _alias(tensor) for module in modules for tensor in _tensors_of(module)})
-
-
-def own_copy(model: nn.Module) -> nn.Module:
-    """A deep copy; tensors that torch cannot deep-copy (computed ones, as in old-style weight norm) are copied by
-    value.
-
-    Raises:
-        BadInput: the model holds something that cannot be copied.
-    """
-    modules = list(model.modules())
-    computed = (tensor for module in modules for tensor in _tensors_of(module) if not tensor.is_leaf)
-    return _copied(modules, {id(tensor): tensor.detach().clone() for tensor in computed})
-
-
-def _copied(modules: list[nn.Module], memo: dict[int, Any]) -> nn.Module:
-    """A copy of the first of some modules, below which are the others, with what `memo` has for parts by their id."""
-    groups = (getattr(module, "process_group", None) for module in modules)  # of SyncBatchNorm: one for all
-    memo |= {id(group): group for group in groups if group is not None}
-    try:
-        if not all(map(_copies_plainly, set(map(parametrized.own_class, modules)))):
-            copied: nn.Module = copy.deepcopy(modules[0], memo)
-        else:
-            twins = [type(module).__new__(type(module)) for module in modules]
-            memo |= {id(module): twin for module, twin in zip(modules, twins, strict=True)}
-            for module, twin in zip(modules, twins, strict=True):
-                vars(twin).update(_copied_items(vars(module), memo))
-            copied = twins[0]
-        make_eager(copied, memo)
-    except Exception as error:
-        raise BadInput(f"the model cannot be copied: {said(error)}") from error
-    return copied
-
-
-def make_eager(model: nn.Module, twins: Mapping[int, Any]) -> None:
-    """Undo what `Module.compile()` has done in place, and hand on to copies what functions among the attributes hold of
-    the originals: a copy would run the model that it was made of.
-
-    Args:
-        twins: copies by the ids of the originals; of a model that is no copy, its own modules.
-    """
-    for module in model.modules():
-        held = vars(module)
-        held.pop("_compiled_call_impl", None)
-        if is_compiled(module):
-            continue  # it compiles anew what has changed
-        for name, value in [(name, value) for name, value in held.items() if isinstance(value, _CALLED)]:
-            own = _rebound(value, twins)
-            if own is not value:
-                held[name] = own
-                if own == MethodType(getattr(type(module), name, own), module):
-                    del held[name]  # its class says so too
-
-
-_CALLED = (FunctionType, MethodType, functools.partial)
-
-
-def _rebound(value: Any, twins: Mapping[int, Any]) -> Any:
-    """A function that holds copies where it held their originals, and is not compiled where it was a method of one;
-    anything else as it is."""
-    if isinstance(value, nn.Module):
-        return twins.get(id(value), value)
-    if isinstance(value, MethodType):
-        owner, function = _rebound(value.__self__, twins), _rebound(value.__func__, twins)
-        same = owner is value.__self__ and function is value.__func__
-        return value if same else MethodType(function, owner)
-    if isinstance(value, functools.partial):
-        function, args = _rebound(value.func, twins), tuple(_rebound(one, twins) for one in value.args)
-        same = function is value.func and all(map(operator.is_, args, value.args))
-        return value if same else functools.partial(function, *args, **value.keywords)
-    if not isinstance(value, FunctionType):
-        return value
-    eager: Any = value
-    while isinstance(eager, FunctionType) and hasattr(eager, "__wrapped__") and _is_compiler(eager):
-        eager = eager.__wrapped__
-    if eager is not value and _holds(eager, twins):
-        return _rebound(eager, twins)
-    cells = value.__closure__ or ()
-    own = [_rebound(cell.cell_contents, twins) if is_full(cell) else None for cell in cells]
-    if all(not is_full(cell) or one is cell.cell_contents for one, cell in zip(own, cells, strict=True)):
-        return value
-    closure = tuple(CellType(one) if is_full(cell) else cell for one, cell in zip(own, cells, strict=True))
-    twin = FunctionType(value.__code__, value.__globals__, value.__name__, value.__defaults__, closure)
-    twin.__kwdefaults__ = value.__kwdefaults__
-    vars(twin).update({name: _rebound(one, twins) for name, one in vars(value).items()})
-    return twin
-
-
-def _is_compiler(function: FunctionType) -> bool:
-    return str(function.__globals__.get("__name__")).startswith("torch._dynamo.")
-
-
-def _holds(value: Any, originals: Mapping[int, Any]) -> bool:
-    """Whether a function is, or goes by, a method of a module that was copied."""
-    if isinstance(value, FunctionType):
-        return any(is_full(cell) and _holds(cell.cell_contents, originals) for cell in value.__closure__ or ())
-    return id(value.__self__ if isinstance(value, MethodType) else value) in originals
-
-
-def eval_copy(model: nn.Module) -> nn.Module:
-    """A copy in eval mode, as `shallow_copy` gives it."""
-    twin = shallow_copy(model)
-    with contextlib.suppress(NotImplementedError):  # of exported programs, which have no modes
-        twin.eval()  # not every class's gives the model back
-    return twin
-
-
-def moved_copy(model: nn.Module, device: torch.device, dtype: torch.dtype | None = None) -> nn.Module:
-    """A copy somewhere, in some dtype or in its own, as `shallow_copy` gives it."""
-    twin = shallow_copy(model)
-    twin.to(device, dtype)
-    return twin
-
-
-_ATOMS = {bool, int, float, str, type(None), torch.dtype, torch.device, FunctionType, type}
-
-
-def _copied_items(items: dict[str, Any], memo: dict[int, Any]) -> dict[str, Any]:
-    """As copy.deepcopy does, which asks of every object how it is to be copied; most of a module's are plain."""
-    return {key: one if type(one) in _ATOMS else _copied_value(one, memo) for key, one in items.items()}
-
-
-def _copied_value(value: Any, memo: dict[int, Any]) -> Any:
-    if id(value) in memo:
-        return memo[id(value)]
-    kind: Any = type(value)
-    if kind in (tuple, set) and all(type(item) in _ATOMS for item in value):
-        return value if kind is tuple else memo.setdefault(id(value), set(value))
-    if kind in (dict, OrderedDict) and all(type(key) is str for key in value):
-        copied = memo[id(value)] = kind()
-        copied.update(_copied_items(value, memo))
-        return copied
-    return copy.deepcopy(value, memo)
-
-
-def _copies_plainly(cls: type[nn.Module]) -> bool:
-    """Whether modules of a class are copied attribute by attribute, as torch's own are."""
-    own = ("__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__", "__setstate__", "__new__", "__slots__")
-    # what convolutions do with a state is to fill in what old versions of torch had not
-    plain = {nn.Module, object, nn.modules.conv._ConvNd}
-    special = any(name in vars(base) for base in set(cls.__mro__) - plain for name in own)
-    return not special and not issubclass(cls, torch.jit.ScriptModule)
-
-
-def _tensors_of(module: nn.Module) -> Iterator[Tensor]:
-    for value in (*module._parameters.values(), *module._buffers.values(), *module.__dict__.values()):
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, (list, tuple)):
-            yield from (item for item in value if isinstance(item, Tensor))
-
-
-def _alias(tensor: Tensor) -> Tensor:
-    if not isinstance(tensor, nn.Parameter):
-        return tensor.detach().clone()
-    if tensor.is_inference():  # made in inference mode, outside of which it takes no gradient
-        return nn.Parameter(tensor.clone().detach(), requires_grad=tensor.requires_grad)
-    return nn.Parameter(tensor.detach(), requires_grad=tensor.requires_grad)
 
 
 class _Below:
@@ -549,33 +229,6 @@ def _runs(module: nn.Module) -> bool:
     return found is not None and getattr(found, "__func__", found) is not nn.Module.forward
 
 
-def is_compiled(module: nn.Module) -> bool:
-    """Whether a module is what `torch.compile` has put around another."""
-    return "_orig_mod" in module._modules  # its class's import would load the whole compiler
-
-
-def _scripted(module: nn.Module) -> Untraceable:
-    name = getattr(module, "original_name", type(module).__name__)
-    return Untraceable(
-        f"{name} is TorchScript, whose code is fixed: put the module that it was made of there, and script what comes "
-        f"back"
-    )
-
-
-def demand_python(model: nn.Module) -> None:
-    """Raise where a model's code is no longer Python's.
-
-    Raises:
-        BadInput: it is TorchScript.
-    """
-    if isinstance(model, torch.jit.ScriptModule):
-        name = getattr(model, "original_name", type(model).__name__)
-        raise BadInput(
-            f"{name} is TorchScript, whose code is fixed: give the module that it was made of, and script what comes "
-            f"back"
-        )
-
-
 def _never_called(module: nn.Module, called: set[nn.Module]) -> Iterator[nn.Module]:
     """The topmost modules of which a trace has called no part: heads for training, branches for other arguments."""
     for child in module.children():
@@ -592,20 +245,6 @@ def _parts(module: nn.Module) -> Iterator[nn.Module]:
             yield from child.children()
         else:
             yield child
-
-
-@dataclass(eq=False)
-class Method:
-    """What a method of a module was seen to do: its calls, and the paths of what it uses otherwise than by calling."""
-
-    calls: list[Call]
-    reached: set[str]
-    forwards: dict[str, list[Call]] = field(default_factory=dict)  # calls of modules, by their paths
-
-    def __post_init__(self) -> None:
-        for call in self.calls:
-            if call.method == "forward":
-                self.forwards.setdefault(call.path, []).append(call)
 
 
 def follow_method(module: nn.Module, path: str, method: str, flags: Mapping[str, Any]) -> Method | None:
@@ -699,7 +338,7 @@ def _follow(
         except StructrepError:
             raise
         except Exception as error:
-            traced.note_reach(tracer)
+            _note_reach(traced, tracer)
             if not tracer.calls:
                 raise
             call = tracer.stopped or tracer.calls[0]
@@ -720,12 +359,21 @@ def _follow(
         traced.changed |= holdings.state() != state
         if inputs:
             with _unchanged(module):
-                _infer_shapes(tracer.graph, inputs)
+                infer_shapes(tracer.graph, inputs)
         _fold_constants(tracer)
         traced.origins.update(tracer.constants.origins)
         traced.written |= tracer.constants.written
-        traced.note_reach(tracer)
+        _note_reach(traced, tracer)
         return tracer
+
+
+def _note_reach(traced: Traced, tracer: _Tracer) -> None:
+    """Note who reaches into whom."""
+    for path, calls in tracer.reached.items():
+        used = {call for call in calls if tracer.fetched[path, call] > tracer.asked[path, call]}
+        if used:
+            traced.reached.setdefault(path, set()).update(used)
+        traced.told.setdefault(path, set()).update(calls - used)
 
 
 @contextlib.contextmanager
@@ -1364,11 +1012,7 @@ class _Slot:
 
 # What a tensor tells apart from its numbers.
 _TOLD = {"dtype", "device", "shape", "ndim", "requires_grad", "is_cuda", "layout", "grad"}
-
-
 _ASKED = {"dtype", "device", "is_cuda", "is_cpu", "is_mps", "is_xpu", "requires_grad"}
-
-
 # How code is told of the shape of a tensor, of what its dtype says, and of its numbers.
 _SHAPES = {"shape", "ndim", "size", "numel", "nelement", "dim", "ndimension", "__len__"}
 _KINDS = {
@@ -1377,12 +1021,17 @@ _KINDS = {
 }
 _NUMBERS = {
     **{
-        "item": f"{HELD}.item()",
-        "tolist": f"{HELD}.tolist()",
-        "__bool__": f"bool({HELD})",
-        "is_nonzero": f"bool({HELD})",
+        "item": f"{PLACEHOLDER}.item()",
+        "tolist": f"{PLACEHOLDER}.tolist()",
+        "__bool__": f"bool({PLACEHOLDER})",
+        "is_nonzero": f"bool({PLACEHOLDER})",
     },
-    **{"__float__": f"float({HELD})", "__int__": f"int({HELD})", "__index__": f"int({HELD})", "__complex__": ""},
+    **{
+        "__float__": f"float({PLACEHOLDER})",
+        "__int__": f"int({PLACEHOLDER})",
+        "__index__": f"int({PLACEHOLDER})",
+        "__complex__": "",
+    },
     **dict.fromkeys(("numpy", "__array__", "__contains__", "equal", "allclose"), ""),
 }
 
@@ -1471,20 +1120,20 @@ class _Constants(TorchFunctionMode):
                 if path is None and entry is None:
                     continue
                 if name in _SHAPES:
-                    text, answer = f"{HELD}.shape", tuple(one.shape)
+                    text, answer = f"{PLACEHOLDER}.shape", tuple(one.shape)
                 elif name in _KINDS:
-                    text, answer = f"{HELD}.{_KINDS[name]}", told
+                    text, answer = f"{PLACEHOLDER}.{_KINDS[name]}", told
                 elif one is given and len(args) == 1 and _NUMBERS[name]:
                     text, answer = _NUMBERS[name], told
                 else:
-                    text, answer = f"structrep_numbers({HELD})", numbers(one)
+                    text, answer = f"structrep_numbers({PLACEHOLDER})", numbers(one)
                 if name in _KINDS and (len(args) > 1 or kwargs or one.dtype != given.dtype):
                     continue  # a cast; a source of another dtype
                 if path is not None:
                     self.tracer.questions.ask(one, path, text, answer, counts=False)
                 elif entry is not None:
                     holder = next(module for module, where in self.tracer.paths.items() if where == entry.holder)
-                    asked = text.replace(HELD, f"{HELD}{entry.text}")
+                    asked = text.replace(PLACEHOLDER, f"{PLACEHOLDER}{entry.text}")
                     self.tracer.questions.ask(holder, entry.holder, asked, answer, counts=False)
 
     def _is_fresh(self, tensor: Tensor) -> bool:
@@ -1591,11 +1240,6 @@ def _state(module: nn.Module, but: Collection[str]) -> tuple[Any, list[int]]:
     return snapshot(held), [0 if tensor.is_inference() else tensor._version for tensor in tensors]
 
 
-def storage(tensor: Tensor) -> int:
-    """Which memory a tensor looks at."""
-    return tensor.untyped_storage().data_ptr()
-
-
 def as_arguments(example: Example) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Example inputs as positional and keyword arguments.
 
@@ -1635,14 +1279,14 @@ def _entries(paths: dict[nn.Module, str]) -> Iterator[tuple[Tensor, Entry]]:
     for module, path in paths.items():
         own = ((name, value) for name, value in vars(module).items() if name not in OF_MODULES)
         pending: list[tuple[Any, tuple[tuple[str, Any], ...]]] = [
-            (value, ((".", name),)) for name, value in own if type(value) not in _ATOMS
+            (value, ((".", name),)) for name, value in own if type(value) not in ATOMS
         ]
         while pending:
             value, steps = pending.pop()
             if isinstance(value, Tensor):
                 yield value, Entry(path, steps)
             elif len(steps) <= DEEP and not isinstance(value, nn.Module):
-                pending += [(one, (*steps, step)) for step, one in _parts_of(value) if type(one) not in _ATOMS]
+                pending += [(one, (*steps, step)) for step, one in _parts_of(value) if type(one) not in ATOMS]
 
 
 def _parts_of(value: Any) -> Iterator[tuple[tuple[str, Any], Any]]:
@@ -1652,59 +1296,3 @@ def _parts_of(value: Any) -> Iterator[tuple[tuple[str, Any], Any]]:
         yield from ((("[", key), one) for key, one in value.items() if type(key) in (str, int))
     elif is_object(value) or isinstance(value, SimpleNamespace):
         yield from (((".", name), one) for name, one in getattr(value, "__dict__", {}).items())
-
-
-def _own(value: Any) -> Any:
-    """A structure with lists and dicts that may be written to, which those of torch.fx may not."""
-    if isinstance(value, list):
-        return list(map(_own, value))
-    if isinstance(value, dict):
-        return {key: _own(one) for key, one in value.items()}
-    return tuple(map(_own, value)) if type(value) is tuple else value
-
-
-def computed(node: fx.Node, load: Callable[[fx.Node], Any], module: nn.Module | None = None) -> Any:
-    """What a node gives, its arguments loaded; `module` stands for the one that it calls."""
-    args: Any = _own(fx.node.map_arg(node.args, load))
-    kwargs: Any = _own(fx.node.map_arg(node.kwargs, load))
-    if node.op == "call_module":
-        return (module or node.meta["call"].module)(*args, **kwargs)
-    if node.op == "call_method":
-        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-    assert callable(node.target)
-    return node.target(*args, **kwargs)
-
-
-_LENDS = {"from_dlpack", "to_dlpack", "__dlpack__"}  # what hands on memory, of which fake tensors have none
-
-
-def _infer_shapes(graph: fx.Graph, inputs: list[Any]) -> None:
-    """Note the shape and dtype of every node that can be followed without computing, in its `meta`."""
-    given = iter(inputs)
-    values: dict[fx.Node, Any] = {}
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
-        for node in graph.nodes:
-            try:
-                if node.op == "placeholder":
-                    values[node] = _fake(mode, next(given))
-                elif node.op == "get_attr":
-                    values[node] = node.meta["value"]
-                elif node.op != "output" and getattr(node.target, "__name__", node.target) not in _LENDS:
-                    found = computed(node, values.__getitem__)
-                    faked = any(isinstance(values[one], FakeTensor) for one in node.all_input_nodes)
-                    if not faked or not isinstance(found, Tensor) or isinstance(found, FakeTensor):
-                        values[node] = found  # else it is no fake any more, and may have no memory either
-            except Exception:  # unknown from here on, which only makes the plan more careful
-                continue
-            if isinstance(values.get(node), Tensor):
-                node.meta["shape"], node.meta["dtype"] = tuple(values[node].shape), values[node].dtype
-
-
-def _fake(mode: FakeTensorMode, given: Tensor | Given | Thing) -> Any:
-    if isinstance(given, Tensor):
-        return mode.from_tensor(given.detach())
-    if isinstance(given, Thing):
-        raise TypeError(f"a {given.kind.__name__} has no shape")
-    if given.number is not None:
-        return given.number
-    return torch.empty_strided(given.shape, given.stride, dtype=given.dtype, device=given.device)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from structrep import operations
+from structrep.graph import operations
 
 with mock.patch("torch.backends.disable_global_flags"):  # for good, and for all other tests of the process
     from torch.testing._internal.common_methods_invocations import op_db

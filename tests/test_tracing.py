@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 import structrep
-from structrep.trace import _infer_shapes
+from structrep.graph.run import infer_shapes
 from tests.models import relative_error, settled
 
 
@@ -511,7 +511,7 @@ def test_what_lends_memory_is_not_run_where_there_is_none():
         graph = fx.Graph()
         found = graph.call_function(function, (graph.placeholder("x"),))
         after = graph.call_method("add_", (found, 1))
-        _infer_shapes(graph, [kept])
+        infer_shapes(graph, [kept])
         assert "shape" not in found.meta
         assert "shape" not in after.meta
     assert len(ran) == 1

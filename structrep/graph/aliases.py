@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from structrep.operations import shares, writes
+from structrep.graph.operations import shares, writes
 
 
 def aliases(node: fx.Node) -> set[fx.Node]:

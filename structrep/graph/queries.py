@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from structrep.ranks import torch_name
+from structrep.graph.shapes import torch_name
 
 _QUERIES = {"shape", "ndim", "dtype", "device", "is_cuda", "size", "dim", "numel", "is_floating_point"}
 

@@ -9,7 +9,7 @@ from torch import nn
 from structrep.driver import plan
 from structrep.errors import BadInput
 from structrep.expand import expand_layers
-from structrep.trace import own_copy
+from structrep.modules.copies import own_copy
 
 
 def trained_copy(module: nn.Module) -> nn.Module:

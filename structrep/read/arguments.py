@@ -9,7 +9,7 @@ from torch import Tensor, fx
 
 from structrep.algebra import Ints
 from structrep.graph.constants import constant
-from structrep.ranks import argument, spatial_size
+from structrep.graph.shapes import argument, spatial_size
 from structrep.terms.layer import Reading
 
 

@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from structrep.algebra import ConvMap
 from structrep.errors import Unreadable
-from structrep.parametrized import by_properties, hooks
+from structrep.modules.parametrized import by_properties, hooks
 from structrep.precision import doubled
 from structrep.read.arguments import Arguments, NotConstant
 from structrep.read.nodes import called, read_node

@@ -14,7 +14,7 @@ from structrep import precision
 from structrep.algebra import Border, ConvMap
 from structrep.errors import InvalidReader, Unreadable
 from structrep.layers import Shift
-from structrep.ranks import written_in
+from structrep.modules.source import written_in
 from structrep.terms.layer import Layer
 from structrep.terms.layers import (
     conv_layer,

@@ -10,8 +10,8 @@ from torch import Tensor, fx, nn
 
 from structrep.algebra import ConvMap, Ints
 from structrep.errors import Unreadable
-from structrep.parametrized import hooks, plain
-from structrep.ranks import rank, spatial_size
+from structrep.graph.shapes import rank, spatial_size
+from structrep.modules.parametrized import hooks, plain
 from structrep.read.arguments import CALLS, Arguments, NotConstant
 from structrep.read.modules import IDENTITIES, POOLS, knows, read_module, settings
 from structrep.terms.layer import Computed, Formula, Layer, Reading, Same

@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from structrep.algebra import ConvMap
 from structrep.errors import Unreadable
-from structrep.ranks import torch_name
+from structrep.graph.shapes import torch_name
 from structrep.read.arguments import Arguments, reads
 from structrep.terms.layer import Layer, Same, Total
 from structrep.terms.layers import diagonal_layer

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from structrep.sources import functions
-from structrep.values import form_of, mapped
+from structrep.graph.structures import form_of, mapped
+from structrep.modules.source import functions
 
 Site = tuple[str, str]  # the path of a module, and one of its methods
 

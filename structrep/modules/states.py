@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from structrep.ranks import written_in
-from structrep.sources import functions, functions_in
+from structrep.modules.source import functions, functions_in, written_in
 
 MOST, DEEPEST = 20_000, 16  # parts that are looked at, and objects in each other
 _ATOMS = {bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size}

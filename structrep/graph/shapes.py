@@ -11,6 +11,8 @@ from typing import Any, cast
 
 from torch import fx, nn
 
+from structrep.modules.source import written_in
+
 # A layer that looks at its input's last dim or at single values gives back the rank that it is given.
 _KEEPS = (nn.Linear, nn.LayerNorm, nn.GroupNorm, nn.Identity, nn.modules.dropout._DropoutNd, nn.AlphaDropout)
 _ELEMENTWISE = {
@@ -76,11 +78,6 @@ def channels(node: fx.Node) -> int | None:
 def spatial_size(node: fx.Node) -> tuple[int, ...] | None:
     """Spatial size of a value of the example, (N, C, *spatial); None if there is no example, or it has none."""
     return node.meta.get("shape", ())[2:] or None
-
-
-def written_in(value: Any) -> str:
-    """The name of the Python module that a class or function comes from; "" if it has none, as in a bare `exec`."""
-    return getattr(value, "__module__", None) or ""
 
 
 def torch_name(node: fx.Node) -> str:

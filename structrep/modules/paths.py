@@ -19,14 +19,11 @@ from torch import nn
 Span: TypeAlias = tuple[int | None, int | None, int | None, int | None]
 Holders: TypeAlias = tuple[frozenset[str], frozenset[str]]  # names that may hold a value, and that surely do
 State: TypeAlias = Holders | None  # None where code does not get to
-
 _HANDING_ON = {"list", "tuple", "zip", "reversed", "enumerate", "dict", "set", "iter", "next", "sum"}
 _HARMLESS = {"isinstance", "hasattr", "type", "print", "is_tensor", "callable", "id", "len"}
 _FILLS = {"append", "extend", "insert", "add", "update", "setdefault"}
 _PASSES = (ast.Tuple, ast.List, ast.Set, ast.Dict, ast.Starred, ast.keyword, ast.Attribute, ast.Subscript,
            ast.ListComp, ast.GeneratorExp, ast.comprehension)  # fmt: skip
-
-
 NOT, MAYBE, SURELY = range(3)  # whether something holds the value
 
 

@@ -22,8 +22,6 @@ from torch.nn.utils.weight_norm import WeightNorm
 _KEPT: dict[type, tuple[str, ...]] = {
     WeightNorm: ("_g", "_v"), SpectralNorm: ("_orig", "_u", "_v"), BasePruningMethod: ("_orig", "_mask"),
 }  # fmt: skip
-
-
 _REMOVERS = {WeightNorm: "remove_weight_norm", SpectralNorm: "remove_spectral_norm", BasePruningMethod: "prune.remove"}
 _TRANSLATE = {"torch.nn.utils.parametrizations", "torch.nn.utils.spectral_norm"}  # whose hooks translate state dicts
 _HELD = ("weight", "bias", "running_mean", "running_var")

@@ -18,8 +18,8 @@ from typing import Any, NamedTuple, TypeAlias
 
 from torch import nn
 
-from structrep.paths import branches, definition
-from structrep.ranks import written_in
+from structrep.modules.paths import branches, definition
+from structrep.modules.source import written_in
 
 Place: TypeAlias = tuple[str, int, int | None, int, int | None]  # a file, and from where to where
 

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from structrep import operations, precision
-from structrep.graph.casts import cast_to
+from structrep import precision
+from structrep.graph import operations
 from structrep.graph.queries import counts_sizes
-from structrep.parametrized import torch_kind
-from structrep.ranks import torch_name
+from structrep.graph.shapes import argument, torch_name
+from structrep.modules.parametrized import torch_kind
 
 _KEEPS = {
     *("permute", "transpose", "movedim", "swapaxes", "t", "view", "view_as", "reshape", "reshape_as", "flatten"),
@@ -125,3 +125,19 @@ def _computed(node: fx.Node) -> torch.dtype | None:
         made = function(*args[isinstance(node.target, str) :], **kwargs)
         return made.dtype if isinstance(made, Tensor) else None
     return None
+
+
+CASTS = {"float": torch.float32, "double": torch.float64, "half": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def cast_to(node: fx.Node) -> torch.dtype | None:
+    """The dtype that a cast gives, if it does no more."""
+    if len(node.args) + len(node.kwargs) == 1:
+        return CASTS.get(str(node.target))
+    if len(node.args) + len(node.kwargs) > 2 or node.target not in ("to", "type"):
+        return None
+    to = argument(node, 1, "dtype")
+    to = to.meta.get("value") if isinstance(to, fx.Node) else to
+    if isinstance(to, str):  # `x.type("torch.FloatTensor")`
+        to = getattr(getattr(torch, to.removeprefix("torch."), None), "dtype", None)
+    return to if isinstance(to, torch.dtype) else None

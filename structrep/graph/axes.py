@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from structrep.ranks import argument, rank, torch_name
+from structrep.graph.shapes import argument, rank, torch_name
 
 
 def axis_before(node: fx.Node, axis: int, channels: int) -> int | None:

@@ -28,13 +28,11 @@ from torch import fx, nn
 from torch._ops import OpOverload, OpOverloadPacket
 
 Target = Callable[..., Any] | str  # a function, or the name of a method of tensors
-
 AUGMENTED = (
     operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod, operator.ipow,
     operator.iand, operator.ior, operator.ixor, operator.ilshift, operator.irshift,
 )  # fmt: skip
 _WRITES_FIRST = {"setitem", "delitem", *(function.__name__ for function in AUGMENTED)}
-
 # Composite operators, functions in Python, and operators of Python itself whose result is memory of its own.
 COPIES = re.compile(
     r"(batch|layer|group|instance|rms)_norm|normalize|linear|bilinear|inner|outer|ger|kron|cross"
@@ -286,9 +284,6 @@ def _kind(results: Sequence[Any]) -> str:
     if kinds == ["Tensor"]:
         return "tensor"
     return "several" if kinds and all("Tensor" in kind for kind in kinds) else "number"
-
-
-# --- nodes of a graph -----------------------------------------------------------------------------
 
 
 def writes(node: fx.Node) -> set[fx.Node]:

@@ -17,10 +17,9 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from structrep.errors import BadInput
-from structrep.parametrized import hooks
-from structrep.ranks import written_in
-from structrep.sources import words
-from structrep.trace import demand_python, is_compiled, own_copy
+from structrep.modules.copies import demand_python, is_compiled, own_copy
+from structrep.modules.parametrized import hooks
+from structrep.modules.source import words, written_in
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -94,9 +94,6 @@ def _exchange(cls: type, name: str, hook: Callable[..., Any]) -> None:
     process.change(cls, name, process.here(watching, plain))
 
 
-# --- in written code --------------------------------------------------------------------------------------------------
-
-
 def enter(code: str) -> None:
     """Stands in a graph where a context is entered."""
 

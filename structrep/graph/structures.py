@@ -13,8 +13,9 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
-from structrep import operations
-from structrep.ranks import torch_name, written_in
+from structrep.graph import operations
+from structrep.graph.shapes import torch_name
+from structrep.modules.source import written_in
 
 
 def proxies(value: Any) -> Iterator[fx.Proxy]:
@@ -157,14 +158,6 @@ def alike(before: Any, after: Any) -> bool:
 def holds_still(value: Any, before: dict[str, Any]) -> bool:
     """Whether a dataclass holds what it did."""
     return all(alike(one, getattr(value, name)) for name, one in before.items())
-
-
-def numbers(tensor: Tensor) -> Any:
-    """The numbers of a tensor; of one that has many, what tells whether they are the same."""
-    if tensor.numel() <= 16:
-        return tensor.tolist()
-    bits = tensor.detach().contiguous().flatten().view(torch.uint8).long()
-    return int((bits * (torch.arange(len(bits), device=bits.device) * 2654435761 + 1)).sum())
 
 
 class Unknown(Exception):

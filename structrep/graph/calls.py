@@ -1,0 +1,188 @@
+"""What a trace is: its graph, the calls that made its nodes, and how its constants came about."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Set
+from dataclasses import dataclass, field
+from types import CodeType, FunctionType
+from typing import Any
+
+import torch.utils._pytree as pytree
+from torch import Tensor, fx, nn
+
+from structrep.errors import Untraceable
+from structrep.graph.contexts import Context
+from structrep.graph.observed import Observed
+from structrep.graph.reads import Read
+
+
+@dataclass(eq=False)
+class Call:
+    """One call of a module during a trace, or of a method of a module on a traced value."""
+
+    module: nn.Module
+    path: str
+    parent: Call | None
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    leaf: bool
+    method: str = "forward"
+    function: Callable[..., Any] = field(default=lambda: None, repr=False)  # the bound method
+    result: Any = None
+    settings: dict[str, Any] = field(default_factory=dict)  # of a layer, when it was called
+    inlined: bool = False  # a method called from several places, or given weights: part of each of its callers
+    written: list[tuple[fx.Node, fx.Node]] = field(default_factory=list)  # arguments it wrote in place: before, after
+    mutates: bool = False  # whether it changed what it was given, or its own module
+    steps: list[fx.Node | Call] = field(default_factory=list)  # what its forward did, in order
+    reads: dict[tuple[str, str], Read] = field(default_factory=dict)  # what it asked for, by whose it is and how
+    codes: dict[CodeType, dict[str, Any]] = field(default_factory=dict)  # the code that asked, and its namespace
+    held: dict[fx.Node, set[CodeType]] = field(default_factory=dict)  # values that code of no call had as it asked
+    at: int | None = None  # the instruction of its parent's code that it is called by, if that code itself calls it
+    contexts: tuple[Context, ...] = ()  # that it is called in
+
+    @property
+    def code(self) -> Callable[..., Any]:
+        """The function that runs, apart from what it is bound to."""
+        function = self.function
+        while isinstance(function, functools.partial):
+            function = function.func
+        return getattr(function, "__func__", function)
+
+    def chain(self) -> Iterator[Call]:
+        """This call and those around it, innermost first."""
+        call: Call | None = self
+        while call is not None:
+            yield call
+            call = call.parent
+
+    def homes(self) -> Iterator[Call]:
+        """The calls around what this call does whose forward could be written anew, innermost first."""
+        return (call for call in self.chain() if not call.leaf and not call.inlined)
+
+    def nodes(self) -> Iterator[fx.Node]:
+        """All nodes made inside, in order."""
+        for step in self.steps:
+            if isinstance(step, fx.Node):
+                yield step
+            else:
+                yield from step.nodes()
+
+    def all_calls(self) -> Iterator[Call]:
+        """This call and those inside that are no single layers."""
+        yield self
+        for step in self.steps:
+            if isinstance(step, Call) and not step.leaf:
+                yield from step.all_calls()
+
+    def arguments(self) -> dict[str, Any]:
+        """What it was given, by parameter."""
+        return dict(inspect.signature(self.function).bind(*self.args, **self.kwargs).arguments)
+
+    def holds(self, node: fx.Node) -> bool:
+        return any(call is self for call in node.meta["call"].chain())
+
+
+@dataclass(eq=False)
+class Trace:
+    """The flat graph of one module: all that could be followed below it, and the calls that made it."""
+
+    path: str
+    graph: fx.Graph
+    root: Call
+    calls: list[Call]
+    opaque: Set[type[nn.Module]] = frozenset()  # module types and functions that were kept whole
+    whole: Set[FunctionType] = frozenset()
+
+    @property
+    def nodes(self) -> list[fx.Node]:
+        return list(self.graph.nodes)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A plain tensor that stands in a dict, a list or an object which a module holds.
+
+    Args:
+        holder: path of the module.
+        steps: how it is got from there: "." and an attribute, "[" and a key, each.
+    """
+
+    holder: str
+    steps: tuple[tuple[str, Any], ...]
+
+    @property
+    def text(self) -> str:
+        """How it is asked for, behind the module."""
+        return "".join(f".{key}" if how == "." else f"[{key!r}]" for how, key in self.steps)
+
+    def of(self, model: nn.Module) -> Any:
+        found: Any = model.get_submodule(self.holder)
+        for how, key in self.steps:
+            found = getattr(found, key) if how == "." else found[key]
+        return found
+
+
+@dataclass(eq=False)
+class Traced:
+    """All traces of a model."""
+
+    model: nn.Module  # the throwaway copy: same names, same storage
+    names: dict[int, str]  # id of a tensor that the model holds -> its path
+    entries: dict[int, Entry] = field(default_factory=dict)  # id of one in a dict, a list or an object that it holds
+    traces: list[Trace] = field(default_factory=list)
+    untraced: dict[str, Untraceable] = field(default_factory=dict)  # module path -> why it was left whole
+    unfollowed: dict[FunctionType, tuple[str, Untraceable]] = field(default_factory=dict)  # kept whole: by whom, why
+    calls: dict[tuple[nn.Module, str], list[Call]] = field(default_factory=lambda: defaultdict(list))  # by method
+    origins: dict[int, Origin] = field(default_factory=dict)  # id of a computed constant -> how it was computed
+    written: set[int] = field(default_factory=set)  # storages of constants that were also written in place
+    observed: Observed = field(default_factory=Observed)  # what the parts of the model are given as it runs
+    handled: dict[str, str] = field(default_factory=dict)  # path of a module -> a module whose code, which cannot be
+    # followed, was seen to call it
+    guessed: set[Call] = field(default_factory=set)  # calls of parts of which no run told how they are called
+    whole: set[str] = field(default_factory=set)  # paths of modules of whose code some is not followed
+    reached: dict[str, set[Call]] = field(
+        default_factory=dict
+    )  # path of a child or tensor -> forwards of others using it
+
+    told: dict[str, set[Call]] = field(default_factory=dict)  # and by those that ask no more than a dtype or a device
+    handed: dict[Any, Any] = field(default_factory=dict)  # what was found to hang on answers, for calls that are alike
+    watched: bool = False  # whether it is noted which call changes what an object holds
+    changed: bool = False  # whether any does, where that is not noted
+
+
+@dataclass(eq=False)
+class Origin:
+    """How a constant was computed from parameters, buffers and numbers."""
+
+    result: Tensor
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    contexts: tuple[Context, ...] = ()  # that it was computed in
+
+    @property
+    def given(self) -> list[Tensor]:
+        """The tensors that it was computed from, in one step."""
+        return [leaf for leaf in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Tensor)]
+
+
+@dataclass(eq=False)
+class Method:
+    """What a method of a module was seen to do: its calls, and the paths of what it uses otherwise than by calling."""
+
+    calls: list[Call]
+    reached: set[str]
+    forwards: dict[str, list[Call]] = field(default_factory=dict)  # calls of modules, by their paths
+
+    def __post_init__(self) -> None:
+        for call in self.calls:
+            if call.method == "forward":
+                self.forwards.setdefault(call.path, []).append(call)
+
+
+def storage(tensor: Tensor) -> int:
+    """Which memory a tensor looks at."""
+    return tensor.untyped_storage().data_ptr()
