@@ -25,7 +25,7 @@ from structrep.graph.calls import Call, Method, Traced
 from structrep.modules.call_sites import methods_called
 from structrep.modules.mentions import mentions
 from structrep.modules.source import functions
-from structrep.trace import follow_method
+from structrep.trace.again import follow_method
 
 
 @dataclass(frozen=True)

@@ -22,10 +22,10 @@ from structrep import files
 from structrep.driver import plan
 from structrep.errors import BadInput, StructrepError, listed, said
 from structrep.expand import expand_layers, plain_name
+from structrep.modules.arguments import Example
 from structrep.modules.copies import own_copy
 from structrep.modules.wrappers import unwrapped
 from structrep.report import CheckpointRecord, PlanRecord
-from structrep.trace import Example
 
 # what a checkpoint holds of the run that wrote it, and what fits the training-time model's parameters only
 OF_TRAINING = {

@@ -15,9 +15,10 @@ from structrep.errors import BadInput
 from structrep.flow import Graph, Part, Step, deployed, training
 from structrep.layout import Layout, layout
 from structrep.markup import filled
+from structrep.modules.arguments import Example
 from structrep.report import PlanRecord, counted
 from structrep.search import Merge, Replicas
-from structrep.trace import Example, trace
+from structrep.trace.follow import trace
 
 if TYPE_CHECKING:
     from markupsafe import Markup

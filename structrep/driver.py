@@ -33,6 +33,7 @@ from structrep.explain import refusal, why
 from structrep.graph.observed import Observed
 from structrep.layers import Sizes
 from structrep.measured import Measured
+from structrep.modules.arguments import Example
 from structrep.modules.copies import eval_copy, make_eager, own_copy, shallow_copy
 from structrep.modules.source import without_source
 from structrep.modules.wrappers import finish, kept, settle, unwrapped
@@ -56,7 +57,6 @@ from structrep.report import (
 from structrep.reserve import carry
 from structrep.rewrite import Draft, fallen
 from structrep.search import Findings, Merge, Missed
-from structrep.trace import Example
 
 Rules = Registry | Iterable[str | Rule] | None
 IN_TORCH = Measured()  # what cost="measured" is, so that timings are kept from one plan to the next

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 from structrep import files
 from structrep.errors import BadInput, said
+from structrep.modules.arguments import Example, as_arguments
 from structrep.report import PlanRecord, Provenance, Verification
-from structrep.trace import Example, as_arguments
 
 KEY = "structrep"  # of the record in a file's own metadata
 BATCH = "batch"  # what a program calls the size of dim 0, if it is left open

@@ -40,11 +40,12 @@ from structrep.modules.paths import argument
 from structrep.modules.paths import place as place_of
 from structrep.modules.source import functions_in, written_in
 from structrep.otherwise import Comparison, Different, Slot, alternatives, copied, counterparts, inside, steps
-from structrep.questions import INPUTS, WHOLE, class_reads, namespace_reads
 from structrep.read.nodes import read_node
 from structrep.sums import Reordered, as_traced
 from structrep.terms.layer import Layer, Same
-from structrep.trace import retrace
+from structrep.trace.again import retrace
+from structrep.trace.instructions import namespace_reads
+from structrep.trace.questions import INPUTS, WHOLE, class_reads
 
 _ITSELF = "structrep_itself"  # an attribute path for the module itself, for which graphs have none
 

@@ -11,8 +11,8 @@ from functools import partial
 import torch
 from torch import nn
 
+from structrep.modules.arguments import Example, as_arguments
 from structrep.report import Latency, LatencyRecord
-from structrep.trace import Example, as_arguments
 
 WARM, LEAST = 3, 5
 

@@ -18,10 +18,10 @@ from structrep.files import imported, save_bytes, writer
 from structrep.flow import Graph, Part
 from structrep.latency import latency
 from structrep.markup import filled
+from structrep.modules.arguments import Example, as_arguments
 from structrep.monitor import kernel
 from structrep.proof import How
 from structrep.report import Verification
-from structrep.trace import Example, as_arguments
 
 if TYPE_CHECKING:
     from markupsafe import Markup

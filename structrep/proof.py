@@ -26,6 +26,7 @@ from structrep.graph.constants import held
 from structrep.graph.observed import Observed
 from structrep.graph.shapes import spatial_size
 from structrep.modules import parametrized
+from structrep.modules.arguments import Example, as_arguments
 from structrep.modules.copies import moved_copy
 from structrep.modules.parametrized import uncached
 from structrep.read.lower import lower
@@ -33,7 +34,6 @@ from structrep.regions import Region, Shapes, Trials, given_as_traced, read_as_t
 from structrep.registry import COEFFICIENT_ROUNDING
 from structrep.report import BorderRecord, OutputRecord, RegionRecord, Verification
 from structrep.search import Merge, together
-from structrep.trace import Example, as_arguments
 
 SLACK = 8.0  # rounding errors of two equal models are alike, not equal
 

@@ -49,6 +49,7 @@ from structrep.graph.contexts import Context
 from structrep.graph.observed import Observed
 from structrep.graph.queries import asks_kind, asks_shape, asserts_rank, counts_sizes, only_asserted
 from structrep.graph.shapes import channels, spatial_size, torch_name
+from structrep.modules.arguments import Example
 from structrep.modules.mentions import questions
 from structrep.modules.parametrized import about_hooks, hooks
 from structrep.modules.source import names_reached
@@ -59,7 +60,7 @@ from structrep.read.lower import remedy
 from structrep.read.nodes import read_node
 from structrep.registry import Registry, Rule
 from structrep.terms.layer import Layer, Reading, Same, Stack, Total
-from structrep.trace import Example, trace
+from structrep.trace.follow import trace
 
 FARTHEST = 32  # how many dominators back a merge may reach
 LONGEST, DEEPEST = 64, 8  # how many steps a branch of a sum may have, and sums inside each other

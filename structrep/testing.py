@@ -20,7 +20,7 @@ from structrep.errors import BrokenRule, TrainingMode
 from structrep.pattern import geometry
 from structrep.proof import relative_error
 from structrep.registry import Registry, Rule
-from structrep.trace import trace
+from structrep.trace.follow import trace
 
 EXACT = 1e-11  # in float64, relative to the largest output
 SEEDS = 3

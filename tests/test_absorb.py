@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import structrep
-from structrep.trace import trace
+from structrep.trace.follow import trace
 from tests.models import relative_error, settled
 
 X = torch.randn(2, 4, 6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

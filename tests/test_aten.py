@@ -12,8 +12,8 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 import structrep
-from structrep.aten import in_torch
 from structrep.registry import default
+from structrep.trace.aten import in_torch
 from tests.models import example_input, relative_error, settled
 
 FAMILIES = [rule for rule in default if not rule.law]

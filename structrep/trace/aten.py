@@ -13,7 +13,6 @@ from torch import Tensor
 from torch._ops import OpOverload
 
 Called = tuple[Literal["call_function", "call_method"], Any, tuple[Any, ...], dict[str, Any]]
-
 # Where the function takes its arguments in another order than the operator, or fewer of them.
 _REORDERED: dict[str, tuple[Callable[..., Any], tuple[int, ...]]] = {
     "batch_norm": (F.batch_norm, (0, 3, 4, 1, 2, 5, 6, 7)),
@@ -23,14 +22,12 @@ _REORDERED: dict[str, tuple[Callable[..., Any], tuple[int, ...]]] = {
     "dropout": (F.dropout, (0, 1, 2)),
     "pad": (F.pad, (0, 1, 2, 3)),
 }
-
 # Those that give a tuple of more than the function does, which comes first.
 _FIRST: dict[str, tuple[Callable[..., Any], tuple[int | bool, ...]]] = {
     "_native_batch_norm_legit_no_training": (F.batch_norm, (0, 3, 4, 1, 2, False, 5, 6)),
     "native_layer_norm": (F.layer_norm, (0, 1, 2, 3, 4)),
     "native_group_norm": (F.group_norm, (0, 6, 1, 2, 7)),
 }
-
 # Those whose namesakes in torch have other defaults, other arguments, or give something else.
 _OTHERWISE = {
     *("cross_entropy_loss", "ctc_loss", "hinge_embedding_loss", "l1_loss", "margin_ranking_loss", "mse_loss", "stft"),

@@ -22,7 +22,6 @@ from structrep.graph.structures import Unknown, is_traced, proxies, stand_in
 from structrep.modules.source import gives_something, reads_settings_only, written_in
 
 Record = Callable[[str, Any, tuple[Any, ...], dict[str, Any]], Any]
-
 _SIZED_METHODS = ("expand", "repeat", "tile", "view", "reshape", "broadcast_to", "new_zeros", "new_ones", "new_full",
                   "new_empty")  # fmt: skip
 _SIZED_FACTORIES = ("zeros", "ones", "full", "empty", "arange", "linspace", "eye", "rand", "randn", "broadcast_to",

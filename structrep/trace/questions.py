@@ -15,26 +15,25 @@ from __future__ import annotations
 import dis
 import functools
 import inspect
-import operator
 import os
 import random
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
-from enum import Enum
-from types import CodeType, FrameType, FunctionType, MappingProxyType, MethodType, ModuleType, SimpleNamespace
+from types import CodeType, FrameType, FunctionType, MethodType, SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from structrep import process
-from structrep.graph.reads import MISSING, PLACEHOLDER, UNSTABLE, Read, is_date
+from structrep.graph.reads import MISSING, PLACEHOLDER, UNSTABLE, Read
 from structrep.graph.structures import proxies
-from structrep.intercept import exchange, namespaces
+from structrep.modules.objects import CONTAINERS, HOLDERS, OF_MODULES, is_object
 from structrep.modules.source import functions, functions_in, is_full, written_in
+from structrep.trace.instructions import _is_constant, instructions_of, onward
+from structrep.trace.patches import exchange, namespaces
 
-OF_MODULES = frozenset(vars(nn.Module()))  # torch's own attributes, `training` among them
 _METHODS = {name: value for name, value in vars(nn.Module).items() if not name.startswith("__")}
 _BETWEEN = {"structrep.trace", "structrep.guards", "structrep.values", "torch._tensor", "torch.overrides"}
 _OF_CLASS = ("__class__", "__dict__")
@@ -63,19 +62,6 @@ def _of_engine(name: Any) -> bool:
 
 
 _PLAIN_TENSORS = (None, Tensor.__torch_function__, nn.Parameter.__torch_function__)
-_HEAP = 1 << 9  # types made by a class statement, whose attributes can be set
-_CONTAINERS = (dict, list, tuple, set, frozenset, MappingProxyType)
-_HELD = (fx.Proxy, list, tuple, dict)  # what values stand in
-_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.layout,
-          torch.memory_format, slice, range, type(...))  # fmt: skip
-_LIBRARIES = ("torch", "builtins", "functools", "collections", "numpy", "structrep", "types", "typing", "enum")
-
-
-def is_object(value: Any) -> bool:
-    """Whether a value is an object of somebody's own class, which holds settings: a configuration."""
-    cls = type(value)
-    own = bool(cls.__flags__ & _HEAP) and written_in(cls).partition(".")[0] not in _LIBRARIES
-    return own and not isinstance(value, (*_CONTAINERS, *_PLAIN, type, Enum, nn.Module, Tensor))
 
 
 class Questions:
@@ -128,7 +114,7 @@ class Questions:
         self.asked += 1
         call.codes[frame.f_code] = frame.f_globals
         if frame.f_code is not getattr(inspect.unwrap(call.code), "__code__", None):  # a function that it calls
-            for proxy in proxies([one for one in frame.f_locals.values() if isinstance(one, _HELD)]):
+            for proxy in proxies([one for one in frame.f_locals.values() if isinstance(one, HOLDERS)]):
                 call.held.setdefault(proxy.node, set()).add(frame.f_code)
         key = (path, text)
         read = call.reads.setdefault(key, Read(holder, text, told, counts))
@@ -201,7 +187,7 @@ class Questions:
         """Note what code asks a module's class, or all its attributes at once, for."""
         if self.current() is None or frame.f_code.co_name.startswith("__"):
             return
-        instructions, places = _instructions(frame.f_code)
+        instructions, places = instructions_of(frame.f_code)
         place = places.get(frame.f_lasti, len(instructions))
         ahead, key = instructions[place:][:2], instructions[max(place - 2, 0)]
         if name == "__dict__" and ahead[1:] and ahead[1].opname == "CONTAINS_OP" and _is_constant(key):
@@ -224,7 +210,7 @@ class Questions:
         """Note whether there is a part, or of which class it is, where code looks at it instead of calling it."""
         if self.current() is None or _torchs(frame):
             return
-        instructions, places = _instructions(frame.f_code)
+        instructions, places = instructions_of(frame.f_code)
         place = places.get(frame.f_lasti)
         if place is None:
             return
@@ -252,7 +238,7 @@ class Questions:
         if is_object(value) and self._adopt(value, module, text):
             return value  # what is asked of it is noted
         told, further = value, ""
-        if isinstance(value, (*_CONTAINERS, SimpleNamespace)):
+        if isinstance(value, (*CONTAINERS, SimpleNamespace)):
             further, told = onward(frame.f_code, frame.f_lasti, value)
             if isinstance(told, (nn.Module, Tensor, fx.Proxy)):
                 return value
@@ -434,50 +420,6 @@ def _questions() -> Iterator[tuple[Any, str, Any, str]]:
     yield random, "_urandom", os.urandom, "os.urandom"  # by which `secrets` and `random.SystemRandom` draw
 
 
-@functools.lru_cache(4096)
-def _instructions(code: CodeType) -> tuple[tuple[dis.Instruction, ...], dict[int, int]]:
-    found = tuple(one for one in dis.get_instructions(code) if one.opname != "CACHE")
-    return found, {one.offset: place for place, one in enumerate(found)}
-
-
-def onward(code: CodeType, at: int, value: Any) -> tuple[str, Any]:
-    """The entry of a container that code asks for next, if its key is a constant, as text behind the container's, and
-    its value; "" and the container itself otherwise."""
-    instructions, places = _instructions(code)
-    return _onward(instructions, places[at] + 1 if at in places else len(instructions), value)[:2]
-
-
-def _onward(instructions: tuple[dis.Instruction, ...], place: int, value: Any) -> tuple[str, Any, int]:
-    text = ""
-    while isinstance(value, (*_CONTAINERS, SimpleNamespace)) and not isinstance(value, (set, frozenset)):
-        ahead = instructions[place : place + 5]
-        if not ahead:
-            break
-        try:
-            if _is_constant(ahead[0]) and len(ahead) > 1 and _is_subscript(ahead[1]):
-                key = ahead[0].argval
-                text, value, place = f"{text}[{key!r}]", operator.getitem(value, key), place + 2
-            elif ahead[0].opname == "LOAD_ATTR" and isinstance(value, SimpleNamespace):
-                text, value, place = f"{text}.{ahead[0].argval}", getattr(value, ahead[0].argval), place + 1
-            elif ahead[0].opname in ("LOAD_METHOD", "LOAD_ATTR") and ahead[0].argval == "get":
-                keys = []
-                for one in ahead[1:3]:
-                    if not _is_constant(one):
-                        break
-                    keys.append(one.argval)
-                after = instructions[place + 1 + len(keys) : place + 3 + len(keys)]
-                called = bool(keys) and any(one.opname == "CALL" for one in after)
-                if not called or not isinstance(value, Mapping):
-                    break
-                place += 1 + len(keys) + next(i for i, one in enumerate(after) if one.opname == "CALL") + 1
-                text, value = f"{text}.get({', '.join(map(repr, keys))})", value.get(*keys)
-            else:
-                break
-        except (KeyError, IndexError, TypeError, AttributeError):
-            break
-    return text, value, place
-
-
 def _calls(one: dis.Instruction) -> bool:
     """Whether an attribute is looked up to be called."""
     return one.opname == "LOAD_METHOD" or (one.opname == "LOAD_ATTR" and sys.version_info >= (3, 12) and one.arg & 1)
@@ -487,83 +429,14 @@ def _is_type(one: dis.Instruction) -> bool:
     return one.opname == "LOAD_GLOBAL" and one.argval == "type"
 
 
-def _is_constant(one: dis.Instruction) -> bool:
-    return one.opname in ("LOAD_CONST", "LOAD_SMALL_INT") and isinstance(one.argval, (str, int, float, tuple))
-
-
-def _is_subscript(one: dis.Instruction) -> bool:
-    return one.opname == "BINARY_SUBSCR" or (one.opname == "BINARY_OP" and one.argrepr == "[]")
-
-
-def namespace_reads(functions: Iterable[tuple[CodeType, dict[str, Any], FunctionType | None]]) -> Iterator[Read]:
-    """Plain values that code asks its namespace and its cells for, in functions that it calls by name too."""
-    pending, seen = list(functions), set[CodeType]()
-    while pending:
-        code, space, function = pending.pop()
-        if code in seen or str(space.get("__name__", "")).partition(".")[0] in ("torch", "structrep"):
-            continue
-        seen.add(code)
-        pending += [(one, space, None) for one in code.co_consts if isinstance(one, CodeType)]
-        for text, value, holder in _asked_by(code, space, function):
-            if isinstance(value, FunctionType) and written_in(value).partition(".")[0] not in ("torch", "structrep"):
-                pending.append((value.__code__, value.__globals__, value))
-            if is_date(value):
-                yield Read(holder, f"{text}()", value, counts=False)
-            elif isinstance(value, (ModuleType, nn.Module, Tensor, fx.Proxy, MethodType)) or callable(value):
-                name = text.rpartition(".")[2]
-                renamed = callable(value) and getattr(value, "__name__", name) != name
-                if renamed and not isinstance(value, nn.Module) and not isinstance(holder, FunctionType):
-                    yield Read(holder, text, value, counts=False)
-            else:
-                yield Read(holder, text, value, counts=False)
-
-
 def class_reads(codes: Iterable[CodeType], module: nn.Module) -> Iterator[Read]:
     """What methods of a module ask its class for: `type(self).name`."""
     own = {function.__code__ for f in functions(type(module)).values() for function in functions_in(f)}
     for code in (one for one in codes if one in own and one.co_argcount):
         for inner in (code, *(one for one in code.co_consts if isinstance(one, CodeType))):
-            plain = [one for one in _instructions(inner)[0] if one.opname not in ("PRECALL", "RESUME", "PUSH_NULL")]
+            plain = [one for one in instructions_of(inner)[0] if one.opname not in ("PRECALL", "RESUME", "PUSH_NULL")]
             for asks, given, call, then in zip(plain, plain[1:], plain[2:], plain[3:], strict=False):
                 asked = _is_type(asks) and given.argval == code.co_varnames[0] and call.opname == "CALL"
                 told = getattr(type(module), then.argval, MISSING) if asked and then.opname == "LOAD_ATTR" else MISSING
                 if told is not MISSING and not isinstance(told, (FunctionType, property)):
                     yield Read(module, f"type({PLACEHOLDER}).{then.argval}", told, counts=False)
-
-
-_STEADY = {"torch", "math", "numpy", "builtins", "typing", "collections", "functools", "operator", "os", "sys",
-           "structrep", "enum", "itertools", "warnings", "logging"}  # fmt: skip
-
-
-def _asked_by(code: CodeType, space: dict[str, Any], function: FunctionType | None) -> Iterator[tuple[str, Any, Any]]:
-    """The names that code asks for, with what it asks of them next, their values, and where they are."""
-    instructions, _ = _instructions(code)
-    cells = dict(zip(code.co_freevars, function.__closure__ or (), strict=False)) if function is not None else {}
-    for place, one in enumerate(instructions):
-        holder: Any
-        if one.opname in ("LOAD_GLOBAL", "LOAD_NAME") and one.argval in space:
-            holder, value = space, space[one.argval]
-        elif one.opname in ("LOAD_DEREF", "LOAD_CLASSDEREF", "LOAD_FROM_DICT_OR_DEREF") and one.argval in cells:
-            try:
-                holder, value = function, cells[one.argval].cell_contents
-            except ValueError:
-                continue
-        else:
-            continue
-        text, ahead, steady = str(one.argval), place + 1, False
-        while ahead < len(instructions):
-            further, value, ahead = _onward(instructions, ahead, value)
-            text += further
-            name = instructions[ahead].argval if ahead < len(instructions) else None
-            attribute = ahead < len(instructions) and instructions[ahead].opname in ("LOAD_ATTR", "LOAD_METHOD")
-            steady |= isinstance(value, ModuleType) and value.__name__.partition(".")[0] in _STEADY
-            asks = isinstance(value, (ModuleType, type)) or is_object(value)
-            if not attribute or not asks or not isinstance(name, str) or isinstance(value, nn.Module):
-                break
-            try:
-                value = getattr(value, name)
-            except AttributeError:
-                break
-            text, ahead = f"{text}.{name}", ahead + 1
-        if not steady:
-            yield text, value, holder

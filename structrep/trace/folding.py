@@ -1,0 +1,82 @@
+"""Nodes that hang on no input, as constants."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Container
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from structrep.graph import constants, dtypes, operations
+from structrep.graph.calls import storage
+from structrep.graph.queries import asks_kind
+from structrep.graph.run import computed
+from structrep.precision import Shadows, as_stored, doubled
+from structrep.terms.layer import Formula
+from structrep.trace.constants import nearest_to
+from structrep.trace.held import owner_of
+from structrep.trace.tracer import CallTracer
+
+
+def fold_constants(tracer: CallTracer) -> None:
+    """Note the value of every node that asks its inputs for no more than a device or a dtype.
+
+    `torch.eye(n, device=x.device)` is a constant; inputs are taken to be where the parameters are, and of their dtype.
+    """
+    owner = owner_of(tracer.module)
+    asks = any(asks_kind(node) or node.target == "type_as" for node in tracer.graph.nodes)
+    for node in tracer.graph.nodes:
+        if owner is None or not asks:
+            _fold(node, tracer.constants.unsteady)
+            continue
+        if not asks_kind(node):
+            _fold(node, tracer.constants.unsteady)
+        elif node.args[1] == "device" or node.args[0].meta["kind"] is owner.dtype:
+            node.meta["value"] = getattr(owner, node.args[1])
+        dtypes.note(node, owner.dtype)
+        if node.target == "type_as" and len(node.args) == 2:
+            node.meta["same_kind"] = node.args[1].meta["kind"] is owner.dtype
+
+
+def _fold(node: fx.Node, unsteady: Container[Any]) -> None:
+    """Note the value of a node whose inputs' values are known."""
+    if node.op == "get_attr" and isinstance(node.meta.get("value"), Tensor):
+        formula = node.meta.get("formula")
+        made = (node.meta["value"], *(formula.tensors if formula else ()))
+        node.meta["unsteady"] = any(storage(one) in unsteady for one in made)
+    if node.op not in ("call_function", "call_method"):
+        return
+    inputs = node.all_input_nodes
+    if not inputs or not all("value" in n.meta for n in inputs):
+        return
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    drawn_or_written = operations.draws(node.target, node.args, node.kwargs) or operations.writes(node)
+    if drawn_or_written or node.target is torch._assert:
+        return
+    drawn = torch.get_rng_state()
+    with torch.no_grad(), contextlib.suppress(Exception):
+        value = computed(node, lambda n: n.meta["value"])
+        if not torch.equal(drawn, torch.get_rng_state()):
+            return  # other numbers at every call
+        node.meta["value"] = value
+        node.meta["unsteady"] = any(n.meta.get("unsteady") for n in inputs)
+        node.meta["recompute"] = functools.partial(_recomputed, node)
+        formulas = [n.meta["formula"] for n in inputs if n.meta.get("formula")]
+        stored = [n.meta["value"] for n in inputs if n.op == "get_attr" and "formula" not in n.meta]
+        node.meta["formula"] = Formula(
+            frozenset({str(name).strip("_")}).union(*(f.calls for f in formulas)),
+            tuple({id(t): t for t in (*stored, *(t for f in formulas for t in f.tensors))}.values()),
+        )
+
+
+def _recomputed(node: fx.Node) -> Any:
+    """The value of a node, its constants computed in float64."""
+    given = [doubled(constants.exact(n) if "recompute" in n.meta else n.meta["value"]) for n in node.all_input_nodes]
+    with torch.no_grad(), Shadows() as shadows:
+        own = map(as_stored, given, (n.meta["value"] for n in node.all_input_nodes))
+        found = computed(node, dict(zip(node.all_input_nodes, own, strict=True)).__getitem__)
+        found = shadows.of(found) if isinstance(found, Tensor) else found
+    return nearest_to(found, node.meta["value"], given)

@@ -1,0 +1,129 @@
+"""What code does next with a value, and which names it asks for, by its instructions."""
+
+from __future__ import annotations
+
+import dis
+import functools
+import operator
+from collections.abc import Iterable, Iterator, Mapping
+from types import CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from structrep.graph.reads import Read, is_date
+from structrep.modules.objects import CONTAINERS, is_object
+from structrep.modules.source import written_in
+
+
+@functools.lru_cache(4096)
+def instructions_of(code: CodeType) -> tuple[tuple[dis.Instruction, ...], dict[int, int]]:
+    found = tuple(one for one in dis.get_instructions(code) if one.opname != "CACHE")
+    return found, {one.offset: place for place, one in enumerate(found)}
+
+
+def onward(code: CodeType, at: int, value: Any) -> tuple[str, Any]:
+    """The entry of a container that code asks for next, if its key is a constant, as text behind the container's, and
+    its value; "" and the container itself otherwise."""
+    instructions, places = instructions_of(code)
+    return _onward(instructions, places[at] + 1 if at in places else len(instructions), value)[:2]
+
+
+def _onward(instructions: tuple[dis.Instruction, ...], place: int, value: Any) -> tuple[str, Any, int]:
+    text = ""
+    while isinstance(value, (*CONTAINERS, SimpleNamespace)) and not isinstance(value, (set, frozenset)):
+        ahead = instructions[place : place + 5]
+        if not ahead:
+            break
+        try:
+            if _is_constant(ahead[0]) and len(ahead) > 1 and _is_subscript(ahead[1]):
+                key = ahead[0].argval
+                text, value, place = f"{text}[{key!r}]", operator.getitem(value, key), place + 2
+            elif ahead[0].opname == "LOAD_ATTR" and isinstance(value, SimpleNamespace):
+                text, value, place = f"{text}.{ahead[0].argval}", getattr(value, ahead[0].argval), place + 1
+            elif ahead[0].opname in ("LOAD_METHOD", "LOAD_ATTR") and ahead[0].argval == "get":
+                keys = []
+                for one in ahead[1:3]:
+                    if not _is_constant(one):
+                        break
+                    keys.append(one.argval)
+                after = instructions[place + 1 + len(keys) : place + 3 + len(keys)]
+                called = bool(keys) and any(one.opname == "CALL" for one in after)
+                if not called or not isinstance(value, Mapping):
+                    break
+                place += 1 + len(keys) + next(i for i, one in enumerate(after) if one.opname == "CALL") + 1
+                text, value = f"{text}.get({', '.join(map(repr, keys))})", value.get(*keys)
+            else:
+                break
+        except (KeyError, IndexError, TypeError, AttributeError):
+            break
+    return text, value, place
+
+
+def _is_constant(one: dis.Instruction) -> bool:
+    return one.opname in ("LOAD_CONST", "LOAD_SMALL_INT") and isinstance(one.argval, (str, int, float, tuple))
+
+
+def _is_subscript(one: dis.Instruction) -> bool:
+    return one.opname == "BINARY_SUBSCR" or (one.opname == "BINARY_OP" and one.argrepr == "[]")
+
+
+def namespace_reads(functions: Iterable[tuple[CodeType, dict[str, Any], FunctionType | None]]) -> Iterator[Read]:
+    """Plain values that code asks its namespace and its cells for, in functions that it calls by name too."""
+    pending, seen = list(functions), set[CodeType]()
+    while pending:
+        code, space, function = pending.pop()
+        if code in seen or str(space.get("__name__", "")).partition(".")[0] in ("torch", "structrep"):
+            continue
+        seen.add(code)
+        pending += [(one, space, None) for one in code.co_consts if isinstance(one, CodeType)]
+        for text, value, holder in _asked_by(code, space, function):
+            if isinstance(value, FunctionType) and written_in(value).partition(".")[0] not in ("torch", "structrep"):
+                pending.append((value.__code__, value.__globals__, value))
+            if is_date(value):
+                yield Read(holder, f"{text}()", value, counts=False)
+            elif isinstance(value, (ModuleType, nn.Module, Tensor, fx.Proxy, MethodType)) or callable(value):
+                name = text.rpartition(".")[2]
+                renamed = callable(value) and getattr(value, "__name__", name) != name
+                if renamed and not isinstance(value, nn.Module) and not isinstance(holder, FunctionType):
+                    yield Read(holder, text, value, counts=False)
+            else:
+                yield Read(holder, text, value, counts=False)
+
+
+_STEADY = {"torch", "math", "numpy", "builtins", "typing", "collections", "functools", "operator", "os", "sys",
+           "structrep", "enum", "itertools", "warnings", "logging"}  # fmt: skip
+
+
+def _asked_by(code: CodeType, space: dict[str, Any], function: FunctionType | None) -> Iterator[tuple[str, Any, Any]]:
+    """The names that code asks for, with what it asks of them next, their values, and where they are."""
+    instructions, _ = instructions_of(code)
+    cells = dict(zip(code.co_freevars, function.__closure__ or (), strict=False)) if function is not None else {}
+    for place, one in enumerate(instructions):
+        holder: Any
+        if one.opname in ("LOAD_GLOBAL", "LOAD_NAME") and one.argval in space:
+            holder, value = space, space[one.argval]
+        elif one.opname in ("LOAD_DEREF", "LOAD_CLASSDEREF", "LOAD_FROM_DICT_OR_DEREF") and one.argval in cells:
+            try:
+                holder, value = function, cells[one.argval].cell_contents
+            except ValueError:
+                continue
+        else:
+            continue
+        text, ahead, steady = str(one.argval), place + 1, False
+        while ahead < len(instructions):
+            further, value, ahead = _onward(instructions, ahead, value)
+            text += further
+            name = instructions[ahead].argval if ahead < len(instructions) else None
+            attribute = ahead < len(instructions) and instructions[ahead].opname in ("LOAD_ATTR", "LOAD_METHOD")
+            steady |= isinstance(value, ModuleType) and value.__name__.partition(".")[0] in _STEADY
+            asks = isinstance(value, (ModuleType, type)) or is_object(value)
+            if not attribute or not asks or not isinstance(name, str) or isinstance(value, nn.Module):
+                break
+            try:
+                value = getattr(value, name)
+            except AttributeError:
+                break
+            text, ahead = f"{text}.{name}", ahead + 1
+        if not steady:
+            yield text, value, holder

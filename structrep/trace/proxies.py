@@ -1,0 +1,93 @@
+"""Traced values: written in place, and asked for what tensors are."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, fx
+
+from structrep.graph import operations
+from structrep.trace.conditions import length
+from structrep.trace.held import owner_of
+
+if TYPE_CHECKING:
+    from structrep.trace.tracer import CallTracer
+
+
+class TracedValue(fx.Proxy):
+    """A traced value that can be written in place, and has the attributes that tensors have.
+
+    Stock torch.fx makes `y += b` a new value and leaves aliases old, and its proxies have every attribute asked for.
+    """
+
+    tracer: CallTracer
+
+    def __getattr__(self, k: str) -> Any:
+        if not hasattr(Tensor, k):
+            raise AttributeError(f"'Tensor' object has no attribute {k!r}")
+        if k in ("grad", "grad_fn"):
+            raise self._refuse(TypeError(f"the .{k} of a value that depends on the input"))
+        return TracedAttribute(self, k)
+
+    def __len__(self) -> int:
+        count = length(self.node)
+        if count is None:
+            raise self._refuse(RuntimeError("the length of a value that nothing tells"))
+        return count
+
+    def __hash__(self) -> int:
+        raise self._refuse(TypeError("a value that depends on the input is used as a key"))
+
+    def __eq__(self, other: object) -> Any:
+        return self.tracer.create_proxy("call_function", operator.eq, (self, other), {})
+
+    def __str__(self) -> str:
+        raise self._refuse(TypeError("a value that depends on the input is written as text"))
+
+    def __format__(self, spec: str) -> str:
+        return repr(self)  # for the messages of assertions
+
+    def __int__(self) -> int:
+        raise self._refuse(TypeError("a number that depends on the input is needed"))
+
+    __float__ = __index__ = __complex__ = __int__
+
+    def _refuse(self, error: Exception) -> Exception:
+        return self.tracer.refuse(error)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("data", "real", "imag"):
+            raise self._refuse(RuntimeError(f"it assigns to .{name} of a value that depends on the input"))
+        super().__setattr__(name, value)
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
+
+
+class TracedAttribute(fx.proxy.Attribute, TracedValue):
+    """An attribute of a traced value; if it is called, a call of a method."""
+
+    def __str__(self) -> str:
+        if self.attr not in ("device", "dtype"):
+            return super().__str__()
+        owner = owner_of(self.tracer.module)  # inputs are taken to be where the parameters are, and of their dtype
+        return super().__str__() if owner is None else str(getattr(owner, self.attr))
+
+
+def augmented(function: Callable[[Any, Any], Any]) -> Callable[[TracedValue, Any], TracedValue]:
+    def write(self: TracedValue, other: Any) -> TracedValue:
+        self.node = self.tracer.create_proxy("call_function", function, (self, other), {}).node
+        return self  # whoever else holds this value holds the new one
+
+    return write
+
+
+# What a tensor tells apart from its numbers.
+TOLD = {"dtype", "device", "shape", "ndim", "requires_grad", "is_cuda", "layout", "grad"}
+ASKED = {"dtype", "device", "is_cuda", "is_cpu", "is_mps", "is_xpu", "requires_grad"}
+
+
+for _function in operations.AUGMENTED:
+    setattr(TracedValue, f"__{_function.__name__}__", augmented(_function))
