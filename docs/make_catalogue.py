@@ -16,8 +16,8 @@ from matplotlib import pyplot
 from torch import nn
 
 import structrep
-from structrep.pattern import Term
 from structrep.registry import Rule, default
+from structrep.terms.term import Term
 
 HERE = Path(__file__).parent
 PICTURES = HERE / "catalogue"

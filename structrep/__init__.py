@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from structrep import blocks as blocks
     from structrep import errors as errors
-    from structrep import pattern as pattern
     from structrep import testing as testing
     from structrep.algebra import ConvMap
     from structrep.checkpoint import convert_checkpoint

@@ -26,9 +26,9 @@ from structrep.graph.aliases import aliases, writers
 from structrep.graph.axes import axis_after, axis_before
 from structrep.graph.queries import asks_shape, only_asserted
 from structrep.graph.shapes import rank
-from structrep.pattern import Term, signed, total
 from structrep.terms.layer import Layer, Reading, Same, Stack, Total
 from structrep.terms.layers import diagonal_layer
+from structrep.terms.term import Term, signed, total
 
 Readings = Mapping[fx.Node, Reading]
 

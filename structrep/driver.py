@@ -12,8 +12,8 @@ from weakref import WeakValueDictionary
 
 from torch import nn
 
-from structrep import precision, process, search
-from structrep.algebra import ConvMap
+from structrep import process, search
+from structrep.algebra import ConvMap, precision
 from structrep.drawing import Drawing
 from structrep.errors import (
     BadInput,
@@ -37,7 +37,6 @@ from structrep.modules.arguments import Example
 from structrep.modules.copies import eval_copy, make_eager, own_copy, shallow_copy
 from structrep.modules.source import without_source
 from structrep.modules.wrappers import finish, kept, settle, unwrapped
-from structrep.pattern import Term, geometry
 from structrep.probe import probe as find_map
 from structrep.proof import border, observe, prove, verify
 from structrep.registry import Registry, Rule, resolve
@@ -57,6 +56,7 @@ from structrep.report import (
 from structrep.reserve import carry
 from structrep.rewrite import Draft, fallen
 from structrep.search import Findings, Merge, Missed
+from structrep.terms.term import Term, geometry
 
 Rules = Registry | Iterable[str | Rule] | None
 IN_TORCH = Measured()  # what cost="measured" is, so that timings are kept from one plan to the next

@@ -10,9 +10,9 @@ from torch import fx
 
 from structrep.beside import named
 from structrep.errors import BadInput, Refusal
-from structrep.pattern import Term, seq
 from structrep.report import Explanation, RefusalRecord
 from structrep.search import Findings, Merge, Missed, Search, Segment
+from structrep.terms.term import Term, seq
 
 
 def why(findings: Findings, merges: Iterable[tuple[str, Merge]], first: str, second: str) -> Explanation:

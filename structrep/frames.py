@@ -15,9 +15,9 @@ from torch import fx
 
 from structrep.algebra import ConvMap, Geometry, Ints
 from structrep.graph.shapes import torch_name
-from structrep.pattern import ONE, Term, leaf, seq, signed, total
 from structrep.terms.layer import Layer, Reading, Same, Total
 from structrep.terms.layers import diagonal_layer
+from structrep.terms.term import ONE, Term, leaf, seq, signed, total
 
 MOST = 64  # nodes between the reshapes that make pieces and fold them together
 

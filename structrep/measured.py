@@ -23,11 +23,11 @@ from structrep.graph.constants import held
 from structrep.graph.queries import only_asserted
 from structrep.latency import device_name, device_of, in_turn
 from structrep.modules.arguments import Example, as_arguments
-from structrep.pattern import Term, geometry
 from structrep.proof import How
 from structrep.read.lower import lower
 from structrep.report import LatencyRecord, milliseconds
 from structrep.search import Merge
+from structrep.terms.term import Term, geometry
 
 Runtime = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Callable[[], object]]
 ROUNDS, ENOUGH = 20, 1.0  # rounds of both forms, or fewer once they have taken so many seconds

@@ -19,9 +19,10 @@ from structrep.driver import Rules, plan
 from structrep.modules.arguments import Example
 from structrep.modules.copies import eval_copy
 from structrep.modules.wrappers import unwrapped
-from structrep.pattern import Term, seq, signed, value
 from structrep.report import BranchRecord, KernelRecord, MonitorRecord
 from structrep.search import Merge
+from structrep.terms.term import Term, seq, signed
+from structrep.terms.value import value
 
 LEVELS = 127  # of a sign, in symmetric int8
 DEAD = 1e-3  # the norm of a dead branch's kernel, relative to the merged one's

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from structrep.algebra import Border, ConvMap, Geometry, Ints
+from structrep.algebra.shadows import Shadows
 from structrep.errors import Inexact, Unreadable
 from structrep.modules.copies import shallow_copy
-from structrep.precision import Shadows
 
 EXACT = 1e-9  # of the largest value: what a layer that computes in float64 rounds, and no more
 SMALL = 13  # pixels a side of the inputs that kernels are read with, if the layer takes them

@@ -19,8 +19,9 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
-from structrep import precision, process
-from structrep.algebra import ConvMap
+from structrep import process
+from structrep.algebra import ConvMap, precision
+from structrep.algebra.shadows import Choice, Shadows
 from structrep.errors import BadInput, VerificationError, WrongMerge, listed, said
 from structrep.graph.constants import held
 from structrep.graph.observed import Observed
@@ -136,7 +137,7 @@ def _truth(reference: nn.Module, example_inputs: Example, how: How) -> tuple[_Ru
     """
     failed = ""
     try:
-        truth = _Run(reference, example_inputs, how, shadows=precision.Shadows())
+        truth = _Run(reference, example_inputs, how, shadows=Shadows())
     except Exception as error:
         truth = _accepted(reference, example_inputs, how)
         failed = f"the training-time model does not run in float64: {said(error)}"
@@ -209,8 +210,8 @@ class _Exactly:
         watch: Iterable[str],
         floor: float,
     ) -> None:
-        free = precision.Shadows(recorded=True)
-        one, theirs = precision.Shadows(held=free.choices), precision.Shadows(held=free.choices)
+        free = Shadows(recorded=True)
+        one, theirs = Shadows(held=free.choices), Shadows(held=free.choices)
         truth = _Run(reference, example_inputs, how, shadows=free)
         self.ours = _Run(deploy, example_inputs, how, watch, one)
         noisy = _Run(rounded, example_inputs, how, shadows=theirs)
@@ -223,7 +224,7 @@ class _Exactly:
         self.otherwise = dict.fromkeys(right.name for right, *others in choices if any(it.otherwise for it in others))
         self.choices = tuple(self._records(choices, floor))
 
-    def _records(self, choices: Iterable[tuple[precision.Choice, ...]], floor: float) -> Iterator[OutputRecord]:
+    def _records(self, choices: Iterable[tuple[Choice, ...]], floor: float) -> Iterator[OutputRecord]:
         """What the deploy model chose otherwise by, as far off as it is."""
         most = floor
         for right, mine, theirs in choices:
@@ -286,7 +287,7 @@ class How:
         """Where a model is, and in its dtype."""
         return cls(next((t.device for t in model.parameters()), torch.device("cpu")), dtype_of(model))
 
-    def model(self, model: nn.Module, shadows: precision.Shadows | None = None) -> nn.Module:
+    def model(self, model: nn.Module, shadows: Shadows | None = None) -> nn.Module:
         """A copy of a model, to run so; what a cast rounds is kept in the shadows."""
         twin = moved_copy(model, self.device, self._to(model))
         held, given = ((*one.parameters(), *one.buffers()) for one in (model, twin))
@@ -306,7 +307,7 @@ class How:
         memory = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.ndim)
         return tensor.contiguous(memory_format=memory) if memory and self.channels_last else tensor
 
-    def inputs(self, example_inputs: Example, model: nn.Module, shadows: precision.Shadows | None = None) -> Any:
+    def inputs(self, example_inputs: Example, model: nn.Module, shadows: Shadows | None = None) -> Any:
         """Copies of the inputs, for a model may write to them; floats in a dtype that the model has."""
 
         def moved(leaf: Any) -> Any:
@@ -349,7 +350,7 @@ class _Run:
         example_inputs: Example,
         how: How,
         watch: Iterable[str] = (),
-        shadows: precision.Shadows | None = None,
+        shadows: Shadows | None = None,
     ) -> None:
         args, kwargs = as_arguments(how.inputs(example_inputs, model, shadows))
         twin = how.model(model, shadows)
@@ -429,7 +430,7 @@ class _Passing:
         """The values that are wanted, and in float64, in order."""
         if self.trace is None or not self.wanted:
             return {}
-        shadows, model, nodes = precision.Shadows(), self.trace.root.module, self.trace.nodes
+        shadows, model, nodes = Shadows(), self.trace.root.module, self.trace.nodes
         inputs = pytree.tree_leaves(as_arguments(how.inputs(example_inputs, model, shadows)))
         given = [leaf for leaf in inputs if isinstance(leaf, Tensor)]
         places = [node for node in nodes if node.op == "placeholder"]

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from structrep import precision
-from structrep.algebra import ConvMap, Ints
+from structrep.algebra import ConvMap, Ints, precision
+from structrep.algebra.shadows import Doubled, Shadows
 from structrep.errors import WrongMerge
 from structrep.frames import frame
 from structrep.graph.constants import held
@@ -27,11 +27,11 @@ from structrep.graph.queries import asks_shape, counts_sizes, only_asserted
 from structrep.graph.run import computed
 from structrep.graph.shapes import rank, torch_name
 from structrep.modules.copies import moved_copy
-from structrep.pattern import geometry
 from structrep.read.nodes import called
 from structrep.rewrite import end
 from structrep.search import Merge
 from structrep.sums import as_traced, reordered
+from structrep.terms.term import geometry
 
 Values = Mapping[fx.Node, Any]
 Shapes = Mapping[fx.Node, tuple[int, ...]]
@@ -69,7 +69,7 @@ class Region:
         self.modules: dict[tuple[nn.Module, bool], nn.Module] = {}
         # Code without casts computes in float64 what it is given in float64.
         self.cast = not all(map(keeps, self.nodes))
-        self.shadows = precision.Shadows() if self.cast else precision.Doubled()
+        self.shadows = Shadows() if self.cast else Doubled()
 
     def _is_output(self, node: fx.Node) -> bool:
         users = (user for user in node.users if user not in self.inside)

@@ -17,7 +17,9 @@ from torch import nn
 from structrep.algebra import ConvMap
 from structrep.errors import InvalidRule, Refusal, UnknownRule, WrongMerge, said, warn
 from structrep.modules.source import written_in
-from structrep.pattern import Captures, Pattern, Term, arguments, channels_at, value
+from structrep.pattern import Captures, Pattern, arguments
+from structrep.terms.term import Term, channels_at
+from structrep.terms.value import value
 
 Merge = Callable[..., ConvMap]
 

@@ -16,17 +16,18 @@ from dataclasses import dataclass, replace
 import torch
 from torch import fx, nn
 
-from structrep import cost
 from structrep.algebra import ConvMap, Ints
 from structrep.errors import Incompatible, Mutated, Refusal, Shared, Unreadable
 from structrep.graph.aliases import aliases, writers
 from structrep.graph.queries import asks_kind, only_asserted
 from structrep.graph.shapes import torch_name
 from structrep.modules.parametrized import hooks
-from structrep.pattern import ONE, Term, geometry, leaf, seq, stack, total, value
 from structrep.search import Carried, Findings, Merge, Missed, Search, Segment, path_of
+from structrep.terms import cost
 from structrep.terms.layer import Total
 from structrep.terms.layers import conv_layer, slice_layer
+from structrep.terms.term import ONE, Term, geometry, leaf, seq, stack, total
+from structrep.terms.value import value
 
 RULE, SOURCE = "rmnet", "RMNet, arXiv:2111.00687, section 3"
 

@@ -41,12 +41,12 @@ from structrep.modules.parametrized import by_properties, computed, hooks, made_
 from structrep.modules.paths import branches, parts_of, place, span, strays
 from structrep.modules.uses import Place, Use, place_of, uses
 from structrep.modules.wrappers import stands_in
-from structrep.pattern import ONE, geometry
 from structrep.read.lower import lower
 from structrep.read.modules import knows, read_module
 from structrep.read.nodes import read_node
 from structrep.search import Merge, Replicas, Segment, site, together
 from structrep.terms.layer import Layer, Same
+from structrep.terms.term import ONE, geometry
 
 SUMS = (operator.add, operator.iadd)
 

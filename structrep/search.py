@@ -20,13 +20,12 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
-from structrep import cost, sums
+from structrep import sums
 from structrep.absorb import Absorption, absorptions
 from structrep.algebra import ConvMap, Ints, Rigour
 from structrep.beside import isolation
 from structrep.borders import Borders
 from structrep.callers import Callers
-from structrep.cost import Cost
 from structrep.errors import (
     BadInput,
     Costlier,
@@ -54,12 +53,15 @@ from structrep.modules.mentions import questions
 from structrep.modules.parametrized import about_hooks, hooks
 from structrep.modules.source import names_reached
 from structrep.modules.wrappers import stands_in
-from structrep.pattern import ONE, Term, geometry, leaf, seq, signed, sized, stack, total, value
 from structrep.read.endings import read_ending
 from structrep.read.lower import remedy
 from structrep.read.nodes import read_node
 from structrep.registry import Registry, Rule
+from structrep.terms import cost
+from structrep.terms.cost import Cost
 from structrep.terms.layer import Layer, Reading, Same, Stack, Total
+from structrep.terms.term import ONE, Term, geometry, leaf, seq, signed, stack, total
+from structrep.terms.value import sized, value
 from structrep.trace.follow import trace
 
 FARTHEST = 32  # how many dominators back a merge may reach

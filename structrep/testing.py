@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from structrep import process
 from structrep.driver import Plan, plan
 from structrep.errors import BrokenRule, TrainingMode
-from structrep.pattern import geometry
 from structrep.proof import relative_error
 from structrep.registry import Registry, Rule
+from structrep.terms.term import geometry
 from structrep.trace.follow import trace
 
 EXACT = 1e-11  # in float64, relative to the largest output

@@ -15,9 +15,9 @@ from typer.testing import CliRunner
 
 import structrep
 from structrep import VerificationError, proof
+from structrep.algebra.shadows import Shadows
 from structrep.cli import app
 from structrep.errors import BadInput
-from structrep.precision import Shadows
 from structrep.report import Verification
 from tests.models import relative_error, settled
 from tests.test_transformers import rt_detr

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import structrep
-from structrep import precision
+from structrep.algebra import precision
 from structrep.registry import default
 from tests.models import example_input, settled
 

@@ -11,8 +11,8 @@ from torch import nn
 import structrep
 from structrep import absorb, reserve, search, sums
 from structrep.algebra import ConvMap
-from structrep.pattern import signed, total
 from structrep.terms.layers import diagonal_layer
+from structrep.terms.term import signed, total
 from tests.models import relative_error, settled
 
 X = torch.randn(2, 4, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from structrep import precision
+from structrep.algebra.shadows import STEPS
 from structrep.graph import operations
 from structrep.graph.queries import counts_sizes
 from structrep.graph.shapes import argument, torch_name
@@ -80,7 +80,7 @@ def keeps(node: fx.Node) -> bool:
         return True
     known = torch_name(node) in _KEEPS or operations.is_pointwise(node.target)
     given = any(isinstance(n.meta.get("value", ...), (Tensor, type(...))) for n in node.all_input_nodes)
-    return known and given and not _is_told(node) and torch_name(node) not in precision.STEPS
+    return known and given and not _is_told(node) and torch_name(node) not in STEPS
 
 
 def _only(kinds: set[torch.dtype | None]) -> torch.dtype | None:

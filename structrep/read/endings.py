@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from structrep.algebra import ConvMap
+from structrep.algebra.precision import doubled
 from structrep.errors import Unreadable
 from structrep.modules.parametrized import by_properties, hooks
-from structrep.precision import doubled
 from structrep.read.arguments import Arguments, NotConstant
 from structrep.read.nodes import called, read_node
 from structrep.terms.layer import Layer

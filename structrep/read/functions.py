@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from structrep.algebra.precision import doubled
 from structrep.graph.constants import constant, exact
 from structrep.graph.dtypes import CASTS, cast_to
 from structrep.graph.queries import asks_kind
 from structrep.graph.shapes import argument, rank, torch_name
-from structrep.precision import doubled
 from structrep.read.arguments import Arguments, reads
 from structrep.read.endings import _ENDINGS
 from structrep.terms.layer import Layer, Reading, Same, Stack, Total

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from structrep import precision
-from structrep.algebra import Border, ConvMap
+from structrep.algebra import Border, ConvMap, precision
 from structrep.errors import InvalidReader, Unreadable
 from structrep.layers import Shift
 from structrep.modules.source import written_in

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from structrep.algebra import Border, ConvMap, Geometry, Ints, Pads, swapped
+from structrep.algebra.precision import doubled
 from structrep.errors import Unreadable
-from structrep.precision import doubled
 from structrep.terms.layer import Layer
 
 

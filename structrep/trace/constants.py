@@ -15,13 +15,14 @@ from torch import Tensor, fx, nn
 from torch._ops import OpOverload
 from torch.overrides import TorchFunctionMode
 
+from structrep.algebra.precision import doubled
+from structrep.algebra.precision import exact as on_float64
+from structrep.algebra.shadows import Shadows
 from structrep.deployed.answers import numbers
 from structrep.graph import operations
 from structrep.graph.calls import Call, Origin, storage
 from structrep.graph.reads import PLACEHOLDER
 from structrep.graph.structures import is_traced, snapshot
-from structrep.precision import Shadows, doubled
-from structrep.precision import exact as on_float64
 from structrep.terms.layer import Computed, Formula
 from structrep.trace.aten import gives_more, in_torch
 from structrep.trace.patches import unwatched

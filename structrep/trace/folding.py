@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from structrep.algebra.precision import as_stored, doubled
+from structrep.algebra.shadows import Shadows
 from structrep.graph import constants, dtypes, operations
 from structrep.graph.calls import storage
 from structrep.graph.queries import asks_kind
 from structrep.graph.run import computed
-from structrep.precision import Shadows, as_stored, doubled
 from structrep.terms.layer import Formula
 from structrep.trace.constants import nearest_to
 from structrep.trace.held import owner_of

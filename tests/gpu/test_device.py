@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import structrep
-from structrep import precision
+from structrep.algebra import precision
 from structrep.proof import relative_error
 from structrep.registry import default
 from tests.gpu.near import Error

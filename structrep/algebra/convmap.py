@@ -28,209 +28,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import reduce
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from structrep.algebra.geometry import CONV, CONV_TRANSPOSE, Border, Geometry, Ints, Rigour
+from structrep.algebra.kernels import channel_mix, compose_kernels, peak, regroup, swapped
 from structrep.errors import Incompatible, Inexact, Unreadable
-
-Border = Literal["constant", "reflect", "replicate", "circular"]
-Rigour = Literal["exact", "padded", "inside"]  # how the border law is kept, see `ConvMap.then`
-Ints = tuple[int, ...]
-Pads = tuple[tuple[int, int], ...]
-
-CONV = (None, F.conv1d, F.conv2d, F.conv3d)
-CONV_TRANSPOSE = (None, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """All of a map but its coefficients. `+` and `>>` here decide what `+` and `>>` of maps look like, and what they
-    cost, before a weight is touched."""
-
-    in_channels: int
-    out_channels: int
-    kernel: Ints = ()  # taps per spatial dim; () is a Linear
-    stride: Ints = ()
-    dilation: Ints = ()
-    pad: Pads = ()  # (lo, hi) per spatial dim; negative ones crop
-    groups: int = 1
-    transposed: bool = False  # then pads crop the output, and negative ones pad it
-
-    def __post_init__(self) -> None:
-        dims = len(self.kernel)
-        stride, dilation, pad = self.stride or (1,) * dims, self.dilation or (1,) * dims, self.pad or ((0, 0),) * dims
-        if not len(stride) == len(dilation) == len(pad) == dims:
-            raise ValueError(
-                f"kernel {self.kernel}, stride {stride}, dilation {dilation} and pad {pad} differ in spatial dims"
-            )
-        if min((self.groups, *self.kernel, *stride, *dilation)) < 1:
-            raise ValueError(
-                f"kernel {self.kernel}, stride {stride}, dilation {dilation} and groups {self.groups} start at 1"
-            )
-        if self.in_channels % self.groups or self.out_channels % self.groups:
-            raise ValueError(
-                f"{self.in_channels} -> {self.out_channels} channels do not divide into {self.groups} groups"
-            )
-        dilation = tuple(1 if k == 1 else d for k, d in zip(self.kernel, dilation, strict=True))  # of one tap: none
-        for name, value in (("stride", stride), ("dilation", dilation), ("pad", pad)):
-            object.__setattr__(self, name, value)
-
-    @property
-    def dims(self) -> int:
-        return len(self.kernel)
-
-    @property
-    def reach(self) -> Ints:
-        """Distance from the first to the last tap, per dim: dilation * (k - 1)."""
-        return tuple(d * (k - 1) for d, k in zip(self.dilation, self.kernel, strict=True))
-
-    @property
-    def overhang(self) -> Ints:
-        """lo + hi - reach, per dim: with the stride, it decides the output size for every input size."""
-        return tuple(lo + hi - r for (lo, hi), r in zip(self.pad, self.reach, strict=True))
-
-    @property
-    def pads(self) -> bool:
-        """Whether the map reads anything outside its input."""
-        return not self.transposed and any(side > 0 for sides in self.pad for side in sides)
-
-    @property
-    def nearest(self) -> Ints:
-        """Per dim, how close to its first pixel the pixels come that are read before it; 0 where none are read."""
-        return tuple(
-            min(((lo - d * t - 1) % s + 1 for t in range(k) if d * t < lo), default=0)
-            for k, s, d, (lo, _) in zip(self.kernel, self.stride, self.dilation, self.pad, strict=True)
-        )
-
-    @property
-    def moves(self) -> tuple[bool, ...]:
-        """Per dim, whether an output pixel is made of anything but the input pixel at its own place."""
-        return tuple((k, s, p) != (1, 1, (0, 0)) for k, s, p in zip(self.kernel, self.stride, self.pad, strict=True))
-
-    @property
-    def pointwise(self) -> bool:
-        """One tap, on the input pixel itself."""
-        return not any(self.moves)
-
-    @property
-    def diagonal(self) -> bool:
-        """A scale and shift per channel: what batch norms, identities and layer scales are."""
-        return self.pointwise and self.groups == self.in_channels == self.out_channels
-
-    def output_size(self, size: Sequence[int]) -> Ints:
-        """Spatial output size, 0 where the input is too small."""
-        if self.transposed:
-            return tuple(max(0, (n - 1) * s - o + 1) for n, o, s in zip(size, self.overhang, self.stride, strict=True))
-        return tuple(max(0, (n + o - 1) // s + 1) for n, o, s in zip(size, self.overhang, self.stride, strict=True))
-
-    def inside(self, values: Tensor, size: Sequence[int], room: Sequence[int] | None = None) -> Tensor:
-        """Of outputs (N, O, *out) for inputs of a size, the pixels that are made of nothing outside the input, nor of
-        what lies nearer to its border than `room`."""
-        rooms = room or (0,) * self.dims
-        for dim, (n, (lo, _), step, reach, far) in enumerate(
-            zip(size, self.pad, self.stride, self.reach, rooms, strict=True), 2
-        ):
-            first, stop = -(-max(0, lo + far) // step), max(0, (n - 1 - reach + lo - far) // step + 1)
-            values = values.narrow(dim, min(first, stop), max(0, min(stop, values.shape[dim]) - first))
-        return values
-
-    def __add__(self, other: Geometry) -> Geometry:
-        """The smallest frame that holds both maps' taps, on the coarsest lattice common to both.
-
-        Raises:
-            Incompatible: channels, spatial dims, stride or overhang differ.
-        """
-        for what, mine, theirs, remedy in (
-            ("spatial dims", self.dims, other.dims, "both must be on the same input"),
-            ("input channels", self.in_channels, other.in_channels, "both must be on the same input"),
-            ("output channels", self.out_channels, other.out_channels, "stack them with concat, or give both as many"),
-            ("strides", self.stride, other.stride, "give both the same"),
-            ("directions, transposed or not,", self.transposed, other.transposed, "give both the same"),
-            (
-                "overhangs, pad + pad - dilation * (kernel - 1),", self.overhang, other.overhang,
-                "pad so that these are equal, or the output sizes of some inputs differ",
-            ),
-        ):  # fmt: skip
-            if mine != theirs:
-                raise Incompatible(f"the {what} of two parallel maps differ: {mine} and {theirs}; {remedy}")
-        kernel, dilation, pad = [], [], []
-        for (lo1, _), (lo2, _), d1, d2, r1, r2, over in zip(
-            self.pad, other.pad, self.dilation, other.dilation, self.reach, other.reach, self.overhang, strict=True
-        ):
-            lo = max(lo1, lo2)
-            reach = lo + max(r1 - lo1, r2 - lo2)
-            step = math.gcd(d1 if r1 else 0, d2 if r2 else 0, lo1 - lo2) or 1
-            kernel.append(reach // step + 1)
-            dilation.append(step)
-            pad.append((lo, over + reach - lo))
-        return replace(
-            self,
-            kernel=tuple(kernel),
-            dilation=tuple(dilation),
-            pad=tuple(pad),
-            groups=math.gcd(self.groups, other.groups),
-        )
-
-    def __rshift__(self, other: Geometry) -> Geometry:
-        """Strides multiply, reaches add, groups meet at their gcd.
-
-        Raises:
-            Incompatible: channels or spatial dims do not fit.
-        """
-        if self.dims != other.dims:
-            raise Incompatible(f"a map of {self.dims} spatial dims feeds one of {other.dims}; they must be equal")
-        if self.out_channels != other.in_channels:
-            raise Incompatible(
-                f"a map with {self.out_channels} output channels feeds one with {other.in_channels} input channels; "
-                f"they must be equal"
-            )
-        if self.transposed or other.transposed:
-            if not (self.pointwise or other.pointwise):
-                raise Incompatible(
-                    f"a transposed convolution is one map with what is pointwise before or behind it, and these are "
-                    f"{self.kernel} and {other.kernel}"
-                )
-            return replace(
-                self if self.transposed else other,
-                in_channels=self.in_channels,
-                out_channels=other.out_channels,
-                groups=math.gcd(self.groups, other.groups),
-            )
-        kernel, dilation, pad = [], [], []
-        for (lo1, _), (lo2, _), s1, d1, d2, r1, r2, o1, o2 in zip(
-            self.pad, other.pad, self.stride, self.dilation, other.dilation, self.reach, other.reach, self.overhang,
-            other.overhang, strict=True,
-        ):  # fmt: skip
-            lo, reach = lo1 + s1 * lo2, r1 + s1 * r2
-            step = math.gcd(d1 if r1 else 0, s1 * d2 if r2 else 0) or 1
-            kernel.append(reach // step + 1)
-            dilation.append(step)
-            pad.append((lo, o1 + s1 * o2 + reach - lo))
-        return Geometry(
-            self.in_channels,
-            other.out_channels,
-            tuple(kernel),
-            tuple(s1 * s2 for s1, s2 in zip(self.stride, other.stride, strict=True)),
-            tuple(dilation),
-            tuple(pad),
-            math.gcd(self.groups, other.groups),
-        )
-
-    def widened(self, overhang: Ints) -> Geometry:
-        """The same taps with more padding behind them, up to that overhang: the same on all inputs where that gives no
-        more output pixels."""
-        pad = tuple((lo, hi + new - old) for (lo, hi), new, old in zip(self.pad, overhang, self.overhang, strict=True))
-        return replace(self, pad=pad)
-
-    def concat(self, other: Geometry) -> Geometry:
-        """Outputs stacked: the frame of a sum; dense, for stacked groups are no groups."""
-        frame = replace(self, out_channels=1, groups=1) + replace(other, out_channels=1, groups=1)
-        return replace(frame, out_channels=self.out_channels + other.out_channels)
 
 
 class ConvMap:
@@ -447,7 +255,7 @@ class ConvMap:
         except (Incompatible, Inexact):
             return math.inf
         kernels = self._framed(frame) - other._framed(frame)
-        return max(_peak(kernels), _peak(self.bias - other.bias))
+        return max(peak(kernels), peak(self.bias - other.bias))
 
     @property
     def out_channels(self) -> int:
@@ -456,7 +264,7 @@ class ConvMap:
     @property
     def magnitude(self) -> float:
         """Largest absolute coefficient."""
-        return max(_peak(self.kernel), _peak(self.bias))
+        return max(peak(self.kernel), peak(self.bias))
 
     # --- the same map, written otherwise -----------------------------------------------------------------------------
 
@@ -486,7 +294,7 @@ class ConvMap:
 
     def shifted(self, shift: Tensor) -> ConvMap:
         """The map that makes of x - shift what this one makes of x; `shift` is (I,), for a constant border."""
-        bias = self.bias + _channel_mix(self.kernel, shift, self.geometry.groups)
+        bias = self.bias + channel_mix(self.kernel, shift, self.geometry.groups)
         return ConvMap._of(self.geometry, self.kernel, bias, self.fill - shift, self.border)
 
     def unrolled(self, size: Sequence[int]) -> ConvMap:
@@ -547,7 +355,7 @@ class ConvMap:
     def _framed(self, frame: Geometry) -> Tensor:
         """Kernel with its taps at their places in `frame`: (O, I / frame.groups, *frame.kernel)."""
         mine = self.geometry
-        kernel = _regroup(self.kernel, mine.groups, frame.groups)
+        kernel = regroup(self.kernel, mine.groups, frame.groups)
         if (mine.kernel, mine.pad) == (frame.kernel, frame.pad):
             return kernel
         places = [slice(None), slice(None)]
@@ -563,16 +371,16 @@ class ConvMap:
     def _then(self, other: ConvMap, geometry: Geometry, fill: Tensor) -> ConvMap:
         """Composition without the border check; pads of `other` move to the input."""
         f, g = self.geometry, other.geometry
-        bias = other.bias + _channel_mix(other.kernel, self.bias, g.groups)
+        bias = other.bias + channel_mix(other.kernel, self.bias, g.groups)
         if g.diagonal:
             kernel = self.kernel * other.kernel.reshape(-1, *[1] * (self.kernel.ndim - 1))
         elif f.diagonal:
             scale = self.kernel.reshape(g.groups, 1, -1, *[1] * g.dims)
             kernel = (other.kernel.reshape(g.groups, -1, *other.kernel.shape[1:]) * scale).reshape(other.kernel.shape)
         else:
-            kernel = _compose_kernels(
-                _regroup(self.kernel, f.groups, geometry.groups),
-                _regroup(other.kernel, g.groups, geometry.groups),
+            kernel = compose_kernels(
+                regroup(self.kernel, f.groups, geometry.groups),
+                regroup(other.kernel, g.groups, geometry.groups),
                 f,
                 g,
                 geometry,
@@ -616,8 +424,8 @@ class ConvMap:
         if f.diagonal and not self.bias.any():
             scale = self.kernel.flatten()
             fill = torch.where(scale == 0, 0.0, other.fill / scale)  # a scale commutes with any pad
-        outside = self.bias + _channel_mix(self.kernel, fill, f.groups)
-        size = self.bias.abs() + _channel_mix(self.kernel.abs(), 1 + fill.abs(), f.groups)
+        outside = self.bias + channel_mix(self.kernel, fill, f.groups)
+        size = self.bias.abs() + channel_mix(self.kernel.abs(), 1 + fill.abs(), f.groups)
         if not _same(outside, other.fill, size + other.fill.abs()):
             worst = int((outside - other.fill).abs().argmax())
             raise Inexact(
@@ -641,7 +449,7 @@ class ConvMap:
         spread = torch.bmm(mixed.abs(), found.abs()).flatten()
         outside = torch.bmm(mixed, found).flatten()
         size = self.bias.abs() + other.fill.abs()
-        if not _same(outside, wanted.flatten(), size + spread) or _peak(spread) > CANCELLATION * _peak(size):
+        if not _same(outside, wanted.flatten(), size + spread) or peak(spread) > CANCELLATION * peak(size):
             return None
         return found.flatten()
 
@@ -694,16 +502,6 @@ def concat(maps: Iterable[ConvMap]) -> ConvMap:
     return reduce(pair, maps)
 
 
-def swapped(kernel: Tensor, groups: int) -> Tensor:
-    """(O, I / groups, *K) <-> (I, O / groups, *K), torch's layout of a transposed convolution's kernel."""
-    blocks = kernel.reshape(groups, -1, *kernel.shape[1:]).transpose(1, 2)
-    return blocks.reshape(-1, *blocks.shape[2:])
-
-
-def _peak(values: Tensor) -> float:
-    return float(values.abs().max())
-
-
 def _same(one: Tensor, two: Tensor, size: Tensor) -> bool:
     """Equal but for rounding, each number relative to what it is made of."""
     return bool(((one - two).abs() <= ROUNDING * size).all())
@@ -717,47 +515,3 @@ def _reading(map_: ConvMap, channel: int | None = None) -> str:
         return f"{float(map_.fill[channel]):.6g} in channel {channel}"
     low, high = float(map_.fill.min()), float(map_.fill.max())
     return f"{low:.6g}" if low == high else f"{low:.6g} to {high:.6g}"
-
-
-def _channel_mix(kernel: Tensor, channels: Tensor, groups: int) -> Tensor:
-    """What a kernel makes of an input that is constant per channel: (I,) -> (O,)."""
-    mixed = kernel.reshape(groups, kernel.shape[0] // groups, kernel.shape[1], -1).sum(-1)
-    return torch.bmm(mixed, channels.reshape(groups, -1, 1)).flatten()
-
-
-def _regroup(kernel: Tensor, groups: int, fewer: int) -> Tensor:
-    """(O, I / groups, *K) -> (O, I / fewer, *K), block by block on the diagonal."""
-    if groups == fewer:
-        return kernel
-    ratio = groups // fewer
-    out, inner, *taps = kernel.shape[0] // groups, kernel.shape[1], *kernel.shape[2:]
-    blocks = kernel.new_zeros(fewer, ratio, out, ratio, inner, *taps)
-    blocks.diagonal(dim1=1, dim2=3).copy_(kernel.reshape(fewer, ratio, out, inner, *taps).movedim(1, -1))
-    return blocks.reshape(kernel.shape[0], ratio * inner, *taps)
-
-
-def _compose_kernels(first: Tensor, second: Tensor, f: Geometry, g: Geometry, result: Geometry) -> Tensor:
-    """kernel[o, i, u] = sum over m and s1 d2 t2 + d1 t1 = u of second[o, m, t2] first[m, i, t1]: a transposed
-    convolution.
-
-    Both kernels come in `result.groups` groups.
-    """
-    groups = result.groups
-    one = first.reshape(groups, -1, *first.shape[1:])  # (G, M/G, I/G, *K1)
-    two = second.reshape(groups, -1, *second.shape[1:])  # (G, O/G, M/G, *K2)
-    if math.prod(f.kernel) == 1:
-        return torch.einsum("gom...,gmi->goi...", two, one.flatten(2)).reshape(-1, one.shape[2], *result.kernel)
-    if math.prod(g.kernel) == 1:
-        return torch.einsum("gom,gmi...->goi...", two.flatten(2), one).reshape(-1, one.shape[2], *result.kernel)
-    steps = [
-        s1 * d2 // d if k2 > 1 else 1
-        for s1, d2, d, k2 in zip(f.stride, g.dilation, result.dilation, g.kernel, strict=True)
-    ]
-    spread = [d1 // d if k1 > 1 else 1 for d1, d, k1 in zip(f.dilation, result.dilation, f.kernel, strict=True)]
-    images = two.movedim(0, 1).flatten(1, 2)  # (O/G, G M/G, *K2)
-    composed = CONV_TRANSPOSE[g.dims](images, first, stride=steps, groups=groups, dilation=spread)  # type: ignore[misc]
-    return (
-        composed.reshape(-1, groups, one.shape[2], *result.kernel)
-        .movedim(0, 1)
-        .reshape(-1, one.shape[2], *result.kernel)
-    )

@@ -10,8 +10,8 @@ import math
 from dataclasses import dataclass
 
 from structrep.algebra import ConvMap, Geometry
-from structrep.pattern import Term, _dims, geometry
 from structrep.terms.layer import Layer
+from structrep.terms.term import Term, dims_of, geometry
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def of_border(map_: ConvMap) -> Cost:
 
 def of_term(term: Term) -> Cost:
     """A term's cost as it is written; a layer used on two paths counts once."""
-    dims = _dims(term, None)
+    dims = dims_of(term, None)
     counted: dict[int, Cost] = {}
     whole = geometry(term)
 

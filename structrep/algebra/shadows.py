@@ -1,6 +1,4 @@
-"""Float64 and plain arithmetic, wherever a model is and whatever the caller has set; and shadow values, for what
-computes in a dtype of its own by its own words.
-"""
+"""Shadow execution: float64 beside what computes in a dtype of its own by its own words."""
 
 from __future__ import annotations
 
@@ -17,30 +15,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from structrep import process
+from structrep.algebra.precision import WIDER, doubled, is_inexact, wider
 from structrep.errors import said
-
-WITHOUT_FLOAT64 = {"mps"}  # devices
-
-
-def exact(device: torch.device) -> torch.device:
-    """Where float64 is computed of what is on a device: there, or on the CPU."""
-    return torch.device("cpu") if device.type in WITHOUT_FLOAT64 else device
-
-
-def doubled(value: Any) -> Any:
-    """A value in float64 (complex128), if it is a tensor of floats (of complex numbers), where that can be."""
-    if isinstance(value, Tensor) and _inexact(value):
-        return value.detach().to(exact(value.device), _wide(value.dtype))
-    return value
-
-
-def as_stored(value: Any, like: Any) -> Any:
-    """A value in the dtype of what is stored of it, if it is a tensor."""
-    return value.to(like.dtype) if isinstance(value, Tensor) else value
-
-
-# --- shadow values ----------------------------------------------------------------------------------------------------
 
 # What is a function of floats with steps: past one, float64 may be elsewhere than the model itself.
 STEPS = {
@@ -103,29 +79,29 @@ class Shadows(TorchDispatchMode):
 
     def of(self, tensor: Tensor) -> Tensor:
         """The float64 value of a tensor; itself where it holds no floats."""
-        if not _inexact(tensor):
+        if not is_inexact(tensor):
             return tensor
         known: Tensor | None = self._exact.get(tensor)
         if known is None or known.shape != tensor.shape:
-            known = tensor.detach().to(_wide(tensor.dtype))
+            known = tensor.detach().to(wider(tensor.dtype))
             if known.dtype != tensor.dtype:
                 self._exact[tensor] = known  # what is written to a view of it is written to it
         return known
 
     def followed(self, tensor: Tensor) -> bool:
         """Whether the float64 value of a tensor is known, or what it was chosen by."""
-        return (tensor.dtype not in _WIDE or tensor in self._exact) if _inexact(tensor) else self.chooses
+        return (tensor.dtype not in WIDER or tensor in self._exact) if is_inexact(tensor) else self.chooses
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         given = _tensors(args)
         if kwargs:
             given += _tensors(kwargs)
-        floats = [one for one in given if _inexact(one)]
+        floats = [one for one in given if is_inexact(one)]
         if not floats:
             return func(*args, **kwargs)
         traits = _traits(func)
-        if not any(one.dtype in _WIDE or one in self._exact for one in floats):
+        if not any(one.dtype in WIDER or one in self._exact for one in floats):
             return self._first(func, traits, args, kwargs)
         written = _tensors(traits.written(args, kwargs)) if traits.positions else []
         shadows = {id(one): self.of(one) for one in floats}
@@ -133,10 +109,10 @@ class Shadows(TorchDispatchMode):
         state = _drawn(given) if traits.draws else None
         real = func(*args, **kwargs)
         results = _tensors(real)
-        if traits.steps or not all(map(_inexact, results)) or not isinstance(real, (Tensor, list, tuple, type(None))):
+        if traits.steps or not all(map(is_inexact, results)) or not isinstance(real, (Tensor, list, tuple, type(None))):
             real = self._choose(traits.name, by, real, given)
             results = _tensors(real)
-        if not any(map(_inexact, (*results, *written))):
+        if not any(map(is_inexact, (*results, *written))):
             return real
         drew = state is not None and not all(map(torch.equal, state, _drawn(given)))
         shadow = None if drew or traits.steps else self._shadow(func, traits, args, kwargs, shadows, written)
@@ -145,7 +121,7 @@ class Shadows(TorchDispatchMode):
                 shadows[id(one)].copy_(one) if id(one) in shadows else None
             return real
         for one, value in zip(results, _tensors(shadow), strict=False):
-            if _inexact(one) and not any(one is other for other in given) and one.shape == value.shape:
+            if is_inexact(one) and not any(one is other for other in given) and one.shape == value.shape:
                 if not traits.view and one.stride() != value.stride():
                     value = torch.empty_like(one, dtype=value.dtype).copy_(value)  # its views are to be alike too
                 self._exact[one] = value
@@ -155,7 +131,7 @@ class Shadows(TorchDispatchMode):
     def _first(self, func: Any, traits: _Traits, args: Any, kwargs: Any) -> Any:
         """What an operator gives of float64 values alone; its own rounding, if it is a cast, is kept out of the way."""
         real = func(*args, **kwargs)
-        rounded = [one for one in _tensors(real) if one.dtype in _WIDE]
+        rounded = [one for one in _tensors(real) if one.dtype in WIDER]
         if rounded and not traits.draws:
             shadow = self._shadow(func, traits, args, kwargs, {}, [])
             for one, value in zip(rounded, _tensors(shadow), strict=False):
@@ -176,7 +152,7 @@ class Shadows(TorchDispatchMode):
             return shadows[id(one)].to(one.dtype) if id(one) in shadows else one
 
         try:
-            return func(*_mapped(traits.plain(args), wide, _wide), **_mapped(kwargs, wide, _wide))
+            return func(*_mapped(traits.plain(args), wide, wider), **_mapped(kwargs, wide, wider))
         except Exception as error:  # there is no such kernel
             self.alone.setdefault(traits.name, said(error))
         if written:
@@ -192,7 +168,7 @@ class Shadows(TorchDispatchMode):
         if not by:
             return real
         parts = list(real) if isinstance(real, (list, tuple)) else [real]
-        chosen = [one for one in parts if not (isinstance(one, Tensor) and _inexact(one) and name not in STEPS)]
+        chosen = [one for one in parts if not (isinstance(one, Tensor) and is_inexact(one) and name not in STEPS)]
         otherwise = False
         if self._held is not None and not self.astray:
             place = len(self.choices)
@@ -285,21 +261,6 @@ def _traits(func: Any) -> _Traits:
     )
 
 
-_WIDE = {
-    **dict.fromkeys((torch.float32, torch.bfloat16, torch.float16), torch.float64),
-    **dict.fromkeys((torch.complex32, torch.complex64), torch.complex128),
-    **{one: torch.float64 for name, one in vars(torch).items() if name.startswith("float8")},
-}
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return _WIDE.get(dtype, dtype)
-
-
-def _inexact(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() or tensor.is_complex()
-
-
 def _tensors(value: Any) -> list[Tensor]:
     """All tensors among an operator's arguments, or in what it gives."""
     if isinstance(value, Tensor):
@@ -338,46 +299,3 @@ def _drawn(given: list[Tensor]) -> list[Tensor]:
     """The states of the generators that random numbers come from."""
     cuda = {one.device for one in given if one.device.type == "cuda"}
     return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in cuda)]
-
-
-# --- settings ---------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def whole(*, tf32: bool = False) -> Iterator[None]:
-    """No autocast, and no TensorFloat-32 unless asked for: CUDA convolves float32 in it by default.
-
-    Args:
-        tf32: multiply and convolve float32 in it, on CUDA.
-    """
-    with contextlib.ExitStack() as stack:
-        for device in ("cpu", "cuda"):
-            if torch.is_autocast_enabled(device):
-                stack.enter_context(torch.autocast(device, enabled=False))
-        stack.enter_context(process.alone())
-        _set_tf32(tf32)
-        yield
-
-
-def _set_tf32(on: bool) -> None:
-    matmul: Any = torch.backends.cuda.matmul
-    cudnn: Any = torch.backends.cudnn
-    value: bool | str
-    try:
-        # of which "medium" is not told from "high" by the flag
-        process.afterwards(functools.partial(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision()))
-        before = {owner: owner.allow_tf32 for owner in (matmul, cudnn)}
-        name, value = "allow_tf32", on
-    except RuntimeError:  # the settings that took their place were used, which cannot be read this way
-        before = {owner: owner.fp32_precision for owner in (matmul, cudnn.conv, cudnn.rnn)}
-        name, value = "fp32_precision", "tf32" if on else "ieee"
-    for owner, was in before.items():
-        process.afterwards(functools.partial(_set_flag, owner, name, was))
-        _set_flag(owner, name, value)
-
-
-def _set_flag(owner: Any, name: str, value: Any) -> None:
-    """Set a flag of a backend, also after `torch.backends.disable_global_flags`, as `torch.testing._internal` calls it:
-    nothing of it is left afterwards."""
-    with getattr(torch.backends, "__allow_nonbracketed_mutation")():
-        setattr(owner, name, value)

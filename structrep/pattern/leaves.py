@@ -1,0 +1,224 @@
+"""Patterns of single layers."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+from structrep.errors import InvalidRule
+from structrep.pattern.base import Captures, One, Pattern, label
+from structrep.terms.layer import Formula, Layer
+from structrep.terms.term import Term
+
+Kernel = Callable[[tuple[int, ...]], bool]
+
+
+def pointwise(kernel: tuple[int, ...]) -> bool:
+    """1x1 (or a Linear)."""
+    return all(k == 1 for k in kernel)
+
+
+def spatial(kernel: tuple[int, ...]) -> bool:
+    """More than one tap."""
+    return not pointwise(kernel)
+
+
+def large(kernel: tuple[int, ...]) -> bool:
+    """More than 5 taps along some dim."""
+    return max(kernel, default=1) > 5
+
+
+def line(kernel: tuple[int, ...]) -> bool:
+    """kx1 or 1xk, k > 1."""
+    return sum(k > 1 for k in kernel) == 1 and len(kernel) > 1
+
+
+@dataclass(eq=False)
+class Leaf(One):
+    """Any single layer."""
+
+    def accept(self, term: Term) -> Captures | None:
+        return {} if term.op == "leaf" else None
+
+    def fits_plain_conv(self) -> bool:
+        return True
+
+    def __str__(self) -> str:
+        return label("layer", self)
+
+
+@dataclass(eq=False)
+class Conv(One):
+    """A convolution or Linear.
+
+    Args:
+        kernel: a predicate on the kernel size; None takes any.
+        depthwise: whether it must be, or must not be, one filter a channel; None takes either.
+        formula: a predicate on how the kernel is computed from parameters, for families that live in weight space; None
+            takes any kernel, computed or not.
+    """
+
+    kernel: Kernel | None = None
+    formula: Callable[[Formula], bool] | None = None
+    depthwise: bool | None = None
+
+    def __post_init__(self) -> None:
+        for what, predicate in (("kernel", self.kernel), ("formula", self.formula)):
+            if predicate is not None and not callable(predicate):
+                raise InvalidRule(
+                    f"Conv({what}={predicate!r}): give a function of it, as in Conv(lambda {what}: {what} == (3, 3))"
+                )
+
+    def accept(self, term: Term) -> Captures | None:
+        if term.op != "leaf" or term.layer is None or term.layer.weight is None or term.layer.kind == "unrolled":
+            return None
+        if self.depthwise is not None and self.depthwise != _is_depthwise(term.layer):
+            return None
+        if self.kernel and not self.kernel(tuple(term.layer.weight.shape[2:])):
+            return None
+        if self.formula and not (term.layer.formula and self.formula(term.layer.formula)):
+            return None
+        return {}
+
+    def fits_plain_conv(self) -> bool:
+        return self.formula is None
+
+    def __str__(self) -> str:
+        kind = self.formula.__name__.replace("_", " ") if self.formula else ""
+        shape = self.kernel.__name__ if self.kernel else ""
+        sort = {None: "", True: "depthwise", False: "dense"}[self.depthwise]
+        return label(" ".join(word for word in (kind, shape, sort, "conv") if word), self)
+
+
+def _is_depthwise(layer: Layer) -> bool:
+    return layer.weight is not None and layer.weight.shape[1] == 1 and layer.in_channels not in (None, 1)
+
+
+@dataclass(eq=False)
+class Unrolled(One):
+    """A convolution of pieces of a fixed size, as a matrix on all their numbers."""
+
+    def accept(self, term: Term) -> Captures | None:
+        return {} if term.op == "leaf" and term.layer is not None and term.layer.kind == "unrolled" else None
+
+    def fits_plain_conv(self) -> bool:
+        return False
+
+    def __str__(self) -> str:
+        return label("unrolled conv", self)
+
+
+@dataclass(eq=False)
+class Pool(One):
+    """An average pool."""
+
+    def accept(self, term: Term) -> Captures | None:
+        return {} if term.op == "leaf" and term.layer is not None and term.layer.kind == "pool" else None
+
+    def fits_plain_conv(self) -> bool:
+        return False
+
+    def __str__(self) -> str:
+        return label("pool", self)
+
+
+@dataclass(eq=False)
+class Scalar(One):
+    """One number that scales or shifts all channels."""
+
+    def accept(self, term: Term) -> Captures | None:
+        layer = term.layer
+        return {} if layer is not None and layer.kind == "affine" and layer.in_channels is None else None
+
+    def fits_plain_conv(self) -> bool:
+        return False
+
+    def __str__(self) -> str:
+        return label("scalar", self)
+
+
+@dataclass(eq=False)
+class Norm(One):
+    """A batch norm with fixed statistics."""
+
+    def accept(self, term: Term) -> Captures | None:
+        return {} if term.op == "leaf" and term.layer is not None and term.layer.kind == "norm" else None
+
+    def fits_plain_conv(self) -> bool:
+        return False
+
+    def __str__(self) -> str:
+        return label("norm", self)
+
+
+@dataclass(eq=False)
+class _Run(Pattern):
+    """One or more layers of certain kinds in a row, the longest run first."""
+
+    kinds: ClassVar[frozenset[str]]
+
+    def _take(self, items: tuple[Term, ...]) -> Iterator[tuple[int, Captures]]:
+        alike = itertools.takewhile(lambda item: item.layer is not None and item.layer.kind in self.kinds, items)
+        for taken in range(sum(1 for _ in alike), 0, -1):
+            yield taken, {}
+
+    def fits_plain_conv(self) -> bool:
+        return False
+
+    def __str__(self) -> str:
+        return label(type(self).__name__.lower(), self)
+
+
+class Affine(_Run):
+    """One or more scales and shifts per channel: norms in any dress, layer scales, signs."""
+
+    kinds = frozenset({"norm", "affine"})
+
+
+class View(_Run):
+    """One or more views that fold batch dims together or apart."""
+
+    kinds = frozenset({"view"})
+
+
+class Pad(_Run):
+    """One or more explicit pads or crops."""
+
+    kinds = frozenset({"pad"})
+
+
+@dataclass(eq=False)
+class Identity(Pattern):
+    """The input itself."""
+
+    def _take(self, items: tuple[Term, ...]) -> Iterator[tuple[int, Captures]]:
+        yield 0, {}
+
+    def fits_plain_conv(self) -> bool:
+        return False
+
+    def fits_nothing(self) -> bool:
+        return True
+
+    def __str__(self) -> str:
+        return label("x", self)
+
+
+@dataclass(eq=False)
+class Anything(Pattern):
+    """Any term at all, the longest first: what the laws are stated over."""
+
+    def _take(self, items: tuple[Term, ...]) -> Iterator[tuple[int, Captures]]:
+        for taken in range(len(items), -1, -1):
+            yield taken, {}
+
+    def fits_plain_conv(self) -> bool:
+        return True
+
+    def fits_nothing(self) -> bool:
+        return True
+
+    def __str__(self) -> str:
+        return label("...", self)
