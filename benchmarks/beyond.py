@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 import structrep
 from benchmarks import engines, measure, plain
-from structrep.proof import relative_error
+from structrep.prove.run import relative_error
 
 PAGE = measure.ROOT / "docs" / "runtimes.md"
 ENGINES = ("eager", "onnxruntime")

@@ -29,8 +29,8 @@ from torch.fx.experimental.optimization import fuse
 
 import structrep
 from benchmarks.measure import ROOT, in_turn, machine, ratio, save, show, timed
-from structrep.models import named
-from structrep.proof import relative_error
+from structrep.cli.models import named
+from structrep.prove.run import relative_error
 from tests.vision import import_torchvision
 
 _torchvision_ops = import_torchvision()  # which timm imports

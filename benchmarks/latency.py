@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.progress import track
 
 from benchmarks import engines, measure, plain
-from structrep.proof import relative_error
+from structrep.prove.run import relative_error
 
 PAGE = measure.ROOT / "docs" / "runtimes.md"
 PAIRS = (("training-time", "plain"), ("deploy", "plain"), ("deploy", "timm's deploy"))

@@ -26,7 +26,7 @@ from torch import nn
 import structrep
 from benchmarks.measure import ROOT, machine, save, show
 from structrep.blocks import RepVGGBlock2d
-from structrep.models import named
+from structrep.cli.models import named
 from tests.vision import import_torchvision
 
 _torchvision_ops = import_torchvision()  # which timm imports

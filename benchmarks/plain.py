@@ -27,7 +27,7 @@ from torch import Tensor, nn
 import structrep
 from benchmarks import measure
 from structrep.blocks import ACBlock2d, DiverseBranchBlock2d, ExpandConv2d, LargeKernelBlock2d, MobileOneBlock2d
-from structrep.proof import relative_error
+from structrep.prove.run import relative_error
 from tests.vision import import_torchvision
 
 _torchvision_ops = import_torchvision()  # which timm imports

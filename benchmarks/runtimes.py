@@ -35,7 +35,7 @@ from torch import Tensor, nn
 import structrep
 from benchmarks import engines, measure, plain
 from examples.accuracy.run import PLAIN, REGIMES, Regime, images, plain_net, train, training_set
-from structrep.proof import relative_error
+from structrep.prove.run import relative_error
 
 PAGE = measure.ROOT / "docs" / "runtimes.md"
 FORMS = ("training-time", "deploy")

@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import structrep
-from structrep.proof import relative_error, tensors
+from structrep.prove.run import relative_error, tensors
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "zoo.jsonl"

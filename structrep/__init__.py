@@ -15,8 +15,10 @@ if TYPE_CHECKING:
     from structrep import errors as errors
     from structrep import testing as testing
     from structrep.algebra import ConvMap
-    from structrep.checkpoint import convert_checkpoint
-    from structrep.driver import Plan, assert_merged, explain, plan, reparameterize
+    from structrep.blocks.places import expand_layers
+    from structrep.convert.calls import assert_merged, explain, plan, reparameterize
+    from structrep.convert.plan import Plan
+    from structrep.deliver.checkpoint import convert_checkpoint
     from structrep.errors import (
         MergeDropped,
         NothingMerged,
@@ -25,14 +27,14 @@ if TYPE_CHECKING:
         Unmerged,
         VerificationError,
     )
-    from structrep.expand import check_optimizer, expand, expand_layers
-    from structrep.measured import Measured
-    from structrep.monitor import monitor
-    from structrep.probe import probe
-    from structrep.proof import verify
+    from structrep.prove.measured import Measured
+    from structrep.prove.verify import verify
     from structrep.read.modules import reader
+    from structrep.read.probe import probe
+    from structrep.records.verification import Verification
     from structrep.registry import Registry, Rule, rule
-    from structrep.report import Verification
+    from structrep.train.expand import check_optimizer, expand
+    from structrep.train.monitor import monitor
 
 __all__ = [
     "ConvMap",

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from structrep import process
-from structrep.driver import Plan, plan
+from structrep.convert.calls import plan
+from structrep.convert.plan import Plan
 from structrep.errors import BrokenRule, TrainingMode
-from structrep.proof import relative_error
+from structrep.prove.run import relative_error
 from structrep.registry import Registry, Rule
 from structrep.terms.term import geometry
 from structrep.trace.follow import trace

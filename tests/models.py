@@ -6,7 +6,7 @@ from torch import Tensor, nn
 import structrep
 from structrep import Rule
 from structrep.blocks import Branches
-from structrep.proof import relative_error
+from structrep.prove.run import relative_error
 
 __all__ = ["Branches", "example_input", "relative_error", "settled"]
 

@@ -437,7 +437,7 @@ def test_wrong_inputs_are_the_users():
 
 
 def test_an_observed_run_holds_no_tensors_and_leaves_the_model_alone():
-    from structrep.proof import observe
+    from structrep.prove.run import observe
 
     model = settled(net(Sized, call_in_two_ways)())
     before = {name: dict(module.__dict__) for name, module in model.named_modules()}

@@ -12,7 +12,7 @@ from torch import nn
 
 import structrep
 from structrep.errors import BadInput
-from structrep.proof import tensors
+from structrep.prove.run import tensors
 from tests.models import relative_error, settled
 
 X = torch.randn(2, 4, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

@@ -19,8 +19,8 @@ from torch import nn
 from torch.distributed import checkpoint as sharded
 
 import structrep
-from structrep import checkpoint
 from structrep.blocks import RepVGGBlock2d
+from structrep.deliver import checkpoint
 from structrep.errors import BadInput
 from tests.models import relative_error, settled
 

@@ -24,8 +24,15 @@ from torch import Tensor, nn
 from typer.testing import CliRunner, Result
 
 import structrep
-from structrep import __main__, cli, export, models, registry
-from structrep.report import ExportRecord, LatencyRecord, PlanRecord, Verification
+from structrep import __main__, registry
+from structrep.cli import models
+from structrep.cli.commands import DoctorRecord, RulesRecord, _working, app
+from structrep.deliver import formats
+from structrep.deliver.formats import PROGRAMS, SUFFIXES, checksum
+from structrep.records.delivery import ExportRecord
+from structrep.records.latency import LatencyRecord
+from structrep.records.plan import PlanRecord
+from structrep.records.verification import Verification
 
 NETS = """
 import torch
@@ -126,7 +133,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def run(*arguments: object) -> Result:
-    result = CliRunner().invoke(cli.app, [str(argument) for argument in arguments], env={"COLUMNS": "200"})
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "200"})
     # anything but an exit would be a traceback
     assert result.exception is None or isinstance(result.exception, SystemExit), repr(result.exception)
     assert "Traceback" not in result.output
@@ -192,7 +199,7 @@ def test_rules_shows_every_rule() -> None:
 
 
 def test_rules_as_json() -> None:
-    record = cli.RulesRecord.model_validate_json(run("rules", "--json").stdout)
+    record = RulesRecord.model_validate_json(run("rules", "--json").stdout)
     rules = list(registry.default)
     assert [rule.name for rule in record.rules] == [rule.name for rule in rules]
     assert [rule.pattern for rule in record.rules] == [str(rule.pattern) for rule in rules]
@@ -316,7 +323,7 @@ def test_completion_in_bash(
 def test_completion_is_installed_for_bash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION", "1")
-    result = CliRunner().invoke(cli.app, ["--install-completion", "bash"], prog_name="structrep")
+    result = CliRunner().invoke(app, ["--install-completion", "bash"], prog_name="structrep")
     assert result.exit_code == 0, result.output
     (script,) = (path for path in tmp_path.rglob("*") if path.is_file() and "structrep" in path.name)
     assert "_STRUCTREP_COMPLETE=complete_bash" in script.read_text()
@@ -355,7 +362,7 @@ def test_round_trip(
     assert set(files(here)) == {"nets.py", "fails.py", "wrong.py", weights.name, out.name}
 
 
-@pytest.mark.parametrize("suffix", export.SUFFIXES)
+@pytest.mark.parametrize("suffix", SUFFIXES)
 @pytest.mark.parametrize(
     ("source", "shape", "more"), [("nets:Net", (2, 3, 9, 7), 5), ("timm:repvgg_a0", (1, 3, 64, 64), 3)]
 )
@@ -369,14 +376,14 @@ def test_what_was_written_says_what_it_is_and_holds(
     result = run("convert", *given, "--out", out, "--shape", size, "--json")
     assert result.exit_code == 0, result.output
     written = ExportRecord.model_validate_json(result.stdout)
-    record = export.read(here / out).record
+    record = formats.read(here / out).record
     assert record == written.provenance
-    assert record.weights_sha256 == export.checksum(trained)
+    assert record.weights_sha256 == checksum(trained)
     assert record.versions["torch"] == torch.__version__
     assert sum(record.rules.values()) == written.merges > 0
     assert record.verification is not None
     assert record.verification.ok
-    assert (written.runtime is not None) == (suffix in export.PROGRAMS)
+    assert (written.runtime is not None) == (suffix in PROGRAMS)
     size = "x".join(map(str, (more, *shape[1:])))  # another batch than it was made with
     result = run("verify", *given, "--file", out, "--shape", size, "--json")
     assert result.exit_code == 0, result.output
@@ -420,7 +427,7 @@ def test_files_to_verify_that_are_none(here: Path, name: str, content: bytes | N
     assert "Traceback" not in message
 
 
-@pytest.mark.parametrize("suffix", export.PROGRAMS)
+@pytest.mark.parametrize("suffix", PROGRAMS)
 def test_a_program_is_read_once(here: Path, monkeypatch: pytest.MonkeyPatch, suffix: str) -> None:
     torch.save(local("Net").state_dict(), here / "trained.pt")
     given = ["nets:Net", "--weights", "trained.pt", "--shape", "2x3x9x7"]
@@ -516,12 +523,12 @@ def test_bench(here: Path) -> None:
 def test_doctor(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     result = run("doctor", "--json")
     assert result.exit_code == 0, result.output
-    record = cli.DoctorRecord.model_validate_json(result.stdout)
+    record = DoctorRecord.model_validate_json(result.stdout)
     assert not any(record.rules.values())
     assert {part.package for part in record.parts if part.version} >= {"torch", "timm", "onnxruntime"}
     for package in ("timm", "numpy"):
         monkeypatch.setitem(sys.modules, package, None)
-    monkeypatch.setattr(cli.registry, "resolve", lambda rules: iter(()))
+    monkeypatch.setattr("structrep.cli.commands.registry.resolve", lambda rules: iter(()))
     told = run("doctor").stdout.replace("\n", " ")
     assert "there is no module named 'timm'" in told
     assert "there is no module named 'numpy'" in told
@@ -549,7 +556,7 @@ def test_models_of_transformers(here: Path) -> None:
     model.save_pretrained(here / "resnet")
     result = run("convert", "hf:resnet", "--out", "deploy.pt", "--shape", "1x3x32x32")
     assert result.exit_code == 0, result.output
-    assert export.read(here / "deploy.pt").record.weights_sha256 == export.checksum(model)  # type: ignore[union-attr]
+    assert formats.read(here / "deploy.pt").record.weights_sha256 == checksum(model)  # type: ignore[union-attr]
     assert run("explain", "hf:resnet/config.json").exit_code == 0
     assert "allow a download, --download" in failed(2, "explain", "hf:microsoft/resnet-50")
     (here / "empty").mkdir()
@@ -591,12 +598,12 @@ def test_a_link_goes_on_pointing_where_it_did(here: Path) -> None:
 
 def test_files_may_be_read_by_whom_the_umask_lets(here: Path) -> None:
     (here / "plain").write_text("")
-    for suffix in export.SUFFIXES:
+    for suffix in SUFFIXES:
         assert run("convert", "nets:Net", "--out", f"net{suffix}", "--shape", "2x3x9x9").exit_code == 0
         assert (here / f"net{suffix}").stat().st_mode == (here / "plain").stat().st_mode
 
 
-@pytest.mark.parametrize("suffix", export.SUFFIXES)
+@pytest.mark.parametrize("suffix", SUFFIXES)
 def test_a_write_that_fails_midway_leaves_the_old_file(
     here: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
 ) -> None:
@@ -656,7 +663,7 @@ def test_a_terminal_sees_what_is_done_but_beside_a_record(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(sys, "stderr", Terminal())
     monkeypatch.setenv("TERM", "xterm")
-    with cli._working("merging", quiet):
+    with _working("merging", quiet):
         pass
     assert ("merging" in sys.stderr.getvalue()) != quiet  # type: ignore[attr-defined]
 

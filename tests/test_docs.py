@@ -29,7 +29,8 @@ from torch import nn
 from typer.testing import CliRunner
 
 import structrep
-from structrep import blocks, cli, registry
+from structrep import blocks, registry
+from structrep.cli.commands import app
 from tests.vision import import_torchvision
 
 ROOT = Path(__file__).parent.parent
@@ -90,7 +91,7 @@ def outputs(page: Path) -> Iterator[Output]:
                 else:
                     printed = out.getvalue()
         for command in COMMAND.finditer(content) if language == "console" else ():
-            result = CliRunner(env={"COLUMNS": "84"}).invoke(cli.app, shlex.split(command[1])[1:])
+            result = CliRunner(env={"COLUMNS": "84"}).invoke(app, shlex.split(command[1])[1:])
             assert result.exit_code == 0, f"{page.name}: {command[1]}\n{result.output}"
             if command[2].strip():
                 yield Output(

@@ -13,9 +13,9 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 
 import structrep
-from structrep.blocks.places import NormInBlock
+from structrep.blocks.places import NormInBlock, plain_name
 from structrep.errors import BadInput
-from structrep.expand import FAMILIES, plain_name
+from structrep.train.expand import FAMILIES
 from tests.models import relative_error, settled
 
 SMALL = {

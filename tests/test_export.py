@@ -14,7 +14,7 @@ from torch import nn
 
 import structrep
 from structrep.blocks import RepVGGBlock2d
-from structrep.export import checksum
+from structrep.deliver.formats import checksum
 from tests.models import settled
 from tests.test_absorb import Attention, Mixed
 from tests.test_tracing import PadsItself
@@ -54,7 +54,7 @@ def converted(name):
 
 
 def first(output):
-    return next(iter(structrep.proof.tensors(output)))
+    return next(iter(structrep.prove.run.tensors(output)))
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -10,8 +10,8 @@ from torch import nn
 import structrep
 from structrep.blocks import LargeKernelBlock2d, RepVGGBlock2d
 from structrep.errors import BadInput, Slower
-from structrep.latency import WARM, in_turn
-from structrep.measured import Measured
+from structrep.prove.latency import WARM, in_turn
+from structrep.prove.measured import Measured
 from tests.models import relative_error, settled
 
 X = torch.randn(1, 4, 20, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

@@ -14,11 +14,12 @@ from torch._C import _len_torch_dispatch_stack
 from typer.testing import CliRunner
 
 import structrep
-from structrep import VerificationError, proof
+from structrep import VerificationError
 from structrep.algebra.shadows import Shadows
-from structrep.cli import app
+from structrep.cli.commands import app
 from structrep.errors import BadInput
-from structrep.report import Verification
+from structrep.prove.run import observe
+from structrep.records.verification import Verification
 from tests.models import relative_error, settled
 from tests.test_transformers import rt_detr
 
@@ -558,9 +559,9 @@ def test_a_layer_that_insists_on_its_dtype_is_probed():
 def test_accepted_inputs_are_as_the_model_takes_them():
     net = model(MERGED["to"]).double()
     with contextlib.suppress(BadInput):
-        proof.observe(net, X)
+        observe(net, X)
     net = model(lambda self, x: self.features(x)).double()
-    assert proof.observe(net, X).inputs.dtype == torch.float64
+    assert observe(net, X).inputs.dtype == torch.float64
 
 
 # --- outputs that show little -----------------------------------------------------------------------------------------

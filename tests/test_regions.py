@@ -9,8 +9,11 @@ import torch
 from torch import nn
 
 import structrep
-from structrep import absorb, reserve, search, sums
 from structrep.algebra import ConvMap
+from structrep.match import residuals
+from structrep.match.residuals import _range
+from structrep.match.shared_scales import Absorption, absorptions
+from structrep.match.sum_order import _write
 from structrep.terms.layers import diagonal_layer
 from structrep.terms.term import signed, total
 from tests.models import relative_error, settled
@@ -176,15 +179,15 @@ WRONG = {
 
 def planted(monkeypatch, change, at):
     """Have scales absorbed otherwise than they should be."""
-    honest = absorb.absorptions
+    honest = absorptions
 
     def wrongly(readings, endings):
         for one in honest(readings, endings):
-            if isinstance(one, absorb.Absorption) and all(taker.name.startswith("part") for taker in one.takers):
+            if isinstance(one, Absorption) and all(taker.name.startswith("part") for taker in one.takers):
                 one = replace(one, **{kind: change(getattr(one, kind)) for kind in at if getattr(one, kind)})
             yield one
 
-    monkeypatch.setattr(search, "absorptions", wrongly)
+    monkeypatch.setattr("structrep.match.search.absorptions", wrongly)
 
 
 def caught(model, x, *, where="part"):
@@ -233,15 +236,15 @@ def test_what_is_added_wrongly_beside_a_matrix_is_caught(monkeypatch, wrong):
 
 def test_a_scale_that_two_absorptions_take_is_caught(monkeypatch):
     """As if a norm were spread in two ways that know nothing of each other."""
-    honest = absorb.absorptions
+    honest = absorptions
 
     def twice(readings, endings):
         for one in honest(readings, endings):
             yield one
-            if isinstance(one, absorb.Absorption):
+            if isinstance(one, Absorption):
                 yield replace(one, before=one.before, behind=one.behind)
 
-    monkeypatch.setattr(search, "absorptions", twice)
+    monkeypatch.setattr("structrep.match.search.absorptions", twice)
     for name in ("before", "behind", "moved", "ends"):
         caught(*model_of(name))
 
@@ -286,9 +289,9 @@ def _minus_inside(write, trace, additions, groups):
 @pytest.mark.parametrize("wrong", [_lost, _doubled, _merged_twice, _minus, _minus_inside])
 def test_a_sum_in_a_wrong_order_is_caught_and_keeps_the_one_that_it_had(monkeypatch, wrong):
     model = settled(Apart(Sum()))
-    honest = sums._write
+    honest = _write
     with monkeypatch.context() as patch:
-        patch.setattr(sums, "_write", lambda *given: wrong(honest, *given))
+        patch.setattr("structrep.match.sum_order._write", lambda *given: wrong(honest, *given))
         caught(model, X)
     assert same(structrep.reparameterize(model)(X), model(X))
     assert sum(isinstance(part, nn.Conv2d) for part in structrep.reparameterize(model).modules()) == 2
@@ -311,7 +314,7 @@ class Residual(nn.Module):
 
 def _other_channels(channels, stride, step):
     eye = torch.eye(channels, dtype=torch.float64).roll(1, 0).reshape(channels, channels, *[1] * len(stride))
-    return reserve.leaf(reserve.conv_layer(eye, None, stride, 0, 1, 1))
+    return residuals.leaf(residuals.conv_layer(eye, None, stride, 0, 1, 1))
 
 
 CARRIED = {
@@ -326,15 +329,15 @@ CARRIED = {
 @pytest.mark.parametrize("wrong", CARRIED)
 def test_a_residual_that_is_carried_wrongly_is_caught(monkeypatch, wrong, stride):
     name, change = CARRIED[wrong]
-    monkeypatch.setattr(reserve, name, change(getattr(reserve, name)))
+    monkeypatch.setattr(residuals, name, change(getattr(residuals, name)))
     _caught_carry(settled(Apart(Residual(stride=stride))))
 
 
 def test_a_residual_that_activations_do_not_leave_as_it_is_is_caught(monkeypatch):
     model = settled(Apart(Residual(torch.tanh)))
     assert any("own output" in refusal.reason for refusal in structrep.plan(model, reserve="part").refusals)
-    honest = reserve._range
-    monkeypatch.setattr(reserve, "_range", lambda node: ("relu", honest(node)[1]))
+    honest = _range
+    monkeypatch.setattr(residuals, "_range", lambda node: ("relu", honest(node)[1]))
     _caught_carry(model)
 
 

@@ -15,10 +15,10 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import structrep
-from structrep import flow
 from structrep.blocks import DOConv2d, RepVGGBlock2d
 from structrep.errors import BadInput
-from structrep.layout import layout
+from structrep.report.layout import layout
+from structrep.report.steps import MOST, Place
 from tests.models import settled
 
 VOID = {"meta", "br", "wbr", "link", "img", "input", "hr"}
@@ -219,7 +219,7 @@ def test_a_thousand_operations(tmp_path):
     assert sum(name.startswith("merge-") for name in found.ids) == 130
     pictures = [ElementTree.fromstring(svg) for svg in re.findall(r"<svg.*?</svg>", text, re.S)]
     boxes = [sum(1 for _ in picture.iter(f"{SVG}title")) for picture in pictures]
-    assert max(boxes) <= flow.MOST + 1, "and where the value comes from"
+    assert max(boxes) <= MOST + 1, "and where the value comes from"
     assert len(pictures) > 100
 
 
@@ -278,9 +278,7 @@ def test_each_merge_is_drawn_before_and_after(graphs):
 
 def test_calls_of_one_module_are_drawn_alike(several):
     graph, _ = several.drawing().graphs
-    first, second = (
-        [(step.text, step.merge) for step in graph if flow.Place("a", nth=nth) in step.way] for nth in (0, 1)
-    )
+    first, second = ([(step.text, step.merge) for step in graph if Place("a", nth=nth) in step.way] for nth in (0, 1))
     assert first == second
     assert len({merge for _, merge in first} - {None}) == 1
 

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import structrep
-from structrep import generated, process
+from structrep import process
+from structrep.deployed.methods import _CLASSES
 from tests.models import relative_error, settled
 
 X = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -138,7 +139,7 @@ def test_eight_threads_convert_twenty_models_each(often):
 def test_one_class_for_one_text(often):
     models = [settled(Net()).double() for _ in range(8)]
     found = []
-    generated._CLASSES.clear()
+    _CLASSES.clear()
     in_threads(*(lambda model=model: found.append(type(structrep.reparameterize(model))) for model in models))
     assert len(set(found)) == 1
 

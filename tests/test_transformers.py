@@ -12,7 +12,7 @@ import transformers as hf
 from torch import nn
 
 import structrep
-from structrep.proof import tensors
+from structrep.prove.run import tensors
 from tests.models import relative_error
 
 DETECTOR = dict(

@@ -50,3 +50,21 @@ class NormInBlock(nn.Identity):
 
     def extra_repr(self) -> str:
         return f"{self.kind.__name__}({self.features}) of {self.of}"
+
+
+# what wrappers that say how a module is run put into names, wherever they wrap
+WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+EXPANDED = "expanded"  # what marks a block that stands in the place of a layer
+CONVOLUTIONS: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def plain_name(path: str) -> str:
+    """A name without what wrappers around modules add to it."""
+    for wrapper in WRAPPERS:
+        path = path.replace(wrapper, "")
+    return path
+
+
+def expand_layers(model: nn.Module) -> list[str]:
+    """The names of the blocks that `expand` has put into a model, or into parts of it."""
+    return [path for path, module in model.named_modules() if EXPANDED in module.__dict__]

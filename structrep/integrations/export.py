@@ -6,9 +6,9 @@ from typing import Any, Literal
 
 from torch import nn
 
-from structrep.driver import plan
+from structrep.blocks.places import expand_layers
+from structrep.convert.calls import plan
 from structrep.errors import BadInput
-from structrep.expand import expand_layers
 from structrep.modules.copies import own_copy
 
 

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from structrep.errors import BadInput
-from structrep.expand import check_optimizer
 from structrep.integrations.export import merge, trained_copy
+from structrep.train.expand import check_optimizer
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl

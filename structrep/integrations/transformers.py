@@ -23,8 +23,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from structrep import process
 from structrep.errors import BadInput
-from structrep.expand import check_optimizer
 from structrep.integrations.export import merge, trained_copy
+from structrep.train.expand import check_optimizer
 
 log = logging.getLogger("structrep")
 

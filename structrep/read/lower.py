@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from structrep.algebra import ConvMap, swapped
+from structrep.deployed.layers import Shift
 from structrep.errors import Unreadable
-from structrep.layers import Shift
 from structrep.read.modules import padding_of
 
 CONVS: tuple[Any, ...] = (None, nn.Conv1d, nn.Conv2d, nn.Conv3d)

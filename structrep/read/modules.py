@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from structrep.algebra import Border, ConvMap, precision
+from structrep.deployed.layers import Shift
 from structrep.errors import InvalidReader, Unreadable
-from structrep.layers import Shift
 from structrep.modules.source import written_in
 from structrep.terms.layer import Layer
 from structrep.terms.layers import (

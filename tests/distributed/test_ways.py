@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import structrep
 from structrep.errors import Uninitialized
-from structrep.expand import FAMILIES
+from structrep.train.expand import FAMILIES
 from tests.distributed.training import OPTIONS, Plain, batch, expanded, loss_of
 from tests.models import relative_error, settled
 

@@ -13,7 +13,7 @@ from torch import nn
 
 import structrep
 from structrep.algebra import precision
-from structrep.proof import relative_error
+from structrep.prove.run import relative_error
 from structrep.registry import default
 from tests.gpu.near import Error
 from tests.models import example_input, settled

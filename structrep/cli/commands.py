@@ -1,0 +1,548 @@
+"""The command line: which rules there are, what they find in a model, and the deploy model in a file.
+
+What was asked for goes to stdout, all else to stderr. A model is made by name or by the user's own code, and gets its
+weights from a file: nothing is downloaded, and a file can do no more than give tensors, unless that is asked for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor, fx, nn
+
+import structrep
+from structrep import files, registry
+from structrep.cli import models
+from structrep.cli.arguments import (
+    Arguments,
+    AsJson,
+    Device,
+    Download,
+    Dtype,
+    Entry,
+    Norms,
+    Reserve,
+    Rules,
+    Shapes,
+    Source,
+    Trusted,
+    Weights,
+    _autocast,
+    _device,
+    _dtype,
+    _examples,
+    _keywords,
+    _norms,
+    _size,
+)
+from structrep.deliver import checkpoint, formats
+from structrep.deliver.formats import PROGRAMS, checksum, demand, encoded, program, provenance, read
+from structrep.errors import BadInput, Refusal, StructrepError, TrainingMode, Uninitialized, UnknownRule, said
+from structrep.prove.latency import accelerator, device_name, latency
+from structrep.prove.run import dtype_of
+from structrep.prove.verify import verify as compare
+from structrep.records.base import Record, counted
+from structrep.records.delivery import ExportRecord, Provenance
+from structrep.records.latency import LatencyRecord
+from structrep.records.plan import plan_tables
+from structrep.records.verification import Verification
+from structrep.report.page import page
+
+HELP = (
+    "Merges multi-branch training-time networks into plain deploy-time ones, exactly, and proves it.\n\n"
+    "Exit codes: 0 done; 1 refused, or the proof failed; 2 wrong usage, or input that cannot be used; 130 interrupted. "
+    "After 1 and 2 the reason is on stderr, and no file was written or changed."
+)
+REFUSED, UNUSABLE, INTERRUPTED = 1, 2, 130
+ENDED = {REFUSED: "refused", UNUSABLE: "error", INTERRUPTED: "interrupted"}
+UNUSABLE_INPUT = (BadInput, TrainingMode, Uninitialized, UnknownRule)
+PAGE = 160  # columns of a table that no terminal shows
+Working = Callable[[str], AbstractContextManager[None]]  # given what is being done; see _outcome
+
+
+class Refused(Exception):
+    """There is nothing to convert, or the proof failed."""
+
+
+class RuleRecord(Record):
+    """One rule: its pattern is drawn as text."""
+
+    name: str
+    kind: str  # "family", from a paper, or "law", which holds for every term
+    pattern: str
+    source: str
+
+
+class RulesRecord(Record):
+    """The registered rules, in the order in which they are tried."""
+
+    rules: tuple[RuleRecord, ...]
+
+
+app = typer.Typer(name="structrep", help=HELP, no_args_is_help=True, pretty_exceptions_enable=False)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(_version())
+        raise typer.Exit
+
+
+@app.callback()
+def structrep_(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command("rules")
+def rules_(as_json: AsJson = False) -> None:
+    """Show all rules: name, pattern and source, in the order in which they are tried."""
+    record = RulesRecord(
+        rules=tuple(
+            RuleRecord(
+                name=rule.name, kind="law" if rule.law else "family", pattern=str(rule.pattern), source=rule.source
+            )
+            for rule in registry.resolve(None)
+        )
+    )
+    if as_json:
+        print(record.model_dump_json(indent=2))
+        return
+    table = Table("name", "kind", "pattern", "source", title=f"{len(record.rules)} rules")
+    for rule in record.rules:
+        table.add_row(rule.name, rule.kind, rule.pattern, rule.source)
+    _show([table])
+
+
+@app.command()
+def explain(
+    source: Source,
+    weights: Weights = None,
+    entry: Entry = None,
+    arg: Arguments = None,
+    shape: Shapes = None,
+    rules: Rules = None,
+    reserve: Reserve = None,
+    download: Download = False,
+    trusted: Trusted = False,
+    why: Annotated[
+        tuple[str, str] | None,
+        typer.Option(metavar="LAYER LAYER", help="Say of two layers, by name, why they do not merge."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what convert would merge in a model, and of the rest why not."""
+    with _outcome(as_json) as working:
+        given = _prepare(working, source, weights, entry, arg, shape, download, trusted)
+        with working("looking for merges"):
+            plan = structrep.plan(given.model, given.inputs, rules=rules or None, reserve=reserve or ())
+            plan.prove()
+            answer = plan.why(*why) if why else None
+    if as_json:
+        print((answer or plan.record).model_dump_json(indent=2))
+    elif answer:
+        print(answer)
+    else:
+        _show(plan_tables(plan.record))
+
+
+@app.command()
+def convert(
+    source: Source,
+    out: Annotated[
+        Path,
+        typer.Option(
+            metavar="FILE",
+            help="Where the deploy model goes: its state dict, .safetensors or .pt; a program of torch.export, .pt2; "
+            "or an ONNX program, .onnx. The last two need --shape.",
+            show_default=False,
+        ),
+    ],
+    weights: Weights = None,
+    entry: Entry = None,
+    arg: Arguments = None,
+    shape: Shapes = None,
+    rules: Rules = None,
+    reserve: Reserve = None,
+    norms: Norms = "fold",
+    download: Download = False,
+    trusted: Trusted = False,
+    verify: Annotated[
+        bool,
+        typer.Option(
+            help="Prove every merge in float64 on its own and, with --shape, compare the whole models' outputs: also "
+            "those of the program that is written."
+        ),
+    ] = True,
+    report: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the report, an HTML page, there.", show_default=False)
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace files that are there.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Merge a model and write the deploy model.
+
+    A state dict fits structrep.reparameterize(model): load it into that. A file is written whole or not at all; it says
+    what was merged, by which rules and versions, from which weights, and how it was verified.
+    """
+    with _outcome(as_json) as working:
+        demand(out)
+        how_norms = _norms(norms)
+        write = files.writer(out, force)
+        if report and report.resolve() == out.resolve():
+            raise BadInput(f"--out and --report are the same file, {out}")
+        write_report = files.writer(report, force) if report else None
+        given = _prepare(working, source, weights, entry, arg, shape, download, trusted)
+        model, inputs = given.model, given.inputs
+        if inputs is None and out.suffix in PROGRAMS:
+            raise BadInput(f"{out} is made from an example input: give its --shape, 1x3x224x224 say")
+        with working("merging"):
+            plan = structrep.plan(model, inputs, rules=rules or None, reserve=reserve or (), norms=how_norms)
+            if verify:
+                plan.prove()
+            _demand_merges(plan)
+            deploy = plan.apply()
+        proof = None
+        if verify and inputs is not None:
+            with working("comparing the models"):
+                proof = plan.verify(inputs, deploy)
+            _demand(proof, "the merged model")
+        with working("writing"):
+            record = provenance(model, plan.record, source, proof)
+            content = encoded(deploy, out.suffix, inputs, record)
+            runs = None
+            if verify and inputs is not None and out.suffix in PROGRAMS:
+                runs = compare(model, program(out.suffix, content), inputs, device="cpu")
+                _demand(runs, f"the program for {out}")
+            compared = proof or (plan.verify(inputs, deploy) if report and inputs is not None else None)
+            shown = page(plan, model, deploy, inputs, compared) if report else b""
+            write(files.save_bytes, content)
+            if write_report:
+                write_report(files.save_bytes, shown)
+    done = ExportRecord(
+        out=str(out),
+        bytes=len(content),
+        merges=len(plan.merges),
+        provenance=record,
+        proved=verify,
+        runtime=runs,
+    )
+    print(done.model_dump_json(indent=2) if as_json else done)
+
+
+@app.command()
+def verify(
+    source: Source,
+    shape: Shapes = None,
+    file: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="What convert has written of this model with these weights: compare that, instead of merging anew.",
+            show_default=False,
+        ),
+    ] = None,
+    weights: Weights = None,
+    entry: Entry = None,
+    arg: Arguments = None,
+    rules: Rules = None,
+    reserve: Reserve = None,
+    norms: Norms = "fold",
+    download: Download = False,
+    trusted: Trusted = False,
+    device: Device = None,
+    dtype: Dtype = None,
+    autocast: Annotated[str | None, typer.Option(help="Run both under autocast to this dtype.")] = None,
+    channels_last: Annotated[bool, typer.Option("--channels-last", help="Run both in that memory format.")] = False,
+    tf32: Annotated[bool, typer.Option("--tf32", help="Let CUDA multiply float32 in TensorFloat-32.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Compare a model's deploy form with it: both against the float64 truth, on an example input."""
+    with _outcome(as_json) as working:
+        if not shape:
+            raise BadInput("the models are compared on an example input: give its --shape, 1x3x224x224 say")
+        how_norms = _norms(norms)
+        if file is not None and file.suffix == ".onnx":
+            asked = {
+                "--device": device not in (None, "cpu"), "--dtype": dtype, "--autocast": autocast,
+                "--channels-last": channels_last, "--tf32": tf32,
+            }  # fmt: skip
+            if given_for_torch := [option for option, value in asked.items() if value]:
+                raise BadInput(
+                    f"{file} is a program that onnxruntime runs on the CPU, in the dtype it was written in, so "
+                    f"{given_for_torch[0]} says nothing of it: leave that out, or verify a .pt2 file"
+                )
+            device = "cpu"
+        where = _device(device)
+        how: dict[str, Any] = {
+            "device": where, "dtype": _dtype(dtype), "autocast": _autocast(autocast, where),
+            "channels_last": channels_last, "tf32": tf32,
+        }  # fmt: skip
+        with working("reading the file"):
+            written = read(file) if file is not None else None
+        given = _prepare(working, source, weights, entry, arg, shape, download, trusted)
+        model, inputs = given.model, given.inputs
+        assert inputs is not None
+        with working("comparing the models"):
+            if file is not None and written is not None:
+                _demand_weights(written.record, model, file)
+            if written is not None and isinstance(written.content, nn.Module):
+                found = compare(model, written.content, inputs, **how)
+            else:
+                plan = structrep.plan(model, inputs, rules=rules or None, reserve=reserve or (), norms=how_norms)
+                _demand_merges(plan)
+                deploy = plan.apply()
+                if file is not None and written is not None:
+                    files.fit(deploy, written.content, file)
+                found = plan.verify(inputs, deploy, **how)
+        print(found.model_dump_json(indent=2) if as_json else found, end="\n" if as_json else "")
+        _demand(found, str(file or "the merged model"))
+
+
+@app.command()
+def bench(
+    source: Source,
+    shape: Shapes = None,
+    weights: Weights = None,
+    entry: Entry = None,
+    arg: Arguments = None,
+    rules: Rules = None,
+    download: Download = False,
+    trusted: Trusted = False,
+    device: Device = None,
+    dtype: Dtype = None,
+    compiled: Annotated[bool, typer.Option("--compile", help="Compile both with torch.compile.")] = False,
+    rounds: Annotated[int, typer.Option(min=1, help="How often each runs.")] = 20,
+    as_json: AsJson = False,
+) -> None:
+    """Time a model and its deploy form in turn."""
+    with _outcome(as_json) as working:
+        if not shape:
+            raise BadInput("the models are timed on an example input: give its --shape, 1x3x224x224 say")
+        given = _prepare(working, source, weights, entry, arg, shape, download, trusted)
+        where, what = _device(device), _dtype(dtype)
+        with working("merging"):
+            plan = structrep.plan(given.model, given.inputs, rules=rules or None)
+            _demand_merges(plan)
+            forms = {"training-time": given.model, "deploy": plan.apply()}
+        with working("timing"):
+            inputs = tuple(one.to(where, what) for one in given.inputs or ())
+            moved: dict[str, nn.Module] = {}
+            for name, model in forms.items():
+                model.to(where, what)
+                if compiled:
+                    model.compile()
+                moved[name] = model
+            try:
+                found: LatencyRecord = latency(moved, inputs, rounds)
+            except Exception as error:
+                raise BadInput(f"{source} does not run on that: {said(error)}") from error
+    if as_json:
+        print(found.model_dump_json(indent=2))
+    else:
+        _show([found.table()])
+
+
+@dataclass(frozen=True)
+class Part:
+    """A package that some of structrep needs."""
+
+    package: str
+    of: str
+    remedy: str = ""
+
+
+PARTS = (
+    Part("torch", "everything"),
+    Part("networkx", "everything"),
+    Part("safetensors", ".safetensors files", files.WEIGHTS),
+    Part("numpy", "writing .safetensors files", files.WEIGHTS),
+    Part("timm", "timm: models", "pip install 'structrep[timm]'"),
+    Part("torchvision", "torchvision: models", "pip install torchvision"),
+    Part("transformers", "hf: models, the callback", "pip install 'structrep[transformers]'"),
+    Part("lightning", "the callback", "pip install 'structrep[lightning]'"),
+    Part("onnxscript", ".onnx files", "pip install 'structrep[onnx]'"),
+    Part("onnxruntime", "checking .onnx files", "pip install 'structrep[onnx]'"),
+    Part("matplotlib", "plots", "pip install 'structrep[plot]'"),
+)
+
+
+class PartRecord(Record):
+    """A package as it is here."""
+
+    package: str
+    version: str  # "" where it is not installed
+    of: str
+    trouble: str = ""
+
+
+class DoctorRecord(Record):
+    """What is here, and whether the rules hold here."""
+
+    python: str
+    platform: str
+    device: str
+    structrep: str
+    parts: tuple[PartRecord, ...]
+    rules: dict[str, str]  # by rule, what is wrong with its example; "" where it is proved
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Say what is installed and for what, and prove every rule's example on this machine."""
+    with _outcome(as_json) as working:
+        with working("looking at packages and rules"):
+            record = DoctorRecord(
+                python=platform.python_version(),
+                platform=platform.platform(terse=True),
+                device=device_name(accelerator()),
+                structrep=_version(),
+                parts=tuple(map(_looked_at, PARTS)),
+                rules={rule.name: _tried(rule) for rule in registry.resolve(None) if rule.example is not None},
+            )
+        if as_json:
+            print(record.model_dump_json(indent=2))
+        else:
+            table = Table(
+                "package", "version", "for", "", title=f"structrep {record.structrep}, Python {record.python}"
+            )
+            table.caption = f"{record.platform}; {record.device}"
+            for part in record.parts:
+                table.add_row(part.package, part.version or "-", part.of, part.trouble)
+            _show([table])
+            proved = sum(not what for what in record.rules.values())
+            print(f"{proved} of {counted(len(record.rules), 'rule')} proved on their examples")
+        if wrong := [f"{name}: {what}" for name, what in record.rules.items() if what]:
+            raise Refused("\n  ".join(wrong))
+
+
+def _looked_at(part: Part) -> PartRecord:
+    found = formats.version(part.package)
+    trouble = part.remedy if not found else ""
+    if found:
+        try:
+            files.imported(part.package, part.remedy)
+        except BadInput as error:
+            trouble = str(error)
+    return PartRecord(package=part.package, version=found, of=part.of, trouble=trouble)
+
+
+def _tried(rule: structrep.Rule) -> str:
+    """What is wrong with the example of a rule; "" if it is merged, by that rule, and proved."""
+    assert rule.example is not None
+    try:
+        plan = structrep.plan(nn.Sequential(rule.example()).eval(), rules=[rule])
+        plan.prove()
+    except (StructrepError, Refusal) as error:
+        return str(error)
+    return "" if plan.merges else "; ".join(refusal.reason for refusal in plan.refusals) or "it merges nothing"
+
+
+@contextlib.contextmanager
+def _outcome(as_json: bool) -> Iterator[Working]:
+    """Say what went wrong on stderr, and exit with its code.
+
+    Given is what shows, on a terminal, what is being done; with a record to print it shows nothing.
+    """
+    try:
+        yield lambda what: _working(what, as_json)
+    except UNUSABLE_INPUT as error:
+        _end(UNUSABLE, error)
+    except (Refused, StructrepError) as error:
+        _end(REFUSED, error)
+    except KeyboardInterrupt as error:
+        _end(INTERRUPTED, error)
+
+
+def _end(code: int, error: BaseException) -> NoReturn:
+    message = Text.assemble((f"{ENDED[code]}:", "bold red"), f" {str(error) or 'before the command was done'}")
+    Console(stderr=True, markup=False, highlight=False, soft_wrap=True).print(message)
+    raise typer.Exit(code) from error
+
+
+@contextlib.contextmanager
+def _working(what: str, quiet: bool) -> Iterator[None]:
+    """A spinner, on a terminal. What the model's own code prints meanwhile goes to stderr."""
+    spinner = Console(stderr=True, markup=False, quiet=quiet).status(what)
+    with spinner, contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # packages tell each other: exported programs, in torch itself
+        yield
+
+
+def _show(tables: Iterable[Table]) -> None:
+    # cells are text as it stands: a pattern draws an optional part as [x], which is no markup
+    console = Console(width=None if sys.stdout.isatty() else PAGE, markup=False, emoji=False, highlight=False)
+    for table in tables:
+        console.print(table)
+
+
+def _demand_merges(plan: structrep.Plan) -> None:
+    if not plan.merges:
+        raise Refused(plan.record.nothing)
+
+
+def _demand_weights(record: Provenance | None, model: nn.Module, file: Path) -> None:
+    own = checksum(model)
+    if record is not None and record.weights_sha256 != own:
+        raise BadInput(
+            f"{file} was made of other weights, SHA-256 {record.weights_sha256[:12]}..., and the model has "
+            f"{own[:12]}...: give those with --weights"
+        )
+
+
+def _demand(found: Verification, what: str) -> None:
+    if not found.ok:
+        raise Refused(f"{what} differs from the original by more than rounding\n{found}")
+
+
+def _version() -> str:
+    return formats.version("structrep") or "unknown: structrep is not installed as a package"
+
+
+@dataclass(frozen=True)
+class Given:
+    """What the user gave: a model in eval mode, and example inputs."""
+
+    model: nn.Module
+    inputs: tuple[Tensor, ...] | None
+
+
+def _prepare(
+    working: Working,
+    source: str,
+    weights: Path | None,
+    entry: str | None,
+    arguments: Sequence[str] | None,
+    shapes: Sequence[str] | None,
+    download: bool,
+    trusted: bool,
+) -> Given:
+    keywords = _keywords(arguments or [])
+    sizes = [_size(shape) for shape in shapes or []]
+    if entry is not None and weights is None:
+        raise BadInput(f"--entry {entry} is of a checkpoint: give it with --weights")
+    with working(f"making {source}"):
+        model = models.named(source, keywords, download, trusted)
+        if weights is not None:
+            content = checkpoint.read(weights, model, trusted)
+            found = checkpoint.weights_in(content, model, weights)
+            checkpoint.load(model, checkpoint.chosen(found, entry, weights), weights)
+        if not isinstance(model, fx.GraphModule):  # an exported one has no modes
+            model.eval()
+    dtype = dtype_of(model)
+    return Given(model, tuple(one.to(dtype) for one in _examples(sizes)) or None)

@@ -1,0 +1,260 @@
+"""The driver: plan, apply, verify."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable
+from typing import Any, Literal
+
+from torch import nn
+
+from structrep import process
+from structrep.algebra import ConvMap, precision
+from structrep.blocks.places import expand_layers
+from structrep.convert.plan import IN_TORCH, Plan
+from structrep.errors import BadInput, Refusal, Unmerged, Unreadable, listed
+from structrep.graph.observed import Observed
+from structrep.guard.ready import check_ready
+from structrep.match.find import find
+from structrep.match.merge import Missed
+from structrep.modules.arguments import Example
+from structrep.modules.copies import eval_copy, shallow_copy
+from structrep.modules.wrappers import kept, settle, unwrapped
+from structrep.prove.measured import Measured
+from structrep.prove.run import observe
+from structrep.read.probe import probe as find_map
+from structrep.records.base import counted
+from structrep.records.plan import Explanation
+from structrep.registry import Registry, Rule, resolve
+
+Rules = Registry | Iterable[str | Rule] | None
+
+
+def plan(
+    model: nn.Module,
+    example_inputs: Example | None = None,
+    *,
+    rules: Rules = None,
+    inexact_borders: str | Iterable[str] = (),
+    probe: str | Iterable[str] = (),
+    reserve: str | Iterable[str] = (),
+    norms: Literal["fold", "keep"] = "fold",
+    cost: Literal["counted", "measured"] | Measured = "counted",
+) -> Plan:
+    """Find every merge in a model, and say of the others why not. The model is not changed.
+
+    Args:
+        model: any module in eval mode. What torch wraps around a model to train or compile it (DataParallel,
+            DistributedDataParallel, `torch.compile`) is seen through: the plan is for the model inside. So is what
+            `peft` puts around a model or a part of it (PeftModel, PeftMixedModel, a bare tuner such as LoraModel),
+            whose own methods would no longer be right. Of a program of `torch.export` it is for a graph module of its
+            own.
+        example_inputs: a tensor, a tuple of positional or a mapping of keyword arguments; tells shapes, which some
+            merges need, and how parts are called by code that cannot be followed.
+        rules: a registry, or names of registered rules and rules; all registered ones by default.
+        inexact_borders: names of modules, or globs, whose merges may differ where they read outside their input, if
+            nothing else helps; the plan says of each how many output pixels differ and by how much.
+        probe: names of layers, or globs, whose code cannot be read: what they are is found out by `structrep.probe`, on
+            inputs like those that the example inputs give them.
+        reserve: names of blocks, or globs, whose residual is carried through their activations in channels of its own,
+            so that no addition is left (RMNet, arXiv:2111.00687). Their layers take more multiply-adds than before.
+        norms: "keep" merges nothing but the blocks that `structrep.expand` has put into a model, each into the layer
+            that it stands for, and puts norms back that stood behind: the model that there was, trained.
+        cost: what decides whether a merge pays. "counted": multiply-adds and stored numbers. "measured": the time that
+            both forms take, on the example inputs and their device; what is slower merged is left as it is, or merged
+            in part, and the whole model is never slower than with all merges or with none. A `structrep.Measured` says
+            in which runtime, and where timings are kept.
+
+    Raises:
+        TrainingMode: a norm has no fixed scale yet.
+        Uninitialized: a lazy parameter has no value yet.
+        Sharded: parameters are spread over processes (FSDP).
+        UnknownRule: a name in `rules` is not registered.
+        BadInput: the model rejects the example inputs.
+    """
+    planned = _plan(model, example_inputs, rules, inexact_borders, probe, reserve, norms, cost)
+    for merge in planned.merged.values():
+        merge.kept = None  # weights may be written to before the plan is applied
+    return planned
+
+
+def _plan(
+    model: nn.Module,
+    example_inputs: Example | None,
+    rules: Rules,
+    inexact_borders: str | Iterable[str],
+    probe: str | Iterable[str],
+    reserve: str | Iterable[str],
+    norms: Literal["fold", "keep"],
+    cost: Literal["counted", "measured"] | Measured,
+) -> Plan:
+    """`plan`, with merged maps at hand."""
+    if norms not in ("fold", "keep"):
+        raise BadInput(f"norms={norms!r}: give 'fold' or 'keep'")
+    measured = _measured(cost)
+    if measured is not None and example_inputs is None:
+        raise BadInput("cost='measured' needs example_inputs: they tell the shapes that layers are timed on")
+    if measured is not None and norms == "keep":
+        raise BadInput("norms='keep' merges every block, whatever it costs: leave out cost='measured'")
+    probed = _globs("probe", probe)
+    borders, reserved = _globs("inexact_borders", inexact_borders), _globs("reserve", reserve)
+    registry = resolve(rules)
+    given = model = unwrapped(model)
+    check_ready(model)
+    if settle(model, change=False):
+        model = shallow_copy(model)
+        settle(model)
+    layers = _to_probe(model, example_inputs, probed)
+    observed = Observed()
+    if example_inputs is not None:
+        observed = observe(model, example_inputs, layers)
+        example_inputs = observed.inputs
+    maps, refused = _probed(model, observed)
+    for glob in (*borders, *reserved):
+        _named(model, glob)
+    blocks = tuple(expand_layers(model)) if norms == "keep" else ()
+    if norms == "keep" and not blocks:
+        raise BadInput(
+            "norms='keep' gives back a model that structrep.expand has made, and in this one is no such block"
+        )
+    with process.same_chance(), precision.whole():  # a forward may draw numbers
+        found = find(model, example_inputs, registry, borders, maps, refused, blocks, observed, kept(model))
+    planned = Plan(model, found, reserved, measured, given)
+    if example_inputs is None or measured is None:
+        return planned
+    with process.same_chance():
+        return planned.faster(example_inputs)
+
+
+def _measured(cost: object) -> Measured | None:
+    if cost == "counted" or isinstance(cost, Measured):
+        return cost if isinstance(cost, Measured) else None
+    if cost != "measured":
+        raise BadInput(f"cost={cost!r}: give 'counted', 'measured' or a structrep.Measured")
+    return IN_TORCH
+
+
+def _globs(setting: str, names: Any) -> tuple[str, ...]:
+    """Names of modules, or globs, of which one alone may stand for itself.
+
+    Raises:
+        BadInput: there is something else.
+    """
+    found = (names,) if isinstance(names, str) else tuple(names) if isinstance(names, Iterable) else (None,)
+    if not all(isinstance(one, str) for one in found):
+        raise BadInput(f"{setting}={names!r}: give names of modules, or globs such as 'layer1.*'")
+    return found
+
+
+def _named(model: nn.Module, glob: str) -> list[str]:
+    """The modules of that name, or of names that match it.
+
+    Raises:
+        BadInput: there are none.
+    """
+    found = fnmatch.filter([path for path, _ in model.named_modules() if path], glob)
+    if not found:
+        raise BadInput(f"the model has no module named {glob!r}")
+    return found
+
+
+def _to_probe(model: nn.Module, example_inputs: Example | None, globs: tuple[str, ...]) -> set[str]:
+    """The paths of the layers that are to be probed.
+
+    Raises:
+        BadInput: there are no example inputs, or no layer of such a name.
+    """
+    if globs and example_inputs is None:
+        raise BadInput("to probe a layer example_inputs are needed: they tell what it is given")
+    return {path for glob in globs for path in _named(model, glob)}
+
+
+def _probed(model: nn.Module, observed: Observed) -> tuple[dict[str, ConvMap], list[Missed]]:
+    """The maps that layers were found to be, and why others were not."""
+    found: dict[str, ConvMap] = {}
+    refused: list[Missed] = []
+    for path in sorted(observed.keep):
+        given = observed.kept.get(path, ())
+        try:
+            if len(given) != 1:
+                raise Unreadable("the model does not call it with one argument for the example inputs")
+            found[path] = find_map(model.get_submodule(path), *given)
+        except Refusal as reason:
+            refused.append(Missed(path, "-", "probed", reason, (path,)))
+    return found, refused
+
+
+def explain(
+    model: nn.Module, first: str, second: str, example_inputs: Example | None = None, *, rules: Rules = None
+) -> Explanation:
+    """Why two layers of a model, by their names, do not merge: what stands between them, which law forbids it and what
+    would help, what each family's pattern wants that is not there.
+
+    Examples:
+        >>> print(structrep.explain(model, "layer1.0.conv1", "layer1.0.conv2"))
+
+    Raises:
+        BadInput: the model has no module of that name.
+        TrainingMode, Uninitialized, Sharded, UnknownRule: as for `plan`.
+    """
+    return plan(model, example_inputs, rules=rules).why(first, second)
+
+
+def reparameterize(
+    model: nn.Module,
+    example_inputs: Example | None = None,
+    *,
+    rules: Rules = None,
+    inexact_borders: str | Iterable[str] = (),
+    probe: str | Iterable[str] = (),
+    reserve: str | Iterable[str] = (),
+    norms: Literal["fold", "keep"] = "fold",
+    cost: Literal["counted", "measured"] | Measured = "counted",
+    inplace: bool = False,
+    verify: bool = True,
+) -> nn.Module:
+    """The equal model with every branch merged: the same class, methods and names, fewer layers.
+
+    Args:
+        model, example_inputs, rules, inexact_borders, probe, reserve, norms, cost: as for `plan`.
+        inplace: change the model itself instead of a copy.
+        verify: prove every merge on its region in float64 and, with example inputs, the whole model against its
+            float64 self; the latter not if a border is inexact because you allowed it.
+
+    Warns:
+        MergeDropped: a merge failed its proof, so it is not done; the rest is.
+        NothingMerged: there is nothing to merge.
+
+    Raises:
+        Unmerged: a block of `structrep.expand` cannot be merged, with norms="keep"; the model is as it was.
+        VerificationError: the deploy model is farther from the truth than rounding explains; with `inplace`, the
+            model is then as it was.
+        TrainingMode, Uninitialized, Sharded, UnknownRule, BadInput: as for `plan`.
+    """
+    planned = _plan(model, example_inputs, rules, inexact_borders, probe, reserve, norms, cost)
+    return planned.reparameterize(example_inputs, inplace=inplace, verify=verify)
+
+
+def assert_merged(model: nn.Module, example_inputs: Example | None = None, *, rules: Rules = None) -> None:
+    """Fail if there is anything left to merge in a model that is about to be exported: for a pipeline's own tests.
+
+    Examples:
+        >>> structrep.assert_merged(deploy)
+
+    Args:
+        model: in training mode too; it is not changed.
+        example_inputs, rules: as for `plan`.
+
+    Raises:
+        Unmerged: there is, with the layers, and what they would be merged by.
+        Uninitialized, Sharded, UnknownRule, BadInput: as for `plan`.
+    """
+    planned = plan(eval_copy(unwrapped(model)), example_inputs, rules=rules)
+    if planned.merged:
+        planned.prove()  # what is never done is not left to do
+    if left := planned.merges:
+        raise Unmerged(
+            f"{type(unwrapped(model)).__name__} has {counted(len(left), 'merge')} left to do: "
+            f"{listed(f'{merge.where} ({merge.before})' for merge in left)}. Export "
+            f"structrep.reparameterize(model)"
+        )

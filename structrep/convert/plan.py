@@ -1,0 +1,354 @@
+"""A plan: what is merged in a model, and what may be done with it."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from weakref import WeakValueDictionary
+
+from torch import nn
+
+from structrep import process
+from structrep.algebra import precision
+from structrep.deployed.layers import Sizes
+from structrep.errors import (
+    BadInput,
+    MergeDropped,
+    NothingMerged,
+    Refusal,
+    Slower,
+    StructrepError,
+    Unmerged,
+    VerificationError,
+    listed,
+    warn,
+)
+from structrep.graph.names import layers_of
+from structrep.match.find import again
+from structrep.match.findings import Findings
+from structrep.match.merge import Merge, Missed, together
+from structrep.match.residuals import carry
+from structrep.match.why import refusal, why
+from structrep.modules.arguments import Example
+from structrep.modules.copies import make_eager, own_copy
+from structrep.modules.source import without_source
+from structrep.modules.wrappers import finish, settle
+from structrep.prove.measured import Measured
+from structrep.prove.region import border, prove
+from structrep.prove.verify import verify
+from structrep.records.base import as_html, as_text
+from structrep.records.latency import LatencyRecord, milliseconds
+from structrep.records.plan import Explanation, MergeRecord, PlanRecord, RefusalRecord, plan_tables
+from structrep.records.verification import Verification
+from structrep.report.drawing import Drawing
+from structrep.rewrite.draft import Draft
+from structrep.rewrite.norms import forget_norms, give_norms_back
+from structrep.rewrite.units import fallen
+from structrep.terms.term import Term, geometry
+
+IN_TORCH = Measured()  # what cost="measured" is, so that timings are kept from one plan to the next
+# deploy models by id, of which nobody expects that there is anything to merge
+_made: WeakValueDictionary[int, nn.Module] = WeakValueDictionary()
+
+
+class Plan:
+    """All merges and refusals for one model. Nothing is changed before `apply`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        findings: Findings,
+        reserve: tuple[str, ...] = (),
+        measured: Measured | None = None,
+        given: nn.Module | None = None,
+    ) -> None:
+        self._model = model
+        # the user's, if that has wrappers inside, of which the plan knows nothing
+        self._given = model if given is None else given
+        self._reserve, self._measured = reserve, measured
+        self.latency: LatencyRecord | None = None  # of the whole model, if merges were chosen by measurement
+        carry(findings, reserve)
+        self._draft = Draft(findings.traced, findings.replicas, findings.merges)
+        while self._draft.unwritable.keys() - findings.unwritable.keys():  # what stands apart from them may merge still
+            findings = again(findings, unwritable=self._draft.unwritable)
+            carry(findings, reserve)
+            self._draft = Draft(findings.traced, findings.replicas, findings.merges)
+        self._findings = findings
+        self._missed = list(findings.missed)
+        for merge, reason in self._draft.refused:
+            self._refuse(merge, reason)
+        self._applied = self._is_proved = False
+        self._state = _state(self._given)
+
+    @property
+    def merges(self) -> tuple[MergeRecord, ...]:
+        seconds = self._measured.seconds if self._measured else lambda merge: None
+        group_of = {merge: group for group in together(self._draft.merges) for merge in group}
+        return tuple(_record(merge, where, group_of[merge], seconds(merge)) for where, merge in self.merged.items())
+
+    @property
+    def refusals(self) -> tuple[RefusalRecord, ...]:
+        return tuple(map(refusal, self._missed))
+
+    @property
+    def terms(self) -> tuple[Term, ...]:
+        """What is merged, as expressions over layers, in the order of `merges`."""
+        return tuple(merge.term for merge in self._draft.merges)
+
+    @property
+    def merged(self) -> dict[str, Merge]:
+        """The merges by the paths that their layers will have."""
+        return {self._draft.where(merge): merge for merge in self._draft.merges}
+
+    @property
+    def inexact(self) -> bool:
+        """Whether some merge differs from the model at the border, as the user allowed."""
+        return any(merge.fit.rigour == "inside" for merge in self._draft.merges)
+
+    @property
+    def record(self) -> PlanRecord:
+        model = type(self._model).__name__
+        return PlanRecord(model=model, merges=self.merges, refusals=self.refusals, notes=self.notes)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is to be known of the model: that the source of some of its classes cannot be read."""
+        unread = without_source(self._model)
+        if not unread:
+            return ()
+        return (
+            f"Python finds no source of {listed(unread)} (typed in, piped, run by exec, or a .pyc alone): where their "
+            "forwards cannot be followed, their branches stay. Put them into a file, and more may merge",
+        )
+
+    def faster(self, example_inputs: Example) -> Plan:
+        """This plan, or one without the merges that make the model slower, as measured: one by one, and all of them.
+
+        Raises:
+            BadInput: the plan was not made with `cost="measured"`; the model or the runtime rejects the inputs.
+        """
+        if self._measured is None:
+            raise BadInput(
+                "this plan has counted what merges cost, and has no runtime to time them in: "
+                "structrep.plan(model, example_inputs, cost='measured') gives the faster plan"
+            )
+        chosen = self
+        while slower := self._measured.slower(chosen.merged.values()):
+            findings = again(chosen._findings, slower=slower)
+            chosen = Plan(self._model, findings, self._reserve, self._measured, self._given)
+        forms = {"merged": chosen.apply(), "all merged": self.apply(), "as it is": own_copy(self._model)}
+        if chosen is self:
+            del forms["all merged"]
+        best, latency = self._measured.fastest(forms, example_inputs)
+        chosen = self if best == "all merged" else chosen
+        chosen.latency = latency
+        if best == "as it is":
+            merged, before = (milliseconds(latency.models[form].median) for form in ("merged", best))
+            slow = Slower(f"the whole model takes {before} as it is, and {merged} merged: measured here")
+            chosen._leave(dict.fromkeys(chosen._draft.merges, slow))
+        return chosen
+
+    def prove(self) -> None:
+        """Prove every merge on its own region in float64; one that fails is taken out, and listed as refused."""
+        wrong: dict[Merge, Refusal] = {}
+        with process.same_chance(), precision.whole():
+            for group in together(self._draft.merges):
+                try:
+                    prove(group)
+                except Refusal as reason:
+                    wrong |= dict.fromkeys(group, reason)
+        self._leave(wrong)
+        self._is_proved = True
+
+    def proved(self) -> Plan:
+        """What is left of this plan once every merge was proved, each that was not told by a `structrep.MergeDropped`
+        warning and listed as refused there; this plan stays as it is."""
+        if self._is_proved:
+            return self
+        found = copy.copy(self)
+        found._missed = [*self._missed]
+        found.prove()
+        kept = set(found._draft.merges)
+        for where, merge in self.merged.items():
+            if merge not in kept:
+                reason = next(miss.reason for miss in found._missed if miss.of is merge)
+                warn(f"{where} ({' + '.join(merge.rules)}) is not merged, as planned: {reason}", MergeDropped)
+        return found
+
+    def verify(self, example_inputs: Example, deploy: nn.Module | None = None, **how: Any) -> Verification:
+        """Compare the deploy model with the model, as `structrep.verify` does, and each merged layer on the way.
+
+        Args:
+            example_inputs: as for `structrep.verify`.
+            deploy: what `apply` gave; made anew by default.
+            how: device, dtype, autocast and so on, as for `structrep.verify`.
+
+        Raises:
+            BadInput: the model rejects the inputs.
+        """
+        return verify(
+            self._model, self.apply() if deploy is None else deploy, example_inputs, merges=self.merged, **how
+        )
+
+    def apply(self, inplace: bool = False) -> nn.Module:
+        """The deploy model: the same class and names, with every merge done.
+
+        Args:
+            inplace: change the model itself instead of a copy, layer by layer: each merged kernel is made, and what it
+                was made from given back, before the next.
+
+        Raises:
+            StructrepError: the model is no longer the one that the plan was made for: the plan was applied in place
+                before, or weights changed.
+        """
+        if self._applied:
+            raise StructrepError("this plan was applied in place already: make a new one with structrep.plan(model)")
+        if _state(self._given) != self._state:
+            raise StructrepError(
+                "the model's weights changed since this plan was made: make a new one, structrep.plan(model)"
+            )
+        self._applied = inplace
+        if inplace:
+            settle(self._given)
+        model = self._given if inplace else own_copy(self._model)
+        with process.alone():  # a draft has one model at a time
+            deploy = self._draft.apply(model, release=inplace)
+        if inplace:
+            make_eager(deploy, {id(module): module for module in deploy.modules()})
+        finish(deploy)
+        if self._findings.blocks:
+            give_norms_back(deploy)
+        else:
+            forget_norms(deploy)
+        _made[id(deploy)] = deploy
+        return deploy
+
+    def reparameterize(
+        self, example_inputs: Example | None = None, *, inplace: bool = False, verify: bool = True
+    ) -> nn.Module:
+        """The deploy model, proved, as `structrep.reparameterize` gives it; the plan stays as it is.
+
+        Raises:
+            Unmerged, VerificationError, BadInput: as for `structrep.reparameterize`.
+        """
+        chosen = self.proved() if verify else self
+        if left := [path for path in self._findings.blocks if path not in chosen.merged]:
+            name = type(self._model).__name__
+            raise Unmerged(f"of the blocks in {name} these cannot be merged: {', '.join(left)}{chosen.record.reasons}")
+        if not chosen.merged and _made.get(id(self._model)) is not self._model:
+            warn(chosen.record.nothing, NothingMerged)
+        whole = verify and example_inputs is not None and not chosen.inexact
+        deploy = chosen.apply(inplace and not whole)
+        if whole and example_inputs is not None:
+            _demand(chosen.verify(example_inputs, deploy))
+            deploy = chosen.apply(inplace=True) if inplace else deploy
+        self._applied = self._applied or inplace
+        return deploy
+
+    def why(self, first: str, second: str) -> Explanation:
+        """Why two layers, by their names, did not merge; or that they do.
+
+        Raises:
+            BadInput: the model has no module of that name.
+        """
+        return why(self._findings, list(self.merged.items()), first, second)
+
+    def report(self, path: str | os.PathLike[str], example_inputs: Example | None = None, force: bool = False) -> None:
+        """Write a page that shows what is merged, what is refused and why, and how the two models compare: HTML, in one
+        file that needs nothing else.
+
+        Args:
+            example_inputs: as for `structrep.verify`; without them the page has no errors, latencies and multiply-adds.
+            force: replace the file if there is one.
+
+        Raises:
+            BadInput: the file is there already or cannot be written; the model rejects the inputs; there are example
+                inputs, and matplotlib, which draws their errors, is not installed.
+            StructrepError: as for `apply`.
+        """
+
+        from structrep.report import page  # which needs whole plans
+
+        page.write(self, self._model, Path(path), example_inputs, force)
+
+    def draw(self, deploy: bool = False, inside: str = "") -> str:
+        """A picture of what the model computes, as SVG: in colour what is merged, marked what is refused. Large parts
+        are one box each.
+
+        Args:
+            deploy: draw what the deploy model computes.
+            inside: the name of a module; draw that.
+
+        Raises:
+            BadInput: no module of that name computes anything in the model's forward.
+        """
+        return self.drawing(self.apply() if deploy else None).draw(int(deploy), inside)
+
+    def drawing(self, deploy: nn.Module | None = None, example_inputs: Example | None = None) -> Drawing:
+        """What pictures are drawn with; of the deploy model too, if it is given."""
+        return Drawing(self.record, self._findings.replicas, self._draft.merges, deploy, example_inputs)
+
+    def _repr_html_(self) -> str:
+        return as_html(*plan_tables(self.record))
+
+    def __str__(self) -> str:
+        return as_text(*plan_tables(self.record))
+
+    def __repr__(self) -> str:
+        return (
+            f"<Plan for {type(self._model).__name__}: {len(self._draft.merges)} merges, {len(self._missed)} refusals>"
+        )
+
+    def _leave(self, merges: Mapping[Merge, Refusal]) -> None:
+        lost = fallen(self._draft.merges, merges)
+        for merge, reason in lost.items():
+            self._refuse(merge, reason, self._draft.where(merge))
+        if lost:
+            left = [merge for merge in self._draft.merges if merge not in lost]
+            self._draft = Draft(self._draft.traced, self._draft.replicas, left)
+            for merge, reason in self._draft.refused:
+                self._refuse(merge, reason)
+
+    def _refuse(self, merge: Merge, reason: Refusal, where: str = "") -> None:
+        where = where or merge.owner.path or "(root)"
+        self._missed.append(Missed(where, merge.rules[-1], str(merge.term), reason, layers_of(merge.nodes), merge))
+
+
+def _state(model: nn.Module) -> list[tuple[str, int, int]]:
+    """Which tensors a model holds, and how often each was written."""
+    named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    return [(name, tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for name, tensor in named]
+
+
+def _demand(found: Verification) -> None:
+    if not found.ok:
+        first = found.first_off
+        where = f"; the first merged layer that is off is {first.where} ({' + '.join(first.rules)})" if first else ""
+        raise VerificationError(
+            f"the deploy model differs from the training-time model by more than rounding{where}\n{found}"
+        )
+
+
+def _record(merge: Merge, where: str, group: Sequence[Merge], seconds: tuple[float, float] | None) -> MergeRecord:
+    shape, (before, after) = geometry(merge.term), merge.fit.costs
+    taps = "x".join(map(str, shape.kernel))
+    sizes = ""
+    if merge.sizes is not None:
+        sizes = f"holds for inputs of {Sizes(*merge.sizes).extra_repr()}"
+    return MergeRecord(
+        where=where,
+        rules=merge.rules,
+        sources=merge.sources,
+        before=str(merge.term),
+        after=f"conv {taps}" if taps else "linear",
+        multiply_adds=(before.multiply_adds, after.multiply_adds),
+        parameters=(before.parameters, after.parameters),
+        largest=merge.fit.largest,
+        border=str(border(merge, group)) if merge.fit.rigour == "inside" else merge.fit.remedy,
+        sizes=sizes,
+        notes=merge.fit.notes,
+        seconds=seconds,
+    )

@@ -1,0 +1,202 @@
+"""Modules that are called more than once, held elsewhere, or asked for what they are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, fx, nn
+
+from structrep.errors import Shared
+from structrep.graph.calls import Call, Traced
+from structrep.graph.names import is_lone_layer, path_of
+from structrep.modules.mentions import questions
+from structrep.modules.source import names_reached
+
+
+def turns_around(layer: nn.Module) -> bool:
+    """Whether a layer is a transposed convolution that is an ordinary one, its kernel turned around."""
+    return isinstance(layer, nn.modules.conv._ConvTransposeNd) and set(layer.stride) == {1}
+
+
+class Replicas:
+    """Modules called more than once: a merge inside is done once for all calls, if all calls do the same."""
+
+    def __init__(self, traced: Traced) -> None:
+        self.traced = traced
+        self.prints: dict[Call, tuple[object, ...]] = {}
+        untraced = {path: traced.model.get_submodule(path) for path in traced.untraced}
+        self.unread = {
+            path: names_reached(module)
+            for path, module in untraced.items()
+            if not isinstance(module, torch.jit.ScriptModule)  # which reaches for nothing outside of itself
+        }
+        self.asked: dict[str, list[tuple[str, str]]] = {}  # path -> forwards that ask it for something, and for what
+        for path, question in _asked(traced.model):
+            self.asked.setdefault(path, []).append(question)
+        self.listed = {
+            part
+            for module in traced.model.modules()
+            for key, value in module.__dict__.items()
+            if key != "_modules"
+            for part in pytree.tree_leaves(value)
+            if isinstance(part, nn.Module)
+        }
+
+    def bodies(self, of: Call) -> list[Call]:
+        """All calls of the same forward that were followed."""
+        return [call for call in self.traced.calls[of.module, of.method] if not call.leaf]
+
+    def repeats(self, node: fx.Node) -> bool:
+        """Whether a node was made by a later call that does what the first did."""
+        return node.meta["call"] is not None and self.is_repeat(node.meta["call"])
+
+    def is_repeat(self, call: Call) -> bool:
+        """Whether a call is, or is part of, a later call that does what the first did, and is merged as that was."""
+        for outer in call.homes():
+            bodies = self.bodies(outer)
+            if len(bodies) > 1 and outer is not bodies[0] and self.alike(bodies):
+                return True
+        return False
+
+    def alike(self, bodies: list[Call]) -> bool:
+        return len({self.fingerprint(body) for body in bodies}) == 1
+
+    def check(self, inside: set[fx.Node], owner: Call) -> None:
+        """Raise unless every module of the merge is called just as often as its owner, each time in the same way."""
+        bodies = self.bodies(owner)
+        if len(bodies) > 1 and not self.alike(bodies):
+            raise Shared(f"{owner.path or 'the model'} is called {len(bodies)} times, and not always in the same way")
+        touched = {call for node in inside for call in node.meta["call"].chain() if owner in call.chain()}
+        anew = written_in_forwards(inside)
+        self._check_computed(inside)
+        for call in touched - {owner}:
+            self._check_reach(call, touched, anew, inside)
+            if call.inlined:
+                continue  # written out in its caller
+            calls = self.traced.calls[call.module, call.method]
+            if is_lone_layer(inside):  # a layer that is the same at every call, and is so still
+                if call is calls[0]:
+                    continue
+                raise Shared(f"{call.path} is merged where it is called first")
+            homes = {next((body for body in bodies if body in one.chain()), None) for one in calls}
+            if len(calls) != len(bodies) or None in homes or len(homes) != len(bodies):
+                raise Shared(
+                    f"{call.path or 'the model'} is used {len(calls)} times: merged here, its other uses would change"
+                )
+
+    def _check_reach(self, call: Call, touched: set[Call], anew: set[tuple[str, str]], inside: set[fx.Node]) -> None:
+        """Raise where code that will stay uses what a merge takes from a module, other than by calling it.
+
+        Args:
+            anew: the paths and methods that will be written anew, without what vanishes.
+        """
+        if call.module in self.listed:
+            raise Shared(f"{call.path} is also held in a list or attribute that is none of torch's")
+        stays = is_lone_layer(inside) and not turns_around(call.module)  # the very layer, with all its settings
+        for asker, what in self.asked.get(call.path, ()) if call.leaf else ():
+            if asker not in {path for path, _ in anew} and not (stays and what in call.module.__dict__):
+                asks = f"{asker or 'the model'} asks for {what} of {call.path} in its forward"
+                raise Shared(f"{asks}: a merge would change it")
+        held = {**call.module._parameters, **call.module._buffers} if call.leaf else {}
+        for name, tensor in held.items():
+            for other in self.traced.reached.get(f"{call.path}.{name}", ()):
+                if site(next(other.homes())) not in anew or self._needed(tensor, inside):
+                    raise Shared(f"{other.path or 'the model'} uses {call.path}.{name} itself")
+        for other in self.traced.reached.get(call.path, ()):
+            if other not in touched:
+                raise Shared(f"{other.path or 'the model'} reaches into {call.path}, which would no longer be there")
+        if (caller := self.traced.handled.get(call.path)) is not None:
+            raise Shared(f"{caller or 'the model'}, whose code cannot be followed, calls {call.path} itself")
+        parent, _, name = call.path.rpartition(".")
+        for path, names in self.unread.items():
+            if name in names and path != parent and (not path or f"{parent}.".startswith(f"{path}.")):
+                raise Shared(f"{path or 'the model'}, whose forward cannot be followed, mentions .{name} of a child")
+
+    def _check_computed(self, inside: set[fx.Node]) -> None:
+        """Raise where what a layer of a merge computes before its calls is of use elsewhere."""
+        for node in inside:
+            for name, one in (node.meta.get("computed") or {}).items():
+                path = f"{path_of(node)}.{name}"
+                made = (tensor for tensor in one.formula.tensors if isinstance(tensor, nn.Parameter))
+                held = (
+                    n for one in self.traced.traces for n in one.graph.find_nodes(op="get_attr") if n.target == path
+                )
+                if any(not inside.issuperset(n.users) for n in held) or any(self._needed(t, inside) for t in made):
+                    raise Shared(f"{path}, or what it is computed of, is of use elsewhere too")
+
+    def _needed(self, tensor: Tensor | None, inside: set[fx.Node]) -> bool:
+        """Whether a constant made of a tensor is of use to a node that stays."""
+        for trace_ in self.traced.traces:
+            for node in trace_.graph.find_nodes(op="get_attr"):
+                formula = node.meta.get("formula")
+                made = formula.tensors if formula else (node.meta.get("value"),)
+                if any(one is tensor for one in made) and not inside.issuperset(node.users):
+                    return True
+        return False
+
+    def fingerprint(self, call: Call) -> tuple[object, ...]:
+        """What a call does, in terms of its inputs."""
+        if call not in self.prints:
+            self.prints[call] = tuple(_marks(call))
+        return self.prints[call]
+
+
+def site(call: Call) -> tuple[str, str]:
+    """Whose method a call is of; the same for every trace."""
+    return call.path, call.method
+
+
+def written_in_forwards(nodes: Iterable[fx.Node]) -> set[tuple[str, str]]:
+    """The methods that some nodes are written in, which change if these vanish; a layer that is called is swapped,
+    unless its caller computes its numbers."""
+    return {site(next(n.meta["call"].homes())) for n in nodes if n.op != "call_module" or n.meta["assigned"]}
+
+
+def _asked(model: nn.Module) -> Iterator[tuple[str, tuple[str, str]]]:
+    """Paths of modules that a forward asks for more than to run: by whom, and for what."""
+    for path, module in model.named_modules():
+        for names in questions(module):
+            part: Any = module
+            *way, what = names
+            for name in way:
+                part = part._modules.get(name) if isinstance(part, nn.Module) else None
+            if part is None:
+                continue
+            where = ".".join(filter(None, (path, *way)))
+            if what in ("*", "+"):
+                for name, _ in part.named_children() if what == "+" else part.named_modules():
+                    yield ".".join(filter(None, (where, name))), (path, "what it is")
+            elif what not in part._modules:
+                yield where, (path, what)
+
+
+def _marks(call: Call) -> Iterator[object]:
+    """What a call was given, did and gave, values numbered in order of appearance: equal programs give equal marks."""
+    numbers: dict[fx.Node, str] = {}
+
+    def mark(value: fx.Node) -> str:
+        return f"={value.target}" if value.op == "get_attr" else numbers.setdefault(value, f"%{len(numbers)}")
+
+    def structure(value: Any) -> Any:
+        if isinstance(value, fx.Proxy):
+            return mark(value.node)
+        if isinstance(value, (list, tuple)):
+            return [type(value).__name__, *map(structure, value)]
+        if isinstance(value, dict):
+            return {key: structure(item) for key, item in value.items()}
+        if is_dataclass(value) and not isinstance(value, type):
+            return [type(value).__name__, *(structure(getattr(value, f.name)) for f in fields(value))]
+        return (
+            value if isinstance(value, (bool, int, float, str, type(None))) else f"{type(value).__name__} {id(value)}"
+        )
+
+    yield repr(structure((call.args, call.kwargs)))
+    for node in call.nodes():
+        args, kwargs = fx.node.map_arg(node.args, mark), fx.node.map_arg(node.kwargs, mark)
+        dims = len(node.meta["shape"]) if "shape" in node.meta else None  # a merge may go by it
+        yield (node.op, str(node.target), repr(args), repr(kwargs), mark(node), dims)
+    yield repr(structure(call.result))

@@ -1,0 +1,32 @@
+"""What changes in forwards."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from structrep.graph.calls import Call
+from structrep.match.sum_order import Reordered
+
+
+@dataclass
+class Edits:
+    """What changes in forwards, by node of the flat graph."""
+
+    dead: set[fx.Node] = field(default_factory=set)
+    replaced: dict[fx.Node, tuple[fx.Node, str]] = field(default_factory=dict)  # root -> base and path of the new layer
+    bypassed: dict[fx.Node, fx.Node] = field(default_factory=dict)  # root -> base
+    refilled: dict[fx.Node, tuple[fx.Node, str]] = field(default_factory=dict)  # a functional call in a convolution's
+    # own forward -> base and path of that convolution, which keeps its place and holds `weight` and `bias`
+    ended: set[fx.Node] = field(default_factory=set)  # functional norms that give up their weight and bias
+    reordered: set[Reordered] = field(default_factory=set)  # sums that are written in the order that they have now
+    owners: dict[Call, set[Call]] = field(default_factory=dict)  # whose forward changes -> calls to write out inside it
+    vanishing: set[fx.Node] = field(default_factory=set)  # values that will be others, or none
+    layers: set[str] = field(default_factory=set)  # paths of layers that are merged
+    homes: dict[str, str] = field(default_factory=dict)  # path of a tensor that is merged -> of the layer that has it
+
+    @property
+    def changed(self) -> set[fx.Node]:
+        """The nodes that are not written as they are."""
+        return {*self.dead, *self.replaced, *self.bypassed, *self.refilled, *self.ended, *self.vanishing}

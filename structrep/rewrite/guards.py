@@ -1,0 +1,145 @@
+"""Code that says whether what a forward was told still holds, and raises where it does not.
+
+Written so that `torch.jit.script` takes it where it would take the question itself; what it would not take stands
+behind `if not torch.jit.is_scripting()`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+from torch import nn
+
+from structrep.deployed.answers import described, is_named, is_numpys, literal
+
+
+@dataclass(frozen=True)
+class Guard:
+    """A question that has to have the same answer still.
+
+    Args:
+        asked: the question, as code.
+        told: the answer, as a message shows it.
+        unlike: code that is true where the answer is another.
+        scripted: whether `torch.jit.script` takes that code.
+    """
+
+    asked: str
+    told: str
+    unlike: str
+    scripted: bool
+    message: tuple[str, str]  # what is said before and after what is found
+
+    def passes(self, module: nn.Module, names: Mapping[str, Any]) -> bool:
+        """Whether a module would pass."""
+        try:
+            return not eval(self.unlike, {**names, "self": module})
+        except Exception:  # what is asked for is not there
+            return False
+
+    def lines(self) -> list[str]:
+        before, after = self.message
+        behind = f" + {after!r}" if after else ""
+        return [f"if {self.unlike}:", f"    raise ValueError({before!r} + str({self.asked}){behind})"]
+
+
+def guard(asked: str, named: str, told: Any, method: str, scripted: bool) -> Guard | None:
+    """A guard for an answer; None if any answer would do.
+
+    Args:
+        asked, named: the question, as code and as a message says it.
+        method: whose forward asks, as a message says it.
+        scripted: whether `torch.jit.script` takes the question.
+    """
+    remedy = ": convert the model again after setting it"
+    found = unlike(asked, told)
+    if found is None:
+        return None
+    shown = described(told) if is_named(told) else literal(told)
+    before = f"{method} was reparameterized for {named}={shown}, and {named} is "
+    plain = told is None or type(told) in (bool, int, float, str)
+    return Guard(asked, shown, found, scripted and plain, (before, f" now{remedy}"))
+
+
+def missing(asked: str, holder: str, name: str, method: str) -> Guard:
+    """A guard for an attribute that there was none of."""
+    before = f"{method} was reparameterized for a model without {asked}, and {asked} is "
+    after = " now: convert the model again after setting it"
+    return Guard(asked, "missing", f"hasattr({holder}, {name!r})", False, (before, after))
+
+
+def argument(name: str, told: Any) -> Guard | None:
+    """A guard for an argument that a forward was traced with."""
+    found = unlike(name, told)
+    if found is None:
+        return None
+    plain = told is None or type(told) in (bool, int, float, str)
+    before = f"this forward was reparameterized for {name}={literal(told)} and was called with {name}="
+    return Guard(name, literal(told), found, plain, (before, ""))
+
+
+def given(name: str) -> Guard:
+    """A guard for an argument that is None by default, and was not."""
+    before = f"this forward was reparameterized for a given {name} and was called with {name}="
+    return Guard(name, "...", f"{name} is None", True, (before, ""))
+
+
+def tensor(name: str) -> Guard:
+    """A guard for an argument that was a tensor, of a forward that asks what it is."""
+    before = f"this forward was reparameterized for a tensor as {name} and was called with {name}="
+    return Guard(name, "a tensor", f"not isinstance({name}, torch.Tensor)", True, (before, ""))
+
+
+def alike(asked: str, other: str, method: str) -> Guard:
+    """A guard for two answers that were the same."""
+    before = f"{method} was reparameterized for a model whose {asked} and {other} are the same, and {asked} is "
+    return Guard(asked, other, f"{asked} != {other}", False, (before, ": convert the model again after casting it"))
+
+
+def same(asked: str, kept: str, method: str) -> Guard:
+    """A guard for a tensor that was merged."""
+    before = f"{method} was reparameterized for the {asked} that was merged, and {asked} is "
+    return Guard(
+        asked, "merged", f"{asked} is not {kept}", False, (before, " now: convert the model again after setting it")
+    )
+
+
+def never(question: str, method: str) -> Guard:
+    """A guard for an answer that a forward cannot be followed with."""
+    before = f"{method} was reparameterized for {question}=False, and cannot be followed where it is "
+    return Guard(question, "False", question, True, (before, ""))
+
+
+def code(guards: Iterable[Guard]) -> list[str]:
+    """Guards as lines of code."""
+    once = list(dict.fromkeys(guards))
+    scripted = [line for one in once if one.scripted for line in one.lines()]
+    others = [f"    {line}" for one in once if not one.scripted for line in one.lines()]
+    return scripted + (["if not structrep_is_scripting():", *others] if others else [])
+
+
+def unlike(asked: str, told: Any) -> str | None:
+    """Code that is true where the answer to a question is another than it was; None if any would do."""
+    if told is None or told is ...:
+        return None if told is ... else f"{asked} is not None"
+    if is_named(told):
+        return f"structrep_described({asked}) != {described(told)!r}"
+    text = literal(told)
+    if text == "...":
+        return None
+    if isinstance(told, float) and math.isnan(told):
+        return f"{asked} == {asked}"
+    return f"not structrep_matches({asked}, {text})" if _is_loose(told) else f"{asked} != {text}"
+
+
+def _is_loose(told: Any) -> bool:
+    """Whether a structure has something that may be anything, or is told by its name."""
+    if isinstance(told, (dict, MappingProxyType)):
+        return any(map(_is_loose, told.values()))
+    if isinstance(told, (list, tuple)):
+        return any(map(_is_loose, told))
+    return literal(told) == "..." or is_named(told) or is_numpys(told)
