@@ -7,7 +7,6 @@ What is named here is imported when it is first asked for: beside `import torch`
 
 import importlib
 import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -64,21 +63,33 @@ __all__ = [
     "verify",
 ]
 
-_MODULES = {
-    "algebra": ("ConvMap",),
-    "checkpoint": ("convert_checkpoint",),
-    "driver": ("Plan", "assert_merged", "explain", "plan", "reparameterize"),
-    "errors": ("MergeDropped", "NothingMerged", "Refusal", "StructrepError", "Unmerged", "VerificationError"),
-    "expand": ("check_optimizer", "expand", "expand_layers"),
-    "measured": ("Measured",),
-    "monitor": ("monitor",),
-    "probe": ("probe",),
-    "proof": ("verify",),
-    "readers": ("reader",),
-    "registry": ("Registry", "Rule", "rule"),
-    "report": ("Verification",),
+_HOME = {
+    "ConvMap": "algebra",
+    "Measured": "prove.measured",
+    "MergeDropped": "errors",
+    "NothingMerged": "errors",
+    "Plan": "convert.plan",
+    "Refusal": "errors",
+    "Registry": "registry",
+    "Rule": "registry",
+    "StructrepError": "errors",
+    "Unmerged": "errors",
+    "Verification": "records.verification",
+    "VerificationError": "errors",
+    "assert_merged": "convert.calls",
+    "check_optimizer": "train.expand",
+    "convert_checkpoint": "deliver.checkpoint",
+    "expand": "train.expand",
+    "expand_layers": "blocks.places",
+    "explain": "convert.calls",
+    "monitor": "train.monitor",
+    "plan": "convert.calls",
+    "probe": "read.probe",
+    "reader": "read.modules",
+    "reparameterize": "convert.calls",
+    "rule": "registry",
+    "verify": "prove.verify",
 }
-_HOME = {name: module for module, names in _MODULES.items() for name in names}
 
 if not TYPE_CHECKING:  # to a type checker, what is not named above does not exist
 
@@ -98,14 +109,3 @@ if not TYPE_CHECKING:  # to a type checker, what is not named above does not exi
 
     def __dir__() -> list[str]:
         return sorted({*globals(), *__all__})
-
-
-class _Package(ModuleType):
-    """`structrep.explain` is the function, although there is a module of that name, which importing would put there."""
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if not (name in _HOME and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

@@ -7,6 +7,7 @@ computes what the pattern matched, so a rule can be wrong without doing harm.
 from __future__ import annotations
 
 import difflib
+import importlib
 import inspect
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -244,7 +245,21 @@ class Registry:
         return chosen
 
 
-default = Registry()
+class _Default(Registry):
+    """The rules that come along, imported when rules are first looked at, and those of users."""
+
+    @property
+    def _rules(self) -> dict[str, Rule]:
+        importlib.import_module("structrep.rules")
+        known: dict[str, Rule] = self.__dict__.setdefault("known", {})
+        return known
+
+    @_rules.setter
+    def _rules(self, rules: dict[str, Rule]) -> None:
+        self.__dict__["known"] = rules
+
+
+default: Registry = _Default()
 rule = default.rule
 RULES, READERS = "structrep.rules", "structrep.readers"  # groups of entry points
 _loaded: set[str] = set()
@@ -283,6 +298,3 @@ def resolve(rules: Registry | Iterable[str | Rule] | None) -> Registry:
     if isinstance(rules, Registry):
         return rules
     return default.select([rules] if isinstance(rules, (str, Rule)) else rules)
-
-
-import structrep.rules  # noqa: E402, F401  whoever has the registry has the catalogue in it

@@ -9,7 +9,7 @@ from torch import nn
 
 import structrep
 from structrep.errors import BadInput, TrainingMode, Unmerged
-from structrep.integrations.export import merge
+from structrep.integrations.shared import merge
 from structrep.read.modules import _MODULES
 from tests.models import relative_error, settled
 

@@ -58,7 +58,6 @@ from structrep.records.delivery import ExportRecord, Provenance
 from structrep.records.latency import LatencyRecord
 from structrep.records.plan import plan_tables
 from structrep.records.verification import Verification
-from structrep.report.page import page
 
 HELP = (
     "Merges multi-branch training-time networks into plain deploy-time ones, exactly, and proves it.\n\n"
@@ -230,7 +229,7 @@ def convert(
                 runs = compare(model, program(out.suffix, content), inputs, device="cpu")
                 _demand(runs, f"the program for {out}")
             compared = proof or (plan.verify(inputs, deploy) if report and inputs is not None else None)
-            shown = page(plan, model, deploy, inputs, compared) if report else b""
+            shown = plan.page(deploy, inputs, compared) if report else b""
             write(files.save_bytes, content)
             if write_report:
                 write_report(files.save_bytes, shown)

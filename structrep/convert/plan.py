@@ -26,6 +26,7 @@ from structrep.errors import (
     listed,
     warn,
 )
+from structrep.files import save_bytes, writer
 from structrep.graph.names import layers_of
 from structrep.match.find import again
 from structrep.match.findings import Findings
@@ -44,6 +45,7 @@ from structrep.records.latency import LatencyRecord, milliseconds
 from structrep.records.plan import Explanation, MergeRecord, PlanRecord, RefusalRecord, plan_tables
 from structrep.records.verification import Verification
 from structrep.report.drawing import Drawing
+from structrep.report.page import demand_plots, page
 from structrep.rewrite.draft import Draft
 from structrep.rewrite.norms import forget_norms, give_norms_back
 from structrep.rewrite.units import fallen
@@ -269,10 +271,19 @@ class Plan:
                 inputs, and matplotlib, which draws their errors, is not installed.
             StructrepError: as for `apply`.
         """
+        save = writer(Path(path), force)
+        demand_plots(example_inputs)
+        deploy = self.apply()
+        verification = None if example_inputs is None else self.verify(example_inputs, deploy)
+        save(save_bytes, self.page(deploy, example_inputs, verification))
 
-        from structrep.report import page  # which needs whole plans
-
-        page.write(self, self._model, Path(path), example_inputs, force)
+    def page(
+        self, deploy: nn.Module, example_inputs: Example | None = None, verification: Verification | None = None
+    ) -> bytes:
+        """What `report` writes, of a deploy model and what `verify` gave of it on the example inputs."""
+        drawing = self.drawing(deploy, example_inputs)
+        models = self._model, deploy
+        return page(drawing, self.merged, self.inexact, models, example_inputs, verification)
 
     def draw(self, deploy: bool = False, inside: str = "") -> str:
         """A picture of what the model computes, as SVG: in colour what is merged, marked what is refused. Large parts

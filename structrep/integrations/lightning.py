@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from structrep.errors import BadInput
-from structrep.integrations.export import merge, trained_copy
+from structrep.integrations.shared import merge, trained_copy
 from structrep.train.expand import check_optimizer
 
 if TYPE_CHECKING:

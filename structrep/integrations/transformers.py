@@ -23,7 +23,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from structrep import process
 from structrep.errors import BadInput
-from structrep.integrations.export import merge, trained_copy
+from structrep.integrations.shared import merge, trained_copy
 from structrep.train.expand import check_optimizer
 
 log = logging.getLogger("structrep")

@@ -20,6 +20,7 @@ from structrep.pattern.leaves import (
     line,
     pointwise,
     spatial,
+    square,
 )
 
 __all__ = [
@@ -49,4 +50,5 @@ __all__ = [
     "line",
     "pointwise",
     "spatial",
+    "square",
 ]

@@ -222,3 +222,8 @@ class Anything(Pattern):
 
     def __str__(self) -> str:
         return label("...", self)
+
+
+def square(kernel: tuple[int, ...]) -> bool:
+    """More than one tap along both axes."""
+    return len(kernel) == 2 and min(kernel) > 1

@@ -230,8 +230,8 @@ class _Exactly:
             why = "it overflows there, or rounding makes numbers infinite"
         then = "both were run in float64" if self.held else "the deploy model cannot be run in float64 with its choices"
         return (
-            f"in {name_of_dtype(dtype)} the comparison shows little, for the training-time model is off by {noise:.1e} itself: "
-            f"{why}; {then}"
+            f"in {name_of_dtype(dtype)} the comparison shows little, for the training-time model is off by "
+            f"{noise:.1e} itself: {why}; {then}"
         )
 
 

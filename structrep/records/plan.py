@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from pydantic import Field
 from rich.table import Table
 
 from structrep.errors import some
@@ -63,7 +64,7 @@ class Explanation(Record):
     merged: str = ""  # where, if they are
     answer: str
     refusals: tuple[RefusalRecord, ...] = ()  # of merges that would have held both
-    misses: dict[str, str] = {}  # rule -> what keeps it from matching
+    misses: dict[str, str] = Field(default_factory=dict)  # rule -> what keeps it from matching
 
     def __str__(self) -> str:
         lines = [f"{self.first} and {self.second}: {self.answer}"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from pydantic import Field
 from rich.table import Table
 
 from structrep.records.base import WORST, Record, as_html, as_text
@@ -53,7 +54,7 @@ class Verification(Record):
     slack: float
     truth: str = "float64"  # what the training-time model was run in, for the truth
     failed: str = ""  # the run in float64, if that is not it
-    alone: dict[str, str] = {}  # operators that ran in their own dtype in it, and why
+    alone: dict[str, str] = Field(default_factory=dict)  # operators that ran in their own dtype in it, and why
     lost: str = ""  # why a comparison in `dtype` shows nothing
     blank: bool = False  # whether no output has a finite number, so that merged layers alone say something
     outputs: tuple[OutputRecord, ...]

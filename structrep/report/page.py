@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import io
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from structrep.files import imported, save_bytes, writer
+from structrep.files import imported
+from structrep.match.merge import Merge
 from structrep.modules.arguments import Example, as_arguments
 from structrep.prove.latency import latency
 from structrep.prove.run import How
@@ -25,7 +26,6 @@ from structrep.report.steps import Graph, Part
 if TYPE_CHECKING:
     from markupsafe import Markup
 
-    from structrep.convert.plan import Plan
 SECONDS, ROUNDS = 3.0, (3, 20)  # that latencies are measured for, about; fewest and most passes of each model
 NARROW = 240  # pixels: two pictures of at most that width stand side by side on a phone
 MISSING = "give example inputs"
@@ -58,29 +58,27 @@ class View:
     views: list[View]
 
 
-def write(plan: Plan, model: nn.Module, path: Path, example_inputs: Example | None, force: bool) -> None:
-    """See `structrep.Plan.report`; the model is the one that the plan is for."""
-    save = writer(path, force)
-    _demand_plots(example_inputs)
-    deploy = plan.apply()
-    verification = None if example_inputs is None else plan.verify(example_inputs, deploy)
-    save(save_bytes, page(plan, model, deploy, example_inputs, verification))
-
-
 def page(
-    plan: Plan, model: nn.Module, deploy: nn.Module, example_inputs: Example | None, verification: Verification | None
+    drawing: Drawing,
+    merges: Mapping[str, Merge],
+    inexact: bool,
+    models: tuple[nn.Module, nn.Module],
+    example_inputs: Example | None,
+    verification: Verification | None,
 ) -> bytes:
     """The page.
 
     Args:
-        model, deploy: the model that the plan is for, and what the plan gave.
-        verification: what `plan.verify` gave, if it was asked.
+        merges: by the names of their layers.
+        inexact: whether layers may differ at the border.
+        models: at training time, and deployed.
+        verification: of the two, on the example inputs, if there are any.
 
     Raises:
         BadInput: there are example inputs, and matplotlib is not installed.
     """
-    _demand_plots(example_inputs)
-    drawing = plan.drawing(deploy, example_inputs)
+    demand_plots(example_inputs)
+    model, deploy = models
     tiles = [*_counts(drawing.graphs), *_measured(model, deploy, example_inputs), _error(verification)]
     text = filled(
         "page.html.j2",
@@ -89,17 +87,18 @@ def page(
         tiles=tiles,
         view=_view(drawing, drawing.whole, "graph"),
         drawing=drawing,
-        kernels=[kernel(where, merge) for where, merge in plan.merged.items()],
+        kernels=[kernel(where, merge) for where, merge in merges.items()],
         verification=verification,
         chart=_chart(verification) if verification and verification.regions else "",
-        inexact=plan.inexact,
+        inexact=inexact,
         refused=REFUSED,
         missing=MISSING,
     )
     return text.encode()
 
 
-def _demand_plots(example_inputs: Example | None) -> None:
+def demand_plots(example_inputs: Example | None) -> None:
+    """Raise BadInput where a page with charts cannot be drawn."""
     if example_inputs is not None:
         imported("matplotlib", "pip install 'structrep[plot]'")
 

@@ -9,13 +9,8 @@ from torch import nn
 
 from structrep.algebra import ConvMap
 from structrep.blocks import ACBlock2d, Branches
-from structrep.pattern import Sum, conv_norm, line
+from structrep.pattern import Sum, conv_norm, line, square
 from structrep.registry import rule
-
-
-def square(kernel: tuple[int, ...]) -> bool:
-    """More than one tap along both axes."""
-    return len(kernel) == 2 and min(kernel) > 1
 
 
 def tall(kernel: tuple[int, ...]) -> bool:

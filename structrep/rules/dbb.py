@@ -8,12 +8,9 @@ from torch import nn
 
 from structrep.algebra import ConvMap
 from structrep.blocks import Branches, DiverseBranchBlock2d
-from structrep.pattern import Affine, Conv, Identity, Optional, Pad, Pool, Seq, Sum, conv_norm, pointwise, spatial
+from structrep.pattern import Affine, Identity, Optional, Pad, Seq, Sum, conv_norm, pointwise, spatial
 from structrep.registry import rule
-
-BORDER = Seq(Optional(Affine()), Optional(Pad()), Optional(Affine()))  # a norm, and a pad with what it makes of 0
-AVERAGE = Seq(Optional(Conv(pointwise)), BORDER, Pool(), Affine())
-CHAIN = Seq(Conv(pointwise), BORDER, Conv(spatial), Optional(Affine()))
+from structrep.rules.branches import AVERAGE, CHAIN
 
 
 @rule(

@@ -11,10 +11,8 @@ from structrep.algebra import ConvMap
 from structrep.blocks import DiracConv2d
 from structrep.pattern import Conv
 from structrep.registry import rule
+from structrep.rules.formulas import NORMS, SUMS
 from structrep.terms.layer import Formula
-
-NORMS = {"normalize", "norm", "vector_norm", "linalg_vector_norm", "linalg_norm", "rsqrt", "sqrt"}
-SUMS = {"add", "iadd", "radd"}
 
 
 def normalized_plus_identity(formula: Formula) -> bool:

@@ -10,10 +10,8 @@ from structrep.algebra import ConvMap
 from structrep.blocks import DiracConv2d, DOConv2d
 from structrep.pattern import Conv
 from structrep.registry import rule
-from structrep.rules.diracnet import NORMS
+from structrep.rules.formulas import CONTRACTIONS, NORMS
 from structrep.terms.layer import Formula
-
-CONTRACTIONS = {"einsum", "matmul", "bmm", "mm", "tensordot", "rmatmul"}
 
 
 def contracted(formula: Formula) -> bool:

@@ -10,7 +10,7 @@ from structrep.algebra import ConvMap
 from structrep.blocks import Branches
 from structrep.pattern import Affine, Identity, Many, Sum, conv_norm, spatial
 from structrep.registry import rule
-from structrep.rules.dbb import AVERAGE, CHAIN
+from structrep.rules.branches import AVERAGE, CHAIN
 
 
 def _example() -> nn.Module:

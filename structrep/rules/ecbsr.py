@@ -13,8 +13,8 @@ from structrep.algebra import ConvMap
 from structrep.blocks import Branches, Conv3XC2d, EdgeBlock2d
 from structrep.pattern import Conv, Identity, Many, Optional, Seq, Sum, conv_norm, pointwise, spatial
 from structrep.registry import rule
-from structrep.rules.dbb import BORDER
-from structrep.rules.diracnet import SUMS
+from structrep.rules.branches import BORDER
+from structrep.rules.formulas import CONVOLUTIONS, SUMS
 from structrep.terms.layer import Formula
 
 
@@ -39,9 +39,6 @@ from structrep.terms.layer import Formula
 )
 def ecbsr(dense: ConvMap, skip: ConvMap, edges: list[ConvMap]) -> ConvMap:
     return dense + skip + sum(edges)
-
-
-CONVOLUTIONS = {"conv1d", "conv2d", "conv3d"}
 
 
 def kernel_of_kernels(formula: Formula) -> bool:

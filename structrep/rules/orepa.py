@@ -8,8 +8,7 @@ from structrep.algebra import ConvMap
 from structrep.blocks import DOConv2d, OREPA2d
 from structrep.pattern import Conv
 from structrep.registry import rule
-from structrep.rules.diracnet import NORMS, SUMS
-from structrep.rules.doconv import CONTRACTIONS
+from structrep.rules.formulas import CONTRACTIONS, NORMS, SUMS
 from structrep.terms.layer import Formula
 
 

@@ -9,9 +9,8 @@ from torch import nn
 
 from structrep.algebra import ConvMap
 from structrep.blocks import Branches, LargeKernelBlock2d
-from structrep.pattern import Affine, Identity, Many, Optional, Sum, conv_norm, large, spatial
+from structrep.pattern import Affine, Identity, Many, Optional, Sum, conv_norm, large, spatial, square
 from structrep.registry import rule
-from structrep.rules.acb import square
 
 
 def _strips(*kernels: tuple[int, int]) -> Branches:

@@ -12,7 +12,7 @@ from structrep.algebra import ConvMap
 from structrep.blocks import Branches, Conv3XC2d, DOConv2d
 from structrep.pattern import Conv, Optional, Pad, Seq, Sum, pointwise, spatial
 from structrep.registry import rule
-from structrep.rules.ecbsr import CONVOLUTIONS
+from structrep.rules.formulas import CONVOLUTIONS
 from structrep.terms.layer import Formula
 
 

@@ -35,7 +35,14 @@ from structrep.trace.instructions import _is_constant, instructions_of, onward
 from structrep.trace.patches import exchange, namespaces
 
 _METHODS = {name: value for name, value in vars(nn.Module).items() if not name.startswith("__")}
-_BETWEEN = {"structrep.trace", "structrep.guards", "structrep.values", "torch._tensor", "torch.overrides"}
+_BETWEEN = (
+    "structrep.trace.",
+    "structrep.deployed.",
+    "structrep.rewrite.guards",
+    "structrep.graph.structures",
+    "torch._tensor",
+    "torch.overrides",
+)
 _OF_CLASS = ("__class__", "__dict__")
 _OF_TORCH = OF_MODULES | set(dir(nn.Module))  # what its own code asks for at every turn
 _PARTS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)  # torch's own containers of parts
@@ -58,7 +65,7 @@ def _of_library(name: Any) -> bool:
 
 @functools.lru_cache(4096)
 def _of_engine(name: Any) -> bool:
-    return str(name).startswith("structrep.") and not str(name).startswith(("structrep.blocks", "structrep.layers"))
+    return str(name).startswith("structrep.") and not str(name).startswith(("structrep.blocks", "structrep.deployed"))
 
 
 _PLAIN_TENSORS = (None, Tensor.__torch_function__, nn.Parameter.__torch_function__)
@@ -124,7 +131,7 @@ class Questions:
     def ask(self, holder: Any, path: str, text: str, told: Any, counts: bool = True) -> Any:
         """A question about a tensor of the model: its dtype, where it is, what its numbers are."""
         frame: FrameType | None = sys._getframe(1)
-        while frame is not None and frame.f_globals.get("__name__") in _BETWEEN:
+        while frame is not None and str(frame.f_globals.get("__name__")).startswith(_BETWEEN):
             frame = frame.f_back
         return told if frame is None or _torchs(frame) else self.note(holder, path, text, told, frame, counts)
 

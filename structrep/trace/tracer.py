@@ -367,7 +367,9 @@ class CallTracer(process.Tracer):
     def to_bool(self, obj: fx.Proxy) -> bool:
         """Called for every condition on a traced value."""
         frame = inspect.currentframe()
-        while frame is not None and frame.f_globals.get("__name__") in (__name__, fx.proxy.__name__):
+        while frame is not None and str(frame.f_globals.get("__name__")).startswith(
+            ("structrep.trace.", fx.proxy.__name__)
+        ):
             frame = frame.f_back
         if (told := self._dtype_asked(obj.node)) is not None:
             return self._note_dtype(obj, told)
