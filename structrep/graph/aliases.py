@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import fx
 
+from structrep.graph.facts import VALUE
 from structrep.graph.operations import shares, writes
 
 
@@ -11,7 +12,7 @@ def aliases(node: fx.Node) -> set[fx.Node]:
     """A node and all values that may look at the same memory: those made of it, and those of what it was made of."""
     found, pending = {node}, [node]
     while pending:  # what it may look at
-        sources = {one for one in shares(pending.pop()) if "value" not in one.meta} - found
+        sources = {one for one in shares(pending.pop()) if not VALUE.known(one)} - found
         found |= sources
         pending += sources
     pending = list(found)

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from structrep.graph.facts import CALL, SHAPE
 from structrep.graph.shapes import argument, rank, torch_name
 
 
@@ -40,10 +41,10 @@ _FOLDS = {"view", "reshape", "flatten"}
 
 def _last_size(node: fx.Node) -> int | None:
     """Size of a value's last dim: of the example, or as it is written down; None if neither says."""
-    if "shape" in node.meta:
-        return int(node.meta["shape"][-1]) if node.meta["shape"] else None
-    if node.op == "call_module" and isinstance(node.meta["call"].module, nn.Linear):
-        return node.meta["call"].module.out_features
+    if SHAPE.known(node):
+        return int(SHAPE.of(node)[-1]) if SHAPE.of(node) else None
+    if node.op == "call_module" and isinstance(module := CALL.of(node).module, nn.Linear):
+        return module.out_features
     if torch_name(node) in ("view", "reshape"):
         sizes = node.args[1] if isinstance(node.args[1], (list, tuple)) else node.args[1:]
         return sizes[-1] if isinstance(sizes[-1], int) and sizes[-1] > 0 else None

@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 
 from structrep.errors import Untraceable
 from structrep.graph.contexts import Context
+from structrep.graph.facts import CALL
 from structrep.graph.observed import Observed
 from structrep.graph.reads import Read
 
@@ -82,7 +83,7 @@ class Call:
         return dict(inspect.signature(self.function).bind(*self.args, **self.kwargs).arguments)
 
     def holds(self, node: fx.Node) -> bool:
-        return any(call is self for call in node.meta["call"].chain())
+        return any(call is self for call in CALL.of(node).chain())
 
 
 @dataclass(eq=False)

@@ -6,11 +6,13 @@ from typing import Any
 
 from torch import Tensor, fx
 
+from structrep.graph.facts import EXACT, RECOMPUTE, UNSTEADY, VALUE
+
 
 def constant(value: Any) -> Tensor | float | None:
     """The number or tensor that an argument is, if it does not depend on the input, nor on how often it was asked."""
     if isinstance(value, fx.Node):
-        value = value.meta.get("value") if not value.meta.get("unsteady") else None
+        value = VALUE.get(value) if not UNSTEADY.get(value) else None
         if isinstance(value, Tensor):
             return value
     return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
@@ -22,18 +24,18 @@ def exact(value: Any) -> Tensor | float | None:
     pending = [value] if isinstance(value, fx.Node) else []
     while pending:
         last = pending[-1]
-        done = "recompute" not in last.meta or "exact" in last.meta
+        done = not RECOMPUTE.known(last) or EXACT.known(last)
         inputs = () if done else last.all_input_nodes
-        if left := [n for n in inputs if "recompute" in n.meta and "exact" not in n.meta]:
+        if left := [n for n in inputs if RECOMPUTE.known(n) and not EXACT.known(n)]:
             pending += left
             continue
         if not done:
-            last.meta["exact"] = last.meta["recompute"]()
+            EXACT.note(last, RECOMPUTE.of(last)())
         pending.pop()
     known = constant(value)
-    return held(value) if known is not None and isinstance(value, fx.Node) and "exact" in value.meta else known
+    return held(value) if known is not None and isinstance(value, fx.Node) and EXACT.known(value) else known
 
 
 def held(node: fx.Node) -> Any:
     """The value of a constant, as merges have read it."""
-    return node.meta.get("exact", node.meta["value"])
+    return EXACT.get(node, VALUE.of(node))

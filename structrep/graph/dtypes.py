@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from structrep.algebra.shadows import STEPS
 from structrep.graph import operations
+from structrep.graph.facts import AUTOCAST, CALL, DTYPE, KIND, UNFOLLOWED, VALUE
 from structrep.graph.queries import counts_sizes
 from structrep.graph.shapes import argument, torch_name
 from structrep.modules.parametrized import torch_kind
@@ -33,24 +34,24 @@ _ALIKE = {"chunk", "split", "tensor_split", "split_with_sizes", "unbind"}  # wha
 
 def note(node: fx.Node, own: torch.dtype) -> None:
     """Note the dtype of a node's value, or None, as its `kind`; inputs are taken to be of the parameters' dtype."""
-    if "kind" not in node.meta:
-        node.meta["kind"] = node.meta.get("dtype") or (own if node.op == "placeholder" else _kind(node))
+    if not KIND.known(node):
+        KIND.note(node, DTYPE.get(node) or (own if node.op == "placeholder" else _kind(node)))
 
 
 def _kind(node: fx.Node) -> torch.dtype | None:
-    value = node.meta.get("value")
+    value = VALUE.get(node)
     if isinstance(value, (Tensor, torch.dtype)):
         return value if isinstance(value, torch.dtype) else value.dtype
-    if node.op == "output" or node.meta.get("autocast"):
+    if node.op == "output" or AUTOCAST.get(node):
         return None
     sources = [n for n in node.all_input_nodes if not counts_sizes(n)]
-    kinds = {n.meta["kind"] for n in sources}
+    kinds = {KIND.of(n) for n in sources}
     if node.op == "call_module":
-        module = node.meta["call"].module
+        module = CALL.of(node).module
         kinds |= {p.dtype for p in module.parameters()} if torch_kind(module) else {None}
         return _only(kinds)
     if node.target is getattr:  # of a question, that of the value which it is asked of
-        return sources[0].meta["kind"] if sources and node.args[1] in ("dtype", "T", "mT") else None
+        return KIND.of(sources[0]) if sources and node.args[1] in ("dtype", "T", "mT") else None
     if (to := cast_to(node)) is not None:
         return to
     name = torch_name(node)
@@ -66,20 +67,20 @@ def _kind(node: fx.Node) -> torch.dtype | None:
 def _is_told(node: fx.Node) -> bool:
     """Whether a call may be told a dtype."""
     given = [*node.args, *node.kwargs.values()]
-    given = [one.meta.get("value", one) if isinstance(one, fx.Node) else one for one in given]
+    given = [VALUE.get(one, one) if isinstance(one, fx.Node) else one for one in given]
     return any(isinstance(one, torch.dtype) or (isinstance(one, fx.Node) and one.target is getattr) for one in given)
 
 
 def keeps(node: fx.Node) -> bool:
     """Whether a node computes in the dtype of the floats that it is given, whatever that is."""
-    if node.meta.get("autocast") or node.meta.get("unfollowed"):
+    if AUTOCAST.get(node) or UNFOLLOWED.get(node):
         return False
     if node.op == "call_module":
-        return torch_kind(node.meta["call"].module) is not None
+        return torch_kind(CALL.of(node).module) is not None
     if node.target in (operator.getitem, *operations.AUGMENTED):
         return True
     known = torch_name(node) in _KEEPS or operations.is_pointwise(node.target)
-    given = any(isinstance(n.meta.get("value", ...), (Tensor, type(...))) for n in node.all_input_nodes)
+    given = any(isinstance(VALUE.get(n, ...), (Tensor, type(...))) for n in node.all_input_nodes)
     return known and given and not _is_told(node) and torch_name(node) not in STEPS
 
 
@@ -95,27 +96,27 @@ def _cast(node: fx.Node, sources: list[fx.Node]) -> torch.dtype | None:
     given = [one for one in (*node.args[1:], *node.kwargs.values()) if not isinstance(one, (fx.Node, torch.device))]
     if given or len(asked) > 1:
         return None
-    return (asked or sources)[0].meta["kind"]  # type: ignore[no-any-return]
+    return KIND.of((asked or sources)[0])
 
 
 def _item(source: fx.Node, index: Any) -> torch.dtype | None:
     """The dtype of a part of a value, or of one of several."""
     several = source.op == "call_module" or operations.gives(source.target, source.args, source.kwargs) != "tensor"
     one = source.op == "placeholder" or not isinstance(index, int) or torch_name(source) in _ALIKE
-    return source.meta["kind"] if one or not several or index == 0 else None
+    return KIND.of(source) if one or not several or index == 0 else None
 
 
 def _computed(node: fx.Node) -> torch.dtype | None:
     """The dtype of what an operation makes of single numbers, which it makes of all others too."""
     given = [n for n in node.all_input_nodes if not counts_sizes(n)]
-    kinds = {n.meta["kind"] for n in given if isinstance(n.meta.get("value", ...), (Tensor, type(...)))}
+    kinds = {KIND.of(n) for n in given if isinstance(VALUE.get(n, ...), (Tensor, type(...)))}
     floats = [one for one in kinds if one is not None and one.is_floating_point]
     if len(floats) > 1 or (None in kinds and not floats):
         return None  # where floats are mixed, dims count that nothing tells
 
     def load(one: fx.Node) -> Any:
-        value = one.meta.get("value", 1 if counts_sizes(one) else None)
-        kind = one.meta["kind"] or (floats or [None])[0]  # a part that is not followed gives no wider floats
+        value = VALUE.get(one, 1 if counts_sizes(one) else None)
+        kind = KIND.of(one) or (floats[0] if floats else None)  # a part that is not followed gives no wider floats
         return torch.ones(1, dtype=kind) if value is None or isinstance(value, Tensor) else value
 
     with torch.no_grad(), contextlib.suppress(Exception):
@@ -137,7 +138,7 @@ def cast_to(node: fx.Node) -> torch.dtype | None:
     if len(node.args) + len(node.kwargs) > 2 or node.target not in ("to", "type"):
         return None
     to = argument(node, 1, "dtype")
-    to = to.meta.get("value") if isinstance(to, fx.Node) else to
+    to = VALUE.get(to) if isinstance(to, fx.Node) else to
     if isinstance(to, str):  # `x.type("torch.FloatTensor")`
         to = getattr(getattr(torch, to.removeprefix("torch."), None), "dtype", None)
     return to if isinstance(to, torch.dtype) else None

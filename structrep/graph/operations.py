@@ -27,6 +27,8 @@ import torch.utils._pytree as pytree
 from torch import fx, nn
 from torch._ops import OpOverload, OpOverloadPacket
 
+from structrep.graph.facts import CALL, SHARES, UNFOLLOWED, WRITES, Fact, Made
+
 Target = Callable[..., Any] | str  # a function, or the name of a method of tensors
 AUGMENTED = (
     operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod, operator.ipow,
@@ -223,8 +225,8 @@ def shared(target: Target, args: Sequence[Any], kwargs: Mapping[str, Any]) -> li
 def _is_sequence(value: Any) -> bool:
     """Whether a value is several tensors, or may be."""
     if isinstance(value, fx.Node):
-        known = value.op in ("call_function", "call_method") and not value.meta.get("unfollowed")
-        return _given(value.target) == "several" if known else bool(value.meta.get("unfollowed"))
+        known = value.op in ("call_function", "call_method") and not UNFOLLOWED.get(value)
+        return _given(value.target) == "several" if known else bool(UNFOLLOWED.get(value))
     return isinstance(value, (list, tuple))
 
 
@@ -288,38 +290,39 @@ def _kind(results: Sequence[Any]) -> str:
 
 def writes(node: fx.Node) -> set[fx.Node]:
     """The inputs that a node overwrites in place, or may."""
-    return _kept(node, "writes", _writes)
+    return _kept(node, WRITES, _writes)
 
 
 def shares(node: fx.Node) -> set[fx.Node]:
     """The inputs whose memory a node may give, or hold."""
-    return _kept(node, "shares", _shares)
+    return _kept(node, SHARES, _shares)
 
 
-def _kept(node: fx.Node, key: str, made: Callable[[fx.Node], set[fx.Node]]) -> set[fx.Node]:
+def _kept(node: fx.Node, fact: Fact[Made], made: Callable[[fx.Node], set[fx.Node]]) -> set[fx.Node]:
     """What is made of a node, made once for as long as it has these arguments: aliases are followed over and over."""
-    known = node.meta.get(key)
-    if known is None or known[0] is not node.args or known[1] is not node.kwargs:
-        known = node.meta[key] = node.args, node.kwargs, made(node)
-    found: set[fx.Node] = known[2]
-    return found
+    if fact.known(node):
+        args, kwargs, found = fact.of(node)
+        if args is node.args and kwargs is node.kwargs:
+            return found
+    fact.note(node, (node.args, node.kwargs, made(node)))
+    return fact.of(node)[2]
 
 
 def _writes(node: fx.Node) -> set[fx.Node]:
     if node.op == "call_module":
-        in_place = getattr(node.meta["call"].module, "inplace", False)
+        in_place = getattr(CALL.of(node).module, "inplace", False)
         found = _first(node.args, node.kwargs) if in_place else []
     else:
         found = written(node.target, node.args, node.kwargs) if node.op.startswith("call") else []
-    return _nodes([*found, *(node.all_input_nodes if node.meta.get("unfollowed") else ())])
+    return _nodes([*found, *(node.all_input_nodes if UNFOLLOWED.get(node) else ())])
 
 
 def _shares(node: fx.Node) -> set[fx.Node]:
     inputs = set(node.all_input_nodes)
-    if node.meta.get("unfollowed"):
+    if UNFOLLOWED.get(node):
         return inputs
     if node.op == "call_module":
-        return writes(node) if _makes(node.meta["call"].module) else inputs
+        return writes(node) if _makes(CALL.of(node).module) else inputs
     return _nodes(shared(node.target, node.args, node.kwargs)) if node.op.startswith("call") else set()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import fx
 
+from structrep.graph.facts import COUNTS_SIZES, VALUE
 from structrep.graph.shapes import torch_name
 
 _QUERIES = {"shape", "ndim", "dtype", "device", "is_cuda", "size", "dim", "numel", "is_floating_point"}
@@ -26,16 +27,16 @@ def counts_sizes(node: fx.Node) -> bool:
     pending = [node]
     while pending:  # no recursion, here and below: a chain of nodes may be longer than Python's stack
         last = pending[-1]
-        if "counts_sizes" not in last.meta:
+        if not COUNTS_SIZES.known(last):
             made = last.all_input_nodes if torch_name(last) in _SIZE_ARITHMETIC else ()
-            inputs = [n for n in made if "value" not in n.meta]
-            if left := [n for n in inputs if "counts_sizes" not in n.meta]:
+            inputs = [n for n in made if not VALUE.known(n)]
+            if left := [n for n in inputs if not COUNTS_SIZES.known(n)]:
                 pending += left
                 continue
-            sizes = bool(inputs) and all(n.meta["counts_sizes"] for n in inputs)
-            last.meta["counts_sizes"] = asks_shape(last) or sizes
+            sizes = bool(inputs) and all(COUNTS_SIZES.of(n) for n in inputs)
+            COUNTS_SIZES.note(last, asks_shape(last) or sizes)
         pending.pop()
-    found: bool = node.meta["counts_sizes"]
+    found: bool = COUNTS_SIZES.of(node)
     return found
 
 

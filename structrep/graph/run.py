@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from structrep.graph.facts import CALL, DTYPE, SHAPE, VALUE
 from structrep.graph.observed import Given, Thing
 
 
@@ -26,7 +27,7 @@ def computed(node: fx.Node, load: Callable[[fx.Node], Any], module: nn.Module | 
     args: Any = _own(fx.node.map_arg(node.args, load))
     kwargs: Any = _own(fx.node.map_arg(node.kwargs, load))
     if node.op == "call_module":
-        return (module or node.meta["call"].module)(*args, **kwargs)
+        return (module or CALL.of(node).module)(*args, **kwargs)
     if node.op == "call_method":
         return getattr(args[0], str(node.target))(*args[1:], **kwargs)
     assert callable(node.target)
@@ -46,7 +47,7 @@ def infer_shapes(graph: fx.Graph, inputs: list[Any]) -> None:
                 if node.op == "placeholder":
                     values[node] = _fake(mode, next(given))
                 elif node.op == "get_attr":
-                    values[node] = node.meta["value"]
+                    values[node] = VALUE.of(node)
                 elif node.op != "output" and getattr(node.target, "__name__", node.target) not in _LENDS:
                     found = computed(node, values.__getitem__)
                     faked = any(isinstance(values[one], FakeTensor) for one in node.all_input_nodes)
@@ -55,7 +56,8 @@ def infer_shapes(graph: fx.Graph, inputs: list[Any]) -> None:
             except Exception:  # unknown from here on, which only makes the plan more careful
                 continue
             if isinstance(values.get(node), Tensor):
-                node.meta["shape"], node.meta["dtype"] = tuple(values[node].shape), values[node].dtype
+                SHAPE.note(node, tuple(values[node].shape))
+                DTYPE.note(node, values[node].dtype)
 
 
 def _fake(mode: FakeTensorMode, given: Tensor | Given | Thing) -> Any:

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 from torch import fx, nn
 
+from structrep.graph.facts import CALL, RANK, SHAPE, UNFOLLOWED, VALUE
 from structrep.modules.source import written_in
 
 # A layer that looks at its input's last dim or at single values gives back the rank that it is given.
@@ -41,24 +42,24 @@ def rank(node: fx.Node) -> int | None:
     while pending:  # no recursion: a chain of layers may be longer than Python's stack
         last = pending[-1]
         source = _source(last)
-        if "rank" not in last.meta and source is not None and "rank" not in source.meta and "shape" not in last.meta:
+        if not RANK.known(last) and source is not None and not RANK.known(source) and not SHAPE.known(last):
             pending.append(source)
             continue
-        if last.meta.get("rank") is None:
-            last.meta["rank"] = len(last.meta["shape"]) if "shape" in last.meta else _rank(last, source)
+        if RANK.get(last) is None:
+            RANK.note(last, len(SHAPE.of(last)) if SHAPE.known(last) else _rank(last, source))
         pending.pop()
-    found: int | None = node.meta["rank"]
+    found: int | None = RANK.of(node)
     return found
 
 
 def channels(node: fx.Node) -> int | None:
     """Size of dim 1 of a node's value, from the layer that made it; None if none says."""
     while True:
-        if "shape" in node.meta:
-            return int(node.meta["shape"][1]) if len(node.meta["shape"]) > 1 else None
+        if SHAPE.known(node):
+            return int(SHAPE.of(node)[1]) if len(SHAPE.of(node)) > 1 else None
         source = _source(node)
         if node.op == "call_module":
-            module = node.meta["call"].module
+            module = CALL.of(node).module
             if isinstance(module, nn.modules.conv._ConvNd):
                 return module.out_channels
             if isinstance(module, nn.modules.batchnorm._NormBase):
@@ -77,7 +78,7 @@ def channels(node: fx.Node) -> int | None:
 
 def spatial_size(node: fx.Node) -> tuple[int, ...] | None:
     """Spatial size of a value of the example, (N, C, *spatial); None if there is no example, or it has none."""
-    return node.meta.get("shape", ())[2:] or None
+    return SHAPE.get(node, ())[2:] or None
 
 
 def torch_name(node: fx.Node) -> str:
@@ -85,7 +86,7 @@ def torch_name(node: fx.Node) -> str:
     if node.op == "call_method":
         return str(node.target)
     library = written_in(node.target).partition(".")[0]
-    own = library in ("torch", "_operator", "builtins", "") and not node.meta.get("unfollowed")
+    own = library in ("torch", "_operator", "builtins", "") and not UNFOLLOWED.get(node)
     return getattr(node.target, "__name__", "") if own else ""
 
 
@@ -96,18 +97,18 @@ def argument(node: fx.Node, place: int, name: str, default: Any = None) -> Any:
 
 def _source(node: fx.Node) -> fx.Node | None:
     """The input whose rank matters."""
-    inputs = [n for n in node.all_input_nodes if "value" not in n.meta]
+    inputs = [n for n in node.all_input_nodes if not VALUE.known(n)]
     if node.target in ("reshape_as", "view_as", "expand_as"):
         return inputs[-1]
     return inputs[0] if inputs else None
 
 
 def _rank(node: fx.Node, source: fx.Node | None) -> int | None:
-    given: int | None = source.meta["rank"] if source is not None else None
+    given: int | None = RANK.of(source) if source is not None else None
     if node.op == "placeholder":
         return next((known for user in node.users if (known := _demanded(user)) is not None), None)
     if node.op == "call_module":
-        return _of_module(node.meta["call"].module, given)
+        return _of_module(CALL.of(node).module, given)
     if node.op not in ("call_function", "call_method"):
         return None
     name = torch_name(node).strip("_")
@@ -144,7 +145,7 @@ def _rank(node: fx.Node, source: fx.Node | None) -> int | None:
 def _demanded(user: fx.Node) -> int | None:
     """How many dims a layer needs that is given a value."""
     if user.op == "call_module":
-        return _of_module(user.meta["call"].module, None)
+        return _of_module(CALL.of(user).module, None)
     match = _OF_DIMS.fullmatch(torch_name(user)) if user.op == "call_function" else None
     return int(match[4]) + 2 if match else None
 

@@ -14,6 +14,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
 from structrep.graph import operations
+from structrep.graph.facts import CALL, STAND_IN, UNFOLLOWED, UNKNOWN, VALUE
 from structrep.graph.shapes import torch_name
 from structrep.modules.source import written_in
 
@@ -181,34 +182,34 @@ def stand_in(node: fx.Node) -> Any:
     pending = [node]
     while pending:  # no recursion: a chain of operations may be longer than Python's stack
         last = pending[-1]
-        if "stand_in" in last.meta:
+        if STAND_IN.known(last):
             pending.pop()
             continue
         try:
             found = _of_itself(last)
             if found is ...:
-                inputs = [n for n in last.all_input_nodes if "value" not in n.meta]
-                if left := [n for n in inputs if "stand_in" not in n.meta]:
+                inputs = [n for n in last.all_input_nodes if not VALUE.known(n)]
+                if left := [n for n in inputs if not STAND_IN.known(n)]:
                     pending += left
                     continue
-                found = _of_inputs(last, [n.meta["stand_in"] for n in inputs])
+                found = _of_inputs(last, [STAND_IN.of(n) for n in inputs])
         except Unknown as reason:
             found = reason
-        last.meta["stand_in"] = found
-    if isinstance(node.meta["stand_in"], Unknown):
-        raise Unknown(*node.meta["stand_in"].args)
-    return node.meta["stand_in"]
+        STAND_IN.note(last, found)
+    if isinstance(STAND_IN.of(node), Unknown):
+        raise Unknown(*STAND_IN.of(node).args)
+    return STAND_IN.of(node)
 
 
 def _of_itself(node: fx.Node) -> Any:
     """What a node stands for, whatever it is given; ... if it goes by that."""
     name = torch_name(node)
-    if "unknown" in node.meta:
-        raise Unknown(f"a {node.meta['unknown'].__name__}")
-    if node.meta.get("unfollowed"):
+    if UNKNOWN.known(node):
+        raise Unknown(f"a {UNKNOWN.of(node).__name__}")
+    if UNFOLLOWED.get(node):
         raise Unknown(f"what {node.target} gives")
     if node.op == "call_module":
-        module = node.meta["call"].module
+        module = CALL.of(node).module
         if not _gives_a_tensor(module):
             raise Unknown(f"what {type(module).__name__} gives")
         return _PROBE

@@ -15,6 +15,7 @@ from typing import Any
 from torch import fx, nn
 
 from structrep.graph.calls import Call, Traced
+from structrep.graph.facts import STAND_IN, UNFOLLOWED
 from structrep.graph.structures import is_traced
 from structrep.modules.call_sites import COMPUTED, Site, asks_what, sites
 
@@ -64,7 +65,7 @@ class Callers:
     def _of_results(self, call: Call) -> Iterator[str]:
         """Arguments that a function gives which is not followed, and so may give no tensor."""
         for name, value in call.arguments().items():
-            unfollowed = isinstance(value, fx.Proxy) and value.node.meta.get("unfollowed")
+            unfollowed = isinstance(value, fx.Proxy) and UNFOLLOWED.get(value.node)
             if unfollowed and value.node.op == "call_function" and asks(call, value.node, first=False):
                 yield _unknown(call, name)
 
@@ -184,7 +185,7 @@ def _fits(given: Any, traced: Any) -> bool:
     if given is Parameter.empty:
         return True
     if isinstance(traced, fx.Proxy):
-        number = isinstance(traced.node.meta.get("stand_in"), (int, float))
+        number = isinstance(STAND_IN.get(traced.node), (int, float))
         return given is ... or given is COMPUTED or (number and type(given) in (int, float))
     if is_traced(traced):
         return given is not None

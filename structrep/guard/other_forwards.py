@@ -22,6 +22,8 @@ from torch import fx, nn
 
 from structrep.errors import Shared
 from structrep.graph.calls import Call, Method, Traced
+from structrep.graph.facts import CALL
+from structrep.graph.names import path_of
 from structrep.modules.call_sites import methods_called
 from structrep.modules.mentions import mentions
 from structrep.modules.source import functions
@@ -102,7 +104,7 @@ class Borders:
             seen = self.mentioned[type(around.module), variant.method]
             if seen is not None and not parts & seen:
                 continue
-            if variant.flags and any(node.meta["call"] is around and node.op != "call_module" for node in inside):
+            if variant.flags and any(CALL.of(node) is around and node.op != "call_module" for node in inside):
                 continue  # its forward is written anew, and then takes no other flags
             if variant.flags and variant.flags[0][1] is ... and around is not call.parent:
                 continue  # what it is given can only matter where the value passes
@@ -194,7 +196,7 @@ def _feeders(call: Call) -> set[tuple[str, str, str]]:
 
 
 def _named(node: fx.Node) -> tuple[str, str, str]:
-    return node.op, str(node.target), node.meta["call"].path if node.meta["call"] else ""
+    return node.op, str(node.target), path_of(node)
 
 
 def _is_forward(name: str) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 
 from structrep.errors import Shared
 from structrep.graph.calls import Call, Traced
+from structrep.graph.facts import ASSIGNED, CALL, COMPUTED, FORMULA, SHAPE, VALUE
 from structrep.graph.names import is_lone_layer, path_of
 from structrep.modules.mentions import questions
 from structrep.modules.source import names_reached
@@ -52,7 +53,7 @@ class Replicas:
 
     def repeats(self, node: fx.Node) -> bool:
         """Whether a node was made by a later call that does what the first did."""
-        return node.meta["call"] is not None and self.is_repeat(node.meta["call"])
+        return CALL.of(node) is not None and self.is_repeat(CALL.of(node))
 
     def is_repeat(self, call: Call) -> bool:
         """Whether a call is, or is part of, a later call that does what the first did, and is merged as that was."""
@@ -70,7 +71,7 @@ class Replicas:
         bodies = self.bodies(owner)
         if len(bodies) > 1 and not self.alike(bodies):
             raise Shared(f"{owner.path or 'the model'} is called {len(bodies)} times, and not always in the same way")
-        touched = {call for node in inside for call in node.meta["call"].chain() if owner in call.chain()}
+        touched = {call for node in inside for call in CALL.of(node).chain() if owner in call.chain()}
         anew = written_in_forwards(inside)
         self._check_computed(inside)
         for call in touched - {owner}:
@@ -119,7 +120,7 @@ class Replicas:
     def _check_computed(self, inside: set[fx.Node]) -> None:
         """Raise where what a layer of a merge computes before its calls is of use elsewhere."""
         for node in inside:
-            for name, one in (node.meta.get("computed") or {}).items():
+            for name, one in (COMPUTED.get(node) or {}).items():
                 path = f"{path_of(node)}.{name}"
                 made = (tensor for tensor in one.formula.tensors if isinstance(tensor, nn.Parameter))
                 held = (
@@ -132,8 +133,8 @@ class Replicas:
         """Whether a constant made of a tensor is of use to a node that stays."""
         for trace_ in self.traced.traces:
             for node in trace_.graph.find_nodes(op="get_attr"):
-                formula = node.meta.get("formula")
-                made = formula.tensors if formula else (node.meta.get("value"),)
+                formula = FORMULA.get(node)
+                made = formula.tensors if formula else (VALUE.get(node),)
                 if any(one is tensor for one in made) and not inside.issuperset(node.users):
                     return True
         return False
@@ -153,7 +154,7 @@ def site(call: Call) -> tuple[str, str]:
 def written_in_forwards(nodes: Iterable[fx.Node]) -> set[tuple[str, str]]:
     """The methods that some nodes are written in, which change if these vanish; a layer that is called is swapped,
     unless its caller computes its numbers."""
-    return {site(next(n.meta["call"].homes())) for n in nodes if n.op != "call_module" or n.meta["assigned"]}
+    return {site(next(CALL.of(n).homes())) for n in nodes if n.op != "call_module" or ASSIGNED.of(n)}
 
 
 def _asked(model: nn.Module) -> Iterator[tuple[str, tuple[str, str]]]:
@@ -197,6 +198,6 @@ def _marks(call: Call) -> Iterator[object]:
     yield repr(structure((call.args, call.kwargs)))
     for node in call.nodes():
         args, kwargs = fx.node.map_arg(node.args, mark), fx.node.map_arg(node.kwargs, mark)
-        dims = len(node.meta["shape"]) if "shape" in node.meta else None  # a merge may go by it
+        dims = len(SHAPE.of(node)) if SHAPE.known(node) else None  # a merge may go by it
         yield (node.op, str(node.target), repr(args), repr(kwargs), mark(node), dims)
     yield repr(structure(call.result))

@@ -9,6 +9,7 @@ from torch import fx, nn
 
 from structrep.errors import Unreadable
 from structrep.graph.constants import constant
+from structrep.graph.facts import CALL, UNFOLLOWED, VALUE
 from structrep.graph.queries import only_asserted
 from structrep.graph.shapes import torch_name
 from structrep.match.shared_scales import readers_of
@@ -47,7 +48,7 @@ def _before(node: fx.Node, others: list[fx.Node], readings: Readings) -> str:
     between: list[fx.Node] = []
     while (reason := _layer(node, readings)) is None:
         reading = readings.get(node)
-        inputs = [one for one in node.all_input_nodes if "value" not in one.meta]
+        inputs = [one for one in node.all_input_nodes if not VALUE.known(one)]
         if isinstance(reading, Same):
             node = reading.source
         elif _moves(node, readings) and inputs:
@@ -79,14 +80,14 @@ def _behind(ours: list[fx.Node], readings: Readings) -> Iterator[str]:
 def _layer(node: fx.Node, readings: Readings) -> str | None:
     """Why a convolution or Linear is not read as one, "" if it is; None for what is none."""
     if node.op == "call_module":
-        module = node.meta["call"].module
+        module = CALL.of(node).module
         if not isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)):
             return None
         if node in readings:
             return ""
         if hooks(module):
             return "has a hook"
-        if node.meta["unfollowed"]:
+        if UNFOLLOWED.of(node):
             return "is not followed"
         try:
             called(node)
@@ -106,7 +107,7 @@ def _moves(node: fx.Node, readings: Readings) -> bool:
     if isinstance(reading, Layer):
         return reading.kind in ("pool", "pad", "view", "slice")
     if node.op == "call_module":
-        return isinstance(node.meta["call"].module, (*_MOVING, *_POOLS))
+        return isinstance(CALL.of(node).module, (*_MOVING, *_POOLS))
     if node.target is getattr:
         return node.args[1] in _TURNS
     if node.target is torch.einsum:
@@ -125,7 +126,7 @@ def _told(layer: fx.Node, where: str, reason: str, between: Iterable[fx.Node]) -
 
 def kind_of(node: fx.Node) -> str:
     """What a node is, and where: a module by its type and name."""
-    return f"{named(node)} ({type(node.meta['call'].module).__name__})" if node.op == "call_module" else named(node)
+    return f"{named(node)} ({type(CALL.of(node).module).__name__})" if node.op == "call_module" else named(node)
 
 
 def named(node: fx.Node) -> str:

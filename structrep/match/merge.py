@@ -11,6 +11,7 @@ from torch import fx
 from structrep.algebra import ConvMap, Ints, Rigour
 from structrep.errors import Refusal
 from structrep.graph.calls import Call, Trace
+from structrep.graph.facts import SHAPE
 from structrep.match import sum_order
 from structrep.match.shared_scales import Absorption
 from structrep.match.sum_order import Reordered
@@ -102,7 +103,7 @@ class Merge:
         holds = sized(self.term)
         if holds == "any":
             return None
-        size: Ints = self.base.meta["shape"][2:]
+        size: Ints = SHAPE.of(self.base)[2:]
         return size, tuple(step if holds == "period" else 0 for step in geometry(self.term).stride)
 
 

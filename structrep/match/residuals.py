@@ -19,6 +19,7 @@ from torch import fx, nn
 from structrep.algebra import ConvMap, Ints
 from structrep.errors import Incompatible, Mutated, Refusal, Shared, Unreadable
 from structrep.graph.aliases import aliases, writers
+from structrep.graph.facts import CALL, INDEX, KEPT
 from structrep.graph.names import path_of
 from structrep.graph.queries import asks_kind, only_asserted
 from structrep.graph.shapes import torch_name
@@ -133,10 +134,10 @@ def _check_uses(block: _Block, acts: list[fx.Node]) -> None:
     changed = block.inside.union(acts)
     for value_ in changed - {block.node}:
         others = [u for u in value_.users if u not in changed and not only_asserted(u) and not asks_kind(u)]
-        if others or value_.meta.get("kept"):
+        if others or KEPT.get(value_):
             raise Shared(f"{value_.name}, a value inside the block, is used elsewhere")
     base = block.carried.base
-    if any(writer.meta["index"] > base.meta["index"] for writer in writers(aliases(base))):
+    if any(INDEX.of(writer) > INDEX.of(base) for writer in writers(aliases(base))):
         raise Mutated(f"what is added, {base.name}, is written to after it was made")
     search = block.search
     search.findings.borders.check(changed, block.node, search.owner(changed))
@@ -145,7 +146,7 @@ def _check_uses(block: _Block, acts: list[fx.Node]) -> None:
 def _activation(node: fx.Node) -> str:
     """What an activation is called; "" for anything else."""
     if node.op == "call_module":
-        module = node.meta["call"].module
+        module = CALL.of(node).module
         return "" if hooks(module) else _MODULES.get(type(module), "")
     name = torch_name(node).strip("_")
     return name if name in _MODULES.values() else ""
@@ -156,7 +157,7 @@ def _range(node: fx.Node) -> tuple[str, tuple[fx.Node, ...]]:
     through = [node]
     while True:
         node = through[-1]
-        pool = node.op == "call_module" and isinstance(node.meta["call"].module, _POOLS)
+        pool = node.op == "call_module" and isinstance(CALL.of(node).module, _POOLS)
         if not pool and torch_name(node) not in _POOL_NAMES:
             return _activation(node), tuple(through)
         through.append(node.all_input_nodes[0])

@@ -34,6 +34,7 @@ from structrep.errors import (
 from structrep.graph.aliases import aliases, writers
 from structrep.graph.calls import Call, Trace
 from structrep.graph.contexts import Context
+from structrep.graph.facts import AUTOCAST, CALL, CONTEXTS, INDEX, KEPT, VALUE
 from structrep.graph.names import is_lone_layer, layer_of, layers_of, path_of
 from structrep.graph.queries import asks_kind, asks_shape, asserts_rank, counts_sizes, only_asserted
 from structrep.graph.shapes import channels, spatial_size, torch_name
@@ -102,8 +103,8 @@ class Search:
         """What was found is what is to be done."""
         self.findings.merges += merges
         merged = {node for merge in merges for node in merge.nodes}
-        lone = {node.meta["call"].module for merge in merges if is_lone_layer(merge.nodes) for node in merge.nodes}
-        again = {n for n in self.nodes if n.op == "call_module" and n.meta["call"].module in lone}
+        lone = {CALL.of(node).module for merge in merges if is_lone_layer(merge.nodes) for node in merge.nodes}
+        again = {n for n in self.nodes if n.op == "call_module" and CALL.of(n).module in lone}
         covered = merged.union(again, *(one.nodes for one in self.absorptions))
         self._isolated(covered)
         self.findings.missed += [miss for node, miss in self.missed if node not in covered or self._matters(miss)]
@@ -115,7 +116,7 @@ class Search:
     def _adds(self, addends: Sequence[fx.Node], additions: Sequence[fx.Node]) -> bool:
         """Whether some addends of a sum would merge; `additions` are its own, the last of which is the sum."""
         root = additions[-1]
-        if len(self.replicas.bodies(root.meta["call"])) > 1:
+        if len(self.replicas.bodies(CALL.of(root))) > 1:
             return False  # all calls of a forward have to do the same
         above = [{one: None, **dict.fromkeys(step.base for step in self.walk(one, None))} for one in addends]
         base = next((node for node in above[0] if all(node in other for other in above)), None)
@@ -175,17 +176,17 @@ class Search:
     def _read(self) -> dict[fx.Node, Reading]:
         readings: dict[fx.Node, Reading] = {}
         for node in self.nodes:
-            if "value" in node.meta or node.meta["autocast"] or self.replicas.repeats(node):
+            if VALUE.known(node) or AUTOCAST.of(node) or self.replicas.repeats(node):
                 continue
             try:
                 reading = read_node(node)
             except Unreadable as reason:
-                self._miss([node], "-", str(node.meta["call"].path), reason)
+                self._miss([node], "-", str(CALL.of(node).path), reason)
                 continue
             if reading is not None:
                 readings[node] = reading
-            elif node.op == "call_module" and hooks(node.meta["call"].module):
-                self._miss([node], "-", "layer with a hook", Hooked(about_hooks(node.meta["call"].module)))
+            elif node.op == "call_module" and hooks(CALL.of(node).module):
+                self._miss([node], "-", "layer with a hook", Hooked(about_hooks(CALL.of(node).module)))
         return readings
 
     def _endings(self) -> dict[fx.Node, Layer]:
@@ -193,8 +194,8 @@ class Search:
         found = {
             node: read_ending(node)
             for node in self.nodes
-            if not ("value" in node.meta or node in self.readings)
-            and not node.meta["autocast"]
+            if not (VALUE.known(node) or node in self.readings)
+            and not AUTOCAST.of(node)
             and not self.replicas.repeats(node)
         }
         return {node: scale for node, scale in found.items() if scale is not None}
@@ -318,7 +319,7 @@ class Search:
         blocks = self.findings.blocks
         if not blocks:
             return True
-        paths = {next((c.path for c in n.meta["call"].chain() if c.path in blocks), None) for n in nodes_of(stretch)}
+        paths = {next((c.path for c in CALL.of(n).chain() if c.path in blocks), None) for n in nodes_of(stretch)}
         return len(paths) == 1 and None not in paths
 
     def leak(self, stretch: list[Segment]) -> fx.Node | None:
@@ -329,7 +330,7 @@ class Search:
                 users = [user for user in node.users if user not in inside and not _vanishes(user, inside)]
                 if node is stretch[-1].root:
                     continue
-                if node.meta.get("kept"):
+                if KEPT.get(node):
                     return node
                 # Before the merged layer stands its input, behind it its output: their shapes may be those asked for.
                 shape_stays = all(map(_keeps_shape, stretch[: index + 1])) or all(
@@ -479,7 +480,7 @@ class Search:
                 )
             if not any(segment.term.op in ("sum", "concat") for segment in stretch):
                 raise Costlier(f"{term} would hold for inputs of some sizes only, and spares no branch")
-            for call in stretch[-1].root.meta["call"].chain():
+            for call in CALL.of(stretch[-1].root).chain():
                 if len(self.traced.calls[call.module, call.method]) > 1:
                     raise Shared(
                         f"{call.path} is called more than once, and {term} holds for inputs of some sizes only"
@@ -598,7 +599,7 @@ class Search:
         """Raise if a layer with adapters would be merged in part: its own `merge` would do that part again."""
         if not self.findings.adapted:
             return
-        around = [set(node.meta["call"].chain()) for node in changed]
+        around = [set(CALL.of(node).chain()) for node in changed]
         for call in set[Call]().union(*around):
             if call.path in self.findings.kept and (stands_in(call.module) or any(call not in one for one in around)):
                 raise Shared(self.findings.kept[call.path])
@@ -606,7 +607,7 @@ class Search:
                 continue
             if hooks(call.module):
                 raise Hooked(f"{call.path} has a forward hook, and adapters, which are merged with it or not at all")
-            rest = [n for n in call.nodes() if n not in inside and "value" not in n.meta and not only_asserted(n)]
+            rest = [n for n in call.nodes() if n not in inside and not VALUE.known(n) and not only_asserted(n)]
             if any(not asks_kind(n) and not isinstance(self._reading(n), Same) for n in rest):
                 raise Shared(f"{call.path} would be merged in part, and its own merge() does that part again")
 
@@ -621,7 +622,7 @@ class Search:
         """The innermost call that holds all nodes, and is no single layer."""
         common: list[Call] | None = None
         for node in nodes:
-            chain = list(node.meta["call"].homes())
+            chain = list(CALL.of(node).homes())
             common = chain if common is None else [call for call in common if call in chain]
         assert common
         return common[0]
@@ -667,8 +668,8 @@ def _check_contexts(changed: Set[fx.Node]) -> None:
     """Raise if what is merged runs in several contexts; modules that are swapped are cast wherever they stand."""
     swapped = all(node.op == "call_module" for node in changed)
     around: dict[tuple[Context, ...], fx.Node] = {}
-    for node in sorted(changed, key=lambda n: int(n.meta["index"])):
-        around.setdefault(tuple(one for one in node.meta["contexts"] if not (swapped and one.casts)), node)
+    for node in sorted(changed, key=lambda n: int(INDEX.of(n))):
+        around.setdefault(tuple(one for one in CONTEXTS.of(node) if not (swapped and one.casts)), node)
     if len(around) > 1:
         told = (f"{node.name} in {' in '.join(one.code for one in found) or 'none'}" for found, node in around.items())
         raise Unreadable(f"one layer runs in one context, and {', '.join(told)}")

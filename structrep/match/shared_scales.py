@@ -23,6 +23,7 @@ from structrep.algebra import ConvMap
 from structrep.errors import Mutated, Refusal
 from structrep.graph.aliases import aliases, writers
 from structrep.graph.axes import axis_after, axis_before
+from structrep.graph.facts import INDEX, KEPT
 from structrep.graph.queries import asks_shape, only_asserted
 from structrep.graph.shapes import rank
 from structrep.match.pieces import Pieces, frame, is_matrix, pieces, spread, takes_together
@@ -122,7 +123,7 @@ def _parts(readings: Readings) -> set[fx.Node]:
 def _seen_elsewhere(node: fx.Node, scale: Layer) -> bool:
     """Whether what a scale is made of, or what it gives, is of use to what a graph does not show, or it not all."""
     inside = {*scale.through, node}
-    return any(part.meta.get("kept") for part in inside) or any(
+    return any(KEPT.get(part) for part in inside) or any(
         user not in inside for part in scale.through for user in part.users
     )
 
@@ -167,9 +168,9 @@ def _by_readers(node: fx.Node, scale: Layer, readings: Readings) -> Absorption |
     if len(takers) < 2 - apart:
         return None
     # As an identity the scale would give what it is given itself, which must not be written to until all have read it.
-    last = max(taker.meta["index"] for taker in takers)
+    last = max(INDEX.of(taker) for taker in takers)
     for writer in writers(aliases(scale.source or node)):
-        if node.meta["index"] < writer.meta["index"] < last:
+        if INDEX.of(node) < INDEX.of(writer) < last:
             raise Mutated(f"{writer.name} may overwrite what {node.name} is given before all have read it")
     before: dict[fx.Node, Layer] = {}
     for taker, layer in takers.items():
@@ -278,7 +279,7 @@ def _by_sum(node: fx.Node, sum_: Total, readings: Readings, found: Mapping[fx.No
                 return None
         if any(user not in inside and not asks_shape(user) for one in through for user in one.users):
             return None
-        if any(one.meta.get("kept") for one in inside) or writers(aliases(base)) - {node, *through}:
+        if any(KEPT.get(one) for one in inside) or writers(aliases(base)) - {node, *through}:
             return None
         added = zip((other.term for other in others), rest, strict=True)
         terms = [signed(term, sign) for term, (_, sign) in added if term is not None]
@@ -344,7 +345,7 @@ def readers_of(node: fx.Node, readings: Readings) -> list[fx.Node]:
 
 def _users(node: fx.Node, readings: Readings) -> list[fx.Node]:
     """What reads a value, but for what asks for its shape; the value itself, if its module keeps it."""
-    kept = [node] if node.meta.get("kept") else []
+    kept = [node] if KEPT.get(node) else []
     return kept + [user for user in readers_of(node, readings) if not only_asserted(user) and not asks_shape(user)]
 
 

@@ -17,6 +17,7 @@ from torch import fx
 
 from structrep.graph.aliases import aliases, writers
 from structrep.graph.calls import Trace
+from structrep.graph.facts import AUTOCAST, CALL, COUNTS_SIZES, INDEX, KEPT, RANK, REORDERED
 from structrep.graph.structures import proxies
 
 Merges = Callable[[Sequence[fx.Node], Sequence[fx.Node]], bool]
@@ -37,18 +38,18 @@ class Reordered:
         whole = cls({**were, **{one: was for found in earlier for one, was in found.were.items()}})
         before |= {one: found for found in earlier for one in found.were}
         for one in whole.were:
-            one.meta["reordered"] = whole
+            REORDERED.note(one, whole)
 
         def undo() -> None:
             for one, found in before.items():
-                one.meta["reordered"] = found
+                REORDERED.note(one, found)
 
         return undo
 
 
 def reordered(node: fx.Node) -> Reordered | None:
     """The sum that an addition is of, if that is in another order than it was traced in."""
-    found: Reordered | None = node.meta.get("reordered")
+    found: Reordered | None = REORDERED.get(node)
     return found
 
 
@@ -102,7 +103,7 @@ def _is_sum(node: fx.Node) -> bool:
     """Whether a node adds two values, and writes to neither."""
     adds = node.target in (operator.add, torch.add) or (node.op, node.target) == ("call_method", "add")
     plain = len(node.args) == 2 and not node.kwargs and all(isinstance(one, fx.Node) for one in node.args)
-    return adds and plain and not node.meta["autocast"] and not node.meta.get("kept")
+    return adds and plain and not AUTOCAST.of(node) and not KEPT.get(node)
 
 
 def _sum_of(addition: fx.Node, passed: Set[fx.Node]) -> fx.Node | None:
@@ -110,7 +111,7 @@ def _sum_of(addition: fx.Node, passed: Set[fx.Node]) -> fx.Node | None:
     (user, *more) = addition.users or (None,)
     if user is None or more or addition in passed or not _is_sum(addition) or not _is_sum(user):
         return None
-    return user if user.args.count(addition) == 1 and user.meta["call"] is addition.meta["call"] else None
+    return user if user.args.count(addition) == 1 and CALL.of(user) is CALL.of(addition) else None
 
 
 def _both(addition: fx.Node) -> tuple[fx.Node, fx.Node]:
@@ -125,7 +126,7 @@ def _additions(root: fx.Node, inner: Callable[[fx.Node], bool]) -> list[fx.Node]
     found = [root]
     for one in found:
         found += filter(inner, _both(one))
-    return sorted(found, key=lambda node: int(node.meta["index"]))
+    return sorted(found, key=lambda node: int(INDEX.of(node)))
 
 
 def _addends(node: fx.Node, additions: Sequence[fx.Node]) -> Iterator[fx.Node]:
@@ -140,8 +141,8 @@ def _addends(node: fx.Node, additions: Sequence[fx.Node]) -> Iterator[fx.Node]:
 
 def _overwritten(addends: Sequence[fx.Node], additions: Sequence[fx.Node]) -> bool:
     """Whether an addend is another value by the time that the last addition is made."""
-    first = additions[0].meta["index"]
-    return any(writer.meta["index"] > first for one in addends for writer in writers(aliases(one)))
+    first = INDEX.of(additions[0])
+    return any(INDEX.of(writer) > first for one in addends for writer in writers(aliases(one)))
 
 
 def _grouped(addends: Sequence[fx.Node], merge: Callable[[Sequence[fx.Node]], bool]) -> list[list[fx.Node]]:
@@ -158,7 +159,7 @@ def _grouped(addends: Sequence[fx.Node], merge: Callable[[Sequence[fx.Node]], bo
 def _write(trace: Trace, additions: Sequence[fx.Node], groups: Sequence[Sequence[fx.Node]]) -> Callable[[], None]:
     """Add up the groups, each for itself, then all; what undoes it."""
     *inner, root = additions
-    steps = root.meta["call"].steps
+    steps = CALL.of(root).steps
     earlier = list(steps)
     were = [(one, one.op, one.target, one.args, one.next) for one in additions]
     for addition in inner:  # all addends are there by the last one
@@ -188,6 +189,6 @@ def _write(trace: Trace, additions: Sequence[fx.Node], groups: Sequence[Sequence
 def _place(trace: Trace) -> None:
     """Note places anew, and forget what was made of the old order."""
     for index, node in enumerate(trace.graph.nodes):
-        node.meta["index"] = index
-        for known in ("rank", "counts_sizes"):
-            node.meta.pop(known, None)
+        INDEX.note(node, index)
+        for made_of_others in (RANK, COUNTS_SIZES):
+            made_of_others.forget(node)

@@ -9,6 +9,7 @@ import networkx as nx
 from torch import fx
 
 from structrep.errors import BadInput, Refusal
+from structrep.graph.facts import CALL, INDEX, VALUE
 from structrep.match.findings import Findings
 from structrep.match.isolation import named
 from structrep.match.merge import Merge, Missed, Segment
@@ -65,9 +66,7 @@ def _nodes(search: Search, path: str) -> list[fx.Node]:
     return [
         node
         for node in search.nodes
-        if node.meta["call"] is not None
-        and f"{node.meta['call'].path}.".startswith(f"{path}.")
-        and node.op != "get_attr"
+        if CALL.of(node) is not None and f"{CALL.of(node).path}.".startswith(f"{path}.") and node.op != "get_attr"
     ]
 
 
@@ -104,7 +103,7 @@ def _not_seen(findings: Findings, lost: list[str]) -> str:
 def _between(search: Search, ones: list[fx.Node], others: list[fx.Node]) -> tuple[str, Term | None]:
     """What keeps two parts of one graph apart, and the term that holds both, if there is one."""
     graph = nx.DiGraph((source, node) for node in search.nodes for source in node.all_input_nodes)
-    if ones[0].meta["index"] > others[0].meta["index"]:
+    if INDEX.of(ones[0]) > INDEX.of(others[0]):
         ones, others = others, ones
     early, late = ones[-1], others[-1]
     if graph.has_node(early) and graph.has_node(late) and nx.has_path(graph, early, late):
@@ -143,7 +142,7 @@ def _parallel(search: Search, graph: nx.DiGraph, early: fx.Node, late: fx.Node) 
 
 def _unread(search: Search, way: set[fx.Node]) -> list[fx.Node]:
     """What of some nodes is no linear map, in order."""
-    return [node for node in search.nodes if node in way and node not in search.readings and "value" not in node.meta]
+    return [node for node in search.nodes if node in way and node not in search.readings and not VALUE.known(node)]
 
 
 def _reaches(graph: nx.DiGraph, sources: Iterable[fx.Node], node: fx.Node) -> bool:

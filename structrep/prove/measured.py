@@ -20,6 +20,7 @@ from torch import fx, nn
 from structrep.errors import BadInput, Slower, said
 from structrep.files import save_bytes, writer
 from structrep.graph.constants import held
+from structrep.graph.facts import CALL, INDEX, SHAPE
 from structrep.graph.queries import only_asserted
 from structrep.match.merge import Merge
 from structrep.modules.arguments import Example, as_arguments
@@ -85,7 +86,7 @@ class Measured:
     def seconds(self, merge: Merge) -> tuple[float, float] | None:
         """How long the layers of a merge take, and the merged one, on a value as they are given; None if nothing tells
         how large that is, or they cannot be run apart. Where the difference may be noise they take the same."""
-        shape = merge.base.meta.get("shape")
+        shape = SHAPE.get(merge.base)
         weight = next(layer.weight for layer in merge.term.leaves() if layer.weight is not None)
         if shape is None or merge.carried is not None:
             return None
@@ -152,13 +153,13 @@ def _stretch(merge: Merge) -> nn.Module | None:
         return known[node]
 
     try:
-        for node in sorted(merge.nodes, key=lambda node: node.meta["index"]):
+        for node in sorted(merge.nodes, key=lambda node: INDEX.of(node)):
             if only_asserted(node):
                 continue
             known[node] = graph.node_copy(node, find)
             if node.op == "call_module":
                 name = known[node].target = f"layer_{len(known)}"
-                layers.add_module(name, node.meta["call"].module)
+                layers.add_module(name, CALL.of(node).module)
     except (KeyError, TypeError):
         return None
     graph.output(known[merge.root])

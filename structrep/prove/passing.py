@@ -15,6 +15,7 @@ from structrep.algebra import precision
 from structrep.algebra.shadows import Shadows
 from structrep.errors import WrongMerge
 from structrep.graph.constants import held
+from structrep.graph.facts import CALL, HELD, INDEX, SHAPE, VALUE
 from structrep.match.merge import Merge, together
 from structrep.modules.arguments import Example, as_arguments
 from structrep.prove.regions import Region, given_as_traced, read_as_traced
@@ -31,7 +32,7 @@ class Passing:
         regions = [Region(group, device) for group in together(main)]
         self.trace = main[0].trace if main else None
         self.regions = {merge: region for region in regions for merge in region.merges.values()}
-        ordered = sorted(merges.items(), key=lambda item: int(item[1].root.meta["index"]))
+        ordered = sorted(merges.items(), key=lambda item: int(INDEX.of(item[1].root)))
         self.where = {merge: where for where, merge in ordered if merge in self.regions}
         # what a value that the deploy model gives somewhere is added to, or stacked with, on its way out of a part
         self.wanted = {node for region in regions for node in (*region.outputs, *region.needs(region.merges))}
@@ -44,9 +45,7 @@ class Passing:
         inputs = pytree.tree_leaves(as_arguments(how.inputs(example_inputs, model, shadows)))
         given = [leaf for leaf in inputs if isinstance(leaf, Tensor)]
         places = [node for node in nodes if node.op == "placeholder"]
-        alike = (
-            one.shape[1:] == place.meta.get("shape", one.shape)[1:] for place, one in zip(places, given, strict=False)
-        )
+        alike = (one.shape[1:] == SHAPE.get(place, one.shape)[1:] for place, one in zip(places, given, strict=False))
         if len(places) != len(given) or not all(alike):
             return {}
         values: dict[fx.Node, Any] = dict(zip(places, given, strict=True))
@@ -57,7 +56,7 @@ class Passing:
         def load(node: fx.Node) -> Any:
             if node in values:
                 return values[node]
-            one = node.meta["value"] if "value" in node.meta else node.meta["held"]
+            one = VALUE.of(node) if VALUE.known(node) else HELD.of(node)
             if not (isinstance(one, Tensor) and one.is_floating_point()):
                 return one
             twin = one.detach().to(how.device, how.dtype if how.cast else None, copy=True)
@@ -66,8 +65,8 @@ class Passing:
 
         with how.running(), contextlib.suppress(Exception):  # a graph may hold for one size of batch alone
             for node in nodes:
-                if node.op not in ("placeholder", "get_attr", "output") and "value" not in node.meta:
-                    module = node.meta["call"].module if node.op == "call_module" else None
+                if node.op not in ("placeholder", "get_attr", "output") and not VALUE.known(node):
+                    module = CALL.of(node).module if node.op == "call_module" else None
                     if module is not None and module not in modules:
                         modules[module] = how.model(module, shadows)
                     with shadows:

@@ -10,6 +10,7 @@ from torch import Tensor, fx
 
 from structrep.algebra import ConvMap, precision
 from structrep.errors import BadInput, WrongMerge, listed, said
+from structrep.graph.facts import SHAPE
 from structrep.graph.shapes import spatial_size
 from structrep.match.merge import Merge
 from structrep.prove.regions import Region, Shapes, Trials, room
@@ -67,7 +68,7 @@ def prove(merges: Sequence[Merge]) -> None:
                 f"on an input of shape {what} what is merged is off by {error:.1e}, relative to the largest output"
             )
     if not found:
-        known = all("shape" in node.meta for node in both.region.inputs)
+        known = all(SHAPE.known(node) for node in both.region.inputs)
         raise WrongMerge(
             f"the layers take no input of shape {listed(tried)}, so nothing can be compared"
             + ("" if known else ": pass example_inputs, which tell what they take")

@@ -22,6 +22,7 @@ from structrep.algebra.shadows import Doubled, Shadows
 from structrep.errors import WrongMerge
 from structrep.graph.constants import held
 from structrep.graph.dtypes import keeps
+from structrep.graph.facts import CALL, DTYPE, HELD, INDEX, KEPT, SHAPE, VALUE
 from structrep.graph.queries import asks_shape, counts_sizes, only_asserted
 from structrep.graph.run import computed
 from structrep.graph.shapes import rank, torch_name
@@ -60,10 +61,10 @@ class Region:
         inside.update(*(one.were for merge in merges for one in merge.reordered))
         inside.update(*(one.through for one in carried))
         inside.update(merge.base for merge in merges if merge.carried is not None)  # the activations
-        self.nodes = [one for one in sorted(inside, key=lambda n: int(n.meta["index"])) if not only_asserted(one)]
+        self.nodes = [one for one in sorted(inside, key=lambda n: int(INDEX.of(n))) if not only_asserted(one)]
         self.inside = inside
         made = (made for node in self.nodes for source in (read_as_traced, self.reads) for made in source(node))
-        self.inputs = sorted({one for one in made if one not in inside}, key=lambda n: int(n.meta["index"]))
+        self.inputs = sorted({one for one in made if one not in inside}, key=lambda n: int(INDEX.of(n)))
         outputs = [node for node in self.nodes if self._is_output(node)]
         self.outputs = outputs or [node for node in self.nodes if not node.users and node not in self.gone]
         self.modules: dict[tuple[nn.Module, bool], nn.Module] = {}
@@ -73,7 +74,7 @@ class Region:
 
     def _is_output(self, node: fx.Node) -> bool:
         users = (user for user in node.users if user not in self.inside)
-        return bool(node.meta.get("kept")) or any(not asks_shape(user) and not only_asserted(user) for user in users)
+        return bool(KEPT.get(node)) or any(not asks_shape(user) and not only_asserted(user) for user in users)
 
     def reads(self, node: fx.Node) -> list[fx.Node]:
         """What a node reads once the merges are done."""
@@ -166,14 +167,14 @@ class Region:
 
     def _copies(self, given: Values, dtype: torch.dtype) -> dict[fx.Node, Any]:
         """Values that may be written to, in the dtypes that they have in the model if that may matter."""
-        stored = {node: node.meta.get("dtype", dtype) if self.cast else value.dtype for node, value in given.items()}
+        stored = {node: DTYPE.get(node, dtype) if self.cast else value.dtype for node, value in given.items()}
         return {node: value.to(stored[node], copy=True) for node, value in given.items()}
 
     def _load(self, values: dict[fx.Node, Any], node: fx.Node) -> Any:
-        if "held" in node.meta:
-            return node.meta["held"]
-        if "value" in node.meta:
-            value = precision.as_stored(held(node), node.meta["value"]) if self.cast else precision.doubled(held(node))
+        if HELD.known(node):
+            return HELD.of(node)
+        if VALUE.known(node):
+            value = precision.as_stored(held(node), VALUE.of(node)) if self.cast else precision.doubled(held(node))
             return value.to(self.device) if isinstance(value, Tensor) else value
         if node not in values and counts_sizes(node):
             values[node] = computed(node, partial(self._sized, values))
@@ -183,15 +184,15 @@ class Region:
 
     def _sized(self, values: dict[fx.Node, Any], node: fx.Node) -> Any:
         """A value that is asked for its size; one from elsewhere is of the size that the example has."""
-        if node not in values and not counts_sizes(node) and "shape" in node.meta:
-            return torch.empty(node.meta["shape"], device="meta")
+        if node not in values and not counts_sizes(node) and SHAPE.known(node):
+            return torch.empty(SHAPE.of(node), device="meta")
         return self._load(values, node)
 
     def _module(self, node: fx.Node, *, ended: bool) -> nn.Module | None:
         """A copy of the module that a node calls, perhaps without the weight and bias that it ends with."""
         if node.op != "call_module":
             return None
-        module = node.meta["call"].module
+        module = CALL.of(node).module
         if (module, ended) not in self.modules:
             dtype = None if self.cast else torch.float64
             copy = self.modules[module, ended] = moved_copy(called(node, exactly=not self.cast), self.device, dtype)
@@ -324,7 +325,7 @@ class Trials:
         """Shapes that a value may have: its channels on dim 1, or on the last."""
         merge = self.reached[node]
         if merge is None:
-            return [node.meta["shape"]] if "shape" in node.meta else [(2,)]
+            return [SHAPE.of(node)] if SHAPE.known(node) else [(2,)]
         readers = [user for user in self.region.nodes if node in self.region.reads(user)]
         if all(map(frame, readers)):  # which take any number of numbers that makes whole pieces
             return [(2, *frame(readers[0]))]
@@ -343,7 +344,7 @@ class Trials:
 
     def example(self) -> Iterator[Shapes]:
         """The shapes of the example, if there is one."""
-        shapes = {node: node.meta.get("shape", ()) for node in self.region.inputs}
+        shapes = {node: SHAPE.get(node, ()) for node in self.region.inputs}
         if all(shapes.values()):
             yield shapes
 
@@ -392,7 +393,7 @@ def read_as_traced(node: fx.Node) -> list[fx.Node]:
 
 
 def _values(nodes: Iterable[fx.Node]) -> list[fx.Node]:
-    return [node for node in nodes if "value" not in node.meta and "held" not in node.meta and not counts_sizes(node)]
+    return [node for node in nodes if not VALUE.known(node) and not HELD.known(node) and not counts_sizes(node)]
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:
@@ -400,4 +401,4 @@ def _tensors(module: nn.Module) -> list[Tensor]:
 
 
 def _without_constants(load: Callable[[fx.Node], Any], node: fx.Node) -> Any:
-    return None if "value" in node.meta else load(node)
+    return None if VALUE.known(node) else load(node)

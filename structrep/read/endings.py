@@ -12,6 +12,7 @@ from torch import fx, nn
 from structrep.algebra import ConvMap
 from structrep.algebra.precision import doubled
 from structrep.errors import Unreadable
+from structrep.graph.facts import CALL, COMPUTED
 from structrep.modules.parametrized import by_properties, hooks
 from structrep.read.arguments import Arguments, NotConstant
 from structrep.read.nodes import called, read_node
@@ -36,8 +37,8 @@ def ends(module: nn.Module) -> bool:
 def read_ending(node: fx.Node) -> Layer | None:
     """The scale and shift per channel that a norm of each value ends with; None where there is none."""
     if node.op == "call_module":
-        module = node.meta["call"].module
-        computes = by_properties(module) or isinstance(node.meta["computed"], Unreadable)
+        module = CALL.of(node).module
+        computes = by_properties(module) or isinstance(COMPUTED.of(node), Unreadable)
         if not ends(module) or hooks(module) or computes:
             return None
         dims = next(_ENDINGS[base] for base in type(module).__mro__ if base in _ENDINGS)

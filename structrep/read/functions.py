@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from structrep.algebra.precision import doubled
 from structrep.graph.constants import constant, exact
 from structrep.graph.dtypes import CASTS, cast_to
+from structrep.graph.facts import AUTOCAST, CALL, INDEX, SAME_KIND, VALUE
 from structrep.graph.queries import asks_kind
 from structrep.graph.shapes import argument, rank, torch_name
 from structrep.read.arguments import Arguments, reads
@@ -140,8 +141,8 @@ def _written_border(pad: fx.Node, sides: Sequence[int]) -> tuple[Tensor | float,
     values = [exact(write.args[2]) for write in writes]
     first = values[0]
     same = all(v is not None and torch.equal(torch.as_tensor(v), torch.as_tensor(first)) for v in values)
-    last = max(write.meta["index"] for write in writes)
-    earlier = any(user.meta["index"] < last for user in pad.users if user not in writes)
+    last = max(INDEX.of(write) for write in writes)
+    earlier = any(INDEX.of(user) < last for user in pad.users if user not in writes)
     covered = {_border_slice(write.args[1], dims) for write in writes}
     wanted = {(dim, end, sides[2 * (dims - 1 - dim) + end]) for dim in range(dims) for end in (0, 1)}
     if first is None or not same or earlier or min(sides) < 0 or covered != {one for one in wanted if one[2]}:
@@ -310,7 +311,7 @@ def _(a: Arguments) -> Layer | None:
 @reads(torch.cat, torch.concat, torch.concatenate)
 def _(a: Arguments) -> Stack | Same | Layer | None:
     parts, dim = a(0, "tensors"), a(1, "dim", 0)
-    if not isinstance(parts, (list, tuple)) or not all(isinstance(p, fx.Node) and "value" not in p.meta for p in parts):
+    if not isinstance(parts, (list, tuple)) or not all(isinstance(p, fx.Node) and not VALUE.known(p) for p in parts):
         return None
     if isinstance(dim, int) and (padded := _stacked_border(parts, dim)) is not None:
         return padded
@@ -346,7 +347,7 @@ def _(a: Arguments) -> Total | None:
     over = a(1, "dim", a.node.kwargs.get("axis"))
     if not isinstance(parts, (list, tuple)) or over not in (dim, [dim], (dim,)) or len(a.node.args) > 2:
         return None
-    plain = all(isinstance(p, fx.Node) and "value" not in p.meta for p in parts)
+    plain = all(isinstance(p, fx.Node) and not VALUE.known(p) for p in parts)
     share = 1.0 / len(parts) if a.node.target in (torch.mean, "mean") else 1.0
     return Total(tuple((p, share) for p in parts), (stacked,)) if plain else None
 
@@ -388,8 +389,8 @@ def _dtype_of(node: fx.Node) -> torch.dtype | None:
     """The dtype of what a layer gives, whatever it is given; of what a norm does, which is taken to be given its own.
     None where that is not told."""
     own: torch.dtype | None = None
-    while not node.meta.get("autocast"):
-        module = node.meta["call"].module if node.op == "call_module" else None
+    while not AUTOCAST.get(node):
+        module = CALL.of(node).module if node.op == "call_module" else None
         if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)):
             return module.weight.dtype
         if node.target in _CONVOLUTIONS:
@@ -397,7 +398,7 @@ def _dtype_of(node: fx.Node) -> torch.dtype | None:
             return weight.dtype if isinstance(weight, Tensor) else None
         if (to := cast_to(node)) is not None:
             return to
-        sources = [n for n in node.all_input_nodes if "value" not in n.meta]
+        sources = [n for n in node.all_input_nodes if not VALUE.known(n)]
         norm = isinstance(module, (nn.modules.batchnorm._NormBase, *(one for one in _ENDINGS if isinstance(one, type))))
         if norm and module is not None:
             own = own or next((one.dtype for one in (*module.parameters(), *module.buffers())), None)
@@ -423,8 +424,8 @@ def _(a: Arguments) -> Same | None:
     like = a(1, "other" if a.node.target == "type_as" else "dtype", a.node.kwargs.get("device"))
     if not isinstance(like, fx.Node) or len(a.node.args) + len(a.node.kwargs) > 2:
         return None
-    told = asks_kind(like) and "value" in like.meta
-    return Same(a(0, "input")) if told or a.node.meta.get("same_kind") else None
+    told = asks_kind(like) and VALUE.known(like)
+    return Same(a(0, "input")) if told or SAME_KIND.get(a.node) else None
 
 
 @reads(torch.clone, torch.detach, "contiguous", "clone", "detach")

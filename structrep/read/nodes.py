@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 
 from structrep.algebra import ConvMap, Ints
 from structrep.errors import Unreadable
+from structrep.graph.facts import ASSIGNED, CALL, COMPUTED, FORMULA, VALUE
 from structrep.graph.shapes import rank, spatial_size
 from structrep.modules.parametrized import hooks, plain
 from structrep.read.arguments import CALLS, Arguments, NotConstant
@@ -40,7 +41,7 @@ def read_node(node: fx.Node) -> Reading | None:
     if not isinstance(reading, Layer):
         return reading
     if reading.kind == "affine" and not reading.through:
-        held = [n.meta["value"].ndim for n in node.all_input_nodes if isinstance(n.meta.get("value"), Tensor)]
+        held = [VALUE.of(n).ndim for n in node.all_input_nodes if isinstance(VALUE.get(n), Tensor)]
         known, most = rank(reading.source or node.all_input_nodes[0]), max(held, default=0)
         if known is not None and most > known:
             return None  # it adds dims
@@ -63,24 +64,24 @@ def _within(scale: Layer, most: int) -> Layer:
 def _placed(layer: Layer, node: fx.Node) -> Layer | None:
     """The layer at its place in a graph: one input, and constants (a view may be shown another value's shape)."""
     if layer.source is not None:  # by way of other nodes
-        return replace(layer, node=node) if "value" not in layer.source.meta else None
-    inputs = [n for n in node.all_input_nodes if "value" not in n.meta]
+        return replace(layer, node=node) if not VALUE.known(layer.source) else None
+    inputs = [n for n in node.all_input_nodes if not VALUE.known(n)]
     if len(inputs) != 1 and layer.kind != "view":
         return None
-    formulas = [n.meta["formula"] for n in node.all_input_nodes if n.meta.get("formula")]
+    formulas = [FORMULA.of(n) for n in node.all_input_nodes if FORMULA.get(n)]
     if layer.weight is None or not formulas:
         return replace(layer, source=inputs[0], node=node)
-    if not any(n.meta.get("value") is layer.weight and n.meta.get("formula") for n in node.all_input_nodes):
+    if not any(VALUE.get(n) is layer.weight and FORMULA.get(n) for n in node.all_input_nodes):
         formulas.append(Formula(frozenset(), (layer.weight,)))  # it is the bias that is computed
-    plain = [n.meta["value"] for n in node.all_input_nodes if n.op == "get_attr" and not n.meta.get("formula")]
+    plain = [VALUE.of(n) for n in node.all_input_nodes if n.op == "get_attr" and not FORMULA.get(n)]
     learned = [p for formula in formulas for p in formula.parameters]
     stored = {id(p): p.numel() for p in (*learned, *(t for t in plain if isinstance(t, Tensor)))}
     return replace(layer, source=inputs[0], node=node, formula=Formula.of(formulas), parameters=sum(stored.values()))
 
 
 def _read_call(node: fx.Node) -> Reading | None:
-    module = node.meta["call"].module
-    if node.meta["call"].settings != settings(module):
+    module = CALL.of(node).module
+    if CALL.of(node).settings != settings(module):
         return None  # changed while the forward ran
     if (
         hooks(module)
@@ -94,14 +95,14 @@ def _read_call(node: fx.Node) -> Reading | None:
         inert = isinstance(module, nn.Identity) or not module.training or getattr(module, "p", 1) == 0
         return Same(node.args[0]) if inert else None
     layer = _read_pool(module, spatial_size(node.args[0])) or read_module(called(node, exactly=False))
-    if layer and (numbers := node.meta["computed"]):
+    if layer and (numbers := COMPUTED.of(node)):
         layer = replace(
             layer,
             load=lambda c, d: _map_of(called(node), c, d),
             formula=Formula.of((*(one.formula for one in numbers.values()), *_stored(module, numbers))),
             parameters=sum(p.numel() for p in module.parameters()),
         )
-    if layer and (formula := node.meta["assigned"]):
+    if layer and (formula := ASSIGNED.of(node)):
         layer = replace(layer, formula=formula, parameters=numbers_in(*formula.parameters))
     return _placed(layer, node) if layer else None
 
@@ -115,8 +116,8 @@ def called(node: fx.Node, *, exactly: bool = True) -> nn.Module:
     Raises:
         Unreadable: what it computes is not the same at every call.
     """
-    module: nn.Module = node.meta["call"].module
-    numbers = node.meta.get("computed")
+    module: nn.Module = CALL.of(node).module
+    numbers = COMPUTED.get(node)
     if isinstance(numbers, Unreadable):
         raise numbers
     return (

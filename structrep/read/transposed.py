@@ -11,6 +11,7 @@ from torch import fx, nn
 
 from structrep.algebra import ConvMap
 from structrep.errors import Unreadable
+from structrep.graph.facts import CALL
 from structrep.graph.shapes import torch_name
 from structrep.read.arguments import Arguments, reads
 from structrep.terms.layer import Layer, Same, Total
@@ -69,7 +70,7 @@ def _swapped_step(a: Arguments, node: fx.Node, known: dict[fx.Node, _Scale | Non
         layer = reading
         if layer.dims == 0:
             return None  # a scale of the last dim, not of dim 1
-        three = node.op == "call_module" and isinstance(node.meta["call"].module, nn.BatchNorm1d)
+        three = node.op == "call_module" and isinstance(CALL.of(node).module, nn.BatchNorm1d)
         inner = _swapped(a, reading.source, known)
         return _behind(inner, node, lambda map_, c: map_ >> layer.load(c, 1), three)
     if isinstance(reading, Total) and not reading.through:

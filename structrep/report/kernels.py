@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from structrep.algebra import ConvMap
+from structrep.graph.facts import CALL
 from structrep.match.merge import Merge
 from structrep.records.kernels import BranchRecord, KernelRecord
 from structrep.terms.term import Term, seq, signed
@@ -74,7 +75,7 @@ def _names(total: Term) -> list[str]:
 
 
 def _path(node: torch.fx.Node) -> str:
-    return str(node.meta["call"].path)
+    return str(CALL.of(node).path)
 
 
 def _common(paths: list[str]) -> str:

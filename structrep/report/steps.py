@@ -12,6 +12,7 @@ from torch import fx
 
 from structrep.errors import Refusal
 from structrep.graph.calls import Call, Traced
+from structrep.graph.facts import CALL, VALUE
 from structrep.graph.queries import asks_kind, counts_sizes, only_asserted
 from structrep.guard.sharing import Replicas
 from structrep.match.isolation import named
@@ -72,7 +73,7 @@ def deployed(traced: Traced, merges: Iterable[MergeRecord], refusals: Iterable[R
     merged = {"" if merge.where == "(root)" else merge.where: index for index, merge in enumerate(merges)}
 
     def place(node: fx.Node) -> int | None:
-        paths = (call.path for call in node.meta["call"].chain())
+        paths = (call.path for call in CALL.of(node).chain())
         return next((merged[path] for path in paths if path in merged), None)
 
     return _graph(traced, place, refusals)
@@ -80,7 +81,7 @@ def deployed(traced: Traced, merges: Iterable[MergeRecord], refusals: Iterable[R
 
 def _original(node: fx.Node, replicas: Replicas) -> fx.Node:
     """The node that does the same in the first call, for one in a later call that does what the first did."""
-    for outer in node.meta["call"].homes():
+    for outer in CALL.of(node).homes():
         first, *others = replicas.bodies(outer)
         if outer in others and replicas.alike([first, *others]):
             return _original(list(first.nodes())[list(outer.nodes()).index(node)], replicas)
@@ -99,7 +100,7 @@ def _graph(traced: Traced, merge_of: Callable[[fx.Node], int | None], refusals: 
         given = [node for node in trace.nodes if node.op == "placeholder" and node.users]
         for node in trace.nodes:
             unused = node.op == "placeholder" and node not in given
-            if node.op in ("get_attr", "output") or "value" in node.meta or unused or _asks(node):
+            if node.op in ("get_attr", "output") or VALUE.known(node) or unused or _asks(node):
                 continue
             sources = [step for source in node.all_input_nodes for step in steps.get(source, ())]
             reading = _read(node)
@@ -131,7 +132,7 @@ def _read(node: fx.Node) -> Reading | None:
 def _step(
     traced: Traced, node: fx.Node, reading: Reading | None, merge: int | None, about: Mapping[str, list[int]]
 ) -> Step:
-    call: Call = node.meta["call"]
+    call: Call = CALL.of(node)
     name = type(call.module).__name__ if node.op == "call_module" else named(node).strip("_")
     text, kind, count = name, name, 1
     if isinstance(reading, Layer) and reading.kind in _TOLD:

@@ -29,6 +29,7 @@ from structrep.deployed.layers import Sizes
 from structrep.deployed.methods import install, regraph
 from structrep.errors import Refusal, StructrepError, Unreadable
 from structrep.graph.calls import Call, Traced
+from structrep.graph.facts import ASSIGNED, AT, CALL, COMPUTED, FORMULA, VALUE
 from structrep.graph.queries import only_asserted
 from structrep.graph.shapes import torch_name
 from structrep.graph.structures import proxies
@@ -73,7 +74,7 @@ class Draft:
             given = [] if call.leaf else [proxy.node for proxy in proxies((call.args, call.kwargs))]
             for node in (*given, *call.held):
                 self.given[node].add(call)
-        made = (n.meta["formula"] for trace in traced.traces for n in trace.nodes if n.meta.get("formula"))
+        made = (FORMULA.of(n) for trace in traced.traces for n in trace.nodes if FORMULA.get(n))
         self.computed_from = {id(tensor) for formula in made for tensor in formula.tensors}
         with process.alone():  # forwards are asked what the names of their modules stand for
             self._settle_on()
@@ -117,11 +118,11 @@ class Draft:
                     self.idle.append(unit)
                     self._told_by(unit.module, merge)
             for node in merge.nodes:
-                if node.meta.get("assigned"):  # by a forward that need not do so any more
+                if ASSIGNED.get(node):  # by a forward that need not do so any more
                     self._written_by(Unit((Segment(node, node, ONE, (node,)),)), merge, dead=False)
             for node in (one.node for one in merge.absorbed if one.ends):
                 if node.op == "call_module":
-                    self.ended.add(node.meta["call"])
+                    self.ended.add(CALL.of(node))
                 else:
                     self.edits.ended.add(node)
                     self._written_by(Unit((Segment(node, node, ONE, (node,)),)), merge, dead=False)
@@ -158,7 +159,7 @@ class Draft:
     def _used_otherwise(self, merge: Merge) -> set[Call]:
         """The calls whose code, on a path that was not taken, may run some of what is merged without the rest."""
         nodes = {*merge.nodes, *(one.node for one in merge.absorbed)}
-        made = [node.meta["call"] for node in nodes]
+        made = [CALL.of(node) for node in nodes]
         chains = [list((call.parent if call.leaf else call).chain()) for call in made]
         owner = next((one for one in chains[0] if all(one in chain for chain in chains)), None)
         paths = [call.path.split(".") for call in made]
@@ -211,7 +212,7 @@ class Draft:
             for call in itertools.chain(*self.traced.calls.values()):
                 code, made = _code(call), self.sites[call.module]
                 for step in call.steps if code is not None and not call.leaf else ():
-                    at = step.at if isinstance(step, Call) else step.meta["at"]
+                    at = step.at if isinstance(step, Call) else AT.of(step)
                     if at is not None and (node := place(code, at)) is not None:
                         made.add(place_of(node, code))
         return self.sites[module]
@@ -219,7 +220,7 @@ class Draft:
     def _seen_by(self, node: fx.Node) -> set[Call]:
         """The calls whose code has a value in hand: that made it, were given it, or were given it back."""
         found: set[Call] = set(self.given.get(node, ()))
-        made: Call | None = node.meta["call"]
+        made: Call | None = CALL.of(node)
         while made is not None:
             found |= {made} if not made.leaf else set()
             if node not in {proxy.node for proxy in proxies(made.result)}:
@@ -234,10 +235,10 @@ class Draft:
         home = "" if where == "(root)" else where
         single = merge.sizes is None and not merge.fit.remedy
         for node in (*merge.nodes, *(n for one in merge.absorbed for n in one.nodes)):
-            held = [n.meta["value"] for n in node.all_input_nodes if "value" in n.meta]
+            held = [VALUE.of(n) for n in node.all_input_nodes if VALUE.known(n)]
             if node.op == "call_module":
-                held += node.meta["call"].module.parameters()
-                held += node.meta["call"].module.buffers()
+                held += CALL.of(node).module.parameters()
+                held += CALL.of(node).module.buffers()
             for name in (self.traced.names.get(id(tensor)) for tensor in held):
                 if name is not None:
                     yield name, home if single else f"{home}+"
@@ -254,7 +255,7 @@ class Draft:
     def _refillable(self, unit: Unit, merge: Merge) -> str | None:
         """The path of a convolution with a forward of its own, such as one that pads by itself, that may keep its
         place: the merged layer differs from what its forward calls in nothing but the numbers."""
-        call, node = unit.root.meta["call"], unit.root
+        call, node = CALL.of(unit.root), unit.root
         layer, merged = unit.segments[0].term.layer, geometry(merge.term)
         module = call.module
         written = len(unit.nodes) == 1 and node.op == "call_function" and call.method == "forward"
@@ -270,8 +271,8 @@ class Draft:
     def _alone(self, node: fx.Node) -> bool:
         """Whether the parameters that a node is given are of use to nothing else, not even to make constants of."""
         held = [n for n in node.all_input_nodes if n.op == "get_attr"]
-        own = {id(n.meta["value"]) for n in held}
-        bias = node.meta["call"].module._parameters["bias"]
+        own = {id(VALUE.of(n)) for n in held}
+        bias = CALL.of(node).module._parameters["bias"]
         if bias is not None and id(bias) not in own:
             return False  # it has another use
         return all(len(n.users) == 1 for n in held) and own.isdisjoint(self.computed_from)
@@ -279,11 +280,11 @@ class Draft:
     def _written_by(self, unit: Unit, merge: Merge, dead: bool = True) -> Call:
         """The innermost call that holds a unit, whose forward the unit vanishes from."""
         self.edits.dead.update(unit.nodes if dead else ())
-        chains = [list(node.meta["call"].homes()) for node in unit.nodes]
+        chains = [list(CALL.of(node).homes()) for node in unit.nodes]
         owner: Call = next(call for call in chains[0] if all(call in chain for chain in chains))
         inner = self.edits.owners.setdefault(owner, set())
         for node in unit.nodes:
-            inner.update(itertools.takewhile(lambda call: call is not owner, node.meta["call"].chain()))
+            inner.update(itertools.takewhile(lambda call: call is not owner, CALL.of(node).chain()))
         self.owned.setdefault(owner, set()).add(merge)
         return owner
 
@@ -333,7 +334,7 @@ class Draft:
             if node not in same and _does_nothing(node):
                 same[node] = None
                 pending += node.users
-        owners = {next(n.meta["call"].homes()) for n in same if n.op == "call_function" and n.target in SUMS}
+        owners = {next(CALL.of(n).homes()) for n in same if n.op == "call_function" and n.target in SUMS}
         swapped = {unit.module for unit in (*self.hosts.values(), *self.idle)}
         classes = {type(owner.module) for owner in self.edits.owners}
         return {
@@ -418,7 +419,7 @@ class Draft:
         """The parameters of layers that are called and in no merge, by id."""
         merged = {node for merge in self.merges for node in merge.nodes}
         nodes = (node for trace in self.traced.traces for node in trace.nodes)
-        called = (n.meta["call"].module for n in nodes if n.op == "call_module" and n not in merged)
+        called = (CALL.of(n).module for n in nodes if n.op == "call_module" and n not in merged)
         return [id(parameter) for module in called for parameter in module.parameters()]
 
     def _parameter(self, path: str) -> nn.Parameter | None:
@@ -506,7 +507,7 @@ class Draft:
     def _dead_tensors(self) -> set[str]:
         """Paths of the tensors that dead nodes were computed from, and nothing else."""
         dead, alive = self._used()
-        assigned = [n.meta["assigned"] for merge in self.merges for n in merge.nodes if n.meta.get("assigned")]
+        assigned = [ASSIGNED.of(n) for merge in self.merges for n in merge.nodes if ASSIGNED.get(n)]
         dead.update(id(tensor) for formula in assigned for tensor in formula.tensors)
         called = {call.path for calls in self.traced.calls.values() for call in calls if call.leaf}
         names = {self.traced.names[tensor] for tensor in dead - alive if tensor in self.traced.names}
@@ -520,11 +521,11 @@ class Draft:
         for trace in self.traced.traces:
             alive.update(*map(self._made_of, pytree.tree_leaves(trace.root.result)))
             for node in trace.nodes:
-                if node.op == "get_attr" and node.users and "value" in node.meta:
-                    formula = node.meta.get("formula")
-                    held = {id(t) for t in formula.tensors} if formula else {id(node.meta["value"])}
+                if node.op == "get_attr" and node.users and VALUE.known(node):
+                    formula = FORMULA.get(node)
+                    held = {id(t) for t in formula.tensors} if formula else {id(VALUE.of(node))}
                     (dead if self._only_dead(node) else alive).update(held)
-                for one in (node.meta.get("computed") or {}).values() if node not in merged else ():
+                for one in (COMPUTED.get(node) or {}).values() if node not in merged else ():
                     alive.update(map(id, one.formula.tensors))
         return dead, alive
 
@@ -547,7 +548,7 @@ class Draft:
             for user in one.users:
                 if user in seen or user in self.edits.dead or user in self.edits.ended or self.replicas.repeats(user):
                     continue
-                if "value" not in user.meta:
+                if not VALUE.known(user):
                     return False
                 pending.append(user)
                 seen.add(user)
@@ -568,9 +569,7 @@ class Draft:
     def _dead_calls(self) -> list[Call]:
         """Calls in which everything is dead."""
         calls = {call for inner in self.edits.owners.values() for call in inner}
-        dead = {
-            c for c in calls if all(n in self.edits.dead or only_asserted(n) or "value" in n.meta for n in c.nodes())
-        }
+        dead = {c for c in calls if all(n in self.edits.dead or only_asserted(n) or VALUE.known(n) for n in c.nodes())}
         return [
             c
             for c in dead
@@ -617,12 +616,12 @@ def _told_to_do_nothing(nodes: Sequence[fx.Node]) -> Iterator[Call]:
         inert.pop()
     for node in (node for node, nothing in zip(nodes, inert, strict=False) if nothing):
         numbers = [one for one in (*node.args, *node.kwargs.values()) if type(one) in (int, float)]
-        at = node.meta["at"]
-        spelt = place(_code(node.meta["call"]), at) if numbers and at is not None else None
+        at = AT.of(node)
+        spelt = place(_code(CALL.of(node)), at) if numbers and at is not None else None
         given = [*ast.iter_child_nodes(spelt), *(one.value for one in getattr(spelt, "keywords", ()))] if spelt else []
         told = any(all(getattr(one, "value", None) != number for one in given) for number in numbers)
         if told and "dropout" not in torch_name(node):
-            yield node.meta["call"]
+            yield CALL.of(node)
 
 
 def _code(call: Call) -> Any:
@@ -642,15 +641,15 @@ def _strays(node: fx.Node, call: Call) -> bool:
     for step in call.steps:
         if isinstance(step, fx.Node):
             if node in step.all_input_nodes:
-                taken.append(step.meta["at"])
+                taken.append(AT.of(step))
             continue
         if node in {proxy.node for proxy in proxies((step.args, step.kwargs))}:
             taken.append(step.at)
-        if step in node.meta["call"].chain():
+        if step in CALL.of(node).chain():
             maker = step
     given = inspect.signature(call.function).bind(*call.args, **call.kwargs).arguments
     names = [name for name, value in given.items() if node in {proxy.node for proxy in proxies(value)}]
-    at = maker.at if isinstance(maker, Call) else maker.meta["at"] if maker.meta["call"] is call else None
+    at = maker.at if isinstance(maker, Call) else AT.of(maker) if CALL.of(maker) is call else None
     returned = node in {proxy.node for proxy in proxies(call.result)}
     spans = frozenset(None if one is None else span(code, one) for one in taken)
     made = None if at is None else span(code, at)

@@ -29,6 +29,7 @@ from structrep.errors import Unreadable
 from structrep.graph import contexts
 from structrep.graph.aliases import aliases, writers
 from structrep.graph.calls import Call, Entry, Origin, Traced, storage
+from structrep.graph.facts import ASKED, AT, AUTOCAST, CONSTANT, CONTEXTS, FORMULA, HELD, KEPT, STAND_IN, UNKNOWN, VALUE
 from structrep.graph.observed import Given, Part, Thing
 from structrep.graph.operations import writes
 from structrep.graph.queries import asks_kind, counts_sizes, only_asserted
@@ -93,7 +94,7 @@ class Forward:
         self._enter(call.contexts)
         self.graph.output(self._rebuild(call.result))
         for node in reversed(self.graph.nodes):
-            unused = node.target in (operator.getitem, getattr, "view", "reshape") or node.meta.get("constant")
+            unused = node.target in (operator.getitem, getattr, "view", "reshape") or CONSTANT.get(node)
             if not node.users and unused:
                 self.graph.erase_node(node)
         code = self.graph.python_code("self")
@@ -373,8 +374,8 @@ class Forward:
             if writes(node) and node not in back:
                 raise Unreadable(f"{self._shown()} writes in place {where}")
             gone = {n for n in node.all_input_nodes if back.get(n) in self.edits.vanishing}
-            formulas = [n.meta["formula"].tensors for n in node.all_input_nodes if n.meta.get("formula")]
-            made_of = [*itertools.chain(*formulas), *(n.meta.get("value") for n in node.all_input_nodes)]
+            formulas = [FORMULA.of(n).tensors for n in node.all_input_nodes if FORMULA.get(n)]
+            made_of = [*itertools.chain(*formulas), *(VALUE.get(n) for n in node.all_input_nodes)]
             held = {again[0].names.get(id(tensor)) for tensor in made_of}
             layer = (
                 str(node.target) in self.edits.layers if node.op == "call_module" else held & self.edits.homes.keys()
@@ -404,8 +405,8 @@ class Forward:
         for node in (step for step in steps(self.call, self.out) if isinstance(step, fx.Node)):
             merged = node in self.edits.dead or node in self.edits.ended
             for given in (n for n in node.all_input_nodes if n.op == "get_attr") if merged else ():
-                formula = given.meta.get("formula")
-                for tensor in formula.tensors if formula else (given.meta.get("value"),):
+                formula = FORMULA.get(given)
+                for tensor in formula.tensors if formula else (VALUE.get(given),):
                     entry = self.traced.entries.get(id(tensor))
                     holder, _, name = self.traced.names.get(id(tensor), "").rpartition(".")
                     if name in vars(self.traced.model.get_submodule(holder)):
@@ -542,9 +543,9 @@ class Forward:
 
     def _is_asked_what_it_is(self, node: fx.Node) -> bool:
         """Whether an argument of the model was taken for a tensor by code that may do something else with others."""
-        number = isinstance(node.meta.get("stand_in"), (int, float))
+        number = isinstance(STAND_IN.get(node), (int, float))
         whole = self.call.parent is None and not isinstance(self.call.module, fx.GraphModule)
-        return whole and not number and "unknown" not in node.meta and asks(self.call, node, first=True)
+        return whole and not number and not UNKNOWN.known(node) and asks(self.call, node, first=True)
 
     def _expect(self, node: fx.Node, value: Any, name: str) -> None:
         """The merged forward holds for the traced constants and structure of this argument only."""
@@ -581,9 +582,9 @@ class Forward:
         self.entered = own
 
     def _copy(self, node: fx.Node) -> None:
-        if node.meta["autocast"]:
+        if AUTOCAST.of(node):
             raise Unreadable(f"{self.call.path or 'the model'} runs part of its forward under autocast")
-        self._enter(node.meta["contexts"])
+        self._enter(CONTEXTS.of(node))
         if node in self.edits.refilled:
             self.env[node] = self._refilled(node, *self.edits.refilled[node])
         elif node in self.edits.replaced:
@@ -595,7 +596,7 @@ class Forward:
             self.env[node] = self._load(same)
         elif asks_kind(node) and not self._has(cast(fx.Node, node.args[0])):
             self.env[node] = self.graph.call_function(getattr, (next(iter(self.env.values())), node.args[1]))
-        elif node in self.edits.dead or node.meta.get("asked") in self.settled:
+        elif node in self.edits.dead or ASKED.get(node) in self.settled:
             return
         elif (only_asserted(node) or counts_sizes(node)) and not all(self._has(n) for n in node.all_input_nodes):
             return  # of sizes that are no longer there; whoever would need them says so
@@ -606,7 +607,7 @@ class Forward:
             args = fx.node.map_arg(self._asking(args, node, ("args",)), load)
             kwargs = fx.node.map_arg(self._asking(dict(node.kwargs), node, ("kwargs",)), load)
             self.env[node] = self.graph.create_node(op, target, args, kwargs)
-            self.env[node].meta["constant"] = "value" in node.meta
+            CONSTANT.note(self.env[node], VALUE.known(node))
 
     def _asking(self, value: Any, where: Any, way: tuple[Any, ...]) -> Any:
         """An argument, with what is asked for again as code."""
@@ -683,13 +684,13 @@ class Forward:
         return node in self.env or node.op == "get_attr"
 
     def _load(self, node: fx.Node) -> Any:
-        if isinstance(node.meta.get("held"), nn.Module):
+        if isinstance(HELD.get(node), nn.Module):
             return self.graph.get_attr(_ITSELF if node.target == self.call.path else self._relative(str(node.target)))
-        if node.op == "get_attr" and "value" not in node.meta:
-            kind = type(node.meta.get("held")).__name__
+        if node.op == "get_attr" and not VALUE.known(node):
+            kind = type(HELD.get(node)).__name__
             raise Unreadable(f"{self.call.path or 'the model'} uses a {kind} that is no part of it")
         if node.op == "get_attr":
-            return self._constant(node.meta["value"])
+            return self._constant(VALUE.of(node))
         if node not in self.env:
             raise Unreadable(
                 f"{self.call.path or 'the model'} uses {node.name}, which does not come in through its arguments"
@@ -698,7 +699,7 @@ class Forward:
 
     def _load_input(self, node: fx.Node) -> Any:
         """What depends on the input; None for the rest."""
-        return None if "value" in node.meta else self._load(node)
+        return None if VALUE.known(node) else self._load(node)
 
     def _constant(self, tensor: Tensor) -> Any:
         """A tensor attribute by its name; what was computed from some is computed again; anything else is kept as it
@@ -714,7 +715,7 @@ class Forward:
                     around = self.call.contexts + self.entered
                     self._enter(origin.contexts if origin is not None else around)
                     self.rebuilt[id(one)] = self._recompute(one, origin)
-                    self.rebuilt[id(one)].meta["constant"] = True
+                    CONSTANT.note(self.rebuilt[id(one)], True)
                     self._enter(around)
         return self.rebuilt[id(tensor)]
 
@@ -781,7 +782,7 @@ class Forward:
 
 def _is_new(node: fx.Node) -> bool:
     """Whether a node gives what a convolution or Linear has made, perhaps normed, and nothing else can look at."""
-    while sum(not only_asserted(user) for user in node.users) == 1 and not node.meta.get("kept"):
+    while sum(not only_asserted(user) for user in node.users) == 1 and not KEPT.get(node):
         reading = read_node(node)
         if isinstance(reading, Layer) and reading.kind in ("conv", "linear"):
             return True
@@ -834,7 +835,7 @@ _HANDED = (bool, int, float, str, tuple, list, type(None), torch.dtype, torch.de
 
 def _at(step: fx.Node | Call) -> int | None:
     """The instruction by which the code of a call does a step."""
-    found: int | None = step.at if isinstance(step, Call) else step.meta["at"]
+    found: int | None = step.at if isinstance(step, Call) else AT.of(step)
     return found
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from structrep.graph.calls import Call, Traced
+from structrep.graph.facts import ASKED, CALL, CONTEXTS, VALUE
 from structrep.graph.operations import writes
 from structrep.graph.shapes import torch_name
 from structrep.graph.structures import proxies
@@ -46,7 +47,7 @@ def steps(call: Call, written_out: Set[tuple[str, str]]) -> Iterator[fx.Node | C
     """What a call does, as its forward would be written: nodes, and calls that stay calls."""
     for step in call.steps:
         if isinstance(step, fx.Node):
-            if "asked" not in step.meta:
+            if not ASKED.known(step):
                 yield step
         elif step.leaf or step.method != "forward" or (step.path, step.method) in written_out:
             yield from steps(step, written_out)
@@ -95,7 +96,7 @@ class Comparison:
 
     def _step(self, one: fx.Node | Call, other: fx.Node | Call) -> None:
         if isinstance(one, fx.Node) and isinstance(other, fx.Node):
-            if not _same_operation(one, other) or one.meta["contexts"] != other.meta["contexts"]:
+            if not _same_operation(one, other) or CONTEXTS.of(one) != CONTEXTS.of(other):
                 raise Different
             self._pair(one.args, other.args, one, ("args",))
             self._pair(dict(one.kwargs), dict(other.kwargs), one, ("kwargs",))
@@ -144,8 +145,8 @@ class Comparison:
 
     def _pair_nodes(self, one: fx.Node, other: fx.Node) -> None:
         if one.op == "get_attr" and other.op == "get_attr":
-            if "value" in one.meta and "value" in other.meta:
-                self._pair_constants(one.meta["value"], other.meta["value"])
+            if VALUE.known(one) and VALUE.known(other):
+                self._pair_constants(VALUE.of(one), VALUE.of(other))
             elif one.target != other.target:
                 raise Different
         elif self.nodes.get(one) is not other:
@@ -194,8 +195,8 @@ def counterparts(before: tuple[Traced, Call], after: tuple[Traced, Call]) -> dic
 
 def copied(node: fx.Node) -> Tensor | None:
     """The constant that a node gives as it is: `weight.to(dtype=x.dtype)`."""
-    found = node.meta.get("value")
-    given = (n.meta["value"] for n in node.all_input_nodes if n.op == "get_attr" and "value" in n.meta)
+    found = VALUE.get(node)
+    given = (VALUE.of(n) for n in node.all_input_nodes if n.op == "get_attr" and VALUE.known(n))
     same = (one for one in given if isinstance(found, Tensor) and one.shape == found.shape and one.dtype == found.dtype)
     return next((one for one in same if torch.equal(one, found)), None) if isinstance(found, Tensor) else None
 
@@ -215,7 +216,7 @@ class _Numbers:
         args, kwargs = node.args, dict(node.kwargs)
         if len(args) == 2 and "bias" in kwargs:  # which is the third of all layers as functions
             args = (*args, kwargs.pop("bias"))
-        where = node.meta["call"].path, node.meta["contexts"]
+        where = CALL.of(node).path, CONTEXTS.of(node)
         made = node.op, str(node.target), where, self._of(args), self._of(kwargs)
         count = self.counts[made] = self.counts.get(made, 0) + 1
         self.numbers[node] = number = self.known.setdefault((made, count), len(self.known))
@@ -224,7 +225,7 @@ class _Numbers:
     def _of(self, value: Any) -> Any:
         if isinstance(value, fx.Node):
             if value.op == "get_attr":
-                return self._constant(value.meta["value"]) if "value" in value.meta else str(value.target)
+                return self._constant(VALUE.of(value)) if VALUE.known(value) else str(value.target)
             if (same := copied(value)) is not None:
                 return self._constant(same)
             return self.numbers.get(value, id(value))

@@ -12,6 +12,7 @@ from torch import fx
 from structrep.blocks import STAND_INS
 from structrep.errors import Refusal
 from structrep.graph.calls import Call
+from structrep.graph.facts import CALL, VALUE
 from structrep.graph.queries import only_asserted
 from structrep.graph.structures import proxies
 from structrep.match.merge import Merge, Segment, together
@@ -49,7 +50,7 @@ class Unit:
         """The call whose module can be swapped without touching a forward."""
         if self.block:
             return self.block
-        return self.root.meta["call"] if len(self.nodes) == 1 and self.root.op == "call_module" else None
+        return CALL.of(self.root) if len(self.nodes) == 1 and self.root.op == "call_module" else None
 
     @property
     def taps(self) -> int:
@@ -94,7 +95,7 @@ def _stays(segment: Segment) -> bool:
 
 def _block_at(segments: list[Segment]) -> tuple[Call | None, int]:
     """The largest block that the first segments are all of, and how many they are."""
-    first = segments[0].nodes[0].meta["call"]
+    first = CALL.of(segments[0].nodes[0])
     for call in reversed(list(first.chain())):
         layer = knows(call.module) and bool(computed(call.module))  # which is a call of its own only as a root
         stands = isinstance(call.module, STAND_INS) or stands_in(call.module)
@@ -106,7 +107,7 @@ def _block_at(segments: list[Segment]) -> tuple[Call | None, int]:
         count = len(inner)
         whole = {n for s in inner for n in s.nodes}
         behind = _same_as(call.result, inner[-1].root) if inner else []
-        covers = all(n in whole or n in behind or only_asserted(n) or "value" in n.meta for n in call.nodes())
+        covers = all(n in whole or n in behind or only_asserted(n) or VALUE.known(n) for n in call.nodes())
         entry = [p.node for p in proxies((call.args, call.kwargs))]
         if inner == segments[:count] and covers and behind and entry == [inner[0].base]:
             return call, count

@@ -11,6 +11,7 @@ import torch.utils._pytree as pytree
 from torch import fx, nn
 
 from structrep.graph.calls import Call, Method, Trace, Traced
+from structrep.graph.facts import CALL
 from structrep.graph.structures import is_traced
 from structrep.modules.copies import shallow_copy
 from structrep.trace.folding import fold_constants
@@ -31,7 +32,7 @@ def follow_method(module: nn.Module, path: str, method: str, flags: Mapping[str,
     held = {
         str(node.target)
         for node in tracer.graph.nodes
-        if node.op == "get_attr" and any(user.meta["call"] is tracer.calls[0] for user in node.users)
+        if node.op == "get_attr" and any(CALL.of(user) is tracer.calls[0] for user in node.users)
     }
     return Method(tracer.calls, held | tracer.reached.keys())
 

@@ -21,6 +21,7 @@ from structrep.algebra.shadows import Shadows
 from structrep.deployed.answers import numbers
 from structrep.graph import operations
 from structrep.graph.calls import Call, Origin, storage
+from structrep.graph.facts import ASSIGNED
 from structrep.graph.reads import PLACEHOLDER
 from structrep.graph.structures import is_traced, snapshot
 from structrep.terms.layer import Computed, Formula
@@ -106,7 +107,7 @@ class Constants(TorchFunctionMode):
             self.tracer.fetched[path, call] += 1
             self.assigned[id(args[0])] = args[1], next(call.homes())
             for node in self.used[id(args[0])]:
-                node.meta["assigned"] = None  # it was called with other numbers than it is left with
+                ASSIGNED.note(node, None)  # it was called with other numbers than it is left with
         if name == "__get__" and func.__self__.__name__ in ("dtype", "device") and id(args[0]) in self.tracer.names:
             self.tracer.asked[self.tracer.names[id(args[0])], self.tracer.stack[-1]] += 1
         if operations.draws(func, args, kwargs):
@@ -204,11 +205,11 @@ class Constants(TorchFunctionMode):
         given = [self.assigned[id(tensor)] for tensor in held if id(tensor) in self.assigned]
         formulas = [self.formula(value) for value, home in given if home is next(call.homes())]
         found = [formula for formula in formulas if formula is not None]
-        node.meta["assigned"] = None
+        ASSIGNED.note(node, None)
         if found and len(found) == len(held) and not any(self.used[id(tensor)] for tensor in held):
             tensors = {id(tensor): tensor for formula in found for tensor in formula.tensors}
             calls = frozenset().union(*(formula.calls for formula in found))
-            node.meta["assigned"] = Formula(calls, tuple(tensors.values()))
+            ASSIGNED.note(node, Formula(calls, tuple(tensors.values())))
         for tensor in held:
             self.used[id(tensor)].append(node)
 

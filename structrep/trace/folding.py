@@ -14,6 +14,7 @@ from structrep.algebra.precision import as_stored, doubled
 from structrep.algebra.shadows import Shadows
 from structrep.graph import constants, dtypes, operations
 from structrep.graph.calls import storage
+from structrep.graph.facts import FORMULA, KIND, RECOMPUTE, SAME_KIND, UNSTEADY, VALUE
 from structrep.graph.queries import asks_kind
 from structrep.graph.run import computed
 from structrep.terms.layer import Formula
@@ -35,23 +36,23 @@ def fold_constants(tracer: CallTracer) -> None:
             continue
         if not asks_kind(node):
             _fold(node, tracer.constants.unsteady)
-        elif node.args[1] == "device" or node.args[0].meta["kind"] is owner.dtype:
-            node.meta["value"] = getattr(owner, node.args[1])
+        elif node.args[1] == "device" or KIND.of(node.args[0]) is owner.dtype:
+            VALUE.note(node, getattr(owner, node.args[1]))
         dtypes.note(node, owner.dtype)
         if node.target == "type_as" and len(node.args) == 2:
-            node.meta["same_kind"] = node.args[1].meta["kind"] is owner.dtype
+            SAME_KIND.note(node, KIND.of(node.args[1]) is owner.dtype)
 
 
 def _fold(node: fx.Node, unsteady: Container[Any]) -> None:
     """Note the value of a node whose inputs' values are known."""
-    if node.op == "get_attr" and isinstance(node.meta.get("value"), Tensor):
-        formula = node.meta.get("formula")
-        made = (node.meta["value"], *(formula.tensors if formula else ()))
-        node.meta["unsteady"] = any(storage(one) in unsteady for one in made)
+    if node.op == "get_attr" and isinstance(VALUE.get(node), Tensor):
+        formula = FORMULA.get(node)
+        made = (VALUE.of(node), *(formula.tensors if formula else ()))
+        UNSTEADY.note(node, any(storage(one) in unsteady for one in made))
     if node.op not in ("call_function", "call_method"):
         return
     inputs = node.all_input_nodes
-    if not inputs or not all("value" in n.meta for n in inputs):
+    if not inputs or not all(VALUE.known(n) for n in inputs):
         return
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     drawn_or_written = operations.draws(node.target, node.args, node.kwargs) or operations.writes(node)
@@ -59,25 +60,28 @@ def _fold(node: fx.Node, unsteady: Container[Any]) -> None:
         return
     drawn = torch.get_rng_state()
     with torch.no_grad(), contextlib.suppress(Exception):
-        value = computed(node, lambda n: n.meta["value"])
+        value = computed(node, lambda n: VALUE.of(n))
         if not torch.equal(drawn, torch.get_rng_state()):
             return  # other numbers at every call
-        node.meta["value"] = value
-        node.meta["unsteady"] = any(n.meta.get("unsteady") for n in inputs)
-        node.meta["recompute"] = functools.partial(_recomputed, node)
-        formulas = [n.meta["formula"] for n in inputs if n.meta.get("formula")]
-        stored = [n.meta["value"] for n in inputs if n.op == "get_attr" and "formula" not in n.meta]
-        node.meta["formula"] = Formula(
-            frozenset({str(name).strip("_")}).union(*(f.calls for f in formulas)),
-            tuple({id(t): t for t in (*stored, *(t for f in formulas for t in f.tensors))}.values()),
+        VALUE.note(node, value)
+        UNSTEADY.note(node, any(UNSTEADY.get(n) for n in inputs))
+        RECOMPUTE.note(node, functools.partial(_recomputed, node))
+        formulas = [FORMULA.of(n) for n in inputs if FORMULA.get(n)]
+        stored = [VALUE.of(n) for n in inputs if n.op == "get_attr" and not FORMULA.known(n)]
+        FORMULA.note(
+            node,
+            Formula(
+                frozenset({str(name).strip("_")}).union(*(f.calls for f in formulas)),
+                tuple({id(t): t for t in (*stored, *(t for f in formulas for t in f.tensors))}.values()),
+            ),
         )
 
 
 def _recomputed(node: fx.Node) -> Any:
     """The value of a node, its constants computed in float64."""
-    given = [doubled(constants.exact(n) if "recompute" in n.meta else n.meta["value"]) for n in node.all_input_nodes]
+    given = [doubled(constants.exact(n) if RECOMPUTE.known(n) else VALUE.of(n)) for n in node.all_input_nodes]
     with torch.no_grad(), Shadows() as shadows:
-        own = map(as_stored, given, (n.meta["value"] for n in node.all_input_nodes))
+        own = map(as_stored, given, (VALUE.of(n) for n in node.all_input_nodes))
         found = computed(node, dict(zip(node.all_input_nodes, own, strict=True)).__getitem__)
         found = shadows.of(found) if isinstance(found, Tensor) else found
-    return nearest_to(found, node.meta["value"], given)
+    return nearest_to(found, VALUE.of(node), given)

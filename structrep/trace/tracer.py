@@ -23,6 +23,24 @@ from structrep.errors import BadInput, Unreadable, said
 from structrep.graph import dtypes, operations
 from structrep.graph.calls import Call, Traced, storage
 from structrep.graph.contexts import Context, Contexts
+from structrep.graph.facts import (
+    ASKED,
+    AT,
+    AUTOCAST,
+    CALL,
+    COMPUTED,
+    CONTEXTS,
+    FORMULA,
+    HELD,
+    INDEX,
+    KEPT,
+    KIND,
+    RECOMPUTE,
+    STAND_IN,
+    UNFOLLOWED,
+    UNKNOWN,
+    VALUE,
+)
 from structrep.graph.observed import Arguments, Given, Part, Thing
 from structrep.graph.reads import Read
 from structrep.graph.structures import alike, held, holds_still, is_torch, is_traced, mapped, proxies, snapshot
@@ -157,9 +175,9 @@ class CallTracer(process.Tracer):
                 return leaf
             proxy = self.create_proxy("placeholder", leaf.name, (), {})
             if isinstance(leaf.given, Thing):
-                proxy.node.meta["unknown"] = leaf.given.kind
+                UNKNOWN.note(proxy.node, leaf.given.kind)
             elif leaf.given is not None and leaf.given.number is not None:
-                proxy.node.meta["stand_in"] = leaf.given.number
+                STAND_IN.note(proxy.node, leaf.given.number)
             return proxy
 
         args, kwargs = mapped(placed, self.arguments)
@@ -313,7 +331,7 @@ class CallTracer(process.Tracer):
         kept = {key: value for key, value in call.module.__dict__.items() if before.get(key) is not value}
         for proxy in proxies(kept):
             if isinstance(proxy, TracedValue):
-                proxy.node.meta["kept"] = True
+                KEPT.note(proxy.node, True)
                 call.mutates = True
 
     def _computed(self, m: nn.Module) -> dict[str, Computed] | Unreadable:
@@ -397,7 +415,7 @@ class CallTracer(process.Tracer):
         """The dtype that a question gives: its value's, and where nothing tells that, the model's."""
         if node.target is not getattr or node.args[1] != "dtype":
             return None
-        kind = node.args[0].meta["kind"] or own  # type: ignore[union-attr]
+        kind = KIND.of(node.all_input_nodes[0]) or own
         return self.questions.answers.get(INPUTS, own) if kind is own else kind
 
     def _note_dtype(self, asked: fx.Proxy, told: bool) -> bool:
@@ -408,9 +426,9 @@ class CallTracer(process.Tracer):
         call.reads[key] = Read(asked.node, "", told)
         told = self.questions.answers.get(key, told)
         holds = self.create_proxy("call_function", operator.eq, (asked, told), {})
-        holds.node.meta["asked"] = key
+        ASKED.note(holds.node, key)
         said = "the forward was reparameterized for an input of another dtype: convert the model again for that"
-        self.create_proxy("call_function", torch._assert, (holds, said), {}).node.meta["asked"] = key
+        ASKED.note(self.create_proxy("call_function", torch._assert, (holds, said), {}).node, key)
         return told
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
@@ -442,27 +460,32 @@ class CallTracer(process.Tracer):
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         node = super().create_node(*args, **kwargs)
-        node.meta["index"] = self.count
-        node.meta["contexts"] = self.contexts.now
-        node.meta["autocast"] = torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
-        call = node.meta["call"] = self.stack[-1] if self.stack else None
-        node.meta["at"] = self._place() if call is not None and not call.leaf else None
-        node.meta["unfollowed"] = node.target in self.whole or (
-            node.op == "call_module"
-            and call is not None
-            and (
-                call.module in self.hooked
-                or isinstance(call.module, torch.jit.ScriptModule)
-                or (type(call.module) in self.opaque and not knows(call.module))
-            )
+        INDEX.note(node, self.count)
+        CONTEXTS.note(node, self.contexts.now)
+        AUTOCAST.note(node, torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"))
+        call = self.stack[-1] if self.stack else None
+        CALL.note(node, call)
+        AT.note(node, self._place() if call is not None and not call.leaf else None)
+        UNFOLLOWED.note(
+            node,
+            node.target in self.whole
+            or (
+                node.op == "call_module"
+                and call is not None
+                and (
+                    call.module in self.hooked
+                    or isinstance(call.module, torch.jit.ScriptModule)
+                    or (type(call.module) in self.opaque and not knows(call.module))
+                )
+            ),
         )
         self.count += 1
-        for one in operations.writes(node) if not node.meta["unfollowed"] else ():
-            if isinstance(one.meta.get("value"), Tensor):
-                self.constants.note_written(one.meta["value"], operations.name_of(node.target))
+        for one in operations.writes(node) if not UNFOLLOWED.of(node) else ():
+            if isinstance(VALUE.get(one), Tensor):
+                self.constants.note_written(VALUE.of(one), operations.name_of(node.target))
         if node.op == "call_module" and call is not None:
             self.constants.note_assigned(node, call)
-            node.meta["computed"] = self._computed(call.module)
+            COMPUTED.note(node, self._computed(call.module))
         if self.stack and node.op != "get_attr":
             self.stack[-1].steps.append(node)
         return node
@@ -472,14 +495,14 @@ class CallTracer(process.Tracer):
             return a.node
         if isinstance(a, nn.Module) and a in self.paths:
             held = self.create_node("get_attr", self.paths[a], (), {})
-            held.meta["held"] = a
+            HELD.note(held, a)
             return held
         if isinstance(a, type(torch.FloatTensor)):  # `x.type(torch.FloatTensor)`
             return f"{a.__module__}.{a.__name__}"
         if not isinstance(a, Tensor):
             made: Any = super().create_arg(a)
             if isinstance(a, torch.ScriptObject):
-                made.meta["held"] = a
+                HELD.note(made, a)
             return made
         if id(a) in self.constants.assigned:
             raise RuntimeError("it computes with weights that it assigns to")
@@ -492,10 +515,10 @@ class CallTracer(process.Tracer):
                 setattr(self.root, name, a)
             with self.graph.inserting_before(next(iter(self.graph.nodes), None)):
                 node = self.create_node("get_attr", name, (), {})
-            node.meta["value"] = a
+            VALUE.note(node, a)
             if id(a) not in self.names:
-                node.meta["formula"] = self.constants.formula(a)
-                node.meta["recompute"] = functools.partial(self.constants.exact, a)
+                FORMULA.note(node, self.constants.formula(a))
+                RECOMPUTE.note(node, functools.partial(self.constants.exact, a))
             self.tensor_nodes[id(a)] = node
         return node
 

@@ -23,6 +23,7 @@ from structrep import blocks
 from structrep.algebra import ConvMap
 from structrep.blocks.places import CONVOLUTIONS, EXPANDED, NormInBlock, expand_layers
 from structrep.errors import BadInput, listed
+from structrep.graph.facts import CALL
 from structrep.match.find import find
 from structrep.modules.copies import demand_python, eval_copy, own_copy
 from structrep.modules.parametrized import computed, hooks
@@ -299,7 +300,7 @@ def _norms_behind(model: nn.Module) -> dict[str, str]:
     pairs: dict[str, str] = {}
     for merge in find(eval_copy(model), None, pair).merges:
         called = [node for node in merge.nodes if node.op == "call_module"]
-        kinds = [type(node.meta["call"].module) for node in called]
+        kinds = [type(CALL.of(node).module) for node in called]
         if len(called) == len(merge.nodes) == 2 and kinds[0] in CONVOLUTIONS and kinds[1] in _NORMS:
             pairs[str(called[0].target)] = str(called[1].target)
     return pairs
