@@ -462,7 +462,7 @@ def test_norms_that_were_kept_are_verified_so(here: Path) -> None:
     assert result.exit_code == 0, result.output
     assert Verification.model_validate_json(result.stdout).ok
     assert "net.pt does not fit" in failed(2, "verify", *given, "--file", "net.pt")
-    assert "give fold or keep" in failed(2, "verify", *given, "--norms", "lose")
+    assert "give 'fold' or 'keep'" in failed(2, "verify", *given, "--norms", "lose")
 
 
 def test_dtypes_and_devices(here: Path) -> None:
@@ -567,7 +567,7 @@ def test_residuals_and_norms(here: Path) -> None:
     assert "norms='keep' gives back a model that structrep.expand" in failed(
         2, "convert", "nets:Net", "--out", "net.pt", "--norms", "keep"
     )
-    assert "give fold or keep" in failed(2, "convert", "nets:Net", "--out", "net.pt", "--norms", "lose")
+    assert "give 'fold' or 'keep'" in failed(2, "convert", "nets:Net", "--out", "net.pt", "--norms", "lose")
     assert run("convert", "nets:Wide", "--out", "net.pt", "--norms", "keep").exit_code == 0
     assert set(read(here / "net.pt")) == set(local("Plain").state_dict())
     assert "the model has no module named 'x'" in failed(2, "explain", "nets:Net", "--reserve", "x")

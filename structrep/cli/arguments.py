@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ast
+import functools
+import inspect
 import math
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, TypeAlias
 
 import torch
 import typer
@@ -55,6 +57,23 @@ Entry = Annotated[
     typer.Option(
         metavar="NAME",
         help="Which of a checkpoint's state dicts to take: state_dict_ema, say.",
+        show_default=False,
+    ),
+]
+Borders = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--inexact-borders",
+        metavar="NAME",
+        help="Allow merges of these modules, by name or glob, to differ at the border. Repeatable.",
+        show_default=False,
+    ),
+]
+Probe = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME",
+        help="Find out by running them what these layers are, by name or glob; needs --shape. Repeatable.",
         show_default=False,
     ),
 ]
@@ -105,6 +124,13 @@ Norms = Annotated[
         help="fold, or keep: merge the blocks of structrep.expand alone.", autocompletion=lambda: ["fold", "keep"]
     ),
 ]
+Cost = Annotated[
+    str,
+    typer.Option(
+        help="What decides whether a merge pays: counted, or measured, which needs --shape.",
+        autocompletion=lambda: ["counted", "measured"],
+    ),
+]
 Device = Annotated[str | None, typer.Option(help="Where to run both; CUDA where there is one.", show_default=False)]
 Dtype = Annotated[str | None, typer.Option(help="What to run both in: float32, bfloat16, float16.", show_default=False)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the record as JSON.")]
@@ -128,10 +154,38 @@ def _autocast(name: str | None, device: torch.device) -> torch.dtype | None:
     return found
 
 
-def _norms(name: str) -> Literal["fold", "keep"]:
-    if name not in ("fold", "keep"):
-        raise BadInput(f"--norms {name!r}: give fold or keep")
-    return "keep" if name == "keep" else "fold"
+# What all commands that plan are told beside the model, by the names that `structrep.plan` has for it.
+PLANNING: dict[str, tuple[Any, Any]] = {
+    "rules": (Rules, None),
+    "inexact_borders": (Borders, None),
+    "probe": (Probe, None),
+    "reserve": (Reserve, None),
+    "norms": (Norms, "fold"),
+    "cost": (Cost, "counted"),
+}
+
+
+Settings: TypeAlias = Mapping[str, Any]  # those of them that a command was given
+DEFAULTS: Settings = {}
+
+
+def planning(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command that takes `settings` the options for them, where that argument stands."""
+    signature = inspect.signature(command, eval_str=True)
+    options = [
+        inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=default, annotation=annotation)
+        for name, (annotation, default) in PLANNING.items()
+    ]
+    taken = [options if name == "settings" else [one] for name, one in signature.parameters.items()]
+
+    @functools.wraps(command)
+    def run(**given: Any) -> None:
+        settings = {name: given.pop(name) for name in PLANNING}
+        command(**given, settings={name: value for name, value in settings.items() if value})
+
+    run.__signature__ = signature.replace(parameters=[one for some in taken for one in some])  # type: ignore[attr-defined]
+    run.__annotations__ = {one.name: one.annotation for some in taken for one in some}
+    return run
 
 
 def _device(name: str | None) -> torch.device:

@@ -26,15 +26,14 @@ import structrep
 from structrep import files, registry
 from structrep.cli import models
 from structrep.cli.arguments import (
+    DEFAULTS,
     Arguments,
     AsJson,
     Device,
     Download,
     Dtype,
     Entry,
-    Norms,
-    Reserve,
-    Rules,
+    Settings,
     Shapes,
     Source,
     Trusted,
@@ -44,9 +43,10 @@ from structrep.cli.arguments import (
     _dtype,
     _examples,
     _keywords,
-    _norms,
     _size,
+    planning,
 )
+from structrep.convert.options import Options
 from structrep.deliver import checkpoint, formats
 from structrep.deliver.formats import PROGRAMS, checksum, demand, encoded, program, provenance, read
 from structrep.errors import BadInput, Refusal, StructrepError, TrainingMode, Uninitialized, UnknownRule, said
@@ -129,14 +129,14 @@ def rules_(as_json: AsJson = False) -> None:
 
 
 @app.command()
+@planning
 def explain(
     source: Source,
     weights: Weights = None,
     entry: Entry = None,
     arg: Arguments = None,
     shape: Shapes = None,
-    rules: Rules = None,
-    reserve: Reserve = None,
+    settings: Settings = DEFAULTS,
     download: Download = False,
     trusted: Trusted = False,
     why: Annotated[
@@ -147,9 +147,10 @@ def explain(
 ) -> None:
     """Show what convert would merge in a model, and of the rest why not."""
     with _outcome(as_json) as working:
+        Options.of(**settings)
         given = _prepare(working, source, weights, entry, arg, shape, download, trusted)
         with working("looking for merges"):
-            plan = structrep.plan(given.model, given.inputs, rules=rules or None, reserve=reserve or ())
+            plan = structrep.plan(given.model, given.inputs, **settings)
             plan.prove()
             answer = plan.why(*why) if why else None
     if as_json:
@@ -161,6 +162,7 @@ def explain(
 
 
 @app.command()
+@planning
 def convert(
     source: Source,
     out: Annotated[
@@ -176,9 +178,7 @@ def convert(
     entry: Entry = None,
     arg: Arguments = None,
     shape: Shapes = None,
-    rules: Rules = None,
-    reserve: Reserve = None,
-    norms: Norms = "fold",
+    settings: Settings = DEFAULTS,
     download: Download = False,
     trusted: Trusted = False,
     verify: Annotated[
@@ -201,7 +201,7 @@ def convert(
     """
     with _outcome(as_json) as working:
         demand(out)
-        how_norms = _norms(norms)
+        Options.of(**settings)
         write = files.writer(out, force)
         if report and report.resolve() == out.resolve():
             raise BadInput(f"--out and --report are the same file, {out}")
@@ -211,7 +211,7 @@ def convert(
         if inputs is None and out.suffix in PROGRAMS:
             raise BadInput(f"{out} is made from an example input: give its --shape, 1x3x224x224 say")
         with working("merging"):
-            plan = structrep.plan(model, inputs, rules=rules or None, reserve=reserve or (), norms=how_norms)
+            plan = structrep.plan(model, inputs, **settings)
             if verify:
                 plan.prove()
             _demand_merges(plan)
@@ -245,6 +245,7 @@ def convert(
 
 
 @app.command()
+@planning
 def verify(
     source: Source,
     shape: Shapes = None,
@@ -259,9 +260,7 @@ def verify(
     weights: Weights = None,
     entry: Entry = None,
     arg: Arguments = None,
-    rules: Rules = None,
-    reserve: Reserve = None,
-    norms: Norms = "fold",
+    settings: Settings = DEFAULTS,
     download: Download = False,
     trusted: Trusted = False,
     device: Device = None,
@@ -275,7 +274,7 @@ def verify(
     with _outcome(as_json) as working:
         if not shape:
             raise BadInput("the models are compared on an example input: give its --shape, 1x3x224x224 say")
-        how_norms = _norms(norms)
+        Options.of(**settings)
         if file is not None and file.suffix == ".onnx":
             asked = {
                 "--device": device not in (None, "cpu"), "--dtype": dtype, "--autocast": autocast,
@@ -303,7 +302,7 @@ def verify(
             if written is not None and isinstance(written.content, nn.Module):
                 found = compare(model, written.content, inputs, **how)
             else:
-                plan = structrep.plan(model, inputs, rules=rules or None, reserve=reserve or (), norms=how_norms)
+                plan = structrep.plan(model, inputs, **settings)
                 _demand_merges(plan)
                 deploy = plan.apply()
                 if file is not None and written is not None:
@@ -314,13 +313,14 @@ def verify(
 
 
 @app.command()
+@planning
 def bench(
     source: Source,
     shape: Shapes = None,
     weights: Weights = None,
     entry: Entry = None,
     arg: Arguments = None,
-    rules: Rules = None,
+    settings: Settings = DEFAULTS,
     download: Download = False,
     trusted: Trusted = False,
     device: Device = None,
@@ -333,10 +333,11 @@ def bench(
     with _outcome(as_json) as working:
         if not shape:
             raise BadInput("the models are timed on an example input: give its --shape, 1x3x224x224 say")
+        Options.of(**settings)
         given = _prepare(working, source, weights, entry, arg, shape, download, trusted)
         where, what = _device(device), _dtype(dtype)
         with working("merging"):
-            plan = structrep.plan(given.model, given.inputs, rules=rules or None)
+            plan = structrep.plan(given.model, given.inputs, **settings)
             _demand_merges(plan)
             forms = {"training-time": given.model, "deploy": plan.apply()}
         with working("timing"):

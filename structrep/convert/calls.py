@@ -1,16 +1,15 @@
-"""The driver: plan, apply, verify."""
+"""The calls that a user makes."""
 
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable
-from typing import Any, Literal
 
 from torch import nn
 
 from structrep import process
 from structrep.algebra import ConvMap, precision
 from structrep.blocks.places import expand_layers
+from structrep.convert.options import Cost, Names, Norms, Options, Rules
 from structrep.convert.plan import IN_TORCH, Plan
 from structrep.errors import BadInput, Refusal, Unmerged, Unreadable, listed
 from structrep.graph.observed import Observed
@@ -20,14 +19,11 @@ from structrep.match.merge import Missed
 from structrep.modules.arguments import Example
 from structrep.modules.copies import eval_copy, shallow_copy
 from structrep.modules.wrappers import kept, settle, unwrapped
-from structrep.prove.measured import Measured
 from structrep.prove.run import observe
 from structrep.read.probe import probe as find_map
 from structrep.records.base import counted
 from structrep.records.plan import Explanation
-from structrep.registry import Registry, Rule, resolve
-
-Rules = Registry | Iterable[str | Rule] | None
+from structrep.registry import resolve
 
 
 def plan(
@@ -35,11 +31,11 @@ def plan(
     example_inputs: Example | None = None,
     *,
     rules: Rules = None,
-    inexact_borders: str | Iterable[str] = (),
-    probe: str | Iterable[str] = (),
-    reserve: str | Iterable[str] = (),
-    norms: Literal["fold", "keep"] = "fold",
-    cost: Literal["counted", "measured"] | Measured = "counted",
+    inexact_borders: Names = (),
+    probe: Names = (),
+    reserve: Names = (),
+    norms: Norms = "fold",
+    cost: Cost = "counted",
 ) -> Plan:
     """Find every merge in a model, and say of the others why not. The model is not changed.
 
@@ -72,78 +68,42 @@ def plan(
         UnknownRule: a name in `rules` is not registered.
         BadInput: the model rejects the example inputs.
     """
-    planned = _plan(model, example_inputs, rules, inexact_borders, probe, reserve, norms, cost)
-    for merge in planned.merged.values():
+    settings = {"inexact_borders": inexact_borders, "probe": probe, "reserve": reserve, "norms": norms, "cost": cost}
+    made = planned(model, example_inputs, Options.of(rules=rules, **settings))
+    for merge in made.merged.values():
         merge.kept = None  # weights may be written to before the plan is applied
-    return planned
+    return made
 
 
-def _plan(
-    model: nn.Module,
-    example_inputs: Example | None,
-    rules: Rules,
-    inexact_borders: str | Iterable[str],
-    probe: str | Iterable[str],
-    reserve: str | Iterable[str],
-    norms: Literal["fold", "keep"],
-    cost: Literal["counted", "measured"] | Measured,
-) -> Plan:
+def planned(model: nn.Module, example_inputs: Example | None, options: Options) -> Plan:
     """`plan`, with merged maps at hand."""
-    if norms not in ("fold", "keep"):
-        raise BadInput(f"norms={norms!r}: give 'fold' or 'keep'")
-    measured = _measured(cost)
-    if measured is not None and example_inputs is None:
-        raise BadInput("cost='measured' needs example_inputs: they tell the shapes that layers are timed on")
-    if measured is not None and norms == "keep":
-        raise BadInput("norms='keep' merges every block, whatever it costs: leave out cost='measured'")
-    probed = _globs("probe", probe)
-    borders, reserved = _globs("inexact_borders", inexact_borders), _globs("reserve", reserve)
-    registry = resolve(rules)
+    options.demand(example_inputs)
+    registry = resolve(options.rules)
     given = model = unwrapped(model)
     check_ready(model)
     if settle(model, change=False):
         model = shallow_copy(model)
         settle(model)
-    layers = _to_probe(model, example_inputs, probed)
+    named = {glob: _named(model, glob) for glob in options.globs}
     observed = Observed()
     if example_inputs is not None:
-        observed = observe(model, example_inputs, layers)
+        observed = observe(model, example_inputs, {path for glob in options.probe for path in named[glob]})
         example_inputs = observed.inputs
     maps, refused = _probed(model, observed)
-    for glob in (*borders, *reserved):
-        _named(model, glob)
-    blocks = tuple(expand_layers(model)) if norms == "keep" else ()
-    if norms == "keep" and not blocks:
+    blocks = tuple(expand_layers(model)) if options.norms == "keep" else ()
+    if options.norms == "keep" and not blocks:
         raise BadInput(
             "norms='keep' gives back a model that structrep.expand has made, and in this one is no such block"
         )
     with process.same_chance(), precision.whole():  # a forward may draw numbers
+        borders = options.inexact_borders
         found = find(model, example_inputs, registry, borders, maps, refused, blocks, observed, kept(model))
-    planned = Plan(model, found, reserved, measured, given)
+    measured = None if options.cost == "counted" else IN_TORCH if options.cost == "measured" else options.cost
+    plan = Plan(model, found, options.reserve, measured, given)
     if example_inputs is None or measured is None:
-        return planned
+        return plan
     with process.same_chance():
-        return planned.faster(example_inputs)
-
-
-def _measured(cost: object) -> Measured | None:
-    if cost == "counted" or isinstance(cost, Measured):
-        return cost if isinstance(cost, Measured) else None
-    if cost != "measured":
-        raise BadInput(f"cost={cost!r}: give 'counted', 'measured' or a structrep.Measured")
-    return IN_TORCH
-
-
-def _globs(setting: str, names: Any) -> tuple[str, ...]:
-    """Names of modules, or globs, of which one alone may stand for itself.
-
-    Raises:
-        BadInput: there is something else.
-    """
-    found = (names,) if isinstance(names, str) else tuple(names) if isinstance(names, Iterable) else (None,)
-    if not all(isinstance(one, str) for one in found):
-        raise BadInput(f"{setting}={names!r}: give names of modules, or globs such as 'layer1.*'")
-    return found
+        return plan.faster(example_inputs)
 
 
 def _named(model: nn.Module, glob: str) -> list[str]:
@@ -156,17 +116,6 @@ def _named(model: nn.Module, glob: str) -> list[str]:
     if not found:
         raise BadInput(f"the model has no module named {glob!r}")
     return found
-
-
-def _to_probe(model: nn.Module, example_inputs: Example | None, globs: tuple[str, ...]) -> set[str]:
-    """The paths of the layers that are to be probed.
-
-    Raises:
-        BadInput: there are no example inputs, or no layer of such a name.
-    """
-    if globs and example_inputs is None:
-        raise BadInput("to probe a layer example_inputs are needed: they tell what it is given")
-    return {path for glob in globs for path in _named(model, glob)}
 
 
 def _probed(model: nn.Module, observed: Observed) -> tuple[dict[str, ConvMap], list[Missed]]:
@@ -205,11 +154,11 @@ def reparameterize(
     example_inputs: Example | None = None,
     *,
     rules: Rules = None,
-    inexact_borders: str | Iterable[str] = (),
-    probe: str | Iterable[str] = (),
-    reserve: str | Iterable[str] = (),
-    norms: Literal["fold", "keep"] = "fold",
-    cost: Literal["counted", "measured"] | Measured = "counted",
+    inexact_borders: Names = (),
+    probe: Names = (),
+    reserve: Names = (),
+    norms: Norms = "fold",
+    cost: Cost = "counted",
     inplace: bool = False,
     verify: bool = True,
 ) -> nn.Module:
@@ -231,8 +180,9 @@ def reparameterize(
             model is then as it was.
         TrainingMode, Uninitialized, Sharded, UnknownRule, BadInput: as for `plan`.
     """
-    planned = _plan(model, example_inputs, rules, inexact_borders, probe, reserve, norms, cost)
-    return planned.reparameterize(example_inputs, inplace=inplace, verify=verify)
+    settings = {"inexact_borders": inexact_borders, "probe": probe, "reserve": reserve, "norms": norms, "cost": cost}
+    made = planned(model, example_inputs, Options.of(rules=rules, **settings))
+    return made.reparameterize(example_inputs, inplace=inplace, verify=verify)
 
 
 def assert_merged(model: nn.Module, example_inputs: Example | None = None, *, rules: Rules = None) -> None:

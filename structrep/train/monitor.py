@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from structrep.convert.calls import Rules, plan
+from structrep.convert.calls import plan
+from structrep.convert.options import Rules
 from structrep.modules.arguments import Example
 from structrep.modules.copies import eval_copy
 from structrep.modules.wrappers import unwrapped

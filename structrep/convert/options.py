@@ -1,0 +1,68 @@
+"""The settings of a plan, validated once: the same from Python and on the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, InstanceOf, ValidationError
+
+from structrep.errors import BadInput
+from structrep.modules.arguments import Example
+from structrep.prove.measured import Measured
+from structrep.registry import Registry, Rule
+
+Rules: TypeAlias = Registry | Iterable[str | Rule] | None
+Names: TypeAlias = str | Iterable[str]  # of modules, or globs; one alone may stand for itself
+Norms: TypeAlias = Literal["fold", "keep"]
+Cost: TypeAlias = Literal["counted", "measured"] | Measured
+
+Globs = Annotated[tuple[str, ...], BeforeValidator(lambda names: (names,) if isinstance(names, str) else names)]
+NAMES = "names of modules, or globs such as 'layer1.*'"
+REMEDIES = {
+    "rules": "a structrep.Registry, or names of registered rules and rules",
+    "inexact_borders": NAMES,
+    "probe": NAMES,
+    "reserve": NAMES,
+    "norms": "'fold' or 'keep'",
+    "cost": "'counted', 'measured' or a structrep.Measured",
+}
+
+
+class Options(BaseModel):
+    """What `structrep.plan` is told beside the model and its example inputs; see there."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+
+    rules: Any = None
+    inexact_borders: Globs = ()
+    probe: Globs = ()
+    reserve: Globs = ()
+    norms: Norms = "fold"
+    cost: Literal["counted", "measured"] | InstanceOf[Measured] = "counted"
+
+    @classmethod
+    def of(cls, **settings: Any) -> Options:
+        """
+        Raises:
+            BadInput: a setting is none that there is.
+        """
+        try:
+            return cls(**settings)
+        except ValidationError as error:
+            setting = str(error.errors()[0]["loc"][0])
+            raise BadInput(f"{setting}={settings[setting]!r}: give {REMEDIES[setting]}") from error
+
+    def demand(self, example_inputs: Example | None) -> None:
+        """Raise BadInput where settings do not go together, or need example inputs."""
+        if self.cost != "counted" and example_inputs is None:
+            raise BadInput("cost='measured' needs example_inputs: they tell the shapes that layers are timed on")
+        if self.cost != "counted" and self.norms == "keep":
+            raise BadInput("norms='keep' merges every block, whatever it costs: leave out cost='measured'")
+        if self.probe and example_inputs is None:
+            raise BadInput("to probe a layer example_inputs are needed: they tell what it is given")
+
+    @property
+    def globs(self) -> Iterator[str]:
+        """What names modules of the model."""
+        yield from (*self.inexact_borders, *self.probe, *self.reserve)
