@@ -4,16 +4,23 @@ JOBS ?= 2
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test test-thorough test-oldest test-gpu fuzz bench bench-full docs dist smoke clean
+.PHONY: demo test lint format test-thorough test-oldest test-gpu fuzz bench bench-full docs dist smoke clean
 
 demo: .venv/installed-demo
 	$(BIN)/python examples/demo.py
 
 test: .venv/installed-test
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+	$(MAKE) lint
+
+lint: .venv/installed-test
 	$(BIN)/python -m mypy --strict
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
+
+format: .venv/installed-test
+	$(BIN)/python -m ruff check --fix .
+	$(BIN)/python -m ruff format .
 
 # the laws of the algebra, on at least 2,000 random examples each
 test-thorough: .venv/installed-test

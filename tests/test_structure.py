@@ -19,8 +19,25 @@ FILES = {
 ORDER = re.findall(r"^\| `(\w+)/?` \|", PAGE.read_text(encoding="utf-8"), re.M)
 LONGEST, LARGEST = 500, 250  # lines of a module, and of a class
 # To be taken apart: nothing new may be as long, and none of these may grow.
-LONG = {"algebra.convmap": 520, "match.search": 720, "modules.uses": 620, "rewrite.draft": 660, "rewrite.forward": 915, "cli.commands": 550, "trace.tracer": 535}
-LARGE = {"ConvMap": 435, "Search": 590, "Draft": 555, "Forward": 730, "CallTracer": 450, "Plan": 275, "Questions": 305, "_Scope": 445}
+LONG = {
+    "algebra.convmap": 520,
+    "match.search": 720,
+    "modules.uses": 620,
+    "rewrite.draft": 660,
+    "rewrite.forward": 915,
+    "cli.commands": 550,
+    "trace.tracer": 535,
+}
+LARGE = {
+    "ConvMap": 435,
+    "Search": 590,
+    "Draft": 555,
+    "Forward": 730,
+    "CallTracer": 450,
+    "Plan": 275,
+    "Questions": 305,
+    "_Scope": 445,
+}
 
 
 def _folder(module: str) -> str:

@@ -13,10 +13,9 @@ from torch import nn
 
 import structrep
 from structrep.algebra import precision
-from structrep.prove.run import relative_error
 from structrep.registry import default
 from tests.gpu.near import Error
-from tests.models import example_input, settled
+from tests.models import example_input, relative_error, settled
 
 pytestmark = pytest.mark.gpu
 
