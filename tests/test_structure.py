@@ -35,7 +35,7 @@ LARGE = {
     "Forward": 730,
     "CallTracer": 450,
     "Plan": 275,
-    "Questions": 305,
+    "Questions": 310,
     "_Scope": 445,
 }
 
