@@ -11,7 +11,7 @@ import warnings
 def main() -> None:
     warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # torch says so where nothing needs it
     try:
-        from structrep.cli.commands import app
+        from structrep.cli import app
     except KeyboardInterrupt:  # importing torch takes seconds
         print("interrupted: before the command was begun", file=sys.stderr)
         sys.exit(130)

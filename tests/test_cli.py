@@ -26,7 +26,9 @@ from typer.testing import CliRunner, Result
 import structrep
 from structrep import __main__, registry
 from structrep.cli import models
-from structrep.cli.commands import DoctorRecord, RulesRecord, _working, app
+from structrep.cli.app import _working, app
+from structrep.cli.commands import RulesRecord
+from structrep.cli.doctor import DoctorRecord
 from structrep.deliver import formats
 from structrep.deliver.formats import PROGRAMS, SUFFIXES, checksum
 from structrep.records.delivery import ExportRecord
@@ -528,7 +530,7 @@ def test_doctor(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert {part.package for part in record.parts if part.version} >= {"torch", "timm", "onnxruntime"}
     for package in ("timm", "numpy"):
         monkeypatch.setitem(sys.modules, package, None)
-    monkeypatch.setattr("structrep.cli.commands.registry.resolve", lambda rules: iter(()))
+    monkeypatch.setattr("structrep.cli.doctor.registry.resolve", lambda rules: iter(()))
     told = run("doctor").stdout.replace("\n", " ")
     assert "there is no module named 'timm'" in told
     assert "there is no module named 'numpy'" in told

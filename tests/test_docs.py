@@ -30,7 +30,7 @@ from typer.testing import CliRunner
 
 import structrep
 from structrep import blocks, registry
-from structrep.cli.commands import app
+from structrep.cli import app
 from tests.vision import import_torchvision
 
 ROOT = Path(__file__).parent.parent

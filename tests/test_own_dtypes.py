@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 import structrep
 from structrep import VerificationError
 from structrep.algebra.shadows import Shadows
-from structrep.cli.commands import app
+from structrep.cli import app
 from structrep.errors import BadInput
 from structrep.prove.run import observe
 from structrep.records.verification import Verification

@@ -25,7 +25,6 @@ LONG = {
     "modules.uses": 620,
     "rewrite.draft": 660,
     "rewrite.forward": 915,
-    "cli.commands": 550,
     "trace.tracer": 535,
 }
 LARGE = {

@@ -1,30 +1,20 @@
-"""The command line: which rules there are, what they find in a model, and the deploy model in a file.
-
-What was asked for goes to stdout, all else to stderr. A model is made by name or by the user's own code, and gets its
-weights from a file: nothing is downloaded, and a file can do no more than give tensors, unless that is asked for.
-"""
+"""The commands: text in, text out."""
 
 from __future__ import annotations
 
-import contextlib
-import platform
-import sys
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 from torch import Tensor, fx, nn
 
 import structrep
 from structrep import files, registry
 from structrep.cli import models
+from structrep.cli.app import Refused, Working, app, outcome, show
 from structrep.cli.arguments import (
     DEFAULTS,
     Arguments,
@@ -47,32 +37,17 @@ from structrep.cli.arguments import (
     planning,
 )
 from structrep.convert.options import Options
-from structrep.deliver import checkpoint, formats
+from structrep.deliver import checkpoint
 from structrep.deliver.formats import PROGRAMS, checksum, demand, encoded, program, provenance, read
-from structrep.errors import BadInput, Refusal, StructrepError, TrainingMode, Uninitialized, UnknownRule, said
-from structrep.prove.latency import accelerator, device_name, latency
+from structrep.errors import BadInput, said
+from structrep.prove.latency import latency
 from structrep.prove.run import dtype_of
 from structrep.prove.verify import verify as compare
-from structrep.records.base import Record, counted
+from structrep.records.base import Record
 from structrep.records.delivery import ExportRecord, Provenance
 from structrep.records.latency import LatencyRecord
 from structrep.records.plan import plan_tables
 from structrep.records.verification import Verification
-
-HELP = (
-    "Merges multi-branch training-time networks into plain deploy-time ones, exactly, and proves it.\n\n"
-    "Exit codes: 0 done; 1 refused, or the proof failed; 2 wrong usage, or input that cannot be used; 130 interrupted. "
-    "After 1 and 2 the reason is on stderr, and no file was written or changed."
-)
-REFUSED, UNUSABLE, INTERRUPTED = 1, 2, 130
-ENDED = {REFUSED: "refused", UNUSABLE: "error", INTERRUPTED: "interrupted"}
-UNUSABLE_INPUT = (BadInput, TrainingMode, Uninitialized, UnknownRule)
-PAGE = 160  # columns of a table that no terminal shows
-Working = Callable[[str], AbstractContextManager[None]]  # given what is being done; see _outcome
-
-
-class Refused(Exception):
-    """There is nothing to convert, or the proof failed."""
 
 
 class RuleRecord(Record):
@@ -88,24 +63,6 @@ class RulesRecord(Record):
     """The registered rules, in the order in which they are tried."""
 
     rules: tuple[RuleRecord, ...]
-
-
-app = typer.Typer(name="structrep", help=HELP, no_args_is_help=True, pretty_exceptions_enable=False)
-
-
-def _print_version(wanted: bool) -> None:
-    if wanted:
-        print(_version())
-        raise typer.Exit
-
-
-@app.callback()
-def structrep_(
-    version: Annotated[
-        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version)
-    ] = False,
-) -> None:
-    pass
 
 
 @app.command("rules")
@@ -125,7 +82,7 @@ def rules_(as_json: AsJson = False) -> None:
     table = Table("name", "kind", "pattern", "source", title=f"{len(record.rules)} rules")
     for rule in record.rules:
         table.add_row(rule.name, rule.kind, rule.pattern, rule.source)
-    _show([table])
+    show([table])
 
 
 @app.command()
@@ -146,7 +103,7 @@ def explain(
     as_json: AsJson = False,
 ) -> None:
     """Show what convert would merge in a model, and of the rest why not."""
-    with _outcome(as_json) as working:
+    with outcome(as_json) as working:
         Options.of(**settings)
         given = _prepare(working, source, weights, entry, arg, shape, download, trusted)
         with working("looking for merges"):
@@ -158,7 +115,7 @@ def explain(
     elif answer:
         print(answer)
     else:
-        _show(plan_tables(plan.record))
+        show(plan_tables(plan.record))
 
 
 @app.command()
@@ -199,7 +156,7 @@ def convert(
     A state dict fits structrep.reparameterize(model): load it into that. A file is written whole or not at all; it says
     what was merged, by which rules and versions, from which weights, and how it was verified.
     """
-    with _outcome(as_json) as working:
+    with outcome(as_json) as working:
         demand(out)
         Options.of(**settings)
         write = files.writer(out, force)
@@ -271,7 +228,7 @@ def verify(
     as_json: AsJson = False,
 ) -> None:
     """Compare a model's deploy form with it: both against the float64 truth, on an example input."""
-    with _outcome(as_json) as working:
+    with outcome(as_json) as working:
         if not shape:
             raise BadInput("the models are compared on an example input: give its --shape, 1x3x224x224 say")
         Options.of(**settings)
@@ -330,7 +287,7 @@ def bench(
     as_json: AsJson = False,
 ) -> None:
     """Time a model and its deploy form in turn."""
-    with _outcome(as_json) as working:
+    with outcome(as_json) as working:
         if not shape:
             raise BadInput("the models are timed on an example input: give its --shape, 1x3x224x224 say")
         Options.of(**settings)
@@ -355,140 +312,7 @@ def bench(
     if as_json:
         print(found.model_dump_json(indent=2))
     else:
-        _show([found.table()])
-
-
-@dataclass(frozen=True)
-class Part:
-    """A package that some of structrep needs."""
-
-    package: str
-    of: str
-    remedy: str = ""
-
-
-PARTS = (
-    Part("torch", "everything"),
-    Part("networkx", "everything"),
-    Part("safetensors", ".safetensors files", files.WEIGHTS),
-    Part("numpy", "writing .safetensors files", files.WEIGHTS),
-    Part("timm", "timm: models", "pip install 'structrep[timm]'"),
-    Part("torchvision", "torchvision: models", "pip install torchvision"),
-    Part("transformers", "hf: models, the callback", "pip install 'structrep[transformers]'"),
-    Part("lightning", "the callback", "pip install 'structrep[lightning]'"),
-    Part("onnxscript", ".onnx files", "pip install 'structrep[onnx]'"),
-    Part("onnxruntime", "checking .onnx files", "pip install 'structrep[onnx]'"),
-    Part("matplotlib", "plots", "pip install 'structrep[plot]'"),
-)
-
-
-class PartRecord(Record):
-    """A package as it is here."""
-
-    package: str
-    version: str  # "" where it is not installed
-    of: str
-    trouble: str = ""
-
-
-class DoctorRecord(Record):
-    """What is here, and whether the rules hold here."""
-
-    python: str
-    platform: str
-    device: str
-    structrep: str
-    parts: tuple[PartRecord, ...]
-    rules: dict[str, str]  # by rule, what is wrong with its example; "" where it is proved
-
-
-@app.command()
-def doctor(as_json: AsJson = False) -> None:
-    """Say what is installed and for what, and prove every rule's example on this machine."""
-    with _outcome(as_json) as working:
-        with working("looking at packages and rules"):
-            record = DoctorRecord(
-                python=platform.python_version(),
-                platform=platform.platform(terse=True),
-                device=device_name(accelerator()),
-                structrep=_version(),
-                parts=tuple(map(_looked_at, PARTS)),
-                rules={rule.name: _tried(rule) for rule in registry.resolve(None) if rule.example is not None},
-            )
-        if as_json:
-            print(record.model_dump_json(indent=2))
-        else:
-            table = Table(
-                "package", "version", "for", "", title=f"structrep {record.structrep}, Python {record.python}"
-            )
-            table.caption = f"{record.platform}; {record.device}"
-            for part in record.parts:
-                table.add_row(part.package, part.version or "-", part.of, part.trouble)
-            _show([table])
-            proved = sum(not what for what in record.rules.values())
-            print(f"{proved} of {counted(len(record.rules), 'rule')} proved on their examples")
-        if wrong := [f"{name}: {what}" for name, what in record.rules.items() if what]:
-            raise Refused("\n  ".join(wrong))
-
-
-def _looked_at(part: Part) -> PartRecord:
-    found = formats.version(part.package)
-    trouble = part.remedy if not found else ""
-    if found:
-        try:
-            files.imported(part.package, part.remedy)
-        except BadInput as error:
-            trouble = str(error)
-    return PartRecord(package=part.package, version=found, of=part.of, trouble=trouble)
-
-
-def _tried(rule: structrep.Rule) -> str:
-    """What is wrong with the example of a rule; "" if it is merged, by that rule, and proved."""
-    assert rule.example is not None
-    try:
-        plan = structrep.plan(nn.Sequential(rule.example()).eval(), rules=[rule])
-        plan.prove()
-    except (StructrepError, Refusal) as error:
-        return str(error)
-    return "" if plan.merges else "; ".join(refusal.reason for refusal in plan.refusals) or "it merges nothing"
-
-
-@contextlib.contextmanager
-def _outcome(as_json: bool) -> Iterator[Working]:
-    """Say what went wrong on stderr, and exit with its code.
-
-    Given is what shows, on a terminal, what is being done; with a record to print it shows nothing.
-    """
-    try:
-        yield lambda what: _working(what, as_json)
-    except UNUSABLE_INPUT as error:
-        _end(UNUSABLE, error)
-    except (Refused, StructrepError) as error:
-        _end(REFUSED, error)
-    except KeyboardInterrupt as error:
-        _end(INTERRUPTED, error)
-
-
-def _end(code: int, error: BaseException) -> NoReturn:
-    message = Text.assemble((f"{ENDED[code]}:", "bold red"), f" {str(error) or 'before the command was done'}")
-    Console(stderr=True, markup=False, highlight=False, soft_wrap=True).print(message)
-    raise typer.Exit(code) from error
-
-
-@contextlib.contextmanager
-def _working(what: str, quiet: bool) -> Iterator[None]:
-    """A spinner, on a terminal. What the model's own code prints meanwhile goes to stderr."""
-    spinner = Console(stderr=True, markup=False, quiet=quiet).status(what)
-    with spinner, contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # packages tell each other: exported programs, in torch itself
-        yield
-
-
-def _show(tables: Iterable[Table]) -> None:
-    # cells are text as it stands: a pattern draws an optional part as [x], which is no markup
-    console = Console(width=None if sys.stdout.isatty() else PAGE, markup=False, emoji=False, highlight=False)
-    for table in tables:
-        console.print(table)
+        show([found.table()])
 
 
 def _demand_merges(plan: structrep.Plan) -> None:
@@ -508,10 +332,6 @@ def _demand_weights(record: Provenance | None, model: nn.Module, file: Path) -> 
 def _demand(found: Verification, what: str) -> None:
     if not found.ok:
         raise Refused(f"{what} differs from the original by more than rounding\n{found}")
-
-
-def _version() -> str:
-    return formats.version("structrep") or "unknown: structrep is not installed as a package"
 
 
 @dataclass(frozen=True)
