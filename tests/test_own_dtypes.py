@@ -211,6 +211,25 @@ def test_norms_in_float32(forward, dtype):
     demand(net, x)
 
 
+@pytest.mark.parametrize("scaled", [lambda x: x / 255, lambda x: x * 0.5, lambda x: x - 0.5])
+def test_a_scale_of_integers_stays(scaled):
+    """It makes floats of them, which the layer behind it takes; the norm behind that is merged."""
+
+    class Images(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            return self.norm(self.conv(scaled(x)))
+
+    model, x = settled(Images()).float(), torch.arange(96, dtype=torch.uint8).reshape(1, 3, 4, 8)
+    plan = structrep.plan(model, x)
+    assert [merge.before for merge in plan.merges] == ["(conv 1x1 -> norm)"]
+    deploy = structrep.reparameterize(model, x)
+    assert relative_error(deploy(x), model(x)) < 1e-6
+
+
 def test_uint8():
     demand(model(MERGED["float"]), (X.abs() * 80).to(torch.uint8))
 

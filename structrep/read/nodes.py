@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from structrep.algebra import ConvMap, Ints
 from structrep.errors import Unreadable
-from structrep.graph.facts import ASSIGNED, CALL, COMPUTED, FORMULA, VALUE
+from structrep.graph.facts import ASSIGNED, CALL, COMPUTED, DTYPE, FORMULA, VALUE
 from structrep.graph.shapes import rank, spatial_size
 from structrep.modules.parametrized import hooks, plain
 from structrep.read.arguments import CALLS, Arguments, NotConstant
@@ -40,9 +40,12 @@ def read_node(node: fx.Node) -> Reading | None:
         return None
     if not isinstance(reading, Layer):
         return reading
+    source = reading.source or node.all_input_nodes[0]
+    if DTYPE.known(source) and not (DTYPE.of(source).is_floating_point or DTYPE.of(source).is_complex):
+        return None  # what turns integers into floats; a layer that it was merged into would take none
     if reading.kind == "affine" and not reading.through:
         held = [VALUE.of(n).ndim for n in node.all_input_nodes if isinstance(VALUE.get(n), Tensor)]
-        known, most = rank(reading.source or node.all_input_nodes[0]), max(held, default=0)
+        known, most = rank(source), max(held, default=0)
         if known is not None and most > known:
             return None  # it adds dims
         if known is None:
