@@ -10,7 +10,9 @@ from __future__ import annotations
 import ast
 import dis
 import functools
+import inspect
 import linecache
+import textwrap
 from types import CodeType
 from typing import Any, TypeAlias
 
@@ -178,12 +180,29 @@ def _file(filename: str) -> ast.Module | None:
         return None
 
 
+def _block(code: CodeType) -> ast.Module | None:
+    """The lines of one function, where the file that they are in is no Python: a page, a cell with commands in it."""
+    lines = linecache.getlines(code.co_filename)[code.co_firstlineno - 1 :]
+    text = "".join(inspect.getblock(lines)) if lines else ""
+    indent = len(text) - len(text.lstrip())
+    try:
+        tree = ast.parse(textwrap.dedent(text))
+    except (SyntaxError, ValueError):
+        return None
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.stmt, ast.expr, ast.arg, ast.keyword)):
+            node.lineno, node.col_offset = node.lineno + code.co_firstlineno - 1, node.col_offset + indent
+            node.end_lineno = (node.end_lineno or 0) + code.co_firstlineno - 1
+            node.end_col_offset = (node.end_col_offset or 0) + indent
+    return tree
+
+
 @functools.lru_cache(4096)
 def definition(
     code: CodeType,
 ) -> tuple[ast.FunctionDef | ast.Lambda, dict[ast.AST, ast.AST], dict[Any, ast.AST]] | None:
     """The syntax of code, what each part of it is in, and where it stands; None if it cannot be read."""
-    tree = _file(code.co_filename)
+    tree = _file(code.co_filename) or _block(code)
     kinds = (ast.FunctionDef, ast.Lambda)
     inside = [one for one in _positions(code) if None not in one and one[2] != one[3]]
     ends = [(one[1] or 0, one[3] or 0) for one in inside]

@@ -73,6 +73,8 @@ class _Parts:
             return value
         if isinstance(value, _FIXED):
             return id(value)
+        if isinstance(value, torch.Generator):
+            return tuple(value.get_state().tolist())
         if id(value) in self.seen:
             return self.seen[id(value)][0]
         if len(self.seen) > MOST or depth > DEEPEST:

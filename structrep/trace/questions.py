@@ -15,6 +15,7 @@ from __future__ import annotations
 import dis
 import functools
 import inspect
+import keyword
 import os
 import random
 import sys
@@ -64,6 +65,12 @@ def _of_library(name: Any) -> bool:
 
 
 @functools.lru_cache(4096)
+def _part(name: str) -> str:
+    """How a part is asked for; those of a Sequential have numbers for names."""
+    plain = name.isidentifier() and not keyword.iskeyword(name)
+    return f"{PLACEHOLDER}.{name}" if plain else f"getattr({PLACEHOLDER}, {name!r})"
+
+
 def _of_engine(name: Any) -> bool:
     return str(name).startswith("structrep.") and not str(name).startswith(("structrep.blocks", "structrep.deployed"))
 
@@ -224,9 +231,9 @@ class Questions:
         ahead = [one.opname for one in instructions[place + 1 : place + 3]]
         asks_type = ahead[:1] in (["PRECALL"], ["CALL"]) and instructions[place + 1].argval == 1
         if asks_type and any(_is_type(one) for one in instructions[max(place - 4, 0) : place]):
-            self._of_part(module, f"type({PLACEHOLDER}.{name})", type(module._modules[name]), frame)
+            self._of_part(module, f"type({_part(name)})", type(module._modules[name]), frame)
         elif not _calls(instructions[place]) and ahead[:1] not in (["LOAD_ATTR"], ["LOAD_METHOD"], ["GET_ITER"]):
-            self._of_part(module, f"({PLACEHOLDER}.{name} is None)", False, frame)
+            self._of_part(module, f"({_part(name)} is None)", False, frame)
 
     def _of_object(self, held: Any, name: str, get: Callable[[Any, str], Any]) -> Any:
         route = self.routes.get(id(held))
