@@ -8,8 +8,10 @@ a call has left undone.
 from __future__ import annotations
 
 import sys
+import traceback
 import warnings
 from collections.abc import Iterable
+from pathlib import Path
 
 LISTED = 8  # names of a kind in one message
 
@@ -131,8 +133,11 @@ def warn(message: str, kind: type[Warning] = UserWarning) -> None:
 
 
 def said(error: BaseException) -> str:
-    """An error's type and the first line of what it says."""
+    """An error's type and the first line of what it says; of one that says nothing, the line that raised it."""
     lines = str(error).strip().splitlines()
+    raised = traceback.extract_tb(error.__traceback__)
+    if not lines and raised and raised[-1].line:
+        lines = [f"{raised[-1].line} ({Path(raised[-1].filename).name}, line {raised[-1].lineno})"]
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 

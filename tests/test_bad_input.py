@@ -271,3 +271,19 @@ def test_weights_in_float8_stay():
     assert not plan.merges
     assert "rounded to float8_e4m3fn, which keeps 4 bits: cast the model to float32" in plan.refusals[0].reason
     assert model[0].dense.conv.weight.dtype == torch.float8_e4m3fn
+
+
+def test_an_error_that_says_nothing_is_told_by_its_line():
+    class Asserting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+
+        def forward(self, x):
+            y = self.norm(self.conv(x))
+            if type(x) is not torch.Tensor:
+                raise AssertionError
+            return y
+
+    (untraced,) = structrep.plan(settled(Asserting())).refusals
+    assert "AssertionError: raise AssertionError (test_bad_input.py, line " in untraced.reason
