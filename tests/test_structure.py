@@ -20,7 +20,6 @@ ORDER = re.findall(r"^\| `(\w+)/?` \|", PAGE.read_text(encoding="utf-8"), re.M)
 LONGEST, LARGEST = 500, 250  # lines of a module, and of a class
 # To be taken apart: nothing new may be as long, and none of these may grow.
 LONG = {
-    "algebra.convmap": 520,
     "match.search": 720,
     "modules.uses": 620,
     "rewrite.draft": 660,
@@ -28,7 +27,7 @@ LONG = {
     "trace.tracer": 535,
 }
 LARGE = {
-    "ConvMap": 435,
+    "ConvMap": 350,
     "Search": 590,
     "Draft": 555,
     "Forward": 730,

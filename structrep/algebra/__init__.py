@@ -2,7 +2,8 @@
 
 Knows tensors and no modules. Read `convmap` first."""
 
-from structrep.algebra.convmap import CANCELLATION, ROUNDING, ConvMap, concat
+from structrep.algebra.border import CANCELLATION, ROUNDING
+from structrep.algebra.convmap import ConvMap, concat
 from structrep.algebra.geometry import CONV, CONV_TRANSPOSE, Border, Geometry, Ints, Pads, Rigour
 from structrep.algebra.kernels import swapped
 

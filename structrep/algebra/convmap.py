@@ -36,6 +36,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from structrep.algebra.border import common_border, fill_before, solved_fill
 from structrep.algebra.geometry import CONV, CONV_TRANSPOSE, Border, Geometry, Ints, Rigour
 from structrep.algebra.kernels import channel_mix, compose_kernels, peak, regroup, swapped
 from structrep.errors import Incompatible, Inexact, Unreadable
@@ -178,7 +179,7 @@ class ConvMap:
         if not isinstance(other, ConvMap):
             return NotImplemented
         frame = self.geometry + other.geometry
-        outside = self._common_border(other)
+        outside = common_border(self, other)
         kernel = self._framed(frame) + other._framed(frame)
         return ConvMap._of(frame, kernel, self.bias + other.bias, outside.fill, outside.border)
 
@@ -211,9 +212,9 @@ class ConvMap:
         """
         geometry = self.geometry >> other.geometry
         try:
-            fill = self._fill_before(other)
+            fill = fill_before(self, other)
         except Inexact:
-            solved = self._solved_fill(other) if rigour != "exact" else None
+            solved = solved_fill(self, other) if rigour != "exact" else None
             transposed = self.geometry.transposed or other.geometry.transposed
             copied = {self.border, other.border} != {"constant"}
             if solved is None and (rigour != "inside" or transposed or copied):
@@ -251,7 +252,7 @@ class ConvMap:
         """Largest absolute difference of kernel and bias coefficients; infinite where no frame or border is common."""
         try:
             frame = self.geometry + other.geometry
-            self._common_border(other)
+            common_border(self, other)
         except (Incompatible, Inexact):
             return math.inf
         kernels = self._framed(frame) - other._framed(frame)
@@ -387,98 +388,6 @@ class ConvMap:
             )
         return ConvMap._of(geometry, kernel, bias, fill, (self if f.pads else other).border)
 
-    def _fill_before(self, other: ConvMap) -> Tensor:
-        """The border law: what the composite is to read outside; raises unless this map makes of it what `other` reads.
-
-        Decided from geometry, bias and fill alone: a tap whose coefficient happens to be zero counts as a tap.
-        """
-        f, g = self.geometry, other.geometry
-        if g.transposed:
-            if self.bias.any():
-                raise Inexact(
-                    f"{other} adds up what it is given, in other numbers near the border and between strides, so the "
-                    f"bias of {self} before it is none behind it"
-                )
-            return self.fill
-        padded = [dim for dim, sides in enumerate(g.pad) if max(sides) > 0]
-        if not padded:
-            return self.fill
-        if f.pads and self.border != other.border:
-            raise Inexact(
-                f"{other} reads {_reading(other)} outside, but {self} reads {_reading(self)}: one map has one border, "
-                f"so pad both alike"
-            )
-        if other.border != "constant":
-            if moved := [dim for dim in padded if f.moves[dim]]:
-                raise Inexact(
-                    f"a {other.border} pad of the output of {self} is not one of its input, for it is not pointwise "
-                    f"along spatial dim {moved[0]}: padding belongs on the first of two convolutions"
-                )
-            return self.fill  # copies of pixels: what is pointwise commutes with them, bias and all
-        if (dim := self._sees_pixels(other)) is not None:
-            raise Inexact(
-                f"{other} reads {_reading(other)} outside its input along spatial dim {dim}, but there {self} "
-                f"still sees real pixels: padding belongs on the first of two convolutions, or on a pointwise one"
-            )
-        fill = self.fill
-        if f.diagonal and not self.bias.any():
-            scale = self.kernel.flatten()
-            fill = torch.where(scale == 0, 0.0, other.fill / scale)  # a scale commutes with any pad
-        outside = self.bias + channel_mix(self.kernel, fill, f.groups)
-        size = self.bias.abs() + channel_mix(self.kernel.abs(), 1 + fill.abs(), f.groups)
-        if not _same(outside, other.fill, size + other.fill.abs()):
-            worst = int((outside - other.fill).abs().argmax())
-            raise Inexact(
-                f"{other} reads {_reading(other, worst)} outside its input, but {self} gives "
-                f"{float(outside[worst]):.6g} there (its bias): without that bias, or padded with it, the two would be "
-                f"one convolution"
-            )
-        return fill
-
-    def _solved_fill(self, other: ConvMap) -> Tensor | None:
-        """What this map would have to read outside to give what `other` reads there; None if there is no such thing."""
-        f, g = self.geometry, other.geometry
-        if f.transposed or g.transposed or f.pads or other.border != "constant" or self._sees_pixels(other) is not None:
-            return None
-        mixed = self.kernel.reshape(f.groups, f.out_channels // f.groups, -1, math.prod(f.kernel)).sum(-1)
-        wanted = (other.fill - self.bias).reshape(f.groups, -1, 1)
-        # On the CPU, whose solver is the one that takes matrices of any rank.
-        found: Tensor = torch.linalg.lstsq(mixed.cpu(), wanted.cpu(), driver="gelsd").solution.to(mixed)
-        if _same(found, found.mean(), found.abs()):
-            found = torch.full_like(found, float(found.mean()))  # one constant for all, which layers can pad with
-        spread = torch.bmm(mixed.abs(), found.abs()).flatten()
-        outside = torch.bmm(mixed, found).flatten()
-        size = self.bias.abs() + other.fill.abs()
-        if not _same(outside, wanted.flatten(), size + spread) or peak(spread) > CANCELLATION * peak(size):
-            return None
-        return found.flatten()
-
-    def _sees_pixels(self, other: ConvMap) -> int | None:
-        """A spatial dim along which this map still reads real pixels where `other` reads outside its output."""
-        for dim, ((lo, hi), (_, after)) in enumerate(zip(self.geometry.pad, other.geometry.pad, strict=True)):
-            reach, stride, before = self.geometry.reach[dim], self.geometry.stride[dim], other.geometry.nearest[dim]
-            if (before > 0 and lo + stride * before <= reach) or (after > 0 and hi < reach):
-                return dim
-        return None
-
-    def _common_border(self, other: ConvMap) -> ConvMap:
-        """Whichever of the two says what is read outside; raises if both do and differ."""
-        if not other.geometry.pads:
-            return self
-        if self.geometry.pads and not (
-            self.border == other.border and _same(self.fill, other.fill, self.fill.abs() + other.fill.abs())
-        ):
-            worst = int((self.fill - other.fill).abs().argmax())
-            raise Inexact(
-                f"two parallel maps read different things outside their input, {_reading(self, worst)} and "
-                f"{_reading(other, worst)}: pad both alike"
-            )
-        return other
-
-
-CANCELLATION = 64.0  # a pad may cost six bits of the bias that it stands for, and no more
-ROUNDING = 64 * torch.finfo(torch.float64).eps  # two routes to one number, relative to its size
-
 
 def concat(maps: Iterable[ConvMap]) -> ConvMap:
     """All on the same input, outputs stacked on the channels in the order given.
@@ -495,23 +404,8 @@ def concat(maps: Iterable[ConvMap]) -> ConvMap:
     def pair(first: ConvMap, second: ConvMap) -> ConvMap:
         frame = first.geometry.concat(second.geometry)
         kernels = [m._framed(replace(frame, out_channels=m.geometry.out_channels)) for m in (first, second)]
-        outside = first._common_border(second)
+        outside = common_border(first, second)
         bias = torch.cat([first.bias, second.bias])
         return ConvMap._of(frame, torch.cat(kernels), bias, outside.fill, outside.border)
 
     return reduce(pair, maps)
-
-
-def _same(one: Tensor, two: Tensor, size: Tensor) -> bool:
-    """Equal but for rounding, each number relative to what it is made of."""
-    return bool(((one - two).abs() <= ROUNDING * size).all())
-
-
-def _reading(map_: ConvMap, channel: int | None = None) -> str:
-    """What a map reads outside its input, for an error message."""
-    if map_.border != "constant":
-        return f"a {map_.border} border"
-    if channel is not None:
-        return f"{float(map_.fill[channel]):.6g} in channel {channel}"
-    low, high = float(map_.fill.min()), float(map_.fill.max())
-    return f"{low:.6g}" if low == high else f"{low:.6g} to {high:.6g}"
