@@ -38,7 +38,7 @@ reveal_type(structrep.explain(model, "0.dense.conv", "0.point.conv"))
 reveal_type(structrep.testing.check_rule)
 """
 REVEALED = [
-    "structrep.driver.Plan",
+    "structrep.convert.plan.Plan",
     "torch.nn.modules.module.Module",
     "tuple[structrep.report.MergeRecord, ...]",
     "torch.nn.modules.module.Module",
@@ -54,7 +54,7 @@ import torch
 sys.path.insert(0, ".")
 model = torch.load("deploy.pt", weights_only=False)
 torch.testing.assert_close(model(torch.load("input.pt")), torch.load("output.pt"))
-assert "structrep.generated" in sys.modules and "structrep.search" not in sys.modules, "it loads all of structrep"
+assert "structrep.deployed.methods" in sys.modules and "structrep.match" not in sys.modules, "it loads all of structrep"
 """
 MYNET = """
 from torch import nn

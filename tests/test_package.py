@@ -118,7 +118,7 @@ class Net(nn.Module):
     )
     program = f"""{here}
 model = torch.load({str(file)!r}, weights_only=False)
-print(tuple(model(torch.randn(1, 3, 5, 5)).shape), "structrep.search" in sys.modules)
+print(tuple(model(torch.randn(1, 3, 5, 5)).shape), "structrep.match" in sys.modules)
 """
     assert fresh(program) == "(1, 4, 5, 5) False"
 
