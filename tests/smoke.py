@@ -40,11 +40,11 @@ reveal_type(structrep.testing.check_rule)
 REVEALED = [
     "structrep.convert.plan.Plan",
     "torch.nn.modules.module.Module",
-    "tuple[structrep.report.MergeRecord, ...]",
+    "tuple[structrep.records.plan.MergeRecord, ...]",
     "torch.nn.modules.module.Module",
-    "structrep.report.Verification",
+    "structrep.records.verification.Verification",
     "torch.nn.modules.module.Module",
-    "structrep.report.Explanation",
+    "structrep.records.plan.Explanation",
     "def (rule: structrep.registry.Rule) -> list[str]",
 ]
 LOADED = """
