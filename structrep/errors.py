@@ -133,10 +133,10 @@ def warn(message: str, kind: type[Warning] = UserWarning) -> None:
 
 
 def said(error: BaseException) -> str:
-    """An error's type and the first line of what it says; of one that says nothing, the line that raised it."""
+    """An error's type and the first line of what it says; of an assertion that says nothing, its line."""
     lines = str(error).strip().splitlines()
     raised = traceback.extract_tb(error.__traceback__)
-    if not lines and raised and raised[-1].line:
+    if isinstance(error, AssertionError) and not lines and raised and raised[-1].line:
         lines = [f"{raised[-1].line} ({Path(raised[-1].filename).name}, line {raised[-1].lineno})"]
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
