@@ -628,6 +628,54 @@ def test_all_attributes_at_once_keep_the_forward():
     assert "looks at all attributes of the model at once" in str(plan.refusals)
 
 
+class Scale(nn.Module):
+    def __init__(self, number):
+        super().__init__()
+        self.t = torch.full((1,), number, dtype=torch.float64)
+
+
+class Scaled(Two):
+    """Plain tensors that are alike by their names."""
+
+    def __init__(self):
+        super().__init__()
+        self.p, self.q = Scale(2.0), Scale(3.0)
+        self.held = {"t_u": self.p.t.clone(), "t": {"u": self.q.t.clone()}}
+
+
+@pytest.mark.parametrize(
+    ("forward", "change"),
+    [
+        (lambda m, x: both(m, x) * m.p.t * m.q.t, lambda m: setattr(m.p, "t", THREE)),
+        (lambda m, x: both(m, x) * m.p.t * m.q.t, lambda m: setattr(m.q, "t", THREE + 1)),
+        (lambda m, x: both(m, x) * m.held["t_u"] * m.held["t"]["u"], lambda m: m.held.update(t_u=THREE)),
+        (lambda m, x: both(m, x) * m.held["t_u"] * m.held["t"]["u"], lambda m: m.held["t"].update(u=THREE + 1)),
+    ],
+)
+def test_plain_tensors_of_one_name_that_are_merged(forward, change):
+    model, deploy = converted(forward, base=Scaled)
+    assert relative_error(deploy(X), model(X)) < 1e-12
+    assert not structrep.plan(deploy).merges
+    change(model), change(deploy)
+    assert "that was merged" in differs(model, deploy, X)
+
+
+def test_a_part_whose_class_is_in_no_module():
+    space = {"nn": nn}
+    exec("Bare = type('Bare', (nn.Identity,), {})", space)
+
+    def forward(self, x):
+        y = both(self, x)
+        return y.relu() if isinstance(self.idle, nn.ReLU) else y
+
+    model = made(forward)
+    model.idle = space["Bare"]()
+    deploy = structrep.reparameterize(model)
+    assert relative_error(deploy(X), model(X)) < 1e-12
+    model.idle = deploy.idle = nn.ReLU()
+    assert "isinstance(self.idle" in differs(model, deploy, X)
+
+
 def test_an_error_says_what_was_found_and_what_to_do():
     _, deploy = converted(bound_that_is_computed)
     deploy.low = 1.5

@@ -92,7 +92,7 @@ def matches(value: Any, told: Any) -> bool:
 
 def is_a(value: Any, kind: str) -> bool:
     """Whether a value is of a class, by that class's name."""
-    return any(f"{base.__module__}.{base.__qualname__}" == kind for base in type(value).__mro__)
+    return any(described(base) == kind for base in type(value).__mro__)
 
 
 class Space:

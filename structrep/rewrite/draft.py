@@ -382,8 +382,8 @@ class Draft:
             module = self._at(owner.path)
             for name, tensor in forward.constants.items():
                 module.register_buffer(name, tensor.detach().clone(), persistent=False)
-            for alias, entry in forward.merged.items():
-                vars(self._at(entry.holder))[alias] = entry.of(self.model)
+            for (holder, alias), entry in forward.merged.items():
+                vars(self._at(holder))[alias] = entry.of(self.model)
         self._bury(dead)
         for owner, forward in self.forwards.items():
             module = self._at(owner.path)
@@ -555,10 +555,11 @@ class Draft:
         return True
 
     def _idle_holders(self, dead: set[str]) -> set[nn.Module]:
-        """Modules of which nothing was called, which only held tensors that are dead now."""
+        """Modules of which nothing was called, which only held tensors that are dead now, and that nothing asks for."""
         parts = [name.split(".") for name in dead]
         homes = {".".join(path[:depth]) for path in parts for depth in range(1, len(path))}
         called = {module for module, _ in self.traced.calls}
+        homes -= {holder for forward in self.forwards.values() for holder, _ in forward.merged}
         holders = ((path, self.traced.model.get_submodule(path)) for path in homes)
         return {
             self._at(path)

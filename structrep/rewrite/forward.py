@@ -83,7 +83,8 @@ class Forward:
         self.again: dict[tuple[Any, tuple[Any, ...]], _Text] = {}  # arguments that are asked for again
         self.reads: list[Guard] = []
         self.ways: list[tuple[str, Forward | list[Guard]]] = []  # a condition on how it is run -> what it does then
-        self.merged: dict[str, Entry] = {}  # plain tensors that are merged, by the name that they are known by for that
+        self.merged: dict[tuple[str, str], Entry] = {}  # plain tensors that are merged, by who holds them, and by the
+        # name that they are known by there for that
         self.excluded: dict[tuple[str, str], Any] = {}  # answers that ways before have taken care of
         self.settled = set(self.answers)  # questions about inputs that need not be asserted
         self.entered: tuple[contexts.Context, ...] = ()  # that what is written next stands in
@@ -414,8 +415,11 @@ class Forward:
                     if entry is not None:
                         alias = "reparam_" + "_".join(str(key) for _, key in entry.steps)
                         alias = "".join(c if c.isalnum() else "_" for c in alias)
+                        while (
+                            self.merged.setdefault((entry.holder, alias), entry) != entry
+                        ):  # `d["a"]["b"]`, `d["a_b"]`
+                            alias += "_"
                         spelt = self._spelt_path(entry.holder)
-                        self.merged[alias] = entry
                         self.reads.append(guards.same(f"{spelt}{entry.text}", f"{spelt}.{alias}", self._shown()))
 
     def _shown(self) -> str:

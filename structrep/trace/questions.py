@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from structrep import process
+from structrep.deployed.answers import described
 from structrep.graph.reads import MISSING, PLACEHOLDER, UNSTABLE, Read
 from structrep.graph.structures import proxies
 from structrep.modules.objects import CONTAINERS, HOLDERS, OF_MODULES, is_object
@@ -305,8 +306,9 @@ class Questions:
             if isinstance(kind, tuple):
                 self.is_instance(module, kind, frame)
             elif isinstance(kind, type):
-                name = f"{written_in(kind)}.{kind.__qualname__}"
-                self._of_part(module, f"structrep_is({PLACEHOLDER}, {name!r})", isinstance(module, kind), frame)
+                self._of_part(
+                    module, f"structrep_is({PLACEHOLDER}, {described(kind)!r})", isinstance(module, kind), frame
+                )
 
     def _of_part(self, module: nn.Module, text: str, told: Any, frame: FrameType) -> None:
         path = self.paths.get(id(module))
