@@ -23,7 +23,7 @@ LONG = {
     "match.search": 720,
     "modules.uses": 620,
     "rewrite.draft": 660,
-    "rewrite.forward": 915,
+    "rewrite.forward": 910,
     "trace.tracer": 535,
 }
 LARGE = {

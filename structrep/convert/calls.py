@@ -68,8 +68,10 @@ def plan(
         UnknownRule: a name in `rules` is not registered.
         BadInput: the model rejects the example inputs.
     """
-    settings = {"inexact_borders": inexact_borders, "probe": probe, "reserve": reserve, "norms": norms, "cost": cost}
-    made = planned(model, example_inputs, Options.of(rules=rules, **settings))
+    options = Options.of(
+        rules=rules, inexact_borders=inexact_borders, probe=probe, reserve=reserve, norms=norms, cost=cost
+    )
+    made = planned(model, example_inputs, options)
     for merge in made.merged.values():
         merge.kept = None  # weights may be written to before the plan is applied
     return made
@@ -180,8 +182,10 @@ def reparameterize(
             model is then as it was.
         TrainingMode, Uninitialized, Sharded, UnknownRule, BadInput: as for `plan`.
     """
-    settings = {"inexact_borders": inexact_borders, "probe": probe, "reserve": reserve, "norms": norms, "cost": cost}
-    made = planned(model, example_inputs, Options.of(rules=rules, **settings))
+    options = Options.of(
+        rules=rules, inexact_borders=inexact_borders, probe=probe, reserve=reserve, norms=norms, cost=cost
+    )
+    made = planned(model, example_inputs, options)
     return made.reparameterize(example_inputs, inplace=inplace, verify=verify)
 
 

@@ -52,6 +52,11 @@ class Call:
             function = function.func
         return getattr(function, "__func__", function)
 
+    @functools.cached_property  # it is asked for at every question
+    def bytecode(self) -> CodeType | None:
+        """What Python runs of that function, whatever decorators are around it; None of one that is not Python's."""
+        return getattr(inspect.unwrap(self.code), "__code__", None)
+
     def chain(self) -> Iterator[Call]:
         """This call and those around it, innermost first."""
         call: Call | None = self
@@ -119,6 +124,12 @@ class Entry:
         """How it is asked for, behind the module."""
         return "".join(f".{key}" if how == "." else f"[{key!r}]" for how, key in self.steps)
 
+    @property
+    def alias(self) -> str:
+        """A name for it among the attributes of its holder."""
+        words = "_".join(str(key) for _, key in self.steps)
+        return "reparam_" + "".join(c if c.isalnum() else "_" for c in words)
+
     def of(self, model: nn.Module) -> Any:
         found: Any = model.get_submodule(self.holder)
         for how, key in self.steps:
@@ -152,6 +163,12 @@ class Traced:
     handed: dict[Any, Any] = field(default_factory=dict)  # what was found to hang on answers, for calls that are alike
     watched: bool = False  # whether it is noted which call changes what an object holds
     changed: bool = False  # whether any does, where that is not noted
+
+    def plain(self, tensor: Any) -> Entry | None:
+        """Where a tensor stands that is an attribute of a module, or in one, and neither parameter nor buffer."""
+        holder, _, name = self.names.get(id(tensor), "").rpartition(".")
+        own = name in vars(self.model.get_submodule(holder))
+        return Entry(holder, ((".", name),)) if own else self.entries.get(id(tensor))
 
 
 @dataclass(eq=False)

@@ -9,6 +9,7 @@ from torch import fx, nn
 
 from structrep.errors import Unreadable
 from structrep.graph.constants import constant
+from structrep.graph.dtypes import CASTS
 from structrep.graph.facts import CALL, UNFOLLOWED, VALUE
 from structrep.graph.queries import only_asserted
 from structrep.graph.shapes import torch_name
@@ -23,7 +24,7 @@ _KERNELS = {f"conv{kind}{dims}d" for kind in ("", "_transpose") for dims in (1, 
 _MOVES = {
     *("flatten", "unflatten", "reshape", "view", "permute", "transpose", "swapaxes", "movedim", "squeeze", "unsqueeze"),
     *("pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "chunk", "split", "getitem", "contiguous", "roll", "mean"),
-    *("unfold", "fold", "float", "half", "double", "bfloat16", "to", "type", "type_as"),
+    *("unfold", "fold", "to", "type", "type_as", *CASTS),
 }
 _TURNS = {"T", "mT", "H", "mH"}
 _MOVING = (nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle, nn.Fold, nn.Unfold)

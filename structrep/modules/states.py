@@ -15,19 +15,19 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from structrep.modules.objects import OF_MODULES
 from structrep.modules.source import functions, functions_in, written_in
 
 MOST, DEEPEST = 20_000, 16  # parts that are looked at, and objects in each other
 _ATOMS = {bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size}
 _FIXED = (nn.Module, Tensor, fx.Proxy, FunctionType, type, ModuleType, CodeType)  # which other means see change
-_OF_MODULES = frozenset(vars(nn.Module()))
 
 
 class Holdings:
     """The objects that a module, all below it and their code use."""
 
     def __init__(self, module: nn.Module) -> None:
-        held = (value for part in module.modules() for name, value in vars(part).items() if name not in _OF_MODULES)
+        held = (value for part in module.modules() for name, value in vars(part).items() if name not in OF_MODULES)
         classes = {type(part) for part in module.modules()}
         named = (one for cls in classes for f in functions(cls).values() for one in _named(f))
         assigned = (one for part in module.modules() for one in _named(vars(part).get("forward")))

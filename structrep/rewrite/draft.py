@@ -173,9 +173,9 @@ class Draft:
         found: dict[Call, Use] = {}
         hangs: dict[frozenset[str], list[tuple[Call, Use]]] = {}
         for call in around:
-            others = {_code(one) for one in around if one.module is call.module and one is not call}
+            others = {one.bytecode for one in around if one.module is call.module and one is not call}
             for use in self._uses_of(call):
-                if use.parts.isdisjoint(parts) or use.code in others - {_code(call)}:
+                if use.parts.isdisjoint(parts) or use.code in others - {call.bytecode}:
                     continue
                 several = bool(use.hangs_on) and len(use.parts & parts) > 1
                 if several or use.places.isdisjoint(self._sites_of(call.module)):
@@ -197,7 +197,7 @@ class Draft:
         if key not in self.uses:
             paths = {part: path for path, part in call.module.named_modules()}
             parts = tuple((path, type(part)) for part, path in paths.items())
-            like = (_code(call), parts, *vars(call.module))
+            like = (call.bytecode, parts, *vars(call.module))
             first, found = self.alike.get(like, (paths, None))
             if found is None or not all(use.parts <= first.keys() for use in found):  # or parts that are held elsewhere
                 self.uses[key] = uses(call.module, call.code)
@@ -210,10 +210,10 @@ class Draft:
     def _sites_of(self, module: nn.Module) -> set[Place]:
         if not self.sites:
             for call in itertools.chain(*self.traced.calls.values()):
-                code, made = _code(call), self.sites[call.module]
-                for step in call.steps if code is not None and not call.leaf else ():
+                code, made = call.bytecode, self.sites[call.module]
+                for step in call.steps if not call.leaf else ():
                     at = step.at if isinstance(step, Call) else AT.of(step)
-                    if at is not None and (node := place(code, at)) is not None:
+                    if code is not None and at is not None and (node := place(code, at)) is not None:
                         made.add(place_of(node, code))
         return self.sites[module]
 
@@ -618,20 +618,16 @@ def _told_to_do_nothing(nodes: Sequence[fx.Node]) -> Iterator[Call]:
     for node in (node for node, nothing in zip(nodes, inert, strict=False) if nothing):
         numbers = [one for one in (*node.args, *node.kwargs.values()) if type(one) in (int, float)]
         at = AT.of(node)
-        spelt = place(_code(CALL.of(node)), at) if numbers and at is not None else None
+        spelt = place(CALL.of(node).bytecode, at) if numbers and at is not None else None
         given = [*ast.iter_child_nodes(spelt), *(one.value for one in getattr(spelt, "keywords", ()))] if spelt else []
         told = any(all(getattr(one, "value", None) != number for one in given) for number in numbers)
         if told and "dropout" not in torch_name(node):
             yield CALL.of(node)
 
 
-def _code(call: Call) -> Any:
-    return getattr(inspect.unwrap(call.code), "__code__", None)
-
-
 def _strays(node: fx.Node, call: Call) -> bool:
     """Whether a call's code may read a value on a path that was not taken, or read another instead."""
-    code = _code(call)
+    code = call.bytecode
     if code is None or str(getattr(inspect.unwrap(call.code), "__module__", "")).startswith("torch."):
         return False
     if any(map(branches, call.held.get(node, ()))):

@@ -83,8 +83,7 @@ class Forward:
         self.again: dict[tuple[Any, tuple[Any, ...]], _Text] = {}  # arguments that are asked for again
         self.reads: list[Guard] = []
         self.ways: list[tuple[str, Forward | list[Guard]]] = []  # a condition on how it is run -> what it does then
-        self.merged: dict[tuple[str, str], Entry] = {}  # plain tensors that are merged, by who holds them, and by the
-        # name that they are known by there for that
+        self.merged: dict[tuple[str, str], Entry] = {}  # plain tensors that are merged, by holder and a name there
         self.excluded: dict[tuple[str, str], Any] = {}  # answers that ways before have taken care of
         self.settled = set(self.answers)  # questions about inputs that need not be asserted
         self.entered: tuple[contexts.Context, ...] = ()  # that what is written next stands in
@@ -224,7 +223,7 @@ class Forward:
         """Whether the code hands an answer to operations as it is, each time that it has asked."""
         found: list[tuple[Any, tuple[Any, ...]]] = []
         for call in calls:
-            code, read = getattr(inspect.unwrap(call.code), "__code__", None), call.reads[key]
+            code, read = call.bytecode, call.reads[key]
             for places in {one: read.places.count(one) for one in read.places}.items():
                 (asking, at, deep), count = places
                 handed = argument(asking, at, deep) if asking is code and type(read.told) in _HANDED else None
@@ -408,16 +407,9 @@ class Forward:
             for given in (n for n in node.all_input_nodes if n.op == "get_attr") if merged else ():
                 formula = FORMULA.get(given)
                 for tensor in formula.tensors if formula else (VALUE.get(given),):
-                    entry = self.traced.entries.get(id(tensor))
-                    holder, _, name = self.traced.names.get(id(tensor), "").rpartition(".")
-                    if name in vars(self.traced.model.get_submodule(holder)):
-                        entry = Entry(holder, ((".", name),))
-                    if entry is not None:
-                        alias = "reparam_" + "_".join(str(key) for _, key in entry.steps)
-                        alias = "".join(c if c.isalnum() else "_" for c in alias)
-                        while (
-                            self.merged.setdefault((entry.holder, alias), entry) != entry
-                        ):  # `d["a"]["b"]`, `d["a_b"]`
+                    if (entry := self.traced.plain(tensor)) is not None:
+                        alias = entry.alias
+                        while self.merged.setdefault((entry.holder, alias), entry) != entry:  # another of this name
                             alias += "_"
                         spelt = self._spelt_path(entry.holder)
                         self.reads.append(guards.same(f"{spelt}{entry.text}", f"{spelt}.{alias}", self._shown()))

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dis
 import functools
-import inspect
 import keyword
 import os
 import random
@@ -128,7 +127,7 @@ class Questions:
             return told
         self.asked += 1
         call.codes[frame.f_code] = frame.f_globals
-        if frame.f_code is not getattr(inspect.unwrap(call.code), "__code__", None):  # a function that it calls
+        if frame.f_code is not call.bytecode:  # a function that it calls
             for proxy in proxies([one for one in frame.f_locals.values() if isinstance(one, HOLDERS)]):
                 call.held.setdefault(proxy.node, set()).add(frame.f_code)
         key = (path, text)

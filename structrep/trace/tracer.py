@@ -299,7 +299,7 @@ class CallTracer(process.Tracer):
     def _place(self) -> int | None:
         """The instruction at which the code of the call that runs stands; None if that has called other code of the
         user's that may go several ways."""
-        code = getattr(inspect.unwrap(self.stack[-1].code), "__code__", None)
+        code = self.stack[-1].bytecode
         frame = inspect.currentframe()
         while frame is not None:
             if frame.f_code is code:
