@@ -246,6 +246,17 @@ def test_a_float64_truth_is_what_the_model_computes_but_for_its_casts():
     assert 0 < (found.double() - expected).abs().max() < 1e-5
 
 
+def test_what_a_kernel_keeps_for_its_backward_is_no_choice():
+    """On a GPU `cudnn_batch_norm` gives an empty tensor of bytes beside the output."""
+    weights = [torch.rand(4) + 0.5 for _ in range(4)]
+    with Shadows(recorded=True) as shadows:
+        *_, kept = torch.ops.aten._batch_norm_no_update(torch.randn(2, 4, 3, 3), *weights, 0.1, 1e-5)
+        assert kept.dtype is torch.uint8
+        assert not shadows.chooses
+        torch.randn(3).argmax()
+        assert [one.name for one in shadows.choices] == ["argmax"]
+
+
 def test_views_and_writes_are_those_of_the_model():
     def run(x, cast):
         y = cast(x)

@@ -25,6 +25,8 @@ STEPS = {
     *("_fake_quantize_per_tensor_affine_cachemask_tensor_qparams", "_fake_quantize_learnable_per_tensor_affine"),
     *("_fake_quantize_learnable_per_channel_affine", "_fused_moving_avg_obs_fq_helper"),
 }
+# What gives bytes that a kernel keeps for its own backward: cuDNN's batch norm, which keeps none in evaluation.
+WORKSPACES = {"cudnn_batch_norm", "_batch_norm_with_update", "_batch_norm_no_update", "_cudnn_rnn"}
 
 
 @dataclass(eq=False)
@@ -164,11 +166,13 @@ class Shadows(TorchDispatchMode):
 
     def _choose(self, name: str, by: tuple[Tensor, ...], real: Any, given: list[Tensor]) -> Any:
         """What was chosen, or what another run chose there."""
+        parts = list(real) if isinstance(real, (list, tuple)) else [real]
+        chosen = [one for one in parts if not isinstance(one, Tensor) or _decides(name, one)]
+        if not chosen:
+            return real
         self.chooses = True
         if not by:
             return real
-        parts = list(real) if isinstance(real, (list, tuple)) else [real]
-        chosen = [one for one in parts if not (isinstance(one, Tensor) and is_inexact(one) and name not in STEPS)]
         otherwise = False
         if self._held is not None and not self.astray:
             place = len(self.choices)
@@ -283,6 +287,13 @@ def _mapped(value: Any, tensor: Callable[[Tensor], Any], dtype: Callable[[torch.
     if isinstance(value, dict):
         return {key: _mapped(one, tensor, dtype) for key, one in value.items()}
     return dtype(value) if dtype is not None and isinstance(value, torch.dtype) else value
+
+
+def _decides(name: str, result: Tensor) -> bool:
+    """Whether a result says what an operator decided."""
+    if not result.numel() or name in WORKSPACES:
+        return False
+    return not is_inexact(result) or name in STEPS
 
 
 def _alike(one: Any, other: Any) -> bool:

@@ -204,8 +204,8 @@ class _Exactly:
         self.dtypes = free.dtypes
         same = len(one.choices) == len(theirs.choices) == len(free.choices)
         self.held = self.ours.exactly and same and not one.astray | theirs.astray
-        choices = list(zip(free.choices, one.choices, theirs.choices, strict=False))
-        self.otherwise = dict.fromkeys(right.name for right, *others in choices if any(it.otherwise for it in others))
+        choices = list(zip(free.choices, one.choices, theirs.choices, strict=True)) if self.held else []
+        self.otherwise = dict.fromkeys(it.name for it in (*one.choices, *theirs.choices) if it.otherwise)
         self.choices = tuple(self._records(choices, floor))
 
     def _records(self, choices: Iterable[tuple[Choice, ...]], floor: float) -> Iterator[OutputRecord]:
