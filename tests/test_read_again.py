@@ -147,12 +147,12 @@ def clamp(self, x):
     return (self.n(self.a(x)) + self.b(x)).clamp(min=self.low)
 
 
-@program(sets(low=1.0), "self.low")
+@program(sets(low=1.0), None)
 def bound_that_is_computed(self, x):
     return (self.n(self.a(x)) + self.b(x)).clamp(min=self.low + 0.5)
 
 
-@program(sets(low=1.0), "self.low")
+@program(sets(low=1.0), None)
 def bound_that_is_asked_twice(self, x):
     return (self.n(self.a(x)) + self.b(x)).clamp(min=self.low) * (1 if self.low < 0.5 else 2)
 
@@ -177,12 +177,12 @@ def factor_that_is_merged(self, x):
     return (self.n(self.a(x)) + self.b(x)) * self.factor
 
 
-@program(sets(flag=True), "self.flag")
+@program(sets(flag=True), None)
 def flag(self, x):
     return (self.n(self.a(x)) + self.b(x)) if self.flag else (self.n(self.a(x)) + self.b(x)).softmax(1)
 
 
-@program(sets(export=True), "self.export")
+@program(sets(export=True), None)
 def head_of_a_detector(self, x):
     y = self.n(self.a(x)) + self.b(x)
     return y if self.export else y.sigmoid()
@@ -213,7 +213,7 @@ def entry_that_was_missing(self, x):
     return (self.n(self.a(x)) + self.b(x)) * self.cfg.get("v", 0.5)
 
 
-@program(lambda m: m.cfg.update(t=1.0), "self.cfg")
+@program(lambda m: m.cfg.update(t=1.0), None)
 def dict_by_another_name(self, x):
     cfg = self.cfg
     return (self.n(self.a(x)) + self.b(x)).clamp(min=cfg["t"])
@@ -271,28 +271,28 @@ def class_attribute(self, x):
     return (self.n(self.a(x)) + self.b(x)) * self.of_class
 
 
-@program(sets(gone=True), "self.gone")
+@program(sets(gone=True), None)
 def attribute_that_was_missing(self, x):
     return (self.n(self.a(x)) + self.b(x)) * (2 if getattr(self, "gone", False) else 1)
 
 
-@program(sets(none=1.0), "self.none")
+@program(sets(none=1.0), None)
 def attribute_that_was_none(self, x):
     y = self.n(self.a(x)) + self.b(x)
     return y if self.none is None else y * self.none
 
 
-@program(sets(act=F.silu), "self.act")
+@program(sets(act=F.silu), None)
 def function_as_an_attribute(self, x):
     return self.act(self.n(self.a(x)) + self.b(x))
 
 
-@program(sets(kind=Kind.HARD), "self.kind")
+@program(sets(kind=Kind.HARD), None)
 def member_of_an_enumeration(self, x):
     return (self.n(self.a(x)) + self.b(x)) if self.kind is Kind.HARD else (self.n(self.a(x)) + self.b(x)).relu()
 
 
-@program(sets(name="silu"), "self.name")
+@program(sets(name="silu"), None)
 def function_by_name(self, x):
     return getattr(F, self.name)(self.n(self.a(x)) + self.b(x))
 
@@ -351,7 +351,7 @@ def attribute_with_the_name_of_a_method(self, x):
 # of parts that are torch's own
 
 
-@program(lambda m: setattr(m.drop, "p", 0.5), "self.drop.p")
+@program(lambda m: setattr(m.drop, "p", 0.5), None)
 def setting_of_a_layer(self, x):
     return both(self, x) * (1 - self.drop.p)
 
@@ -361,7 +361,7 @@ def setting_that_is_handed_on(self, x):
     return both(self, x).clamp(max=self.drop.p)
 
 
-@program(lambda m: setattr(m.idle, "on", True), "self.idle.on")
+@program(lambda m: setattr(m.idle, "on", True), None)
 def flag_on_a_layer(self, x):
     return both(self, x).relu() if self.idle.on else both(self, x)
 
@@ -371,7 +371,7 @@ def setting_of_a_layer_that_is_replaced(self, x):
     return both(self, x) * self.h.out_channels
 
 
-@program(lambda m: setattr(m.h, "scale", 2.0), "self.h.scale")
+@program(lambda m: setattr(m.h, "scale", 2.0), None)
 def setting_that_a_layer_did_not_have(self, x):
     return both(self, x) * getattr(self.h, "scale", 1.0)
 
@@ -381,7 +381,7 @@ def setting_of_a_container(self, x):
     return both(self, x) * self.tail.k
 
 
-@program(lambda m: m.tail.append(nn.Softmax(1)), "len(self.tail)")
+@program(lambda m: m.tail.append(nn.Softmax(1)), None)
 def loop_over_parts(self, x):
     y = both(self, x)
     for layer in self.tail:
@@ -394,12 +394,12 @@ def how_many_parts_there_are(self, x):
     return both(self, x) * len(self.tail)
 
 
-@program(lambda m: m.named.update({"z": nn.Tanh()}), "'z' in self.named")
+@program(lambda m: m.named.update({"z": nn.Tanh()}), None)
 def whether_there_is_a_part_of_a_name(self, x):
     return both(self, x) * (2 if "z" in self.named else 1)
 
 
-@program(lambda m: m.named.update({"z": nn.Tanh()}), "list(self.named)")
+@program(lambda m: m.named.update({"z": nn.Tanh()}), None)
 def loop_over_named_parts(self, x):
     y = both(self, x)
     for name, layer in self.named.items():
@@ -422,7 +422,7 @@ def part_that_is_replaced(self, x):
     return self.act_layer(both(self, x))
 
 
-@program(sets(act_layer=None), "self.act_layer is None")
+@program(sets(act_layer=None), None)
 def part_that_may_be_none(self, x):
     y = both(self, x)
     if self.act_layer is not None:
@@ -430,13 +430,13 @@ def part_that_may_be_none(self, x):
     return y
 
 
-@program(sets(act_layer=None), "self.act_layer is None")
+@program(sets(act_layer=None), None)
 def part_by_another_name(self, x):
     act, y = self.act_layer, both(self, x)
     return act(y) if act is not None else y
 
 
-@program(sets(low=1.0), "self.__dict__['low']")
+@program(sets(low=1.0), None)
 def entry_of_all_attributes(self, x):
     return both(self, x) * (2 if self.__dict__["low"] else 1)
 
@@ -452,7 +452,7 @@ LOW_TENSOR = sets(low_tensor=torch.tensor(0.1, dtype=torch.float64))
 LESS = -torch.ones(40, dtype=torch.float64)
 
 
-@program(lambda m: m.load_state_dict({**m.state_dict(), "on": torch.tensor(True)}, strict=False), "bool(on)")
+@program(lambda m: m.load_state_dict({**m.state_dict(), "on": torch.tensor(True)}, strict=False), None)
 def buffer_as_a_flag(self, x):
     return both(self, x).relu() if self.on else both(self, x)
 
@@ -467,27 +467,27 @@ def item_of_a_tensor(self, x):
     return both(self, x).clamp(max=self.low_tensor.item())
 
 
-@program(LOW_TENSOR, "float(low_tensor)")
+@program(LOW_TENSOR, None)
 def number_of_a_tensor_that_is_computed_with(self, x):
     return both(self, x).clamp(max=float(self.low_tensor) * 2)
 
 
-@program(LOW_TENSOR, "int(low_tensor)")
+@program(LOW_TENSOR, None)
 def tensor_as_a_count(self, x):
     return both(self, x).relu() * (int(self.low_tensor) + 1)
 
 
-@program(LOW_TENSOR, "low_tensor.tolist()")
+@program(LOW_TENSOR, None)
 def list_of_a_tensor(self, x):
     return both(self, x).clamp(max=self.low_tensor.tolist() + 1)
 
 
-@program(LOW_TENSOR, "low_tensor")
+@program(LOW_TENSOR, None)
 def number_computed_of_a_tensor(self, x):
     return both(self, x).clamp(max=float(self.low_tensor * 2) + 1)
 
 
-@program(LOW_TENSOR, "low_tensor")
+@program(LOW_TENSOR, None)
 def tensor_as_an_array(self, x):
     return both(self, x).clamp(max=float(self.low_tensor.numpy()) + 1)
 
@@ -507,7 +507,7 @@ def number_of_a_tensor_in_a_dict(self, x):
     return both(self, x) * (float(self.held["t"]) + 1)
 
 
-@program(lambda m: m.array.__setitem__(0, 3.0), "self.array")
+@program(lambda m: m.array.__setitem__(0, 3.0), None)
 def number_of_an_array(self, x):
     return both(self, x) * float(self.array[0])
 
@@ -532,7 +532,7 @@ def shape_and_numbers_of_what_is_merged(self, x):
     return both(self, x) * (self.n.bias.numel() + self.a.weight.shape[1] + float(self.a.bias.abs().max()))
 
 
-@program(sets(gone=1.0), "'gone' in self.__dict__")
+@program(sets(gone=1.0), None)
 def whether_all_attributes_have_one(self, x):
     return both(self, x) * (2 if "gone" in self.__dict__ else 1)
 
@@ -673,13 +673,13 @@ def test_a_part_whose_class_is_in_no_module():
     deploy = structrep.reparameterize(model)
     assert relative_error(deploy(X), model(X)) < 1e-12
     model.idle = deploy.idle = nn.ReLU()
-    assert "isinstance(self.idle" in differs(model, deploy, X)
+    assert differs(model, deploy, X) is None
 
 
 def test_an_error_says_what_was_found_and_what_to_do():
-    _, deploy = converted(bound_that_is_computed)
-    deploy.low = 1.5
-    with pytest.raises(ValueError, match=r"Made.forward was reparameterized for self.low=0.0, and self.low is 1.5 now: "
+    _, deploy = converted(factor_that_is_merged)
+    deploy.factor = 1.5
+    with pytest.raises(ValueError, match=r"Made.forward was reparameterized for self.factor=0.5, and self.factor is 1.5 now: "
                                          r"convert the model again after setting it"):  # fmt: skip
         deploy(X)
 
@@ -692,11 +692,15 @@ def test_set_before_it_is_converted():
 
 
 def test_set_between_plan_and_apply():
-    model = made(bound_that_is_computed)
+    model = made(factor_that_is_merged)
+    plan = structrep.plan(model)
+    model.factor = 1.0
+    with pytest.raises(structrep.StructrepError, match=r"self.factor of the model was 0.5 when this plan was made"):
+        plan.apply()
+    model = made(bound_that_is_computed)  # which is asked for again
     plan = structrep.plan(model)
     model.low = 1.0
-    with pytest.raises(structrep.StructrepError, match=r"self.low of the model was 0.0 when this plan was made"):
-        plan.apply()
+    assert differs(model, plan.apply(), X) is None
 
 
 ALIAS = F.relu
@@ -752,11 +756,11 @@ def test_cells_of_a_closure():
     bounds[0] = 5.0
     assert differs(model, deploy, X) is None
     bounds[1] = 0.3
-    assert "bounds[1]" in differs(model, deploy, X)
+    assert differs(model, deploy, X) is None
     bounds[1] = 0.2
     assert differs(model, deploy, X) is None
     low = 0.15
-    assert "low" in differs(model, deploy, X)
+    assert differs(model, deploy, X) is None
     model, deploy = converted(scaled(factor)(lambda self, x: (self.n(self.a(x)) + self.b(x)).relu()))
     factor[0] = 3.0
     assert "factor[0]" in differs(model, deploy, X)
@@ -1001,9 +1005,9 @@ def test_numbers_of_a_tensor_go_everywhere():
     assert relative_error(torch.export.export(deploy, (X,)).module()(X), model(X)) < 1e-12
     assert relative_error(torch.compile(deploy, backend="eager")(X), model(X)) < 1e-12
     again = structrep.reparameterize(copy.deepcopy(deploy), X)
+    LOW_TENSOR(model)
     LOW_TENSOR(again)
-    with pytest.raises(ValueError, match="low_tensor"):
-        again(X)
+    assert differs(model, again, X) is None
 
 
 def test_asked_by_another_name():
@@ -1031,7 +1035,7 @@ def test_a_question_that_changes_nothing_is_not_asked_again():
         return (self.n(self.a(x)) + self.b(x)).relu()
 
     _, deploy = converted(forward)
-    assert "is_tracing" not in written(deploy)
+    assert "raise" not in written(deploy)
     torch.export.export(deploy, (X,))
 
 
@@ -1125,7 +1129,7 @@ def test_a_condition_on_a_dtype():
         return y * (2 if y.dtype == torch.float16 else 1)
 
     model, deploy = converted(inner)
-    assert "another dtype" in differs(model.half(), deploy.half(), X.half())
+    assert differs(model.half(), deploy.half(), X.half()) is None
 
 
 OTHERS = {
@@ -1749,16 +1753,16 @@ def test_a_deploy_model_goes_everywhere(cls):
     }
     for way, one in ways.items():
         assert relative_error(one(X), truth) < 1e-12, way
+    model.low = 1.0
     for one in (ways["scripted"], ways["copied"], ways["pickled"], ways["converted twice"], deploy):
         one.low = 1.0
-        with pytest.raises(Exception, match=r"self.low"):  # a scripted model raises an error of its own
-            one(X)
+        assert relative_error(one(X), model(X)) < 1e-12
 
 
 def test_flags_among_arguments_script():
     torch.manual_seed(0)
-    scripted = torch.jit.script(structrep.reparameterize(settled(Flagged()), X))
-    with pytest.raises(Exception, match=r"reparameterized for pre=False and was called with pre=True"):
-        scripted(X, True)
-    with pytest.raises(Exception, match=r"reparameterized for mask=None"):
-        scripted(X, False, X)
+    model = settled(Flagged())
+    scripted = torch.jit.script(structrep.reparameterize(model, X))
+    mask = torch.rand(1, 4, 1, 1)
+    for more in ((True,), (False, mask), (True, mask)):
+        assert relative_error(scripted(X, *more), model(X, *more)) < 1e-12

@@ -16,6 +16,7 @@ from typing import Any
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+from structrep.deployed.edited import EditedMethod
 from structrep.modules.source import written_in
 from structrep.process import Tracer
 
@@ -33,7 +34,7 @@ class Method:
         plain = {k: ("module", v.__name__) if isinstance(v, ModuleType) else v for k, v in names.items()}
         return cls(name, source, tuple(sorted(plain.items(), key=lambda item: item[0])))
 
-    def compile(self, filename: str) -> Any:
+    def compile(self, filename: str, base: type | None = None) -> Any:
         namespace = {
             key: importlib.import_module(value[1]) if isinstance(value, tuple) and value[:1] == ("module",) else value
             for key, value in self.names
@@ -43,10 +44,10 @@ class Method:
         return namespace[self.name]
 
 
-_CLASSES: dict[tuple[type[nn.Module], tuple[Method, ...]], type[nn.Module]] = {}
+_CLASSES: dict[tuple[type[nn.Module], tuple[Method | EditedMethod, ...]], type[nn.Module]] = {}
 
 
-def install(module: nn.Module, method: Method) -> None:
+def install(module: nn.Module, method: Method | EditedMethod) -> None:
     """Give a module a method, by making it an instance of a generated subclass of its own class."""
     module.__dict__.pop(method.name, None)
     base = getattr(type(module), "__structrep_base__", type(module))
@@ -54,7 +55,7 @@ def install(module: nn.Module, method: Method) -> None:
     module.__class__ = generated_class(base, (*(m for m in earlier if m.name != method.name), method))
 
 
-def generated_class(base: type[nn.Module], methods: tuple[Method, ...]) -> type[nn.Module]:
+def generated_class(base: type[nn.Module], methods: tuple[Method | EditedMethod, ...]) -> type[nn.Module]:
     """The subclass of `base` with those methods; the same one for the same text."""
     key = (base, methods)
     if key not in _CLASSES:
@@ -64,7 +65,7 @@ def generated_class(base: type[nn.Module], methods: tuple[Method, ...]) -> type[
             return rebuild, key, state
 
         digest = hashlib.sha256("".join(m.source for m in methods).encode()).hexdigest()[:12]
-        body = {m.name: m.compile(f"<reparameterized {base.__qualname__}.{m.name} {digest}>") for m in methods}
+        body = {m.name: m.compile(f"<reparameterized {base.__qualname__}.{m.name} {digest}>", base) for m in methods}
         made = type(
             base.__name__,
             (base,),
@@ -82,7 +83,7 @@ def generated_class(base: type[nn.Module], methods: tuple[Method, ...]) -> type[
     return _CLASSES[key]
 
 
-class _Whole(Tracer):
+class Whole(Tracer):
     """Calls of modules and of torch's functions are nodes: torch 2.6 wants numbers itself where a graph has them."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -111,7 +112,7 @@ class _Whole(Tracer):
 class _Space:
     """A module as a tracer sees it."""
 
-    def __init__(self, tracer: _Whole, module: ModuleType) -> None:
+    def __init__(self, tracer: Whole, module: ModuleType) -> None:
         self._tracer, self._module = tracer, module
 
     def __getattr__(self, name: str) -> Any:
@@ -120,12 +121,12 @@ class _Space:
 
 def regraph(module: fx.GraphModule) -> None:
     """Give a graph module whose forward was written anew the graph of it, and its own class back."""
-    graph = _Whole().trace(module)
+    graph = Whole().trace(module)
     module.__class__ = type(module).__structrep_base__  # type: ignore[attr-defined]
     module.graph = graph
 
 
-def rebuild(base: type[nn.Module], methods: tuple[Method, ...]) -> nn.Module:
+def rebuild(base: type[nn.Module], methods: tuple[Method | EditedMethod, ...]) -> nn.Module:
     """An empty instance of a generated class, for pickle and copy."""
     cls = generated_class(base, methods)
     return cls.__new__(cls)

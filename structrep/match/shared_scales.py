@@ -54,14 +54,7 @@ class Absorption:
     @property
     def changed(self) -> set[fx.Node]:
         """Values that are not what they were: from the scale to what takes it, or from there to the scale."""
-        stops = self.takers if self.before else {self.node}
-        pending: list[fx.Node] = [self.node] if self.before else [*self.takers]
-        found = {*self.through, *pending}
-        while pending:
-            new = [user for user in pending.pop().users if user not in stops and user not in found]
-            found.update(new)
-            pending += new
-        return found
+        return {*self.through, *([self.node] if self.before else self.takers), *self.between}
 
     @property
     def between(self) -> set[fx.Node]:

@@ -18,6 +18,8 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
+from structrep.modules.presence import presence
+
 Span: TypeAlias = tuple[int | None, int | None, int | None, int | None]
 Holders: TypeAlias = tuple[frozenset[str], frozenset[str]]  # names that may hold a value, and that surely do
 State: TypeAlias = Holders | None  # None where code does not get to
@@ -180,6 +182,20 @@ def _file(filename: str) -> ast.Module | None:
         return None
 
 
+@functools.lru_cache(64)
+def imported(filename: str) -> tuple[str, ...]:
+    """The names that a file imports, outside of functions and classes."""
+    tree = _file(filename)
+    found: list[str] = []
+    pending: list[ast.AST] = [tree] if tree is not None else []
+    for node in pending:
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            found += [(alias.asname or alias.name).partition(".")[0] for alias in node.names if alias.name != "*"]
+        elif not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)):
+            pending += ast.iter_child_nodes(node)
+    return tuple(dict.fromkeys(found))
+
+
 def _block(code: CodeType) -> ast.Module | None:
     """The lines of one function, where the file that they are in is no Python: a page, a cell with commands in it."""
     lines = linecache.getlines(code.co_filename)[code.co_firstlineno - 1 :]
@@ -332,24 +348,7 @@ class _Walk:
 
     def _known(self, test: ast.expr) -> bool | None:
         """The answer to whether a part is there; None to other questions."""
-        if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
-            inner = self._known(test.operand)
-            return None if inner is None else not inner
-        if isinstance(test, ast.Compare) and len(test.ops) == 1 and isinstance(test.ops[0], (ast.Is, ast.IsNot)):
-            nothing = isinstance(test.comparators[0], ast.Constant) and test.comparators[0].value is None
-            there = self._there(test.left) if nothing else None
-            return None if there is None else there == isinstance(test.ops[0], ast.IsNot)
-        return None
-
-    def _there(self, node: ast.expr) -> bool | None:
-        """Whether a module has a part; None of what is no part."""
-        names: list[str] = []
-        while isinstance(node, ast.Attribute):
-            names.insert(0, node.attr)
-            node = node.value
-        if not isinstance(node, ast.Name) or not self.arguments or node.id != self.arguments[0].arg:
-            return None
-        return self.parts.get(".".join(names))
+        return presence(test, self.arguments[0].arg, self.parts) if self.arguments else None
 
     # --- expressions ------------------------------------------------------------------------------------------------
 

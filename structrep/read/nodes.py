@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from structrep.algebra import ConvMap, Ints
-from structrep.errors import Unreadable
+from structrep.errors import Refusal, Unreadable
 from structrep.graph.facts import ASSIGNED, CALL, COMPUTED, DTYPE, FORMULA, VALUE
 from structrep.graph.shapes import rank, spatial_size
 from structrep.modules.parametrized import hooks, plain
@@ -51,6 +51,15 @@ def read_node(node: fx.Node) -> Reading | None:
         if known is None:
             reading = _within(reading, most)
     return _placed(reading, node)
+
+
+def hands_on(node: fx.Node) -> fx.Node | None:
+    """What a node gives back as it is; None if it does something."""
+    try:
+        reading = read_node(node)
+    except Refusal:  # a norm of each batch
+        return None
+    return reading.source if isinstance(reading, Same) else None
 
 
 def _within(scale: Layer, most: int) -> Layer:

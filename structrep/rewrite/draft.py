@@ -10,13 +10,10 @@
 
 from __future__ import annotations
 
-import ast
 import contextlib
-import inspect
 import itertools
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from inspect import signature
 from typing import Any
 
@@ -29,24 +26,23 @@ from structrep.deployed.layers import Sizes
 from structrep.deployed.methods import install, regraph
 from structrep.errors import Refusal, StructrepError, Unreadable
 from structrep.graph.calls import Call, Traced
-from structrep.graph.facts import ASSIGNED, AT, CALL, COMPUTED, FORMULA, VALUE
+from structrep.graph.facts import ASSIGNED, CALL, COMPUTED, FORMULA, VALUE
 from structrep.graph.queries import only_asserted
-from structrep.graph.shapes import torch_name
-from structrep.graph.structures import proxies
 from structrep.guard.callers import Callers
 from structrep.guard.sharing import Replicas, site
 from structrep.match.merge import Merge, Segment
 from structrep.modules.parametrized import computed, made_of, settle
-from structrep.modules.paths import branches, parts_of, place, span, strays
-from structrep.modules.uses import Place, Use, place_of, uses
+from structrep.modules.uses import Use
 from structrep.read.lower import lower
-from structrep.read.nodes import read_node
+from structrep.read.nodes import hands_on
+from structrep.rewrite.edit import Edit, Untouched
 from structrep.rewrite.edits import Edits
 from structrep.rewrite.forward import Forward
 from structrep.rewrite.norms import _shown_still, end
 from structrep.rewrite.refill import _all_dead, _kernels, _nothing, _refill
+from structrep.rewrite.slot import Slot, is_asked_for, slot
 from structrep.rewrite.units import SUMS, Unit, _scales, fallen, host_of, units
-from structrep.terms.layer import Same
+from structrep.rewrite.untaken import Untaken, told_to_do_nothing
 from structrep.terms.term import ONE, geometry
 
 
@@ -61,19 +57,12 @@ class Draft:
         self.replicas, self.callers = replicas, Callers(traced)
         self.refused: list[tuple[Merge, Refusal]] = []
         self.unwritable: dict[tuple[str, str], Refusal] = {}  # methods that cannot be written anew, by path and name
+        self.unedited: dict[tuple[str, str], Refusal] = {}  # and those that are, but not by editing their text
         self.merges = list(merges)
         self.strays: dict[Merge, set[Call]] = {}  # calls whose code reads what a merge takes away
-        self.chosen: dict[Call, tuple[str, set[Merge]]] = {}  # calls whose code may use parts otherwise: where, of what
-        self.uses: dict[tuple[nn.Module, str], list[Use]] = {}  # of parts, by the code of a method
-        self.alike: dict[Any, tuple[dict[nn.Module, str], list[Use]]] = {}  # and of modules that have the same parts
-        self.sites: dict[nn.Module, set[Place]] = defaultdict(
-            set
-        )  # where the code of a module was seen to do something
-        self.given: dict[fx.Node, set[Call]] = defaultdict(set)  # a value -> the calls that are given it
-        for call in itertools.chain(*traced.calls.values()):
-            given = [] if call.leaf else [proxy.node for proxy in proxies((call.args, call.kwargs))]
-            for node in (*given, *call.held):
-                self.given[node].add(call)
+        self.untaken = Untaken(traced)
+        self.told_nothing: dict[Merge, set[Call]] = {}  # those that do nothing in between for a number
+        self.misuses: dict[Merge, dict[Call, list[Use]]] = {}  # what the code of calls may do with some of it alone
         made = (FORMULA.of(n) for trace in traced.traces for n in trace.nodes if FORMULA.get(n))
         self.computed_from = {id(tensor) for formula in made for tensor in formula.tensors}
         with process.alone():  # forwards are asked what the names of their modules stand for
@@ -92,6 +81,7 @@ class Draft:
         self.hosts: dict[Merge, Unit] = {}
         self.homes: dict[Merge, tuple[str, str]] = {}  # owner's path and name of a layer that is new
         self.idle: list[Unit] = []  # swapped for identities
+        self.anew: set[Call] = set()  # whose forwards change in more than expressions
         self.ended: set[Call] = set()  # norms that give up their weight and bias
         self.edits = Edits()
         self.owned: dict[Call, set[Merge]] = {}
@@ -105,7 +95,9 @@ class Draft:
                 if unit.module is None:
                     kept = self._refillable(unit, merge) if unit is host else None
                     owner = self._written_by(unit, merge, dead=kept is None)
+                    self.edits.units[unit.root] = owner, unit.nodes
                     if kept is not None:
+                        self.anew.add(owner)
                         self.homes[merge] = (kept, "")
                         self.edits.refilled[unit.root] = (unit.base, kept)
                     elif unit is host:
@@ -119,7 +111,7 @@ class Draft:
                     self._told_by(unit.module, merge)
             for node in merge.nodes:
                 if ASSIGNED.get(node):  # by a forward that need not do so any more
-                    self._written_by(Unit((Segment(node, node, ONE, (node,)),)), merge, dead=False)
+                    self.anew.add(self._written_by(Unit((Segment(node, node, ONE, (node,)),)), merge, dead=False))
             for node in (one.node for one in merge.absorbed if one.ends):
                 if node.op == "call_module":
                     self.ended.add(CALL.of(node))
@@ -142,11 +134,9 @@ class Draft:
         written = self.edits.owners.keys() | set().union(*self.edits.owners.values())
         for merge in self.merges:
             if merge not in self.strays:
-                gone = {node for node in merge.nodes if node is not merge.root}
-                gone = gone.union(*(one.changed for one in merge.absorbed))
-                self.strays[merge] = {call for node in gone for call in self._seen_by(node) if _strays(node, call)}
-                self.strays[merge] |= self._used_otherwise(merge)
-                self.strays[merge].update(_told_to_do_nothing(merge.nodes))
+                self.misuses[merge] = self.untaken.misuses(merge)
+                self.told_nothing[merge] = set(told_to_do_nothing(merge.nodes))
+                self.strays[merge] = {*self.untaken.strays(merge), *self.misuses[merge], *self.told_nothing[merge]}
             for call in self.strays[merge]:
                 owner = next(call.homes())
                 if call not in written and owner not in written:
@@ -155,78 +145,6 @@ class Draft:
                     inner.update(around[: around.index(owner)])
                 if owner in self.edits.owners:
                     self.owned.setdefault(owner, set()).add(merge)
-
-    def _used_otherwise(self, merge: Merge) -> set[Call]:
-        """The calls whose code, on a path that was not taken, may run some of what is merged without the rest."""
-        nodes = {*merge.nodes, *(one.node for one in merge.absorbed)}
-        made = [CALL.of(node) for node in nodes]
-        chains = [list((call.parent if call.leaf else call).chain()) for call in made]
-        owner = next((one for one in chains[0] if all(one in chain for chain in chains)), None)
-        paths = [call.path.split(".") for call in made]
-        above = len(owner.path.split(".")) if owner is not None and owner.path else 0
-        below = {tuple(path[:depth]) for path in paths for depth in range(above + 1, len(path) + 1)}
-        some = {way for way in below if not all(tuple(path[: len(way)]) == way for path in paths)}
-        parts = {self.traced.model.get_submodule(".".join(way)) for way in some}
-        if not parts:
-            return set()
-        around = list(dict.fromkeys(call for chain in chains for call in chain))
-        found: dict[Call, Use] = {}
-        hangs: dict[frozenset[str], list[tuple[Call, Use]]] = {}
-        for call in around:
-            others = {one.bytecode for one in around if one.module is call.module and one is not call}
-            for use in self._uses_of(call):
-                if use.parts.isdisjoint(parts) or use.code in others - {call.bytecode}:
-                    continue
-                several = bool(use.hangs_on) and len(use.parts & parts) > 1
-                if several or use.places.isdisjoint(self._sites_of(call.module)):
-                    found.setdefault(call, use)
-                else:
-                    hangs.setdefault(use.hangs_on, []).append((call, use))
-        if len(hangs) > 1:  # what is always the same part goes with what may be another
-            for on, those in hangs.items():
-                for call, use in those if on else ():
-                    found.setdefault(call, use)
-        for call, use in found.items():
-            where = f"line {use.line} of {use.code.co_filename}"
-            self.chosen.setdefault(call, (where, set()))[1].add(merge)
-        return set(found)
-
-    def _uses_of(self, call: Call) -> list[Use]:
-        """What the code of a call does with parts of its module; read once for modules that have the same."""
-        key = (call.module, call.method)
-        if key not in self.uses:
-            paths = {part: path for path, part in call.module.named_modules()}
-            parts = tuple((path, type(part)) for part, path in paths.items())
-            like = (call.bytecode, parts, *vars(call.module))
-            first, found = self.alike.get(like, (paths, None))
-            if found is None or not all(use.parts <= first.keys() for use in found):  # or parts that are held elsewhere
-                self.uses[key] = uses(call.module, call.code)
-                self.alike.setdefault(like, (paths, self.uses[key]))
-            else:
-                own = dict(zip(first, paths, strict=True))
-                self.uses[key] = [replace(use, parts=frozenset(own[part] for part in use.parts)) for use in found]
-        return self.uses[key]
-
-    def _sites_of(self, module: nn.Module) -> set[Place]:
-        if not self.sites:
-            for call in itertools.chain(*self.traced.calls.values()):
-                code, made = call.bytecode, self.sites[call.module]
-                for step in call.steps if not call.leaf else ():
-                    at = step.at if isinstance(step, Call) else AT.of(step)
-                    if code is not None and at is not None and (node := place(code, at)) is not None:
-                        made.add(place_of(node, code))
-        return self.sites[module]
-
-    def _seen_by(self, node: fx.Node) -> set[Call]:
-        """The calls whose code has a value in hand: that made it, were given it, or were given it back."""
-        found: set[Call] = set(self.given.get(node, ()))
-        made: Call | None = CALL.of(node)
-        while made is not None:
-            found |= {made} if not made.leaf else set()
-            if node not in {proxy.node for proxy in proxies(made.result)}:
-                break
-            made = made.parent
-        return found
 
     def _homes_of(self, merge: Merge) -> Iterator[tuple[str, str]]:
         """The tensors that a merge takes, by path, and the path of the layer that has them, with a + where that is more
@@ -295,17 +213,19 @@ class Draft:
                 owner = next(asker.homes())
                 self.edits.owners.setdefault(owner, set())
                 self.owned.setdefault(owner, set()).add(merge)
+                self.anew.add(owner)
 
     def _write(self) -> dict[Merge, Refusal]:
         """Write all new forwards; gives the merges of those that cannot be written."""
-        self.forwards: dict[Call, Forward] = {}
+        self.forwards: dict[Call, Forward | Edit | Slot | Untouched] = {}
         failed: dict[Merge, Refusal] = {}
         for owner, written_out in self.edits.owners.items():
             try:
-                if (doubt := self.callers.doubt(*site(owner))) is not None:
-                    raise Unreadable(doubt)
-                forward = self.forwards[owner] = Forward(self.traced, self.edits, owner, written_out)
-                self._check_choice(owner, forward)
+                self.forwards[owner] = (
+                    self._slot(owner, written_out)
+                    or self._edited(owner, written_out)
+                    or self._written_anew(owner, written_out)
+                )
             except Refusal as reason:
                 self.unwritable[site(owner)] = reason
                 failed.update(dict.fromkeys(self.owned[owner], reason))
@@ -316,13 +236,55 @@ class Draft:
         self.at_rest = {owner: forward.holding(at(owner.path)) for owner, forward in self.forwards.items()}
         return failed
 
+    def _edited(self, owner: Call, written_out: set[Call]) -> Edit | Untouched | None:
+        """The method with its own text edited; None if that is not all that changes, or would not be right."""
+        if owner in self.anew:
+            return None
+        misuses: list[Use] = []
+        for merge in self.owned[owner]:
+            if any(unit.module is not None for unit in units(merge)):  # which is another one on all paths
+                if any(next(call.homes()) is owner for call in self.told_nothing[merge]):
+                    return None
+                misuses += [
+                    use for call, uses in self.misuses[merge].items() if next(call.homes()) is owner for use in uses
+                ]
+        nodes = list(owner.nodes())
+        try:
+            if any(node in self.edits.ended for node in nodes) and self.edits.dead.isdisjoint(nodes):
+                return Untouched(self.traced, self.edits, owner)
+            return Edit(self.traced, self.edits, owner, written_out, misuses)
+        except Unreadable as reason:
+            self.unedited[site(owner)] = reason
+            return None
+
+    def _slot(self, owner: Call, written_out: set[Call]) -> Slot | None:
+        """The slot that a method has for the one layer that is new in its module."""
+        homes = [self.homes.get(merge, ("", "")) for merge in self.owned[owner]]
+        names = [name for path, name in homes if path == owner.path and name]
+        if len(names) != 1 or not is_asked_for(owner, names[0]):
+            return None
+        with contextlib.suppress(Unreadable):
+            forward = self._written_anew(owner, written_out)
+            return slot(forward, names[0], {call.module for call in self._dead_calls()})
+        return None
+
+    def _written_anew(self, owner: Call, written_out: set[Call]) -> Forward:
+        if (doubt := self.callers.doubt(*site(owner))) is not None:
+            raise Unreadable(doubt)
+        forward = Forward(self.traced, self.edits, owner, written_out)
+        self._check_choice(owner, forward)
+        return forward
+
     def _check_choice(self, owner: Call, forward: Forward) -> None:
         """Raise where it cannot be told, and so not be guarded, what code picks parts by."""
-        for call, (where, merges) in self.chosen.items():
-            inside = owner in call.homes() and not merges.isdisjoint(self.owned[owner])
-            told = [one for one in forward.reads if not one.asked.endswith(" is None)")]  # whether a part is there
-            if inside and not (told or forward.ways or forward.guards):
-                raise Unreadable(f"{where} may use what is merged otherwise, and what that hangs on is not known")
+        told = [one for one in forward.reads if not one.asked.endswith(" is None)")]  # whether a part is there
+        if told or forward.ways or forward.guards:
+            return
+        for merge in self.owned[owner]:
+            for call, (use, *_) in self.misuses[merge].items():
+                if owner in call.homes():
+                    where = f"line {use.line} of {use.code.co_filename}"
+                    raise Unreadable(f"{where} may use what is merged otherwise, and what that hangs on is not known")
 
     def _idle_sums(self) -> set[Call]:
         """Blocks whose forward adds a merged layer to 0, as those of their class with more branches do, whose forwards
@@ -331,7 +293,7 @@ class Draft:
         pending = [user for merge in self.merges for node in merge.nodes for user in node.users]
         while pending:
             node = pending.pop()
-            if node not in same and _does_nothing(node):
+            if node not in same and hands_on(node) is not None:
                 same[node] = None
                 pending += node.users
         owners = {next(CALL.of(n).homes()) for n in same if n.op == "call_function" and n.target in SUMS}
@@ -367,7 +329,7 @@ class Draft:
                     self.places.setdefault(child, []).append((parent, name))
         held = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
         read = Counter(id(t) for merge in self.merges for layer in merge.term.leaves() for t in _kernels(layer))
-        stay = {*self._used()[1], *self._of_layers_that_stay()} if release else set()
+        stay = {*self._used()[1], *self._of_layers_that_stay(), *self._of_what_is_mentioned()} if release else set()
         for merge in self.merges:
             self._place(merge)
             if release:
@@ -388,7 +350,8 @@ class Draft:
         for owner, forward in self.forwards.items():
             module = self._at(owner.path)
             gone = self.at_rest[owner] - forward.holding(module)  # what was asked for is no more, or is merged
-            install(module, forward.method(lambda guard, gone=gone: guard not in gone))  # type: ignore[misc]
+            if not isinstance(forward, (Slot, Untouched)) and not (isinstance(forward, Edit) and forward.same):
+                install(module, forward.method(lambda guard, gone=gone: guard not in gone))  # type: ignore[misc]
             if isinstance(module, fx.GraphModule):
                 regraph(module)
         deploy = self.model
@@ -421,6 +384,17 @@ class Draft:
         nodes = (node for trace in self.traced.traces for node in trace.nodes)
         called = (CALL.of(n).module for n in nodes if n.op == "call_module" and n not in merged)
         return [id(parameter) for module in called for parameter in module.parameters()]
+
+    def _of_what_is_mentioned(self) -> Iterator[int]:
+        """The tensors that edited text still asks for on some path, by id."""
+        for path in self._mentions():
+            with contextlib.suppress(AttributeError):
+                yield from map(id, self.traced.model.get_submodule(path).parameters())
+        names = {name: tensor for tensor, name in self.traced.names.items()}
+        yield from (names[path] for path in self._mentions() if path in names)
+
+    def _mentions(self) -> set[str]:
+        return {path for one in self.forwards.values() if isinstance(one, Edit) for path in one.mentions}
 
     def _parameter(self, path: str) -> nn.Parameter | None:
         """The parameter at a path, if the model still has it."""
@@ -499,10 +473,24 @@ class Draft:
         if not self.edits.owners:
             return
         dead = {self._at(call.path) for call in self._dead_calls()} | self._idle_holders(tensors)
+        mentions = self._mentions()
+        kept = self._mentioned(mentions, dead)
         for owner in self.edits.owners:
-            self._bury_below(self._at(owner.path), dead)
-        for name in tensors:
-            self._drop_tensor(name)
+            self._bury_below(self._at(owner.path), dead - kept)
+        for name in tensors - mentions:
+            with contextlib.suppress(AttributeError):  # buried with its module
+                if self._at(name.rpartition(".")[0]) not in kept:
+                    self._drop_tensor(name)
+
+    def _mentioned(self, paths: set[str], dead: set[nn.Module]) -> set[nn.Module]:
+        """The dead modules that edited text still asks for on some path, with all that is in them."""
+        found: set[nn.Module] = set()
+        for path in paths:
+            with contextlib.suppress(AttributeError):  # it is a tensor
+                part = self._at(path)
+                if part in dead or isinstance(part, (nn.ModuleList, nn.ModuleDict)):
+                    found |= set(part.modules())
+        return found.intersection(*[{inner for one in dead for inner in one.modules()}])
 
     def _dead_tensors(self) -> set[str]:
         """Paths of the tensors that dead nodes were computed from, and nothing else."""
@@ -590,10 +578,7 @@ class Draft:
 
     def _drop_tensor(self, path: str) -> None:
         parent, _, name = path.rpartition(".")
-        try:
-            module = self._at(parent)
-        except AttributeError:
-            return  # buried with its module
+        module = self._at(parent)
         with _shown_still(module):
             for store in (module._parameters, module._buffers):
                 if name in store:
@@ -601,53 +586,3 @@ class Draft:
         if name == "running_mean" and "num_batches_tracked" in module._buffers:
             module._buffers["num_batches_tracked"] = None
             module.__dict__["track_running_stats"] = False  # or loading a plain state dict would count batches again
-
-
-def _does_nothing(node: fx.Node) -> bool:
-    try:
-        return isinstance(read_node(node), Same)
-    except Refusal:  # a norm of each batch
-        return False
-
-
-def _told_to_do_nothing(nodes: Sequence[fx.Node]) -> Iterator[Call]:
-    """The calls that do nothing between layers for a number, a factor of 1, that their code does not spell out."""
-    inert = [node.op != "call_module" and _does_nothing(node) for node in nodes]
-    while inert and inert[-1]:  # behind all of them it may do something
-        inert.pop()
-    for node in (node for node, nothing in zip(nodes, inert, strict=False) if nothing):
-        numbers = [one for one in (*node.args, *node.kwargs.values()) if type(one) in (int, float)]
-        at = AT.of(node)
-        spelt = place(CALL.of(node).bytecode, at) if numbers and at is not None else None
-        given = [*ast.iter_child_nodes(spelt), *(one.value for one in getattr(spelt, "keywords", ()))] if spelt else []
-        told = any(all(getattr(one, "value", None) != number for one in given) for number in numbers)
-        if told and "dropout" not in torch_name(node):
-            yield CALL.of(node)
-
-
-def _strays(node: fx.Node, call: Call) -> bool:
-    """Whether a call's code may read a value on a path that was not taken, or read another instead."""
-    code = call.bytecode
-    if code is None or str(getattr(inspect.unwrap(call.code), "__module__", "")).startswith("torch."):
-        return False
-    if any(map(branches, call.held.get(node, ()))):
-        return True
-    maker: fx.Node | Call = node
-    taken: list[int | None] = []
-    names: list[str] = []
-    for step in call.steps:
-        if isinstance(step, fx.Node):
-            if node in step.all_input_nodes:
-                taken.append(AT.of(step))
-            continue
-        if node in {proxy.node for proxy in proxies((step.args, step.kwargs))}:
-            taken.append(step.at)
-        if step in CALL.of(node).chain():
-            maker = step
-    given = inspect.signature(call.function).bind(*call.args, **call.kwargs).arguments
-    names = [name for name, value in given.items() if node in {proxy.node for proxy in proxies(value)}]
-    at = maker.at if isinstance(maker, Call) else AT.of(maker) if CALL.of(maker) is call else None
-    returned = node in {proxy.node for proxy in proxies(call.result)}
-    spans = frozenset(None if one is None else span(code, one) for one in taken)
-    made = None if at is None else span(code, at)
-    return strays(code, made, frozenset(names), spans, returned, parts_of(call.module))

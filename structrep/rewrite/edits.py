@@ -17,6 +17,10 @@ class Edits:
     dead: set[fx.Node] = field(default_factory=set)
     replaced: dict[fx.Node, tuple[fx.Node, str]] = field(default_factory=dict)  # root -> base and path of the new layer
     bypassed: dict[fx.Node, fx.Node] = field(default_factory=dict)  # root -> base
+    units: dict[fx.Node, tuple[Call, list[fx.Node]]] = field(
+        default_factory=dict
+    )  # root of either -> in whose forward,
+    # and all that vanishes with it
     refilled: dict[fx.Node, tuple[fx.Node, str]] = field(default_factory=dict)  # a functional call in a convolution's
     # own forward -> base and path of that convolution, which keeps its place and holds `weight` and `bias`
     ended: set[fx.Node] = field(default_factory=set)  # functional norms that give up their weight and bias

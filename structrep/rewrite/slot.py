@@ -1,0 +1,110 @@
+"""A block whose own text already asks for the merged layer: `if self.reparam_conv is not None: return
+self.act(self.reparam_conv(x))`. Putting the layer there is all that there is to do, if the block then computes what its
+forward with the merge would."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Set
+from typing import Any
+
+from torch import fx, nn
+
+from structrep.deployed.methods import Whole
+from structrep.graph.calls import Call
+from structrep.graph.structures import is_traced
+from structrep.modules.paths import definition
+from structrep.modules.presence import path_to
+from structrep.read.nodes import hands_on
+from structrep.rewrite.forward import Forward
+from structrep.rewrite.guards import Guard
+
+
+class Slot:
+    """A forward that stays as it is, for it runs the layer that is put where it asks for one."""
+
+    def __init__(self, forward: Forward) -> None:
+        self.forward = forward
+        self.constants: dict[str, Any] = {}
+        self.merged: dict[Any, Any] = {}
+
+    def holding(self, module: nn.Module) -> set[Guard]:
+        """What the forward was told that still holds."""
+        return self.forward.holding(module)
+
+
+def is_asked_for(call: Call, name: str) -> bool:
+    """Whether the text of a method asks its module for something of a name, of which there is none yet."""
+    read = definition(call.bytecode) if call.bytecode is not None else None
+    if read is None or not read[0].args.args:
+        return False
+    itself = read[0].args.args[0].arg
+    return any(isinstance(node, ast.Attribute) and path_to(node, itself) == name for node in ast.walk(read[0]))
+
+
+def slot(forward: Forward, name: str, dead: Set[nn.Module]) -> Slot | None:
+    """The slot that a method has for a layer of a name; None if it does something else with it than what is written.
+
+    Args:
+        dead: the modules that nothing calls any more.
+    """
+    module = forward.call.module
+    parts = {key: None if part in dead else part for key, part in module._modules.items()}
+    twin: nn.Module = object.__new__(type(module))
+    twin.__dict__ = {**{k: v for k, v in vars(module).items() if k != name}, "_modules": {**parts, name: nn.Identity()}}
+    constants = {key: value for key, value in forward.call.arguments().items() if not is_traced(value)}
+    try:
+        graph = Whole().trace(twin, constants)
+    except Exception:  # whatever the user's own code raises, with a value that is none
+        return None
+    idle = set[fx.Node]()
+    for old, new in forward.env.items():
+        source = hands_on(old) if old not in forward.edits.changed and isinstance(new, fx.Node) else None
+        if source is not None and forward.env.get(source) in new.all_input_nodes[:1]:
+            idle.add(new)
+    return Slot(forward) if _Same(idle).all(_result(forward.graph), _result(graph)) else None
+
+
+def _result(graph: fx.Graph) -> Any:
+    return next(node.args[0] for node in reversed(graph.nodes) if node.op == "output")
+
+
+class _Same:
+    """Whether two graphs compute the same, as far as their results tell.
+
+    Args:
+        idle: nodes of the first that hand on what they are given.
+    """
+
+    def __init__(self, idle: Set[fx.Node]) -> None:
+        self.idle = idle
+        self.targets = {node.target for node in idle if node.op == "call_module"}
+        self.pairs: dict[fx.Node, fx.Node] = {}
+
+    def all(self, one: Any, other: Any) -> bool:
+        pending = [(one, other)]
+        for one, other in pending:
+            while isinstance(one, fx.Node) and one in self.idle:
+                one = one.all_input_nodes[0]
+            while isinstance(other, fx.Node) and other.op == "call_module" and other.target in self.targets:
+                other = other.all_input_nodes[0]
+            if isinstance(one, fx.Node) and isinstance(other, fx.Node):
+                if one in self.pairs:
+                    if self.pairs[one] is not other:
+                        return False
+                    continue
+                self.pairs[one] = other
+                if (one.op, one.target) != (other.op, other.target):
+                    return False
+                pending += [(one.args, other.args), (one.kwargs, other.kwargs)]
+            elif isinstance(one, (tuple, list)) and isinstance(other, (tuple, list)):
+                if len(one) != len(other):
+                    return False
+                pending += zip(one, other, strict=True)
+            elif isinstance(one, dict) and isinstance(other, dict):
+                if one.keys() != other.keys():
+                    return False
+                pending += [(one[key], other[key]) for key in one]
+            elif type(one) is not type(other) or one != other:
+                return False
+        return True

@@ -1,0 +1,157 @@
+"""What code may do, on a path that a trace has not taken, with what a merge makes another."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import itertools
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import fx, nn
+
+from structrep.graph.calls import Call, Traced
+from structrep.graph.facts import AT, CALL
+from structrep.graph.shapes import torch_name
+from structrep.graph.structures import proxies
+from structrep.match.merge import Merge
+from structrep.modules.paths import branches, parts_of, place, span, strays
+from structrep.modules.uses import Place, Use, place_of, uses
+from structrep.read.nodes import hands_on
+
+
+class Untaken:
+    """The paths of a model's code that its traces have not taken."""
+
+    def __init__(self, traced: Traced) -> None:
+        self.traced = traced
+        self.uses: dict[tuple[nn.Module, str], list[Use]] = {}  # of parts, by the code of a method
+        self.alike: dict[Any, tuple[dict[nn.Module, str], list[Use]]] = {}  # and of modules that have the same parts
+        self.sites: dict[nn.Module, set[Place]] = defaultdict(
+            set
+        )  # where the code of a module was seen to do something
+        self.given: dict[fx.Node, set[Call]] = defaultdict(set)  # a value -> the calls that are given it
+        for call in itertools.chain(*traced.calls.values()):
+            given = [] if call.leaf else [proxy.node for proxy in proxies((call.args, call.kwargs))]
+            for node in (*given, *call.held):
+                self.given[node].add(call)
+
+    def strays(self, merge: Merge) -> set[Call]:
+        """The calls whose code may read a value that will be another, or give another to what is merged."""
+        gone = {node for node in merge.nodes if node is not merge.root}
+        gone = gone.union(*(one.changed for one in merge.absorbed))
+        return {call for node in gone for call in self._seen_by(node) if _strays(node, call)}
+
+    def misuses(self, merge: Merge) -> dict[Call, list[Use]]:
+        """What the code of calls, on a path that was not taken, may do with some of what is merged without the rest."""
+        nodes = {*merge.nodes, *(one.node for one in merge.absorbed)}
+        made = [CALL.of(node) for node in nodes]
+        chains = [list((call.parent if call.leaf else call).chain()) for call in made]
+        owner = next((one for one in chains[0] if all(one in chain for chain in chains)), None)
+        paths = [call.path.split(".") for call in made]
+        above = len(owner.path.split(".")) if owner is not None and owner.path else 0
+        below = {tuple(path[:depth]) for path in paths for depth in range(above + 1, len(path) + 1)}
+        some = {way for way in below if not all(tuple(path[: len(way)]) == way for path in paths)}
+        parts = {self.traced.model.get_submodule(".".join(way)) for way in some}
+        if not parts:
+            return {}
+        around = list(dict.fromkeys(call for chain in chains for call in chain))
+        found: dict[Call, list[Use]] = {}
+        hangs: dict[frozenset[str], list[tuple[Call, Use]]] = {}
+        for call in around:
+            others = {one.bytecode for one in around if one.module is call.module and one is not call}
+            for use in self._uses_of(call):
+                if use.parts.isdisjoint(parts) or use.code in others - {call.bytecode}:
+                    continue
+                several = bool(use.hangs_on) and len(use.parts & parts) > 1
+                if several or use.places.isdisjoint(self._sites_of(call.module)):
+                    found.setdefault(call, []).append(use)
+                else:
+                    hangs.setdefault(use.hangs_on, []).append((call, use))
+        if len(hangs) > 1:  # what is always the same part goes with what may be another
+            for on, those in hangs.items():
+                for call, use in those if on else ():
+                    found.setdefault(call, []).append(use)
+        return found
+
+    def _uses_of(self, call: Call) -> list[Use]:
+        """What the code of a call does with parts of its module; read once for modules that have the same."""
+        key = (call.module, call.method)
+        if key not in self.uses:
+            paths = {part: path for path, part in call.module.named_modules()}
+            parts = tuple((path, type(part)) for part, path in paths.items())
+            like = (call.bytecode, parts, *vars(call.module))
+            first, found = self.alike.get(like, (paths, None))
+            if found is None or not all(use.parts <= first.keys() for use in found):  # or parts that are held elsewhere
+                self.uses[key] = uses(call.module, call.code)
+                self.alike.setdefault(like, (paths, self.uses[key]))
+            else:
+                own = dict(zip(first, paths, strict=True))
+                self.uses[key] = [replace(use, parts=frozenset(own[part] for part in use.parts)) for use in found]
+        return self.uses[key]
+
+    def _sites_of(self, module: nn.Module) -> set[Place]:
+        if not self.sites:
+            for call in itertools.chain(*self.traced.calls.values()):
+                code, made = call.bytecode, self.sites[call.module]
+                for step in call.steps if not call.leaf else ():
+                    at = step.at if isinstance(step, Call) else AT.of(step)
+                    if code is not None and at is not None and (node := place(code, at)) is not None:
+                        made.add(place_of(node, code))
+        return self.sites[module]
+
+    def _seen_by(self, node: fx.Node) -> set[Call]:
+        """The calls whose code has a value in hand: that made it, were given it, or were given it back."""
+        found: set[Call] = set(self.given.get(node, ()))
+        made: Call | None = CALL.of(node)
+        while made is not None:
+            found |= {made} if not made.leaf else set()
+            if node not in {proxy.node for proxy in proxies(made.result)}:
+                break
+            made = made.parent
+        return found
+
+
+def told_to_do_nothing(nodes: Sequence[fx.Node]) -> Iterator[Call]:
+    """The calls that do nothing between layers for a number, a factor of 1, that their code does not spell out."""
+    inert = [node.op != "call_module" and hands_on(node) is not None for node in nodes]
+    while inert and inert[-1]:  # behind all of them it may do something
+        inert.pop()
+    for node in (node for node, nothing in zip(nodes, inert, strict=False) if nothing):
+        numbers = [one for one in (*node.args, *node.kwargs.values()) if type(one) in (int, float)]
+        at = AT.of(node)
+        spelt = place(CALL.of(node).bytecode, at) if numbers and at is not None else None
+        given = [*ast.iter_child_nodes(spelt), *(one.value for one in getattr(spelt, "keywords", ()))] if spelt else []
+        told = any(all(getattr(one, "value", None) != number for one in given) for number in numbers)
+        if told and "dropout" not in torch_name(node):
+            yield CALL.of(node)
+
+
+def _strays(node: fx.Node, call: Call) -> bool:
+    """Whether a call's code may read a value on a path that was not taken, or read another instead."""
+    code = call.bytecode
+    if code is None or str(getattr(inspect.unwrap(call.code), "__module__", "")).startswith("torch."):
+        return False
+    if any(map(branches, call.held.get(node, ()))):
+        return True
+    maker: fx.Node | Call = node
+    taken: list[int | None] = []
+    names: list[str] = []
+    for step in call.steps:
+        if isinstance(step, fx.Node):
+            if node in step.all_input_nodes:
+                taken.append(AT.of(step))
+            continue
+        if node in {proxy.node for proxy in proxies((step.args, step.kwargs))}:
+            taken.append(step.at)
+        if step in CALL.of(node).chain():
+            maker = step
+    given = inspect.signature(call.function).bind(*call.args, **call.kwargs).arguments
+    names = [name for name, value in given.items() if node in {proxy.node for proxy in proxies(value)}]
+    at = maker.at if isinstance(maker, Call) else AT.of(maker) if CALL.of(maker) is call else None
+    returned = node in {proxy.node for proxy in proxies(call.result)}
+    spans = frozenset(None if one is None else span(code, one) for one in taken)
+    made = None if at is None else span(code, at)
+    return strays(code, made, frozenset(names), spans, returned, parts_of(call.module))
