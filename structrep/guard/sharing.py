@@ -14,7 +14,7 @@ from structrep.errors import Shared
 from structrep.graph.calls import Call, Traced
 from structrep.graph.facts import ASSIGNED, CALL, COMPUTED, FORMULA, SHAPE, VALUE
 from structrep.graph.names import is_lone_layer, path_of
-from structrep.modules.mentions import questions
+from structrep.guard.asked import Asking
 from structrep.modules.source import names_reached
 
 
@@ -35,9 +35,7 @@ class Replicas:
             for path, module in untraced.items()
             if not isinstance(module, torch.jit.ScriptModule)  # which reaches for nothing outside of itself
         }
-        self.asked: dict[str, list[tuple[str, str]]] = {}  # path -> forwards that ask it for something, and for what
-        for path, question in _asked(traced.model):
-            self.asked.setdefault(path, []).append(question)
+        self.asking = Asking(traced)
         self.listed = {
             part
             for module in traced.model.modules()
@@ -98,10 +96,11 @@ class Replicas:
         if call.module in self.listed:
             raise Shared(f"{call.path} is also held in a list or attribute that is none of torch's")
         stays = is_lone_layer(inside) and not turns_around(call.module)  # the very layer, with all its settings
-        for asker, what in self.asked.get(call.path, ()) if call.leaf else ():
-            if asker not in {path for path, _ in anew} and not (stays and what in call.module.__dict__):
-                asks = f"{asker or 'the model'} asks for {what} of {call.path} in its forward"
-                raise Shared(f"{asks}: a merge would change it")
+        for one in self.asking.found.get(call.path, ()) if call.leaf else ():
+            written = one.asker is not None and site(next(one.asker.homes())) in anew
+            kept = (stays and one.what in call.module.__dict__) or (one.apart and _moves_alone(call, touched))
+            if not written and not kept:
+                raise Shared(f"{one.said_of(call.path)}: a merge would change it")
         held = {**call.module._parameters, **call.module._buffers} if call.leaf else {}
         for name, tensor in held.items():
             for other in self.traced.reached.get(f"{call.path}.{name}", ()):
@@ -146,6 +145,11 @@ class Replicas:
         return self.prints[call]
 
 
+def _moves_alone(layer: Call, touched: set[Call]) -> bool:
+    """Whether a layer is the only one of a merge with a stride and a padding, which the merged one has then."""
+    return not any(one is not layer and one.leaf and hasattr(one.module, "stride") for one in touched)
+
+
 def site(call: Call) -> tuple[str, str]:
     """Whose method a call is of; the same for every trace."""
     return call.path, call.method
@@ -155,24 +159,6 @@ def written_in_forwards(nodes: Iterable[fx.Node]) -> set[tuple[str, str]]:
     """The methods that some nodes are written in, which change if these vanish; a layer that is called is swapped,
     unless its caller computes its numbers."""
     return {site(next(CALL.of(n).homes())) for n in nodes if n.op != "call_module" or ASSIGNED.of(n)}
-
-
-def _asked(model: nn.Module) -> Iterator[tuple[str, tuple[str, str]]]:
-    """Paths of modules that a forward asks for more than to run: by whom, and for what."""
-    for path, module in model.named_modules():
-        for names in questions(module):
-            part: Any = module
-            *way, what = names
-            for name in way:
-                part = part._modules.get(name) if isinstance(part, nn.Module) else None
-            if part is None:
-                continue
-            where = ".".join(filter(None, (path, *way)))
-            if what in ("*", "+"):
-                for name, _ in part.named_children() if what == "+" else part.named_modules():
-                    yield ".".join(filter(None, (where, name))), (path, "what it is")
-            elif what not in part._modules:
-                yield where, (path, what)
 
 
 def _marks(call: Call) -> Iterator[object]:

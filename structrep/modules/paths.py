@@ -217,6 +217,32 @@ def definition(
     return None
 
 
+Syntax: TypeAlias = tuple[ast.AST, dict[ast.AST, ast.AST], dict[Any, ast.AST]]
+
+
+@functools.lru_cache(4096)
+def definition_around(code: CodeType) -> Syntax | None:
+    """The syntax of the function whose code it is, or that it stands in, as a generator does; what each part of it is
+    in, and where it stands; None if that cannot be read."""
+    if (own := definition(code)) is not None or not code.co_name.startswith("<"):
+        return own
+    tree = _file(code.co_filename)
+    lines = [one[0] for one in _positions(code) if one[0] is not None and one[2] != one[3]]
+    functions = (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)) if tree is not None else ()
+    inside = [one for one in functions if lines and one.lineno <= min(lines) and max(lines) <= (one.end_lineno or 0)]
+    if not inside:
+        return None
+    node = max(inside, key=lambda one: one.lineno)
+    parents = {child: parent for parent in ast.walk(node) for child in ast.iter_child_nodes(parent)}
+    return node, parents, _places(node)
+
+
+def place_around(code: CodeType, at: int) -> ast.AST | None:
+    """The expression that an instruction is of, in whatever it stands; None if the source cannot be read."""
+    found, where = definition_around(code), span(code, at)
+    return None if found is None else found[2].get(where, found[2].get(where[::2]))
+
+
 class _Walk:
     """A walk along all paths of a function, with the names that may hold one value and those that surely do."""
 

@@ -123,6 +123,7 @@ class Draft:
             for node in (one.node for one in merge.absorbed if one.ends):
                 if node.op == "call_module":
                     self.ended.add(CALL.of(node))
+                    self._told_by(CALL.of(node), merge)
                 else:
                     self.edits.ended.add(node)
                     self._written_by(Unit((Segment(node, node, ONE, (node,)),)), merge, dead=False)
@@ -146,6 +147,7 @@ class Draft:
                 gone = gone.union(*(one.changed for one in merge.absorbed))
                 self.strays[merge] = {call for node in gone for call in self._seen_by(node) if _strays(node, call)}
                 self.strays[merge] |= self._used_otherwise(merge)
+                self.strays[merge] |= self.replicas.asking.otherwise(merge.nodes)
                 self.strays[merge].update(_told_to_do_nothing(merge.nodes))
             for call in self.strays[merge]:
                 owner = next(call.homes())

@@ -1,0 +1,358 @@
+"""What code asks about the parts of its module, by its source: methods that a trace has not run, and what code that it
+has run does with a part which it got."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+from collections.abc import Iterator
+from types import CodeType, FunctionType
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from structrep.modules.paths import definition_around, place_around
+from structrep.modules.source import _asked_of, functions, read_function, syntax
+
+WHAT = "what it is"  # what is asked about a part that is handed to somebody, or met on a walk
+FIRST = "its first parameter"  # of which no more than dtype and device are asked
+MODULES = {
+    "modules": "*",
+    "named_modules": "*",
+    "apply": "*",
+    "state_dict": "*",
+    "children": "+",
+    "named_children": "+",
+}
+TENSORS = frozenset({"parameters", "named_parameters", "buffers", "named_buffers"})
+GEOMETRY = frozenset({"stride", "padding", "kernel_size", "dilation", "groups", "padding_mode"})
+_KINDS = {"dtype", "device"}  # what no merge changes, where all parameters have the same
+
+Names = tuple[
+    str | None, ...
+]  # a way from a module: names of parts, None for any; "+" for all parts, "*" for all below
+
+
+class Ask(NamedTuple):
+    """A question about a part: the way there, for what, and where it stands."""
+
+    way: Names
+    what: str
+    file: str
+    line: int
+
+
+class Handed(NamedTuple):
+    """A part that is given away: the way to it, in which line, and as which argument of which function, if that is
+    called by a plain name, or of which method of the module whose code it is."""
+
+    way: Names
+    line: int
+    place: int = -1
+    helper: str = ""
+    method: str = ""
+
+
+# --- methods ----------------------------------------------------------------------------------------------------------
+
+
+def asks(module: nn.Module, methods: tuple[str, ...], picked: bool) -> Iterator[tuple[str, Ask]]:
+    """What methods of a module, or what they call of its own and of its parts, may ask about its parts: their settings
+    (`self.norm.eps`), their types (`isinstance(self.norm, ...)`), or hand them to somebody. Branches that are taken in
+    training mode alone are left out. Gives the path of each part with the question.
+
+    Args:
+        picked: whether parts count that are got by a computed name.
+    """
+    pending, seen = [("", module, name) for name in methods], set[tuple[str, str]]()
+    while pending:
+        path, owner, name = pending.pop()
+        cls: Any = type(owner)
+        function = methods_of(cls).get(name)
+        if function is None or (path, name) in seen:
+            continue
+        seen.add((path, name))
+        own = _own(function)
+        known, starts = methods_of(cls), own.starts
+        called = own.called | {one for one in known if starts is not None and _may_be(one, starts)}
+        pending += [(path, owner, one) for one in called]
+        for ask in (*own.asks, *((Ask(("+",), WHAT, *own.picks),) if picked and own.picks else ())):
+            for below, part in resolve(owner, ask.way):
+                where = ".".join(filter(None, (path, below)))
+                of: Any = type(part)
+                if ask.what in methods_of(of):
+                    pending.append((where, part, ask.what))
+                elif ask.what not in part._modules:
+                    yield where, ask
+
+
+def resolve(module: nn.Module, way: Names) -> Iterator[tuple[str, nn.Module]]:
+    """The modules that a way leads to, by path."""
+    found = [("", module)]
+    for name in way:
+        if name == "*":
+            found = [(_joined(path, below), one) for path, part in found for below, one in part.named_modules()]
+        else:
+            every = name is None or name == "+"
+            found = [
+                (_joined(path, key), one)
+                for path, part in found
+                for key, one in part._modules.items()
+                if one is not None and (every or key == name)
+            ]
+    yield from found
+
+
+def _joined(*names: str) -> str:
+    return ".".join(filter(None, names))
+
+
+@functools.lru_cache(4096)
+def methods_of(cls: Any) -> dict[str, FunctionType]:
+    """The functions of a class and those behind its properties, but for torch's own."""
+    known = functions(cls)
+    for base in reversed(cls.__mro__[: cls.__mro__.index(nn.Module)] if issubclass(cls, nn.Module) else ()):
+        for name, value in vars(base).items():
+            if isinstance(value, property) and isinstance(value.fget, FunctionType):
+                known[name] = value.fget
+    return known
+
+
+def _may_be(name: str, starts: str) -> bool:
+    """Whether a computed name may be that of a method that somebody calls by one."""
+    return name.startswith(starts) and not (name.startswith("__") or hasattr(nn.Module, name))
+
+
+class _Own(NamedTuple):
+    """What the code of one method asks, which attributes of its module it names, how the names begin that it computes
+    and calls, and where it computes the first name of another attribute."""
+
+    asks: tuple[Ask, ...] = ()
+    called: frozenset[str] = frozenset()
+    starts: str | None = None
+    picks: tuple[str, int] | None = None
+
+
+@functools.lru_cache(4096)
+def _own(function: FunctionType) -> _Own:
+    read = read_function(function)
+    if read is None:
+        return _Own()
+    tree, itself = read
+    plain = inspect.unwrap(function)
+    file, above = plain.__code__.co_filename, plain.__code__.co_firstlineno - 1
+    nodes = list(_in_eval(tree, itself))
+    parents = {child: parent for parent in ast.walk(tree) for child in ast.iter_child_nodes(parent)}
+    others: dict[str, Names] = {itself: ()}  # names of the module and, of its parts, those given in passing
+    for node in nodes:
+        target = node.targets[0] if isinstance(node, ast.Assign) and len(node.targets) == 1 else None
+        if isinstance(node, ast.Assign) and isinstance(target, ast.Name):
+            others |= {target.id: names} if (names := _names(node.value, {itself: ()})) else {}
+    asked: list[Ask] = []
+    called: set[str] = set()
+    starts: list[str] = []
+    picks: list[int] = []
+    run = {node.func for node in nodes if isinstance(node, ast.Call)}
+    for node in nodes:
+        line = above + getattr(node, "lineno", 0)
+        if isinstance(node, ast.Attribute) and not isinstance(parents.get(node), ast.Attribute):
+            names = _names(node, others) or ()
+            last = names[-1] if names else None
+            if node in run and (last in MODULES or last in TENSORS):
+                if last in TENSORS and _asks_first(parents[node], parents, nodes):
+                    asked.append(Ask((*names[:-1], "*"), FIRST, file, line))
+                elif not _only_runs(parents[node], parents, nodes):
+                    asked.append(Ask((*names[:-1], MODULES.get(str(last), "*")), WHAT, file, line))
+            elif len(names) == 1:
+                called.add(str(last))
+            elif names and not (node in run and last == "forward"):
+                asked.append(Ask(names[:-1], str(last), file, line))
+        given: list[ast.expr] = []
+        if isinstance(node, ast.Call):
+            helper = plain.__globals__.get(node.func.id) if isinstance(node.func, ast.Name) else None
+            given = [one for place, one in enumerate(node.args) if not asks_for_geometry(helper, place)]
+            given += [keyword.value for keyword in node.keywords]
+            if _gets(node, itself):
+                name = node.args[1]
+                if isinstance(name, ast.Constant):
+                    called.add(str(name.value))
+                elif node in run:
+                    starts.append(_beginning(name))
+                else:
+                    picks.append(line)
+        elif isinstance(node, ast.Match):
+            given = [node.subject]
+        asked += [Ask(names, WHAT, file, line) for one in given if (names := _names(one, others))]
+    common = None if not starts else starts[0] if len(set(starts)) == 1 else ""
+    return _Own(tuple(dict.fromkeys(asked)), frozenset(called), common, (file, picks[0]) if picks else None)
+
+
+def _in_eval(tree: ast.AST, itself: str) -> Iterator[ast.AST]:
+    """The parts of code but for what runs in training mode alone."""
+    pending = [tree]
+    while pending:
+        node = pending.pop(0)
+        yield node
+        skipped: list[ast.AST] = []
+        if isinstance(node, (ast.If, ast.IfExp)):
+            test = node.test
+            if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not) and _is_mode(test.operand, itself):
+                skipped = [*node.orelse] if isinstance(node, ast.If) else [node.orelse]
+            elif any(_is_mode(one, itself) for one in _all_of(test)):
+                skipped = [*node.body] if isinstance(node, ast.If) else [node.body]
+        pending += [child for child in ast.iter_child_nodes(node) if child not in skipped]
+
+
+def _all_of(test: ast.expr) -> list[ast.expr]:
+    """What must all hold for a condition to."""
+    return test.values if isinstance(test, ast.BoolOp) and isinstance(test.op, ast.And) else [test]
+
+
+def _is_mode(node: ast.expr, itself: str) -> bool:
+    return _names(node, {itself: ()}) == ("training",)
+
+
+def _gets(call: ast.Call, itself: str) -> bool:
+    """Whether a call is `getattr(self, ...)`."""
+    plain = isinstance(call.func, ast.Name) and call.func.id == "getattr" and len(call.args) > 1
+    return plain and isinstance(call.args[0], ast.Name) and call.args[0].id == itself
+
+
+def _beginning(name: ast.expr) -> str:
+    """How a computed name begins, as far as is known: "by_" of `f"by_{how}"`."""
+    first = name.values[0] if isinstance(name, ast.JoinedStr) and name.values else None
+    return first.value if isinstance(first, ast.Constant) and isinstance(first.value, str) else ""
+
+
+def _asks_first(walk: ast.AST, parents: dict[ast.AST, ast.AST], nodes: list[ast.AST]) -> bool:
+    """Whether of what a walk over parameters gives, the first is asked for its dtype or device, and nothing else."""
+    node, taken = walk, False
+    while isinstance(parent := parents.get(node), ast.Call) and isinstance(parent.func, ast.Name):
+        if parent.func.id not in ("next", "iter") or parent.args[:1] != [node]:
+            return False
+        node, taken = parent, taken or parent.func.id == "next"
+    if isinstance(parent, ast.Assign) and len(parent.targets) == 1 and isinstance(parent.targets[0], ast.Name):
+        name = parent.targets[0].id
+        uses = [n for n in nodes if isinstance(n, ast.Name) and n.id == name and isinstance(n.ctx, ast.Load)]
+        return taken and all(_is_kind(parents.get(one)) for one in uses)
+    return taken and _is_kind(parent)
+
+
+def _is_kind(node: ast.AST | None) -> bool:
+    return isinstance(node, ast.Attribute) and node.attr in _KINDS
+
+
+def _only_runs(walk: ast.AST, parents: dict[ast.AST, ast.AST], nodes: list[ast.AST]) -> bool:
+    """Whether a loop over what a call gives does no more with each than to call it: `for block in self.children()`."""
+    loop = parents.get(walk)
+    if not isinstance(loop, ast.For) or loop.iter is not walk:
+        return False
+    target = loop.target.elts[-1] if isinstance(loop.target, ast.Tuple) else loop.target
+    if not isinstance(target, ast.Name):
+        return False
+    run = {node.func for node in nodes if isinstance(node, ast.Call)}
+    uses = {n for n in nodes if isinstance(n, ast.Name) and n.id == target.id and n is not target}
+    return bool(uses) and uses <= run
+
+
+@functools.lru_cache(4096)
+def asks_for_geometry(function: Any, place: int) -> bool:
+    """Whether all that a function asks of an argument is how a convolution moves, as one that computes pads does."""
+    tree = syntax(function) if isinstance(function, FunctionType) else None
+    if not isinstance(tree, ast.FunctionDef) or place >= len(tree.args.args):
+        return False
+    asked = _asked_of({tree.args.args[place].arg}, tree)
+    return asked is not None and bool(asked) and GEOMETRY.issuperset(asked)
+
+
+def _names(node: ast.AST, known: dict[str, Names]) -> Names | None:
+    """("a", "b") of `self.a.b`, and of `c.b` where c is known to be self.a; None of anything else. An index counts as a
+    name, if it is a number."""
+    names: list[str | None] = []
+    inner = node
+    while isinstance(inner, (ast.Attribute, ast.Subscript)):
+        if isinstance(inner, ast.Attribute):
+            names.insert(0, inner.attr)
+        elif isinstance(inner.slice, ast.Constant) and isinstance(inner.slice.value, int):
+            names.insert(0, str(inner.slice.value))
+        else:
+            return None
+        inner = inner.value
+    return (*known[inner.id], *names) if isinstance(inner, ast.Name) and inner.id in known else None
+
+
+# --- code that ran ----------------------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(4096)
+def only_runs(code: CodeType, at: int) -> bool:
+    """Whether code that looks up a walk over parts loops over it, and does no more with each than to call it."""
+    found, node = definition_around(code), place_around(code, at)
+    if found is None or node is None:
+        return False
+    tree, parents, _ = found
+    call = parents.get(node)
+    return isinstance(call, ast.Call) and call.func is node and _only_runs(call, parents, list(ast.walk(tree)))
+
+
+@functools.lru_cache(4096)
+def handed(code: CodeType, at: int) -> frozenset[Handed]:
+    """What code does with a part that an instruction gets, apart from calling it and asking for its attributes: to whom
+    it hands it, or something in it, by whatever name, and where it takes it for a class of things or sets its
+    attributes."""
+    found, node = definition_around(code), place_around(code, at)
+    return frozenset(_handed(node, (), *found[:2], set())) if found is not None and node is not None else frozenset()
+
+
+def _handed(
+    node: ast.AST, way: Names, tree: ast.AST, parents: dict[ast.AST, ast.AST], seen: set[tuple[str, Names]]
+) -> Iterator[Handed]:
+    while (parent := parents.get(node)) is not None:
+        line = getattr(node, "lineno", 0)
+        if isinstance(parent, ast.Subscript) and parent.value is node:
+            if not isinstance(parent.slice, ast.Slice):
+                way = (*way, str(parent.slice.value) if isinstance(parent.slice, ast.Constant) else None)
+        elif isinstance(parent, ast.Attribute):
+            if not isinstance(parent.ctx, ast.Load):
+                yield Handed(way, line)
+            return
+        elif isinstance(parent, ast.Call) and parent.func is not node:
+            called = parent.func
+            helper = called.id if isinstance(called, ast.Name) else ""
+            method = called.attr if isinstance(called, ast.Attribute) and _is_first(called.value, tree) else ""
+            yield Handed(way, line, parent.args.index(node) if node in parent.args else -1, helper, method)
+            return
+        elif isinstance(parent, ast.Match) and parent.subject is node:
+            yield Handed(way, line)
+            return
+        elif isinstance(parent, (ast.For, ast.comprehension)) and parent.iter is node:
+            yield from _as(parent.target, (*way, None), tree, parents, seen)
+            return
+        elif isinstance(parent, (ast.Assign, ast.AnnAssign, ast.NamedExpr)):
+            for target in parent.targets if isinstance(parent, ast.Assign) else [parent.target]:
+                yield from _as(target, way, tree, parents, seen)
+            if not isinstance(parent, ast.NamedExpr):
+                return
+        elif not isinstance(parent, (ast.BoolOp, ast.keyword)) and not (
+            isinstance(parent, ast.IfExp) and parent.test is not node
+        ):
+            return
+        node = parent
+
+
+def _is_first(node: ast.AST, tree: ast.AST) -> bool:
+    """Whether a name is that of a method's own module."""
+    given = tree.args.args if isinstance(tree, ast.FunctionDef) else []
+    return isinstance(node, ast.Name) and bool(given) and node.id == given[0].arg
+
+
+def _as(
+    target: ast.AST, way: Names, tree: ast.AST, parents: dict[ast.AST, ast.AST], seen: set[tuple[str, Names]]
+) -> Iterator[Handed]:
+    """What is done with a part by a name that it was given."""
+    if isinstance(target, ast.Name) and (target.id, way) not in seen and len(way) < 4:
+        seen.add((target.id, way))
+        for one in ast.walk(tree):
+            if isinstance(one, ast.Name) and one.id == target.id and isinstance(one.ctx, ast.Load):
+                yield from _handed(one, way, tree, parents, seen)
