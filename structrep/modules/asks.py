@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from structrep.modules.paths import definition_around, place_around
-from structrep.modules.source import _asked_of, functions, read_function, syntax
+from structrep.modules.call_sites import function_of
+from structrep.modules.paths import definition, definition_around, place_around
+from structrep.modules.source import _asked_of, attribute_of, functions, syntax
 
 WHAT = "what it is"  # what is asked about a part that is handed to somebody, or met on a walk
 FIRST = "its first parameter"  # of which no more than dtype and device are asked
@@ -58,33 +59,39 @@ class Handed(NamedTuple):
 
 
 def asks(module: nn.Module, methods: tuple[str, ...], picked: bool) -> Iterator[tuple[str, Ask]]:
-    """What methods of a module, or what they call of its own and of its parts, may ask about its parts: their settings
-    (`self.norm.eps`), their types (`isinstance(self.norm, ...)`), or hand them to somebody. Branches that are taken in
-    training mode alone are left out. Gives the path of each part with the question.
+    """What methods of a module may ask about its parts, themselves or in what they call of its own, of its parts and of
+    functions that they hand them to: their settings (`self.norm.eps`), their types (`isinstance(self.norm, ...)`), or
+    hand them to somebody. Branches that are taken in training mode alone are left out. Gives the path of each part with
+    the question.
 
     Args:
         picked: whether parts count that are got by a computed name.
     """
-    pending, seen = [("", module, name) for name in methods], set[tuple[str, str]]()
+    pending: list[tuple[str, nn.Module, Any, int]] = [("", module, name, 0) for name in methods]
+    seen = set[tuple[str, FunctionType, int]]()
     while pending:
-        path, owner, name = pending.pop()
+        path, owner, called, place = pending.pop()
         cls: Any = type(owner)
-        function = methods_of(cls).get(name)
-        if function is None or (path, name) in seen:
+        known = methods_of(cls)
+        function = known.get(called) if isinstance(called, str) else called
+        if function is None or (path, function, place) in seen:
             continue
-        seen.add((path, name))
-        own = _own(function)
-        known, starts = methods_of(cls), own.starts
-        called = own.called | {one for one in known if starts is not None and _may_be(one, starts)}
-        pending += [(path, owner, one) for one in called]
+        seen.add((path, function, place))
+        own = _own(function, place)
+        pending += [(path, owner, one, 0) for one in own.named]
+        pending += [
+            (path, owner, one, 0) for one in known if any(_may_be(one, known[one], way) for way in own.computed)
+        ]
+        for way, receiver, where in own.hands:
+            receiver = known.get(receiver) if isinstance(receiver, str) else receiver
+            pending += [(_joined(path, below), part, receiver, where) for below, part in resolve(owner, way)]
         for ask in (*own.asks, *((Ask(("+",), WHAT, *own.picks),) if picked and own.picks else ())):
             for below, part in resolve(owner, ask.way):
-                where = ".".join(filter(None, (path, below)))
                 of: Any = type(part)
                 if ask.what in methods_of(of):
-                    pending.append((where, part, ask.what))
+                    pending.append((_joined(path, below), part, ask.what, 0))
                 elif ask.what not in part._modules:
-                    yield where, ask
+                    yield _joined(path, below), ask
 
 
 def resolve(module: nn.Module, way: Names) -> Iterator[tuple[str, nn.Module]]:
@@ -112,50 +119,66 @@ def _joined(*names: str) -> str:
 def methods_of(cls: Any) -> dict[str, FunctionType]:
     """The functions of a class and those behind its properties, but for torch's own."""
     known = functions(cls)
-    for base in reversed(cls.__mro__[: cls.__mro__.index(nn.Module)] if issubclass(cls, nn.Module) else ()):
+    for base in reversed(cls.__mro__[: cls.__mro__.index(nn.Module)]):
         for name, value in vars(base).items():
             if isinstance(value, property) and isinstance(value.fget, FunctionType):
                 known[name] = value.fget
     return known
 
 
-def _may_be(name: str, starts: str) -> bool:
-    """Whether a computed name may be that of a method that somebody calls by one."""
-    return name.startswith(starts) and not (name.startswith("__") or hasattr(nn.Module, name))
+class _Computed(NamedTuple):
+    """A call of what has a computed name: how that begins, and with how many arguments, None if that is not known."""
+
+    starts: str
+    given: int | None
+
+
+def _may_be(name: str, function: FunctionType, called: _Computed) -> bool:
+    """Whether a method may be what is called by a computed name."""
+    if not name.startswith(called.starts) or name.startswith("__") or hasattr(nn.Module, name):
+        return False
+    try:
+        inspect.signature(function).bind(*[None] * (1 + (called.given or 0)))
+    except TypeError:
+        return called.given is None
+    return True
 
 
 class _Own(NamedTuple):
-    """What the code of one method asks, which attributes of its module it names, how the names begin that it computes
-    and calls, and where it computes the first name of another attribute."""
+    """What the code of one function asks about the parts of a module, which attributes of it it names, what it calls by
+    computed names, to which functions and methods it hands what, and where it computes the name of something that it
+    does not call."""
 
     asks: tuple[Ask, ...] = ()
-    called: frozenset[str] = frozenset()
-    starts: str | None = None
+    named: frozenset[str] = frozenset()
+    computed: frozenset[_Computed] = frozenset()
+    hands: tuple[tuple[Names, Any, int], ...] = ()
     picks: tuple[str, int] | None = None
 
 
 @functools.lru_cache(4096)
-def _own(function: FunctionType) -> _Own:
-    read = read_function(function)
-    if read is None:
+def _own(function: FunctionType, place: int) -> _Own:
+    """What a function does with the module that it is given at a place."""
+    plain: Any = inspect.unwrap(function)
+    found = definition(plain.__code__) if isinstance(plain, FunctionType) else None
+    if found is None or place >= len(found[0].args.args):
         return _Own()
-    tree, itself = read
-    plain = inspect.unwrap(function)
-    file, above = plain.__code__.co_filename, plain.__code__.co_firstlineno - 1
+    tree, parents, _ = found
+    file, itself = plain.__code__.co_filename, tree.args.args[place].arg
     nodes = list(_in_eval(tree, itself))
-    parents = {child: parent for parent in ast.walk(tree) for child in ast.iter_child_nodes(parent)}
     others: dict[str, Names] = {itself: ()}  # names of the module and, of its parts, those given in passing
     for node in nodes:
         target = node.targets[0] if isinstance(node, ast.Assign) and len(node.targets) == 1 else None
         if isinstance(node, ast.Assign) and isinstance(target, ast.Name):
             others |= {target.id: names} if (names := _names(node.value, {itself: ()})) else {}
     asked: list[Ask] = []
-    called: set[str] = set()
-    starts: list[str] = []
+    named: set[str] = set()
+    computed: set[_Computed] = set()
+    hands: list[tuple[Names, Any, int]] = []
     picks: list[int] = []
     run = {node.func for node in nodes if isinstance(node, ast.Call)}
     for node in nodes:
-        line = above + getattr(node, "lineno", 0)
+        line = getattr(node, "lineno", 0)
         if isinstance(node, ast.Attribute) and not isinstance(parents.get(node), ast.Attribute):
             names = _names(node, others) or ()
             last = names[-1] if names else None
@@ -165,7 +188,7 @@ def _own(function: FunctionType) -> _Own:
                 elif not _only_runs(parents[node], parents, nodes):
                     asked.append(Ask((*names[:-1], MODULES.get(str(last), "*")), WHAT, file, line))
             elif len(names) == 1:
-                called.add(str(last))
+                named.add(str(last))
             elif names and not (node in run and last == "forward"):
                 asked.append(Ask(names[:-1], str(last), file, line))
         given: list[ast.expr] = []
@@ -176,16 +199,40 @@ def _own(function: FunctionType) -> _Own:
             if _gets(node, itself):
                 name = node.args[1]
                 if isinstance(name, ast.Constant):
-                    called.add(str(name.value))
+                    named.add(str(name.value))
                 elif node in run:
-                    starts.append(_beginning(name))
+                    computed.add(_Computed(_beginning(name), _count(parents[node])))
                 else:
                     picks.append(line)
+            else:
+                hands += _receivers(node, others, itself, plain)
         elif isinstance(node, ast.Match):
             given = [node.subject]
         asked += [Ask(names, WHAT, file, line) for one in given if (names := _names(one, others))]
-    common = None if not starts else starts[0] if len(set(starts)) == 1 else ""
-    return _Own(tuple(dict.fromkeys(asked)), frozenset(called), common, (file, picks[0]) if picks else None)
+    return _Own(
+        tuple(dict.fromkeys(asked)),
+        frozenset(named),
+        frozenset(computed),
+        tuple(hands),
+        (file, picks[0]) if picks else None,
+    )
+
+
+def _count(call: ast.AST) -> int | None:
+    """How many arguments a call gives; None if that is not known."""
+    plain = isinstance(call, ast.Call) and not call.keywords and not any(isinstance(a, ast.Starred) for a in call.args)
+    return len(call.args) if isinstance(call, ast.Call) and plain else None
+
+
+def _receivers(
+    call: ast.Call, others: dict[str, Names], itself: str, function: FunctionType
+) -> Iterator[tuple[Names, Any, int]]:
+    """The module and the parts that a call hands to a function or a method, and at which place that takes them."""
+    own = isinstance(call.func, ast.Attribute) and attribute_of(call.func, itself)
+    receiver = call.func.attr if isinstance(call.func, ast.Attribute) and own else function_of(call.func, function)
+    for place, one in enumerate(call.args):
+        if receiver is not None and (names := _names(one, others)) is not None:
+            yield names, receiver, place + own
 
 
 def _in_eval(tree: ast.AST, itself: str) -> Iterator[ast.AST]:
@@ -302,57 +349,66 @@ def handed(code: CodeType, at: int) -> frozenset[Handed]:
     it hands it, or something in it, by whatever name, and where it takes it for a class of things or sets its
     attributes."""
     found, node = definition_around(code), place_around(code, at)
-    return frozenset(_handed(node, (), *found[:2], set())) if found is not None and node is not None else frozenset()
+    return frozenset(_Part(*found[:2]).handed(node, (), 0)) if found is not None and node is not None else frozenset()
 
 
-def _handed(
-    node: ast.AST, way: Names, tree: ast.AST, parents: dict[ast.AST, ast.AST], seen: set[tuple[str, Names]]
-) -> Iterator[Handed]:
-    while (parent := parents.get(node)) is not None:
-        line = getattr(node, "lineno", 0)
-        if isinstance(parent, ast.Subscript) and parent.value is node:
-            if not isinstance(parent.slice, ast.Slice):
-                way = (*way, str(parent.slice.value) if isinstance(parent.slice, ast.Constant) else None)
-        elif isinstance(parent, ast.Attribute):
-            if not isinstance(parent.ctx, ast.Load):
-                yield Handed(way, line)
-            return
-        elif isinstance(parent, ast.Call) and parent.func is not node:
-            called = parent.func
-            helper = called.id if isinstance(called, ast.Name) else ""
-            method = called.attr if isinstance(called, ast.Attribute) and _is_first(called.value, tree) else ""
-            yield Handed(way, line, parent.args.index(node) if node in parent.args else -1, helper, method)
-            return
-        elif isinstance(parent, ast.Match) and parent.subject is node:
-            yield Handed(way, line)
-            return
-        elif isinstance(parent, (ast.For, ast.comprehension)) and parent.iter is node:
-            yield from _as(parent.target, (*way, None), tree, parents, seen)
-            return
-        elif isinstance(parent, (ast.Assign, ast.AnnAssign, ast.NamedExpr)):
-            for target in parent.targets if isinstance(parent, ast.Assign) else [parent.target]:
-                yield from _as(target, way, tree, parents, seen)
-            if not isinstance(parent, ast.NamedExpr):
+class _Part:
+    """What a function does with a part."""
+
+    def __init__(self, tree: ast.AST, parents: dict[ast.AST, ast.AST]) -> None:
+        self.tree, self.parents = tree, parents
+        self.seen: set[tuple[str, Names, int]] = set()
+
+    def handed(self, node: ast.AST, way: Names, boxed: int) -> Iterator[Handed]:
+        """Where an expression ends that gives the part, or what is inside of it.
+
+        Args:
+            boxed: in how many tuples and lists it stands.
+        """
+        while (parent := self.parents.get(node)) is not None:
+            line = getattr(node, "lineno", 0)
+            if isinstance(parent, ast.Subscript) and parent.value is node:
+                if not isinstance(parent.slice, ast.Slice):
+                    key = str(parent.slice.value) if isinstance(parent.slice, ast.Constant) else None
+                    way, boxed = (way, boxed - 1) if boxed else ((*way, key), 0)
+            elif isinstance(parent, ast.Attribute):
+                if not isinstance(parent.ctx, ast.Load):
+                    yield Handed(way, line)
                 return
-        elif not isinstance(parent, (ast.BoolOp, ast.keyword)) and not (
-            isinstance(parent, ast.IfExp) and parent.test is not node
-        ):
-            return
-        node = parent
+            elif isinstance(parent, ast.Call) and parent.func is not node:
+                called = parent.func
+                helper = called.id if isinstance(called, ast.Name) else ""
+                method = called.attr if isinstance(called, ast.Attribute) and self._is_itself(called.value) else ""
+                yield Handed(way, line, parent.args.index(node) if node in parent.args else -1, helper, method)
+                return
+            elif isinstance(parent, ast.Match) and parent.subject is node:
+                yield Handed(way, line)
+                return
+            elif isinstance(parent, (ast.For, ast.comprehension)) and parent.iter is node:
+                yield from self._as(parent.target, *((way, boxed - 1) if boxed else ((*way, None), 0)))
+                return
+            elif isinstance(parent, (ast.Tuple, ast.List)):
+                boxed += 1
+            elif isinstance(parent, (ast.Assign, ast.AnnAssign, ast.NamedExpr)):
+                for target in parent.targets if isinstance(parent, ast.Assign) else [parent.target]:
+                    yield from self._as(target, way, boxed)
+                if not isinstance(parent, ast.NamedExpr):
+                    return
+            elif not isinstance(parent, (ast.BoolOp, ast.keyword, ast.IfExp)) or node is getattr(parent, "test", None):
+                return
+            node = parent
 
+    def _as(self, target: ast.AST, way: Names, boxed: int) -> Iterator[Handed]:
+        """What is done with it by a name that it was given."""
+        for inner in target.elts if isinstance(target, (ast.Tuple, ast.List)) else ():
+            yield from self._as(inner, way, max(boxed - 1, 0))
+        if isinstance(target, ast.Name) and (target.id, way, boxed) not in self.seen and len(way) + boxed < 5:
+            self.seen.add((target.id, way, boxed))
+            for one in ast.walk(self.tree):
+                if isinstance(one, ast.Name) and one.id == target.id and isinstance(one.ctx, ast.Load):
+                    yield from self.handed(one, way, boxed)
 
-def _is_first(node: ast.AST, tree: ast.AST) -> bool:
-    """Whether a name is that of a method's own module."""
-    given = tree.args.args if isinstance(tree, ast.FunctionDef) else []
-    return isinstance(node, ast.Name) and bool(given) and node.id == given[0].arg
-
-
-def _as(
-    target: ast.AST, way: Names, tree: ast.AST, parents: dict[ast.AST, ast.AST], seen: set[tuple[str, Names]]
-) -> Iterator[Handed]:
-    """What is done with a part by a name that it was given."""
-    if isinstance(target, ast.Name) and (target.id, way) not in seen and len(way) < 4:
-        seen.add((target.id, way))
-        for one in ast.walk(tree):
-            if isinstance(one, ast.Name) and one.id == target.id and isinstance(one.ctx, ast.Load):
-                yield from _handed(one, way, tree, parents, seen)
+    def _is_itself(self, node: ast.AST) -> bool:
+        """Whether a name is that of the module whose method it is."""
+        given = self.tree.args.args if isinstance(self.tree, (ast.FunctionDef, ast.Lambda)) else []
+        return isinstance(node, ast.Name) and bool(given) and node.id == given[0].arg

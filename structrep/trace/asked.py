@@ -8,6 +8,8 @@ handed to somebody, and walks over all that is below a module.
 from __future__ import annotations
 
 import functools
+import linecache
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from types import CodeType, FrameType
 from typing import Any, NamedTuple
@@ -22,6 +24,17 @@ WALKS = MODULES.keys() | TENSORS
 _RUN = OF_MODULES | {"forward"}  # what is looked up to run a part, or belongs to torch
 _NOTED = {"getattr", "hasattr", "callable", "id"}  # functions that ask nothing but what is noted
 _LATER = (nn.Identity, nn.Sequential, nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # what layers may be after a merge
+
+
+def _shown(frame: FrameType) -> FrameType:
+    """The frame of code that asks which can be shown, and is not of Python's own library."""
+    outer: FrameType | None = frame
+    while outer is not None:
+        home = str(outer.f_globals.get("__name__")).partition(".")[0]
+        if home not in sys.stdlib_module_names and linecache.getline(outer.f_code.co_filename, outer.f_lineno):
+            return outer
+        outer = outer.f_back
+    return frame
 
 
 class Got(NamedTuple):
@@ -65,7 +78,8 @@ class Asked:
         held = object.__getattribute__(module, "__dict__")
         if all(held[store].get(name) is None for store in ("_parameters", "_buffers", "_modules")):
             own = name not in GEOMETRY or any(one is call.module for one in frame.f_locals.values())
-            self._note(call, path, name, frame.f_code, frame.f_lineno, apart=not own)
+            shown = _shown(frame)
+            self._note(call, path, name, shown.f_code, shown.f_lineno, apart=not own)
 
     def kind(self, module: nn.Module, kind: type, told: bool, frame: FrameType) -> None:
         """Note that code asks whether a part is of a class, if that may be otherwise for what it becomes."""

@@ -47,7 +47,7 @@ _BETWEEN = (
 )
 _OF_CLASS = ("__class__", "__dict__")
 # what its own code asks for at every turn
-_OF_TORCH = OF_MODULES | {name for name in dir(nn.Module) if name.startswith("_") or name == "forward"}
+_OF_TORCH = OF_MODULES | {"forward", *(name for name in dir(nn.Module) if name[0] == "_")} - {"_get_name", *_OF_CLASS}
 _PARTS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)  # torch's own containers of parts
 INPUTS = "", "the dtype of inputs"  # what is answered for the dtype of inputs
 
@@ -158,12 +158,14 @@ class Questions:
             self._of_class(module, name, frame)
         if name in OF_MODULES or name.startswith("__") or threading.get_ident() != self.thread:
             return get(module, name)
+        torchs = name in _METHODS and getattr(type(module), name, None) is _METHODS[name]
+        torchs = torchs and name not in object.__getattribute__(module, "__dict__")
+        if torchs and name in WALKS and users:
+            return self.parts.walk(module, name, get(module, name), frame)
         if users:
             self.parts.attribute(module, name, frame)
-        torchs = name in _METHODS and getattr(type(module), name, None) is _METHODS[name]
-        if torchs and name not in object.__getattribute__(module, "__dict__"):
-            plain = get(module, name)
-            return self.parts.walk(module, name, plain, frame) if users and name in WALKS else plain
+        if torchs:
+            return get(module, name)
         before = self.asked
         try:
             value = get(module, name)
@@ -176,7 +178,8 @@ class Questions:
             try:
                 value = _instead(module, name)
             except AttributeError:
-                self._missing(module, name, frame)
+                if users:
+                    self._of_part(module, f".{name}", MISSING, frame)
                 raise
         if id(value) in self.hooks:
             return self.hooks[id(value)][1]
@@ -195,14 +198,8 @@ class Questions:
             return value  # a static method
         return self._told(module, path, f".{name}", value, frame)
 
-    def _missing(self, module: nn.Module, name: str, frame: FrameType) -> None:
-        path = self.paths.get(id(module))
-        if path is not None and self.current() is not None and not _torchs(frame):
-            self.note(module, path, f".{name}", MISSING, frame, counts=False)
-
     def _of_class(self, module: nn.Module, name: str, frame: FrameType) -> None:
         """Note what code asks a module's class, or all its attributes at once, for."""
-        self.parts.attribute(module, name, frame)
         if self.current() is None or frame.f_code.co_name.startswith("__"):
             return
         instructions, places = instructions_of(frame.f_code)
@@ -211,11 +208,13 @@ class Questions:
         if name == "__dict__" and ahead[1:] and ahead[1].opname == "CONTAINS_OP" and _is_constant(key):
             self._of_part(module, f"({key.argval!r} in {PLACEHOLDER}.__dict__)", key.argval in vars(module), frame)
         elif name == "__dict__":
+            self.parts.attribute(module, name, frame)
             further, told = onward(frame.f_code, frame.f_lasti, vars(module))
             held = isinstance(told, (nn.Module, Tensor, fx.Proxy)) or callable(told)
             if not held:
                 self._of_part(module, f".__dict__{further}", told if further else None, frame)
         elif ahead and ahead[0].argval == "__class__":
+            self.parts.attribute(module, name, frame)
             further = ahead[1].argval if len(ahead) > 1 and ahead[1].opname == "LOAD_ATTR" else ""
             self._ask_class(module, further, frame)
 
