@@ -10,9 +10,11 @@ import functools
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import structrep
+from structrep.blocks import RepVGGBlock2d
 from tests.models import relative_error, settled
 
 X = torch.randn(2, 4, 7, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -347,6 +349,13 @@ def by_loop_over_modules(self):
     return nn.BatchNorm2d in found
 
 
+def by_items(self):
+    found = {}
+    for name, part in self._modules.items():
+        found[name] = type(part)
+    return found["bn"] is nn.BatchNorm2d
+
+
 def by_computed_name(self):
     return is_norm(getattr(self, self.name))
 
@@ -373,6 +382,16 @@ LOUD = {
     "children": (lambda self: any(is_norm(part) for part in self.children()), "self.children()"),
     "modules": (lambda self: any(is_norm(part) for part in self.modules()), "self.modules()"),
     "a loop over modules": (by_loop_over_modules, "self.modules()"),
+    "a part by its path": (lambda self: type(self.get_submodule("bn")) is nn.BatchNorm2d, "get_submodule"),
+    "all parts that it holds": (
+        lambda self: any(type(part) is nn.BatchNorm2d for part in self._modules.values()),
+        "self._modules.values()",
+    ),
+    "names and parts that it holds": (by_items, "type(part)"),
+    "parts by names": (
+        lambda self: [type(getattr(self, name)) for name in ("conv", "bn")][1] is nn.BatchNorm2d,
+        "type(getattr(self, name))",
+    ),
     "how many parameters": (lambda self: len(list(self.parameters())) == 8, "self.parameters()"),
     "how many of its": (lambda self: len(list(self.bn.parameters())) == 2, "self.bn.parameters()"),
     "names of parameters": (lambda self: "bn.weight" in dict(self.named_parameters()), "self.named_parameters()"),
@@ -476,6 +495,67 @@ def test_a_bias_that_is_not_there():
     model = one(no_bias)
     model.plain = nn.Conv2d(4, 4, 3, bias=False).double()
     stays(model, "self.plain.bias is None")
+
+
+class Padded(nn.Conv2d):
+    """Becomes a plain convolution."""
+
+    def forward(self, x):
+        return F.conv2d(F.pad(x, (1, 1, 1, 1)), self.weight, self.bias)
+
+
+class Branches(nn.Module):
+    """Gets a forward that is written anew, of a class that is made for it."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x):
+        return self.a(x) + self.b(x)
+
+
+class Outer(nn.Module):
+    def __init__(self, part, function):
+        super().__init__()
+        self.part, self.function = part, function
+
+    def forward(self, x):
+        y = self.part(x)
+        return y.relu() if self.function(self.part) else y
+
+
+def is_block(part):
+    return isinstance(part, RepVGGBlock2d)
+
+
+def is_padded(part):
+    return type(part) is Padded
+
+
+def is_branches(part):
+    return type(part) is Branches
+
+
+def is_of_branches(part):
+    return isinstance(part, Branches)
+
+
+@pytest.mark.parametrize(
+    ("part", "function", "count"),
+    [
+        (RepVGGBlock2d(4, 4, 3, padding=1), is_block, 2),  # the convolution of each branch, with its norm
+        (nn.Sequential(RepVGGBlock2d(4, 4, 3, padding=1)), is_block, 1),
+        (Padded(4, 4, 3), is_padded, 0),
+        (Branches(), is_branches, 0),
+        (Branches(), is_of_branches, 1),
+    ],
+)
+def test_a_block_that_is_asked_for_its_type(part, function, count):
+    model = settled(Outer(copy.deepcopy(part), function))
+    plan = structrep.plan(model)
+    assert len(plan.merges) == count
+    assert relative_error(plan.apply()(X), model(X)) < 1e-12
 
 
 # --- forwards that are not followed -----------------------------------------------------------------------------------

@@ -28,7 +28,8 @@ class Asking:
             if isinstance(module, torch.jit.ScriptModule):
                 continue  # which asks nothing outside of itself
             methods = {method for where, method in traced.observed.calls if where == path}
-            for below, one in asks(module, ("forward", "__call__", *sorted(methods)), picked=True):
+            by = [(name, 0) for name in ("forward", "__call__", *sorted(methods))]
+            for below, one in asks(module, by, picked=True):
                 if one.what != FIRST or not _is_uniform(module):
                     where = ".".join(filter(None, (path, below)))
                     self.found[where].append(Question(None, path, one.what, one.file, one.line))
@@ -43,7 +44,7 @@ class Asking:
         key = call.module, call.method
         if key not in self.perhaps:
             found = set()
-            for below, one in asks(call.module, (call.method,), picked=False):
+            for below, one in asks(call.module, [(call.method, 0)], picked=False):
                 part = next(iter(resolve(call.module, tuple(filter(None, below.split("."))))))[1]
                 tensor = part._parameters.get(one.what, part._buffers.get(one.what))
                 if one.what != FIRST and tensor is None:  # numbers that code uses are another matter

@@ -10,11 +10,13 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
+from structrep.blocks import STAND_INS
 from structrep.errors import Shared
 from structrep.graph.calls import Call, Traced
 from structrep.graph.facts import ASSIGNED, CALL, COMPUTED, FORMULA, SHAPE, VALUE
 from structrep.graph.names import is_lone_layer, path_of
 from structrep.guard.asked import Asking
+from structrep.modules.asks import CLASS, TYPE
 from structrep.modules.source import names_reached
 
 
@@ -72,6 +74,8 @@ class Replicas:
         touched = {call for node in inside for call in CALL.of(node).chain() if owner in call.chain()}
         anew = written_in_forwards(inside)
         self._check_computed(inside)
+        for call in touched:
+            self._check_asked(call, touched, anew, stays=is_lone_layer(inside))
         for call in touched - {owner}:
             self._check_reach(call, touched, anew, inside)
             if call.inlined:
@@ -95,12 +99,6 @@ class Replicas:
         """
         if call.module in self.listed:
             raise Shared(f"{call.path} is also held in a list or attribute that is none of torch's")
-        stays = is_lone_layer(inside) and not turns_around(call.module)  # the very layer, with all its settings
-        for one in self.asking.found.get(call.path, ()) if call.leaf else ():
-            written = one.asker is not None and site(next(one.asker.homes())) in anew
-            kept = (stays and one.what in call.module.__dict__) or (one.apart and _moves_alone(call, touched))
-            if not written and not kept:
-                raise Shared(f"{one.said_of(call.path)}: a merge would change it")
         held = {**call.module._parameters, **call.module._buffers} if call.leaf else {}
         for name, tensor in held.items():
             for other in self.traced.reached.get(f"{call.path}.{name}", ()):
@@ -115,6 +113,22 @@ class Replicas:
         for path, names in self.unread.items():
             if name in names and path != parent and (not path or f"{parent}.".startswith(f"{path}.")):
                 raise Shared(f"{path or 'the model'}, whose forward cannot be followed, mentions .{name} of a child")
+
+    def _check_asked(self, call: Call, touched: set[Call], anew: set[tuple[str, str]], stays: bool) -> None:
+        """Raise where a question about a module that a merge changes has another answer then.
+
+        Args:
+            stays: whether all that is merged is a layer alone, which keeps its settings.
+        """
+        kept = call.module.__dict__ if stays and not turns_around(call.module) else {}
+        swapped = call.leaf or isinstance(call.module, STAND_INS)  # perhaps
+        for one in self.asking.found.get(call.path, ()):
+            written = one.asker is not None and site(next(one.asker.homes())) in anew
+            if written or one.what in kept or (one.apart and _moves_alone(call, touched)):
+                continue
+            typed = (one.what == CLASS and swapped) or (one.what == TYPE and (swapped or site(call) in anew))
+            if call.leaf or typed:
+                raise Shared(f"{one.said_of(call.path)}: a merge would change it")
 
     def _check_computed(self, inside: set[fx.Node]) -> None:
         """Raise where what a layer of a merge computes before its calls is of use elsewhere."""

@@ -6,7 +6,7 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from types import CodeType, FunctionType
 from typing import Any, NamedTuple
 
@@ -17,6 +17,8 @@ from structrep.modules.paths import definition, definition_around, place_around
 from structrep.modules.source import _asked_of, attribute_of, functions, syntax
 
 WHAT = "what it is"  # what is asked about a part that is handed to somebody, or met on a walk
+TYPE = "its type"
+CLASS = "whether it is of a class"
 FIRST = "its first parameter"  # of which no more than dtype and device are asked
 MODULES = {
     "modules": "*",
@@ -27,7 +29,12 @@ MODULES = {
     "named_children": "+",
 }
 TENSORS = frozenset({"parameters", "named_parameters", "buffers", "named_buffers"})
+BY_NAME = "get_submodule"
 GEOMETRY = frozenset({"stride", "padding", "kernel_size", "dilation", "groups", "padding_mode"})
+_OF_TYPES = {"type": TYPE, "isinstance": CLASS}
+_EACH = {"map", "filter"}
+_INSIDE = {"values", "items"}
+_LOOPS = {"enumerate", "zip", "reversed", "list", "tuple", "iter", "chain", "islice", "sorted"}
 _KINDS = {"dtype", "device"}  # what no merge changes, where all parameters have the same
 
 Names = tuple[
@@ -50,6 +57,7 @@ class Handed(NamedTuple):
 
     way: Names
     line: int
+    what: str = WHAT
     place: int = -1
     helper: str = ""
     method: str = ""
@@ -58,23 +66,24 @@ class Handed(NamedTuple):
 # --- methods ----------------------------------------------------------------------------------------------------------
 
 
-def asks(module: nn.Module, methods: tuple[str, ...], picked: bool) -> Iterator[tuple[str, Ask]]:
-    """What methods of a module may ask about its parts, themselves or in what they call of its own, of its parts and of
-    functions that they hand them to: their settings (`self.norm.eps`), their types (`isinstance(self.norm, ...)`), or
-    hand them to somebody. Branches that are taken in training mode alone are left out. Gives the path of each part with
-    the question.
+def asks(module: nn.Module, by: Iterable[tuple[Any, int]], picked: bool) -> Iterator[tuple[str, Ask]]:
+    """What code may ask about a module and its parts, itself or in what it calls of the module's own, of its parts and
+    of functions that it hands them to: their settings (`self.norm.eps`), their types (`isinstance(self.norm, ...)`), or
+    hand them to somebody. Branches that are taken in training mode alone are left out. Gives the path of what is asked
+    about with the question.
 
     Args:
+        by: names of methods, and functions, with the place of the argument that is the module.
         picked: whether parts count that are got by a computed name.
     """
-    pending: list[tuple[str, nn.Module, Any, int]] = [("", module, name, 0) for name in methods]
+    pending: list[tuple[str, nn.Module, Any, int]] = [("", module, one, place) for one, place in by]
     seen = set[tuple[str, FunctionType, int]]()
     while pending:
         path, owner, called, place = pending.pop()
         cls: Any = type(owner)
         known = methods_of(cls)
         function = known.get(called) if isinstance(called, str) else called
-        if function is None or (path, function, place) in seen:
+        if not isinstance(function, FunctionType) or (path, function, place) in seen:
             continue
         seen.add((path, function, place))
         own = _own(function, place)
@@ -192,7 +201,9 @@ def _own(function: FunctionType, place: int) -> _Own:
             elif names and not (node in run and last == "forward"):
                 asked.append(Ask(names[:-1], str(last), file, line))
         given: list[ast.expr] = []
+        what = WHAT
         if isinstance(node, ast.Call):
+            what = _OF_TYPES.get(node.func.id, WHAT) if isinstance(node.func, ast.Name) else WHAT
             helper = plain.__globals__.get(node.func.id) if isinstance(node.func, ast.Name) else None
             given = [one for place, one in enumerate(node.args) if not asks_for_geometry(helper, place)]
             given += [keyword.value for keyword in node.keywords]
@@ -207,8 +218,11 @@ def _own(function: FunctionType, place: int) -> _Own:
             else:
                 hands += _receivers(node, others, itself, plain)
         elif isinstance(node, ast.Match):
-            given = [node.subject]
-        asked += [Ask(names, WHAT, file, line) for one in given if (names := _names(one, others))]
+            given, what = [node.subject], CLASS
+        for one in given:
+            names = _names(one, others)
+            if names or (names == () and what != WHAT):
+                asked.append(Ask(names, what, file, line))
     return _Own(
         tuple(dict.fromkeys(asked)),
         frozenset(named),
@@ -367,6 +381,9 @@ class _Part:
         """
         while (parent := self.parents.get(node)) is not None:
             line = getattr(node, "lineno", 0)
+            if (call := self._looking_inside(node)) is not None:
+                node = call
+                continue
             if isinstance(parent, ast.Subscript) and parent.value is node:
                 if not isinstance(parent.slice, ast.Slice):
                     key = str(parent.slice.value) if isinstance(parent.slice, ast.Constant) else None
@@ -378,11 +395,16 @@ class _Part:
             elif isinstance(parent, ast.Call) and parent.func is not node:
                 called = parent.func
                 helper = called.id if isinstance(called, ast.Name) else ""
+                if (helper or getattr(called, "attr", "")) in _LOOPS:
+                    node = parent
+                    continue
                 method = called.attr if isinstance(called, ast.Attribute) and self._is_itself(called.value) else ""
-                yield Handed(way, line, parent.args.index(node) if node in parent.args else -1, helper, method)
+                place = parent.args.index(node) if node in parent.args else -1
+                way = (*way, None) if helper in _EACH and not boxed else way
+                yield Handed(way, line, _OF_TYPES.get(helper, WHAT), place, helper, method)
                 return
             elif isinstance(parent, ast.Match) and parent.subject is node:
-                yield Handed(way, line)
+                yield Handed(way, line, CLASS)
                 return
             elif isinstance(parent, (ast.For, ast.comprehension)) and parent.iter is node:
                 yield from self._as(parent.target, *((way, boxed - 1) if boxed else ((*way, None), 0)))
@@ -407,6 +429,15 @@ class _Part:
             for one in ast.walk(self.tree):
                 if isinstance(one, ast.Name) and one.id == target.id and isinstance(one.ctx, ast.Load):
                     yield from self.handed(one, way, boxed)
+
+    def _looking_inside(self, node: ast.AST) -> ast.AST | None:
+        """The call behind a container that gives what is in it (`layers.values()`), or that is a walk by name."""
+        parent = self.parents.get(node)
+        if isinstance(parent, ast.Attribute) and parent.attr in _INSIDE:
+            node, parent = parent, self.parents.get(parent)
+        elif not isinstance(node, ast.Attribute) or node.attr != BY_NAME:
+            return None
+        return parent if isinstance(parent, ast.Call) and parent.func is node else None
 
     def _is_itself(self, node: ast.AST) -> bool:
         """Whether a name is that of the module whose method it is."""

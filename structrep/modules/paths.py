@@ -227,14 +227,20 @@ def definition_around(code: CodeType) -> Syntax | None:
     if (own := definition(code)) is not None or not code.co_name.startswith("<"):
         return own
     tree = _file(code.co_filename)
-    lines = [one[0] for one in _positions(code) if one[0] is not None and one[2] != one[3]]
-    functions = (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)) if tree is not None else ()
-    inside = [one for one in functions if lines and one.lineno <= min(lines) and max(lines) <= (one.end_lineno or 0)]
+    spans = [(one[0] or 0, one[2] or 0, one[1] or 0, one[3] or 0) for one in _positions(code) if None not in one]
+    spans = [one for one in spans if one[:2] != one[2:]]
+    inside = [
+        node
+        for node in (ast.walk(tree) if tree is not None and spans else ())
+        if isinstance(node, (ast.FunctionDef, ast.Lambda))
+        and (node.lineno, node.col_offset) <= min(spans)[:2]
+        and max(one[2:] for one in spans) <= (node.end_lineno or 0, node.end_col_offset or 0)
+    ]
     if not inside:
         return None
-    node = max(inside, key=lambda one: one.lineno)
-    parents = {child: parent for parent in ast.walk(node) for child in ast.iter_child_nodes(parent)}
-    return node, parents, _places(node)
+    innermost = max(inside, key=lambda one: (one.lineno, one.col_offset))
+    parents = {child: parent for parent in ast.walk(innermost) for child in ast.iter_child_nodes(parent)}
+    return innermost, parents, _places(innermost)
 
 
 def place_around(code: CodeType, at: int) -> ast.AST | None:

@@ -156,10 +156,11 @@ class Questions:
         users = not _torchs(frame) and threading.get_ident() == self.thread
         if name in _OF_CLASS and users:
             self._of_class(module, name, frame)
+        elif name == "_modules" and users:
+            self.parts.part(module, (), frame)
         if name in OF_MODULES or name.startswith("__") or threading.get_ident() != self.thread:
             return get(module, name)
-        torchs = name in _METHODS and getattr(type(module), name, None) is _METHODS[name]
-        torchs = torchs and name not in object.__getattribute__(module, "__dict__")
+        torchs = _is_torchs(module, name)
         if torchs and name in WALKS and users:
             return self.parts.walk(module, name, get(module, name), frame)
         if users:
@@ -389,6 +390,12 @@ class Questions:
                     self.note(None, "", f"os.environ.get({key!r})", told, frame, counts=False)
 
         return get
+
+
+def _is_torchs(module: nn.Module, name: str) -> bool:
+    """Whether an attribute is a method that torch gives to all modules."""
+    inherited = name in _METHODS and getattr(type(module), name, None) is _METHODS[name]
+    return inherited and name not in object.__getattribute__(module, "__dict__")
 
 
 def _instead(module: nn.Module, name: str) -> Any:
