@@ -393,6 +393,8 @@ LOUD = {
         "type(getattr(self, name))",
     ),
     "how many parameters": (lambda self: len(list(self.parameters())) == 8, "self.parameters()"),
+    "its own parameters": (lambda self: len(self.bn._parameters) == 2, "self.bn._parameters"),
+    "its own buffers": (lambda self: "running_mean" in self.bn._buffers, "self.bn._buffers"),
     "how many of its": (lambda self: len(list(self.bn.parameters())) == 2, "self.bn.parameters()"),
     "names of parameters": (lambda self: "bn.weight" in dict(self.named_parameters()), "self.named_parameters()"),
     "a state dict": (lambda self: "bn.weight" in self.state_dict(), "self.state_dict()"),

@@ -35,7 +35,8 @@ from structrep.modules.asks import (
 from structrep.modules.objects import OF_MODULES
 
 WALKS = MODULES.keys() | TENSORS | {BY_NAME}
-_RUN = OF_MODULES | {"forward"}  # what is looked up to run a part, or belongs to torch
+STORES = {"_modules", "_parameters", "_buffers"}
+_RUN = (OF_MODULES - STORES) | {"forward"}  # what is looked up to run a part, or belongs to torch
 _NOTED = {"getattr", "hasattr", "callable", "id"}  # functions that ask nothing but what is noted
 _LATER = (nn.Identity, nn.Sequential, nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # what layers may be after a merge
 
@@ -90,7 +91,7 @@ class Asked:
             self.own.add((id(call), name))
             return
         held = object.__getattribute__(module, "__dict__")
-        if all(held[store].get(name) is None for store in ("_parameters", "_buffers", "_modules")):
+        if all(held[store].get(name) is None for store in STORES):
             own = name not in GEOMETRY or any(one is call.module for one in frame.f_locals.values())
             shown = _shown(frame)
             what = TYPE if name == "__class__" else name
@@ -101,6 +102,12 @@ class Asked:
         call, path = self.current(), self.paths.get(id(module))
         if call is not None and path is not None and any(issubclass(one, kind) != told for one in _LATER):
             self._note(call, path, CLASS, frame.f_code, frame.f_lineno)
+
+    def store(self, module: nn.Module, name: str, frame: FrameType) -> None:
+        """Note that code of the user's looks at all parts of a module, or at all tensors."""
+        self.attribute(module, name, frame)
+        if name == "_modules":
+            self.part(module, (), frame)
 
     def part(self, module: nn.Module, way: tuple[str, ...], frame: FrameType) -> None:
         """Note that code of the user's gets a part."""

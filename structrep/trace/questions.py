@@ -32,7 +32,7 @@ from structrep.graph.reads import MISSING, PLACEHOLDER, UNSTABLE, Read
 from structrep.graph.structures import proxies
 from structrep.modules.objects import CONTAINERS, HOLDERS, OF_MODULES, is_object
 from structrep.modules.source import functions, functions_in, is_full, written_in
-from structrep.trace.asked import WALKS, Asked
+from structrep.trace.asked import STORES, WALKS, Asked
 from structrep.trace.instructions import _is_constant, instructions_of, onward
 from structrep.trace.patches import exchange, namespaces
 
@@ -47,7 +47,11 @@ _BETWEEN = (
 )
 _OF_CLASS = ("__class__", "__dict__")
 # what its own code asks for at every turn
-_OF_TORCH = OF_MODULES | {"forward", *(name for name in dir(nn.Module) if name[0] == "_")} - {"_get_name", *_OF_CLASS}
+_OF_TORCH = (OF_MODULES | {"forward", *(name for name in dir(nn.Module) if name[0] == "_")}) - {
+    "_get_name",
+    *_OF_CLASS,
+    *STORES,
+}
 _PARTS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)  # torch's own containers of parts
 INPUTS = "", "the dtype of inputs"  # what is answered for the dtype of inputs
 
@@ -156,8 +160,8 @@ class Questions:
         users = not _torchs(frame) and threading.get_ident() == self.thread
         if name in _OF_CLASS and users:
             self._of_class(module, name, frame)
-        elif name == "_modules" and users:
-            self.parts.part(module, (), frame)
+        elif name in STORES and users:
+            self.parts.store(module, name, frame)
         if name in OF_MODULES or name.startswith("__") or threading.get_ident() != self.thread:
             return get(module, name)
         torchs = _is_torchs(module, name)
