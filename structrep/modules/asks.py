@@ -317,10 +317,14 @@ def _only_runs(walk: ast.AST, parents: dict[ast.AST, ast.AST], nodes: list[ast.A
     return bool(uses) and uses <= run
 
 
-@functools.lru_cache(4096)
 def asks_for_geometry(function: Any, place: int) -> bool:
     """Whether all that a function asks of an argument is how a convolution moves, as one that computes pads does."""
-    tree = syntax(function) if isinstance(function, FunctionType) else None
+    return isinstance(function, FunctionType) and _asks_for_geometry(function, place)
+
+
+@functools.lru_cache(4096)
+def _asks_for_geometry(function: FunctionType, place: int) -> bool:
+    tree = syntax(function)
     if not isinstance(tree, ast.FunctionDef) or place >= len(tree.args.args):
         return False
     asked = _asked_of({tree.args.args[place].arg}, tree)
