@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import linecache
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass, field
@@ -91,6 +92,31 @@ class Call:
         return any(call is self for call in CALL.of(node).chain())
 
 
+@dataclass(frozen=True)
+class Question:
+    """Something that code asked about a part of the model, beside running it, or may ask.
+
+    Args:
+        asker: the call that ran; None of code that is not followed.
+        by: the path of the module whose forward it is.
+        what: the attribute; what it is, of a part that was handed to somebody.
+        file, line: where that stands.
+        apart: whether a function asked it that is no method of the module.
+    """
+
+    asker: Call | None
+    by: str
+    what: str
+    file: str
+    line: int
+    apart: bool = False
+
+    def said_of(self, path: str) -> str:
+        """The question about the part at a path, with the line that asks it."""
+        where = f"{self.file}:{self.line}: {linecache.getline(self.file, self.line).strip()}"
+        return f"{self.by or 'the model'} asks for {self.what} of {path} ({where})"
+
+
 @dataclass(eq=False)
 class Trace:
     """The flat graph of one module: all that could be followed below it, and the calls that made it."""
@@ -159,6 +185,7 @@ class Traced:
         default_factory=dict
     )  # path of a child or tensor -> forwards of others using it
 
+    asked: dict[str, list[Question]] = field(default_factory=lambda: defaultdict(list))  # path of a part -> about it
     told: dict[str, set[Call]] = field(default_factory=dict)  # and by those that ask no more than a dtype or a device
     handed: dict[Any, Any] = field(default_factory=dict)  # what was found to hang on answers, for calls that are alike
     watched: bool = False  # whether it is noted which call changes what an object holds
@@ -193,6 +220,7 @@ class Method:
 
     calls: list[Call]
     reached: set[str]
+    asked: set[str]  # paths of parts that it asks for more than to run
     forwards: dict[str, list[Call]] = field(default_factory=dict)  # calls of modules, by their paths
 
     def __post_init__(self) -> None:

@@ -10,11 +10,13 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
+from structrep.blocks import STAND_INS
 from structrep.errors import Shared
 from structrep.graph.calls import Call, Traced
 from structrep.graph.facts import ASSIGNED, CALL, COMPUTED, FORMULA, SHAPE, VALUE
 from structrep.graph.names import is_lone_layer, path_of
-from structrep.modules.mentions import questions
+from structrep.guard.asked import Asking
+from structrep.modules.asks import CLASS, TYPE
 from structrep.modules.source import names_reached
 
 
@@ -35,9 +37,7 @@ class Replicas:
             for path, module in untraced.items()
             if not isinstance(module, torch.jit.ScriptModule)  # which reaches for nothing outside of itself
         }
-        self.asked: dict[str, list[tuple[str, str]]] = {}  # path -> forwards that ask it for something, and for what
-        for path, question in _asked(traced.model):
-            self.asked.setdefault(path, []).append(question)
+        self.asking = Asking(traced)
         self.listed = {
             part
             for module in traced.model.modules()
@@ -74,6 +74,8 @@ class Replicas:
         touched = {call for node in inside for call in CALL.of(node).chain() if owner in call.chain()}
         anew = written_in_forwards(inside)
         self._check_computed(inside)
+        for call in touched:
+            self._check_asked(call, touched, anew, stays=is_lone_layer(inside))
         for call in touched - {owner}:
             self._check_reach(call, touched, anew, inside)
             if call.inlined:
@@ -97,11 +99,6 @@ class Replicas:
         """
         if call.module in self.listed:
             raise Shared(f"{call.path} is also held in a list or attribute that is none of torch's")
-        stays = is_lone_layer(inside) and not turns_around(call.module)  # the very layer, with all its settings
-        for asker, what in self.asked.get(call.path, ()) if call.leaf else ():
-            if asker not in {path for path, _ in anew} and not (stays and what in call.module.__dict__):
-                asks = f"{asker or 'the model'} asks for {what} of {call.path} in its forward"
-                raise Shared(f"{asks}: a merge would change it")
         held = {**call.module._parameters, **call.module._buffers} if call.leaf else {}
         for name, tensor in held.items():
             for other in self.traced.reached.get(f"{call.path}.{name}", ()):
@@ -116,6 +113,22 @@ class Replicas:
         for path, names in self.unread.items():
             if name in names and path != parent and (not path or f"{parent}.".startswith(f"{path}.")):
                 raise Shared(f"{path or 'the model'}, whose forward cannot be followed, mentions .{name} of a child")
+
+    def _check_asked(self, call: Call, touched: set[Call], anew: set[tuple[str, str]], stays: bool) -> None:
+        """Raise where a question about a module that a merge changes has another answer then.
+
+        Args:
+            stays: whether all that is merged is a layer alone, which keeps its settings.
+        """
+        kept = call.module.__dict__ if stays and not turns_around(call.module) else {}
+        swapped = call.leaf or isinstance(call.module, STAND_INS)  # perhaps
+        for one in self.asking.found.get(call.path, ()):
+            written = one.asker is not None and site(next(one.asker.homes())) in anew
+            if written or one.what in kept or (one.apart and _moves_alone(call, touched)):
+                continue
+            typed = (one.what == CLASS and swapped) or (one.what == TYPE and (swapped or site(call) in anew))
+            if call.leaf or typed:
+                raise Shared(f"{one.said_of(call.path)}: a merge would change it")
 
     def _check_computed(self, inside: set[fx.Node]) -> None:
         """Raise where what a layer of a merge computes before its calls is of use elsewhere."""
@@ -146,6 +159,11 @@ class Replicas:
         return self.prints[call]
 
 
+def _moves_alone(layer: Call, touched: set[Call]) -> bool:
+    """Whether a layer is the only one of a merge with a stride and a padding, which the merged one has then."""
+    return not any(one is not layer and one.leaf and hasattr(one.module, "stride") for one in touched)
+
+
 def site(call: Call) -> tuple[str, str]:
     """Whose method a call is of; the same for every trace."""
     return call.path, call.method
@@ -155,24 +173,6 @@ def written_in_forwards(nodes: Iterable[fx.Node]) -> set[tuple[str, str]]:
     """The methods that some nodes are written in, which change if these vanish; a layer that is called is swapped,
     unless its caller computes its numbers."""
     return {site(next(CALL.of(n).homes())) for n in nodes if n.op != "call_module" or ASSIGNED.of(n)}
-
-
-def _asked(model: nn.Module) -> Iterator[tuple[str, tuple[str, str]]]:
-    """Paths of modules that a forward asks for more than to run: by whom, and for what."""
-    for path, module in model.named_modules():
-        for names in questions(module):
-            part: Any = module
-            *way, what = names
-            for name in way:
-                part = part._modules.get(name) if isinstance(part, nn.Module) else None
-            if part is None:
-                continue
-            where = ".".join(filter(None, (path, *way)))
-            if what in ("*", "+"):
-                for name, _ in part.named_children() if what == "+" else part.named_modules():
-                    yield ".".join(filter(None, (where, name))), (path, "what it is")
-            elif what not in part._modules:
-                yield where, (path, what)
 
 
 def _marks(call: Call) -> Iterator[object]:

@@ -131,7 +131,7 @@ def _own_calls(function: FunctionType, callers: frozenset[FunctionType] = frozen
             found.append(_CallOf(of, last, places, names, key))
             plain = isinstance(callee, ast.Name) and callee.id in _HANDS_ON | _ASKS
             if any(isinstance(one, ast.Name) and one.id == itself for one in node.args) and not plain:
-                helper = _function_of(callee, function)
+                helper = function_of(callee, function)
                 first = isinstance(node.args[0], ast.Name) and node.args[0].id == itself
                 if first and helper is not None and helper not in callers:
                     further = _own_calls(helper, callers | {function})
@@ -142,7 +142,7 @@ def _own_calls(function: FunctionType, callers: frozenset[FunctionType] = frozen
     return tuple(found)
 
 
-def _function_of(callee: ast.expr, function: FunctionType) -> FunctionType | None:
+def function_of(callee: ast.expr, function: FunctionType) -> FunctionType | None:
     """The function that code calls by its name, or by that of the module which it is in; not one of torch's."""
     found: Any = None
     if isinstance(callee, ast.Name):

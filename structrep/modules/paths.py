@@ -233,6 +233,38 @@ def definition(
     return None
 
 
+Syntax: TypeAlias = tuple[ast.AST, dict[ast.AST, ast.AST], dict[Any, ast.AST]]
+
+
+@functools.lru_cache(4096)
+def definition_around(code: CodeType) -> Syntax | None:
+    """The syntax of the function whose code it is, or that it stands in, as a generator does; what each part of it is
+    in, and where it stands; None if that cannot be read."""
+    if (own := definition(code)) is not None or not code.co_name.startswith("<"):
+        return own
+    tree = _file(code.co_filename)
+    spans = [(one[0] or 0, one[2] or 0, one[1] or 0, one[3] or 0) for one in _positions(code) if None not in one]
+    spans = [one for one in spans if one[:2] != one[2:]]
+    inside = [
+        node
+        for node in (ast.walk(tree) if tree is not None and spans else ())
+        if isinstance(node, (ast.FunctionDef, ast.Lambda))
+        and (node.lineno, node.col_offset) <= min(spans)[:2]
+        and max(one[2:] for one in spans) <= (node.end_lineno or 0, node.end_col_offset or 0)
+    ]
+    if not inside:
+        return None
+    innermost = max(inside, key=lambda one: (one.lineno, one.col_offset))
+    parents = {child: parent for parent in ast.walk(innermost) for child in ast.iter_child_nodes(parent)}
+    return innermost, parents, _places(innermost)
+
+
+def place_around(code: CodeType, at: int) -> ast.AST | None:
+    """The expression that an instruction is of, in whatever it stands; None if the source cannot be read."""
+    found, where = definition_around(code), span(code, at)
+    return None if found is None else found[2].get(where, found[2].get(where[::2]))
+
+
 class _Walk:
     """A walk along all paths of a function, with the names that may hold one value and those that surely do."""
 

@@ -61,7 +61,7 @@ class Draft:
         self.merges = list(merges)
         self.strays: dict[Merge, set[Call]] = {}  # calls whose code reads what a merge takes away
         self.untaken = Untaken(traced)
-        self.told_nothing: dict[Merge, set[Call]] = {}  # those that do nothing in between for a number
+        self.guarded: dict[Merge, set[Call]] = {}  # those that are right for what their modules are set to alone
         self.misuses: dict[Merge, dict[Call, list[Use]]] = {}  # what the code of calls may do with some of it alone
         made = (FORMULA.of(n) for trace in traced.traces for n in trace.nodes if FORMULA.get(n))
         self.computed_from = {id(tensor) for formula in made for tensor in formula.tensors}
@@ -115,6 +115,7 @@ class Draft:
             for node in (one.node for one in merge.absorbed if one.ends):
                 if node.op == "call_module":
                     self.ended.add(CALL.of(node))
+                    self._told_by(CALL.of(node), merge)
                 else:
                     self.edits.ended.add(node)
                     self._written_by(Unit((Segment(node, node, ONE, (node,)),)), merge, dead=False)
@@ -135,8 +136,8 @@ class Draft:
         for merge in self.merges:
             if merge not in self.strays:
                 self.misuses[merge] = self.untaken.misuses(merge)
-                self.told_nothing[merge] = set(told_to_do_nothing(merge.nodes))
-                self.strays[merge] = {*self.untaken.strays(merge), *self.misuses[merge], *self.told_nothing[merge]}
+                self.guarded[merge] = {*told_to_do_nothing(merge.nodes), *self.replicas.asking.otherwise(merge.nodes)}
+                self.strays[merge] = {*self.untaken.strays(merge), *self.misuses[merge], *self.guarded[merge]}
             for call in self.strays[merge]:
                 owner = next(call.homes())
                 if call not in written and owner not in written:
@@ -243,7 +244,7 @@ class Draft:
         misuses: list[Use] = []
         for merge in self.owned[owner]:
             if any(unit.module is not None for unit in units(merge)):  # which is another one on all paths
-                if any(next(call.homes()) is owner for call in self.told_nothing[merge]):
+                if any(next(call.homes()) is owner for call in self.guarded[merge]):
                     return None
                 misuses += [
                     use for call, uses in self.misuses[merge].items() if next(call.homes()) is owner for use in uses

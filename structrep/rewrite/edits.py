@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
+from structrep.errors import Unreadable
 from structrep.graph.calls import Call
 from structrep.match.sum_order import Reordered
 
@@ -34,3 +35,15 @@ class Edits:
     def changed(self) -> set[fx.Node]:
         """The nodes that are not written as they are."""
         return {*self.dead, *self.replaced, *self.bypassed, *self.refilled, *self.ended, *self.vanishing}
+
+    def first_left(self, call: Call) -> str:
+        """As code, the first of the parameters that the module of a call is left with.
+
+        Raises:
+            Unreadable: it is left with none.
+        """
+        around = f"{call.path}." if call.path else ""
+        held = (f"{around}{name}" for name, _ in call.module.named_parameters())
+        if not any(self.homes.get(name, name).startswith(around) for name in held):
+            raise Unreadable(f"{call.path or 'the model'} asks for its first parameter, and would be left without any")
+        return "next(self.parameters())"

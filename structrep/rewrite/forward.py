@@ -485,7 +485,7 @@ class Forward:
         try:
             spelt = self._spelt_path(home)
         except (Unreadable, AttributeError):
-            return "next(self.parameters())"
+            return self.edits.first_left(self.call)
         return f"{spelt}.weight" if plain else f"next({spelt}.parameters())"
 
     # --- the method --------------------------------------------------------------------------------------------------

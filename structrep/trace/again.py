@@ -34,7 +34,8 @@ def follow_method(module: nn.Module, path: str, method: str, flags: Mapping[str,
         for node in tracer.graph.nodes
         if node.op == "get_attr" and any(CALL.of(user) is tracer.calls[0] for user in node.users)
     }
-    return Method(tracer.calls, held | tracer.reached.keys())
+    asked = {where for where, question in tracer.questions.parts.all() if not question.apart}
+    return Method(tracer.calls, held | scratch.reached.keys(), asked)
 
 
 def retrace(traced: Traced, call: Call, answers: Mapping[tuple[str, str], Any]) -> tuple[Traced, Call] | None:

@@ -238,6 +238,7 @@ def follow(
             traced.untraced.setdefault(call.path, reason)
             if call.module is module or type(call.module) in opaque:
                 tracer.stopped = tracer.calls[0]
+                _note_questions(traced, tracer)
                 return tracer
             opaque = opaque | {type(call.module)}
             continue
@@ -250,13 +251,20 @@ def follow(
         traced.origins.update(tracer.constants.origins)
         traced.written |= tracer.constants.written
         _note_reach(traced, tracer)
+        _note_questions(traced, tracer)
         return tracer
+
+
+def _note_questions(traced: Traced, tracer: CallTracer) -> None:
+    for path, question in tracer.questions.parts.all():
+        traced.asked[path].append(question)
 
 
 def _note_reach(traced: Traced, tracer: CallTracer) -> None:
     """Note who reaches into whom."""
+    touched = {tracer.names[one] for one in tracer.constants.touched if one in tracer.names}
     for path, calls in tracer.reached.items():
-        used = {call for call in calls if tracer.fetched[path, call] > tracer.asked[path, call]}
+        used = {one for one in calls if path in touched or tracer.fetched[path, one] > tracer.asked[path, one]}
         if used:
             traced.reached.setdefault(path, set()).update(used)
         traced.told.setdefault(path, set()).update(calls - used)

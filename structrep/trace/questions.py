@@ -32,6 +32,7 @@ from structrep.graph.reads import MISSING, PLACEHOLDER, UNSTABLE, Read
 from structrep.graph.structures import proxies
 from structrep.modules.objects import CONTAINERS, HOLDERS, OF_MODULES, is_object
 from structrep.modules.source import functions, functions_in, is_full, written_in
+from structrep.trace.asked import STORES, WALKS, Asked
 from structrep.trace.instructions import _is_constant, instructions_of, onward
 from structrep.trace.patches import exchange, namespaces
 
@@ -45,7 +46,12 @@ _BETWEEN = (
     "torch.overrides",
 )
 _OF_CLASS = ("__class__", "__dict__")
-_OF_TORCH = OF_MODULES | set(dir(nn.Module))  # what its own code asks for at every turn
+# what its own code asks for at every turn
+_OF_TORCH = (OF_MODULES | {"forward", *(name for name in dir(nn.Module) if name[0] == "_")}) - {
+    "_get_name",
+    *_OF_CLASS,
+    *STORES,
+}
 _PARTS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)  # torch's own containers of parts
 INPUTS = "", "the dtype of inputs"  # what is answered for the dtype of inputs
 
@@ -83,19 +89,20 @@ class Questions:
 
     Args:
         current: the call that runs.
-        name_of: the path of a tensor that the model holds, or None.
-        count: how many nodes the trace has made.
         answers: what is answered otherwise than it is, by `key`.
+        reach: is told of tensors that code gets by a walk.
     """
 
     def __init__(
         self,
         paths: Mapping[nn.Module, str],
         current: Callable[[], Any],
-        answers: Mapping[tuple[str, str], Any] | None = None,
+        answers: Mapping[tuple[str, str], Any] | None,
+        reach: Callable[[str, Any, Any], Any],
     ) -> None:
         self.paths = {id(module): path for module, path in paths.items()}  # whose hash may ask them for attributes
         self.current = current
+        self.parts = Asked(self.paths, current, reach)
         self.answers = dict(answers or {})
         self.asked = 0
         self.routes: dict[int, tuple[Any, nn.Module, str]] = {}  # of objects, by id: themselves, who holds them, how
@@ -149,12 +156,20 @@ class Questions:
         return get(module, name) if _torchs(sys._getframe(2)) else self._of_module(module, name, get, 3)
 
     def _of_module(self, module: nn.Module, name: str, get: Callable[[Any, str], Any], depth: int = 2) -> Any:
-        if name in _OF_CLASS and not _torchs(sys._getframe(depth)) and threading.get_ident() == self.thread:
-            self._of_class(module, name, sys._getframe(depth))
+        frame = sys._getframe(depth)
+        users = not _torchs(frame) and threading.get_ident() == self.thread
+        if name in _OF_CLASS and users:
+            self._of_class(module, name, frame)
+        elif name in STORES and users:
+            self.parts.store(module, name, frame)
         if name in OF_MODULES or name.startswith("__") or threading.get_ident() != self.thread:
             return get(module, name)
-        torchs = name in _METHODS and getattr(type(module), name, None) is _METHODS[name]
-        if torchs and name not in object.__getattribute__(module, "__dict__"):
+        torchs = _is_torchs(module, name)
+        if torchs and name in WALKS and users:
+            return self.parts.walk(module, name, get(module, name), frame)
+        if users:
+            self.parts.attribute(module, name, frame)
+        if torchs:
             return get(module, name)
         before = self.asked
         try:
@@ -163,19 +178,22 @@ class Questions:
             held = (module._parameters, module._buffers, module._modules)
             if any(name in one for one in held):
                 if module._modules.get(name) is not None:
-                    self._looked_at(module, name, sys._getframe(depth))
+                    self._looked_at(module, name, frame)
                 raise
             try:
-                value = self._instead(module, name)
+                value = _instead(module, name)
             except AttributeError:
-                self._missing(module, name, sys._getframe(depth))
+                if users:
+                    self._of_part(module, f".{name}", MISSING, frame)
                 raise
         if id(value) in self.hooks:
             return self.hooks[id(value)][1]
+        if isinstance(value, nn.Module) and users:
+            self.parts.part(value, (), frame)
         if isinstance(value, (nn.Module, Tensor, fx.Proxy)) or self.asked > before:
             return value  # a property's parts were noted
         path = self.paths.get(id(module))
-        if path is None or self.current() is None or (frame := _outside(sys._getframe(depth))) is None:
+        if path is None or self.current() is None or _outside(frame) is None:
             return value
         if isinstance(value, MethodType) and (name not in module.__dict__ or _torchs(frame)):
             return value
@@ -184,18 +202,6 @@ class Questions:
         if isinstance(value, FunctionType) and name not in module.__dict__:
             return value  # a static method
         return self._told(module, path, f".{name}", value, frame)
-
-    def _missing(self, module: nn.Module, name: str, frame: FrameType) -> None:
-        path = self.paths.get(id(module))
-        if path is not None and self.current() is not None and not _torchs(frame):
-            self.note(module, path, f".{name}", MISSING, frame, counts=False)
-
-    def _instead(self, module: nn.Module, name: str) -> Any:
-        """What a class's own `__getattr__` has for an attribute that there is none of."""
-        own = next((base for base in type(module).__mro__ if "__getattr__" in vars(base)), nn.Module)
-        if own is nn.Module:
-            raise AttributeError(name)
-        return vars(own)["__getattr__"](module, name)
 
     def _of_class(self, module: nn.Module, name: str, frame: FrameType) -> None:
         """Note what code asks a module's class, or all its attributes at once, for."""
@@ -207,11 +213,13 @@ class Questions:
         if name == "__dict__" and ahead[1:] and ahead[1].opname == "CONTAINS_OP" and _is_constant(key):
             self._of_part(module, f"({key.argval!r} in {PLACEHOLDER}.__dict__)", key.argval in vars(module), frame)
         elif name == "__dict__":
+            self.parts.attribute(module, name, frame)
             further, told = onward(frame.f_code, frame.f_lasti, vars(module))
             held = isinstance(told, (nn.Module, Tensor, fx.Proxy)) or callable(told)
             if not held:
                 self._of_part(module, f".__dict__{further}", told if further else None, frame)
         elif ahead and ahead[0].argval == "__class__":
+            self.parts.attribute(module, name, frame)
             further = ahead[1].argval if len(ahead) > 1 and ahead[1].opname == "LOAD_ATTR" else ""
             self._ask_class(module, further, frame)
 
@@ -224,6 +232,7 @@ class Questions:
         """Note whether there is a part, or of which class it is, where code looks at it instead of calling it."""
         if self.current() is None or _torchs(frame):
             return
+        self.parts.part(module, (name,), frame)
         instructions, places = instructions_of(frame.f_code)
         place = places.get(frame.f_lasti)
         if place is None:
@@ -305,9 +314,9 @@ class Questions:
             if isinstance(kind, tuple):
                 self.is_instance(module, kind, frame)
             elif isinstance(kind, type):
-                self._of_part(
-                    module, f"structrep_is({PLACEHOLDER}, {described(kind)!r})", isinstance(module, kind), frame
-                )
+                told = isinstance(module, kind)
+                self.parts.kind(module, kind, told, frame)
+                self._of_part(module, f"structrep_is({PLACEHOLDER}, {described(kind)!r})", told, frame)
 
     def _of_part(self, module: nn.Module, text: str, told: Any, frame: FrameType) -> None:
         path = self.paths.get(id(module))
@@ -385,6 +394,20 @@ class Questions:
                     self.note(None, "", f"os.environ.get({key!r})", told, frame, counts=False)
 
         return get
+
+
+def _is_torchs(module: nn.Module, name: str) -> bool:
+    """Whether an attribute is a method that torch gives to all modules."""
+    inherited = name in _METHODS and getattr(type(module), name, None) is _METHODS[name]
+    return inherited and name not in object.__getattribute__(module, "__dict__")
+
+
+def _instead(module: nn.Module, name: str) -> Any:
+    """What a class's own `__getattr__` has for an attribute that there is none of."""
+    own = next((base for base in type(module).__mro__ if "__getattr__" in vars(base)), nn.Module)
+    if own is nn.Module:
+        raise AttributeError(name)
+    return vars(own)["__getattr__"](module, name)
 
 
 def _outside(frame: FrameType | None, also: tuple[str, ...] = ()) -> FrameType | None:

@@ -98,7 +98,7 @@ class CallTracer(process.Tracer):
         self.stopped: Call | None = None
         self.refused: Exception | None = None  # the first question that had no answer
         self.constants = Constants(self)
-        self.questions = Questions(paths, lambda: self.stack[-1] if self.stack else None, answers)
+        self.questions = Questions(paths, lambda: self.stack[-1] if self.stack else None, answers, self.getattr)
         self.contexts = Contexts(contexts)
         self.holdings: Holdings | None = None  # whose changes are noted
         self.state: tuple[Any, ...] = ()
