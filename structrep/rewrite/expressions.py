@@ -13,7 +13,7 @@ import functools
 import itertools
 import linecache
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import CodeType
 
 from torch import Tensor
@@ -152,18 +152,47 @@ class _Editor:
             raise Unreadable("it yields, or looks at its own names")
         self.order = {node: place for place, node in enumerate(nodes)}
         self.values = dict(wanted.values)
+        self.sums: set[ast.AST] = set()
         self.answers = dict(wanted.answers) if assuming else {}
-        self.roots = {piece.text: piece for piece in wanted.pieces}
 
     def edit(self) -> Edited:
-        choices = itertools.product(*(list(self._places(piece.text)) for piece in self.wanted.pieces))
+        plain = Reaching(self.tree, self._known)
+        self.sums = {node for node in self.wanted.free if self._adds_nothing(node, plain)}
+        self.pieces = tuple(map(self._with_sums, self.wanted.pieces))
+        choices = itertools.product(*(list(self._places(piece.text)) for piece in self.pieces))
         reasons: list[str] = []
         for places in itertools.islice(choices, _MOST):
             try:
-                return self._try(dict(zip(places, self.wanted.pieces, strict=True)))
+                return self._try(dict(zip(places, self.pieces, strict=True)))
             except Unreadable as error:
                 reasons.append(str(error))
         raise Unreadable("; ".join(dict.fromkeys(reasons)) or "it has no place for a merged layer")
+
+    def _adds_nothing(self, text: ast.AST, plain: Reaching) -> bool:
+        """Whether a text adds 0 to something, on every path."""
+        parts: list[ast.expr] = []
+        if isinstance(text, ast.BinOp) and isinstance(text.op, ast.Add):
+            parts = [text.left, text.right]
+        elif isinstance(text, ast.AugAssign) and isinstance(text.op, ast.Add):
+            parts = [text.value]
+        return any(self._is_zero(part, plain) for part in parts)
+
+    def _is_zero(self, node: ast.expr, plain: Reaching) -> bool:
+        if isinstance(node, ast.Constant):
+            return type(node.value) in (int, float) and node.value == 0
+        if not isinstance(node, ast.Name) or node not in plain.reads:
+            return False
+        made = [self._assigned(one) for one in self._canonical(node, plain)]
+        return bool(made) and all(isinstance(one, ast.Constant) and self._is_zero(one, plain) for one in made)
+
+    def _with_sums(self, piece: Piece) -> Piece:
+        """A piece with what adds nothing to it."""
+        text = piece.text
+        while (
+            isinstance(text, ast.expr) and isinstance(self.parents[text], ast.BinOp) and self.parents[text] in self.sums
+        ):
+            text = self.parents[text]
+        return replace(piece, text=text)
 
     def _places(self, text: ast.AST) -> Iterator[ast.AST]:
         """What may be replaced for a text, innermost first: the whole of a loop around it at least."""
@@ -195,8 +224,10 @@ class _Editor:
         vanished = self.replaced | {node for one in removed for node in ast.walk(one)}
         if left := next((text for text in self.wanted.gone if text not in vanished), None):
             raise Unreadable(f"line {getattr(left, 'lineno', 0)} computes what is merged, and may not vanish")
-        for node, reads in unedited.reads.items():
-            if node not in vanished and node not in put and after.reads.get(node) != reads:
+        for node in unedited.reads:
+            if node in vanished or node in put:
+                continue
+            if self._canonical(node, after) != self._canonical(node, unedited):
                 name = getattr(node, "id", "a name")
                 raise Unreadable(f"line {getattr(node, 'lineno', 0)} reads {name}, which would be another on some path")
         for place, piece in places.items():
@@ -285,7 +316,10 @@ class _Editor:
                 continue
             seen.add(one)
             value = self._assigned(one)
-            if isinstance(value, ast.Name) and value in reaching.reads:
+            around = self.parents.get(one) if one is not None else None
+            if one is not None and around in self.sums and one in reaching.reads:  # `x += 0`
+                pending += reaching.reads[one]
+            elif isinstance(value, ast.Name) and value in reaching.reads:
                 pending += reaching.reads[value]
             else:
                 found.add(one)
@@ -307,7 +341,7 @@ class _Editor:
         if isinstance(parent, ast.AugAssign):
             return self.values.get(parent, frozenset())
         if isinstance(one, ast.stmt):  # that is replaced
-            return frozenset(piece.value for piece in self.wanted.pieces if one in self._around(piece.text))
+            return frozenset(piece.value for piece in self.pieces if one in self._around(piece.text))
         value = self._assigned(one)
         return self.values.get(value, frozenset()) if value is not None else frozenset()
 
@@ -338,11 +372,24 @@ class _Editor:
             whole = {s for s in removed if not isinstance(s, (ast.If, ast.For)) or self._is_emptied(s, removed)}
             vanished = self.replaced | {node for one in whole for node in ast.walk(one)}
             stays = (made for node, made in before.reads.items() if node not in vanished and node not in put)
-            needed = bases.union(*stays)
+            needed = self._without_sums(bases.union(*stays), before)
             left = {one for one in whole if needed.isdisjoint(_targets(one))}
             if left == removed:
                 return left
             removed = left
+
+    def _without_sums(self, made: set[Definition], before: Reaching) -> set[Definition]:
+        """Definitions, with those that `x += 0` adds to in its place."""
+        found, pending = set[Definition](), [*made]
+        while pending:
+            one = pending.pop()
+            if one in found:
+                continue
+            if one is not None and self.parents.get(one) in self.sums and self.wanted.pieces:
+                pending += before.reads.get(one, ())
+            else:
+                found.add(one)
+        return found
 
     def _may_go(self, one: ast.stmt, read: set[Definition]) -> bool:
         """Whether a statement does no more than to give names values, and did so for somebody, or vanishes in any
@@ -358,7 +405,7 @@ class _Editor:
         nodes = [node for target in targets for node in ast.walk(target)]
         if not all(isinstance(n, (ast.Name, ast.Tuple, ast.List, ast.expr_context)) for n in nodes):
             return False
-        if isinstance(one, ast.AugAssign) and one not in self.wanted.gone:
+        if isinstance(one, ast.AugAssign) and one not in self.wanted.gone and one not in self.sums:
             return False  # which may be in place
         gone = any(node in self.wanted.gone for node in ast.walk(one))
         return self._is_pure(one) and (gone or not read.isdisjoint(_targets(one)))
@@ -569,8 +616,7 @@ class _Editor:
         gone = vanished | {node for one in idle for node in ast.walk(one)}
         stays = [node for node in ast.walk(self.tree) if node not in gone]
         mentions = {path for n in stays if isinstance(n, ast.Attribute) and (path := path_to(n, self.itself))}
-        if any(isinstance(n, ast.Name) and n.id == self.itself and not self._is_asked(n) for n in stays):
-            mentions.add("*")
+        mentions |= {name for n in stays if isinstance(n, ast.Name) and n.id == self.itself for name in self._asked(n)}
         for name in {piece.layer for piece in pieces.values()} & mentions:
             raise Unreadable(f"it asks for {name} already")
         before, after = text.lines()
@@ -584,9 +630,17 @@ class _Editor:
             tuple(self.answers),
         )
 
-    def _is_asked(self, name: ast.Name) -> bool:
-        """Whether a mention of the module asks it for an attribute."""
-        return isinstance(self.parents.get(name), ast.Attribute)
+    def _asked(self, itself: ast.Name) -> Iterator[str]:
+        """What a mention of the module asks it for, if not by an attribute; "*" if that may be anything."""
+        around = self.parents.get(itself)
+        if isinstance(around, ast.Attribute):
+            return
+        asks = around.func.id if isinstance(around, ast.Call) and isinstance(around.func, ast.Name) else ""
+        named = around.args[1:2] if isinstance(around, ast.Call) and asks in ("getattr", "hasattr") else []
+        if named and isinstance(named[0], ast.Constant):
+            yield str(named[0].value)
+        elif asks not in ("isinstance", "super", "type", "id"):
+            yield "*"
 
     def _emptied(self, idle: set[ast.stmt]) -> list[tuple[ast.stmt, bool]]:
         """Statements that are all that a block has, of which the first becomes `pass`."""
