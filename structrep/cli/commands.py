@@ -100,6 +100,9 @@ def explain(
         tuple[str, str] | None,
         typer.Option(metavar="LAYER LAYER", help="Say of two layers, by name, why they do not merge."),
     ] = None,
+    diff: Annotated[
+        bool, typer.Option("--diff", help="Show how forwards are edited, as a patch for git apply.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Show what convert would merge in a model, and of the rest why not."""
@@ -114,6 +117,8 @@ def explain(
         print((answer or plan.record).model_dump_json(indent=2))
     elif answer:
         print(answer)
+    elif diff:
+        print(plan.diff(), end="")
     else:
         show(plan_tables(plan.record))
 

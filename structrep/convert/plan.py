@@ -42,11 +42,13 @@ from structrep.prove.region import border, prove
 from structrep.prove.verify import verify
 from structrep.records.base import as_html, as_text
 from structrep.records.latency import LatencyRecord, milliseconds
-from structrep.records.plan import Explanation, MergeRecord, PlanRecord, RefusalRecord, plan_tables
+from structrep.records.plan import Explanation, MergeRecord, PlanRecord, RefusalRecord, Way, plan_tables
 from structrep.records.verification import Verification
 from structrep.report.drawing import Drawing
 from structrep.report.page import demand_plots, page
+from structrep.rewrite.diff import diff
 from structrep.rewrite.draft import Draft
+from structrep.rewrite.edit import Edit
 from structrep.rewrite.norms import forget_norms, give_norms_back
 from structrep.rewrite.units import fallen
 from structrep.terms.term import Term, geometry
@@ -89,7 +91,8 @@ class Plan:
     def merges(self) -> tuple[MergeRecord, ...]:
         seconds = self._measured.seconds if self._measured else lambda merge: None
         group_of = {merge: group for group in together(self._draft.merges) for merge in group}
-        return tuple(_record(merge, where, group_of[merge], seconds(merge)) for where, merge in self.merged.items())
+        way = self._draft.way
+        return tuple(_record(one, where, group_of[one], seconds(one), way(one)) for where, one in self.merged.items())
 
     @property
     def refusals(self) -> tuple[RefusalRecord, ...]:
@@ -250,6 +253,10 @@ class Plan:
         self._applied = self._applied or inplace
         return deploy
 
+    def diff(self) -> str:
+        """The forwards that are edited, as a unified diff with files and lines, which `git apply` takes; "" if none is."""
+        return diff(self._model, (one for one in self._draft.forwards.values() if isinstance(one, Edit)))
+
     def why(self, first: str, second: str) -> Explanation:
         """Why two layers, by their names, did not merge; or that they do.
 
@@ -343,7 +350,9 @@ def _demand(found: Verification) -> None:
         )
 
 
-def _record(merge: Merge, where: str, group: Sequence[Merge], seconds: tuple[float, float] | None) -> MergeRecord:
+def _record(
+    merge: Merge, where: str, group: Sequence[Merge], seconds: tuple[float, float] | None, way: Way
+) -> MergeRecord:
     shape, (before, after) = geometry(merge.term), merge.fit.costs
     taps = "x".join(map(str, shape.kernel))
     sizes = ""
@@ -362,4 +371,5 @@ def _record(merge: Merge, where: str, group: Sequence[Merge], seconds: tuple[flo
         sizes=sizes,
         notes=merge.fit.notes,
         seconds=seconds,
+        edit=way,
     )

@@ -91,7 +91,7 @@ def compiled(source: str, like: CodeType, filename: str, imported: Iterable[str]
     )
     scope.body[0].body[1].body = [function]  # type: ignore[attr-defined]
     scope.body += ast.parse("\n".join(f"import {name}" for name in imported)).body
-    code = compile(scope, filename, "exec", like.co_flags & _FUTURE, dont_inherit=True)
+    code: CodeType = compile(scope, filename, "exec", like.co_flags & _FUTURE, dont_inherit=True)
     for inside in ("scope", name, like.co_name):
         code = next(one for one in code.co_consts if isinstance(one, CodeType) and one.co_name == inside)
     return code

@@ -200,6 +200,9 @@ class Reaching:
         if isinstance(node, ast.Name):
             if isinstance(node.ctx, ast.Load):
                 self._read(node, names)
+        elif isinstance(node, ast.IfExp) and (known := self.known(node.test)) is not None:
+            self._visit(node.test, names)
+            self._visit(node.body if known else node.orelse, names)
         elif isinstance(node, _SCOPES):
             self._hold(node)
         elif isinstance(node, _COMPREHENSIONS):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
+from typing import Literal, TypeAlias
 
 from pydantic import Field
 from rich.table import Table
@@ -10,6 +12,8 @@ from rich.table import Table
 from structrep.errors import some
 from structrep.records.base import Record, counted
 from structrep.records.latency import milliseconds
+
+Way: TypeAlias = Literal["swap", "edit", "rewrite"]
 
 
 class MergeRecord(Record):
@@ -27,6 +31,8 @@ class MergeRecord(Record):
     sizes: str = ""  # the input sizes that it holds for, if not for all
     notes: tuple[str, ...] = ()  # what is to be known of its numbers: dead channels, half precision
     seconds: tuple[float, float] | None = None  # before and after, if merges were chosen by measurement
+    edit: Way = "swap"  # by modules alone, by an edit of a forward's own text, or by a
+    # forward that is cut out of the trace
 
 
 class BorderRecord(Record):
@@ -94,7 +100,15 @@ class PlanRecord(Record):
 
 def plan_tables(plan: PlanRecord) -> Iterable[Table]:
     """A plan's merges, then its refusals."""
-    merges = Table(title=f"{plan.model}: {counted(len(plan.merges), 'merge')}")
+    ways: dict[Way, str] = {
+        "swap": "by modules alone",
+        "edit": "by edits of forwards",
+        "rewrite": "by forwards written anew",
+    }
+    counts = Counter(merge.edit for merge in plan.merges)
+    how = [f"{counts[way]} {text}" for way, text in ways.items() if counts[way]]
+    by = f" ({', '.join(how)})" if how else ""
+    merges = Table(title=f"{plan.model}: {counted(len(plan.merges), 'merge')}{by}")
     for heading in ("where", "rule", "training time", "deploy", "multiply-adds per output pixel", "parameters"):
         merges.add_column(
             heading, justify="right" if heading in ("multiply-adds per output pixel", "parameters") else "left"

@@ -35,6 +35,7 @@ from structrep.modules.parametrized import computed, made_of, settle
 from structrep.modules.uses import Use
 from structrep.read.lower import lower
 from structrep.read.nodes import hands_on
+from structrep.records.plan import Way
 from structrep.rewrite.edit import Edit, Untouched
 from structrep.rewrite.edits import Edits
 from structrep.rewrite.forward import Forward
@@ -309,6 +310,13 @@ class Draft:
             and isinstance(call.args[0], fx.Proxy)
             and swapped.isdisjoint(call.chain())
         }
+
+    def way(self, merge: Merge) -> Way:
+        """How a merge is made: by modules alone, by an edit of a forward, or by one that is written anew."""
+        forwards = [one for owner, one in self.forwards.items() if merge in self.owned.get(owner, ())]
+        if any(isinstance(one, Forward) for one in forwards):
+            return "rewrite"
+        return "edit" if any(isinstance(one, Edit) and not one.same for one in forwards) else "swap"
 
     def where(self, merge: Merge) -> str:
         """The path that the merged layer will have."""

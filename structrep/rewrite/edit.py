@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -73,19 +72,26 @@ class Edit:
         """Whether the text stays as it is."""
         return self.edited.before == self.edited.after and not self.reads
 
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """The method's text, with all guards."""
+        return tuple(self._text(self.reads))
+
     def method(self, holds: Callable[[Guard], bool] = lambda guard: True) -> EditedMethod:
         """The method, with the guards for which something holds."""
-        lines = list(self.edited.after)
-        if guarded := guards.code(filter(holds, self.reads)):
-            at, indent = self._first_statement()
-            text = textwrap.indent("\n".join(guarded), " " * indent)
-            lines[at:at] = text.splitlines(keepends=True)[:-1] + [text.splitlines()[-1] + "\n"]
-        source = "".join(lines)
+        source = "".join(self._text(filter(holds, self.reads)))
         try:
             compiled(source, self.code, f"<{self.call.method}>")
         except (SyntaxError, StopIteration) as error:
-            raise Unreadable(f"{self._shown()}: its edited text is no valid code: {error}: {source}") from error
+            raise Unreadable(f"{self._shown()}: its edited text is no valid code: {error}") from error
         return EditedMethod(self.call.method, source)
+
+    def _text(self, guarded: Iterable[Guard]) -> list[str]:
+        lines = list(self.edited.after)
+        if code := guards.code(guarded):
+            at, indent = self._first_statement()
+            lines[at:at] = [f"{' ' * indent}{line}\n" for line in code]
+        return lines
 
     def holding(self, module: nn.Module) -> set[Guard]:
         """The guards that a module would pass."""
@@ -291,8 +297,11 @@ class Edit:
 
     def _note_guards(self, found: Edited) -> None:
         """Note what the vanished text went by, which the merged layer was made for."""
-        for read, path in [(read, path) for (path, _), read in self.call.reads.items()]:
-            if any(self._is_gone(*where[:2], found.vanished) for where in read.places):
+        assumed = {node for test in found.assumed for node in ast.walk(test)}
+        helped = any(isinstance(one, ast.Call) and self._is_of_others(one) for one in found.vanished)
+        for (path, _), read in self.call.reads.items():
+            asked = [place(code, at) if code is self.code else None for code, at, _ in read.places]
+            if any((one in found.vanished and one not in assumed) if one is not None else helped for one in asked):
                 self.reads += self._guard(path, read)
         self.reads += [made for test in found.assumed for made in self._assumed(test)]
         for one in inside(self.call, self.out):
@@ -306,8 +315,11 @@ class Edit:
                     if guards.unlike("it", read.told) is not None:
                         raise Unreadable(f"{self._shown()} goes by {read.text}, which may be set to something else")
 
-    def _is_gone(self, code: Any, at: int, gone: frozenset[ast.AST]) -> bool:
-        return code is not self.code or place(code, at) in gone
+    def _is_of_others(self, call: ast.Call) -> bool:
+        """Whether a call runs a function of the user's, which may ask for something itself."""
+        held = self.space.get(call.func.id) if isinstance(call.func, ast.Name) else None
+        method = path_to(call.func, self.code.co_varnames[0])
+        return isinstance(held, FunctionType) or (method is not None and method not in dict(parts_of(self.call.module)))
 
     def _guard(self, path: str, read: Read, of_part: bool = False) -> list[Guard]:
         """A guard for an answer, if something hangs on it that a merge does not settle.
@@ -365,7 +377,8 @@ class Edit:
         first = body[1] if doc else body[0]
         if first.lineno <= self.tree.lineno or (doc and first.lineno <= (body[0].end_lineno or 0)):
             raise Unreadable(f"{self._shown()} has no line of its own for its first statement")
-        return (body[0].end_lineno + 1 if doc else first.lineno) - self.edited.line, first.col_offset
+        after = (body[0].end_lineno or 0) + 1 if doc else first.lineno
+        return after - self.edited.line, first.col_offset
 
     def _shown(self) -> str:
         return f"{type(self.call.module).__name__}.{self.call.method}"
@@ -441,11 +454,11 @@ class Untouched:
                     held.add(path.removeprefix(prefix))
         tree, parents, _ = read
         itself = tree.args.args[0].arg if tree.args.args else ""
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Attribute) and path_to(node, itself) in held:
-                around = parents[node]
-                if not (isinstance(around, ast.Call) and node in around.args) and not isinstance(around, ast.keyword):
-                    raise Unreadable(f"line {node.lineno} does more with self.{node.attr} than to hand it on")
+        for one in ast.walk(tree):
+            if isinstance(one, ast.Attribute) and path_to(one, itself) in held:
+                around = parents[one]
+                if not (isinstance(around, ast.Call) and one in around.args) and not isinstance(around, ast.keyword):
+                    raise Unreadable(f"line {one.lineno} does more with self.{one.attr} than to hand it on")
 
     def holding(self, module: nn.Module) -> set[Guard]:
         """None, for it was told nothing."""

@@ -97,6 +97,7 @@ class Edited:
         vanished: the syntax that is no more, and what stays of that which it went by.
         mentions: paths of what the rest of the method asks its module for; "*" if that may be anything.
         assumed: conditions that have to have the answers still that they had.
+        sums: how many additions of 0 are left.
     """
 
     before: tuple[str, ...]
@@ -106,6 +107,7 @@ class Edited:
     vanished: frozenset[ast.AST]
     mentions: frozenset[str]
     assumed: tuple[ast.AST, ...]
+    sums: int
 
 
 def edited(code: CodeType, wanted: Wanted) -> Edited:
@@ -122,24 +124,29 @@ def edited(code: CodeType, wanted: Wanted) -> Edited:
 
 @functools.lru_cache(2048)  # blocks of a class mostly change in the same way
 def _edited(code: CodeType, wanted: Wanted) -> Edited | str:
+    found = _tried(code, replace(wanted, answers=()))
+    if not wanted.answers or (isinstance(found, Edited) and not found.sums):
+        return found
+    best = _tried(code, wanted)
+    if isinstance(best, str) or (isinstance(found, Edited) and found.sums <= best.sums):
+        return found if isinstance(found, Edited) else best
+    for test, _ in wanted.answers:  # each is a guard: what is right on all paths needs none
+        fewer = replace(wanted, answers=tuple(one for one in wanted.answers if one[0] is not test))
+        other = _tried(code, fewer)
+        if isinstance(other, Edited) and other.sums <= best.sums:
+            wanted, best = fewer, other
+    return best
+
+
+def _tried(code: CodeType, wanted: Wanted) -> Edited | str:
     try:
         return _Editor(code, wanted).edit()
     except Unreadable as reason:
-        if not wanted.answers:
-            return str(reason)
-    try:
-        return _Editor(code, wanted, assuming=True).edit()
-    except Unreadable as again:
-        return str(again)
+        return str(reason)
 
 
 class _Editor:
-    """
-    Args:
-        assuming: take conditions on settings to have the answers that they have.
-    """
-
-    def __init__(self, code: CodeType, wanted: Wanted, assuming: bool = False) -> None:
+    def __init__(self, code: CodeType, wanted: Wanted) -> None:
         read = definition(code)
         if read is None or not isinstance(read[0], ast.FunctionDef) or not code.co_varnames:
             raise Unreadable("its source cannot be read")
@@ -153,19 +160,20 @@ class _Editor:
         self.order = {node: place for place, node in enumerate(nodes)}
         self.values = dict(wanted.values)
         self.sums: set[ast.AST] = set()
-        self.answers = dict(wanted.answers) if assuming else {}
+        self.answers = dict(wanted.answers)
 
     def edit(self) -> Edited:
         plain = Reaching(self.tree, self._known)
         self.sums = {node for node in self.wanted.free if self._adds_nothing(node, plain)}
         self.pieces = tuple(map(self._with_sums, self.wanted.pieces))
-        choices = itertools.product(*(list(self._places(piece.text)) for piece in self.pieces))
         reasons: list[str] = []
-        for places in itertools.islice(choices, _MOST):
-            try:
-                return self._try(dict(zip(places, self.pieces, strict=True)))
-            except Unreadable as error:
-                reasons.append(str(error))
+        for self.by_alias in (False, True):
+            choices = itertools.product(*(list(self._places(piece.text)) for piece in self.pieces))
+            for places in itertools.islice(choices, _MOST):
+                try:
+                    return self._try(dict(zip(places, self.pieces, strict=True)))
+                except Unreadable as error:
+                    reasons.append(str(error))
         raise Unreadable("; ".join(dict.fromkeys(reasons)) or "it has no place for a merged layer")
 
     def _adds_nothing(self, text: ast.AST, plain: Reaching) -> bool:
@@ -272,7 +280,12 @@ class _Editor:
         names = [name for name, _ in self._reads_of(piece, before)]
         inside = set(ast.walk(place))
         if names:
-            first = min(names, key=lambda name: (len(before.reads[name]), name not in inside, self.order[name]))
+
+            def last(name: ast.Name) -> tuple[bool, int, bool, int]:
+                alias = before.reads[name] != self._canonical(name, before)
+                return alias != self.by_alias, len(before.reads[name]), name not in inside, self.order[name]
+
+            first = min(names, key=last)
             self.read_as[place] = first, before.reads[first]
             return first.id
         texts = [text for text, numbers in self.values.items() if numbers == {piece.base} and text in inside]
@@ -628,6 +641,7 @@ class _Editor:
             frozenset(gone | asked),
             frozenset(mentions),
             tuple(self.answers),
+            sum(isinstance(node, (ast.BinOp, ast.AugAssign)) and node in self.wanted.free for node in stays),
         )
 
     def _asked(self, itself: ast.Name) -> Iterator[str]:
@@ -728,10 +742,11 @@ class _Text:
         for start, end, new in sorted(self.changes, key=lambda change: change[0], reverse=True):
             head, tail = after[start[0]][: start[1]], after[end[0]][end[1] :]
             if new is None:
-                alone = not head.strip() and not tail.split(b"#")[0].strip()
-                if not alone:
-                    tail = tail.lstrip(b" \t;") if not head.strip() else tail
-                    head = head.rstrip(b" \t;") if head.strip() and not tail.strip() else head
+                code, _, _ = tail.partition(b"#")
+                if head.strip() and not code.strip(b" \t;\n"):
+                    head = head.rstrip(b" \t;")
+                tail = tail.lstrip(b" \t;") if not head.strip() and code.strip(b" \t;\n") else tail
+                alone = not head.strip() and not code.strip(b" \t;\n")
                 after[start[0] : end[0] + 1] = [] if alone else [head + tail]
             else:
                 after[start[0] : end[0] + 1] = (head + new.encode() + tail).splitlines(keepends=True)
