@@ -119,7 +119,7 @@ def of_an_expression(self, x):
     return (self.a(self.helper(x)) * self.scale).tanh()
 
 
-@edit("if self.nothing is not None:", "raise ValueError", "y = self.reparam_conv(x)", "return y.relu()")
+@edit("if not (self.nothing is None):", "raise ValueError", "y = self.reparam_conv(x)", "return y.relu()")
 def behind_a_part_that_is_not_there(self, x):
     if self.nothing is None:
         skip = 0
