@@ -7,13 +7,13 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
 from structrep.errors import Shared
 from structrep.graph.calls import Call, Traced
 from structrep.graph.facts import ASSIGNED, CALL, COMPUTED, FORMULA, SHAPE, VALUE
 from structrep.graph.names import is_lone_layer, path_of
+from structrep.modules.holders import held_elsewhere
 from structrep.modules.mentions import questions
 from structrep.modules.source import names_reached
 
@@ -38,14 +38,7 @@ class Replicas:
         self.asked: dict[str, list[tuple[str, str]]] = {}  # path -> forwards that ask it for something, and for what
         for path, question in _asked(traced.model):
             self.asked.setdefault(path, []).append(question)
-        self.listed = {
-            part
-            for module in traced.model.modules()
-            for key, value in module.__dict__.items()
-            if key != "_modules"
-            for part in pytree.tree_leaves(value)
-            if isinstance(part, nn.Module)
-        }
+        self.listed = held_elsewhere(traced.model)
 
     def bodies(self, of: Call) -> list[Call]:
         """All calls of the same forward that were followed."""
@@ -96,7 +89,7 @@ class Replicas:
             anew: the paths and methods that will be written anew, without what vanishes.
         """
         if call.module in self.listed:
-            raise Shared(f"{call.path} is also held in a list or attribute that is none of torch's")
+            raise Shared(f"{call.path} is also held in {self.listed[call.module]}, which is none of torch's")
         stays = is_lone_layer(inside) and not turns_around(call.module)  # the very layer, with all its settings
         for asker, what in self.asked.get(call.path, ()) if call.leaf else ():
             if asker not in {path for path, _ in anew} and not (stays and what in call.module.__dict__):
