@@ -53,7 +53,9 @@ class Holdings:
         if isinstance(value, FunctionType):
             if not _is_library(value.__globals__.get("__name__")):
                 self._add_function(value)
-        elif isinstance(value, (MethodType, staticmethod, classmethod)):
+        elif isinstance(value, MethodType):
+            self.pending += [value.__func__, value.__self__]
+        elif isinstance(value, (staticmethod, classmethod)):
             self.pending.append(value.__func__)
         elif isinstance(value, property):
             self.pending.append(value.fget)

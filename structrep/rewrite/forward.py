@@ -566,8 +566,8 @@ class Forward:
     def _enter(self, wanted: tuple[contexts.Context, ...]) -> None:
         """Write what comes next in some contexts, as far as the forward itself enters them."""
         own = wanted[len(self.call.contexts) :]
-        if lasting := [one.code for one in own if not one.ends]:
-            raise Unreadable(f"{self.call.path or 'the model'} calls {lasting[0]}, which stays so after it")
+        if reasons := [one.unwritable for one in own if one.unwritable]:
+            raise Unreadable(f"{self.call.path or 'the model'} {reasons[0]}")
         kept = sum(
             1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(own, self.entered, strict=False))
         )
