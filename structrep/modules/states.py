@@ -41,10 +41,12 @@ class Holdings:
         self.seen: set[int] = set()
         parts = list(module.modules())
         held = (value for part in parts for name, value in vars(part).items() if name not in OF_MODULES)
-        self.pending: list[Any] = [*held, *{type(part): None for part in parts}]
+        own = {type(part) for part in parts}
+        self.own = own.union(*(cls.__mro__ for cls in own))
+        self.pending: list[Any] = [*held, *own]
         while self.pending and len(self.seen) < MOST:
             one = self.pending.pop()
-            if type(one) not in _ATOMS and id(one) not in self.seen:
+            if type(one) not in _ATOMS and id(one) not in self.seen and not _is_plain(one):
                 self.seen.add(id(one))
                 self._add(one)
 
@@ -62,7 +64,10 @@ class Holdings:
         elif isinstance(value, type):
             if not _is_library(written_in(value)):
                 self.classes.append(value)
-                self.pending += [*value.__bases__, *(one for one in vars(value).values() if isinstance(one, _CALLED))]
+                self.pending += value.__bases__
+                if value in self.own or not issubclass(value, nn.Module):  # else a forward only names it, or makes one
+                    called = ((name, one) for name, one in vars(value).items() if isinstance(one, _CALLED))
+                    self.pending += [one for name, one in called if name != "__init__"]
         elif not isinstance(value, _FIXED):
             self.objects[id(value)] = value
             self.pending.append(type(value))
@@ -104,6 +109,11 @@ class Holdings:
                 *(parts.of([one.__defaults__, one.__kwdefaults__]) for one in self.made),
                 *(parts.of_class(cls) for cls in self.classes),
             )
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value is a tuple of what never changes: of sizes."""
+    return type(value) is tuple and all(type(one) in _ATOMS for one in value)
 
 
 def _is_library(name: Any) -> bool:
