@@ -175,7 +175,7 @@ class Draft:
         for call in around:
             others = {one.bytecode for one in around if one.module is call.module and one is not call}
             for use in self._uses_of(call):
-                if use.parts.isdisjoint(parts) or use.code in others - {call.bytecode}:
+                if use.parts.isdisjoint(parts) or (not use.hangs_on and use.code in others - {call.bytecode}):
                     continue
                 several = bool(use.hangs_on) and len(use.parts & parts) > 1
                 if several or use.places.isdisjoint(self._sites_of(call.module)):
@@ -387,8 +387,9 @@ class Draft:
         self._bury(dead)
         for owner, forward in self.forwards.items():
             module = self._at(owner.path)
-            gone = self.at_rest[owner] - forward.holding(module)  # what was asked for is no more, or is merged
-            install(module, forward.method(lambda guard, gone=gone: guard not in gone))  # type: ignore[misc]
+            now, before = forward.holding(module), self.at_rest[owner]  # what was asked for may be no more, or merged
+            stays = lambda one, now=now, before=before: one in now or not (one.later or one in before)  # noqa: E731
+            install(module, forward.method(stays))
             if isinstance(module, fx.GraphModule):
                 regraph(module)
         deploy = self.model

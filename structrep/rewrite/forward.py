@@ -401,18 +401,21 @@ class Forward:
         )
 
     def _mark_merged(self) -> None:
-        """Guard plain tensors that are merged to be the ones that were: nothing else would see them replaced."""
+        """Guard tensors that are merged to be what they were, or to be gone: nothing else would see them set."""
         for node in (step for step in steps(self.call, self.out) if isinstance(step, fx.Node)):
             merged = node in self.edits.dead or node in self.edits.ended
             for given in (n for n in node.all_input_nodes if n.op == "get_attr") if merged else ():
                 formula = FORMULA.get(given)
                 for tensor in formula.tensors if formula else (VALUE.get(given),):
-                    if (entry := self.traced.plain(tensor)) is not None:
+                    entry, path = self.traced.plain(tensor), self.traced.names.get(id(tensor), "")
+                    if entry is not None:
                         alias = entry.alias
                         while self.merged.setdefault((entry.holder, alias), entry) != entry:  # another of this name
                             alias += "_"
                         spelt = self._spelt_path(entry.holder)
                         self.reads.append(guards.same(f"{spelt}{entry.text}", f"{spelt}.{alias}", self._shown()))
+                    elif path and path.startswith(f"{self.call.path}." if self.call.path else ""):
+                        self.reads.append(guards.gone(self._spelt_path(path), self._shown()))
 
     def _shown(self) -> str:
         return f"{type(self.call.module).__name__}.{self.call.method}"
@@ -568,9 +571,8 @@ class Forward:
         own = wanted[len(self.call.contexts) :]
         if reasons := [one.unwritable for one in own if one.unwritable]:
             raise Unreadable(f"{self.call.path or 'the model'} {reasons[0]}")
-        kept = sum(
-            1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(own, self.entered, strict=False))
-        )
+        same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(own, self.entered, strict=False))
+        kept = len(list(same))
         for _ in self.entered[kept:]:
             self.graph.call_function(contexts.leave)
         for one in own[kept:]:

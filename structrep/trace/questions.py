@@ -162,7 +162,9 @@ class Questions:
         except AttributeError:
             held = (module._parameters, module._buffers, module._modules)
             if any(name in one for one in held):
-                if module._modules.get(name) is not None:
+                if module._parameters.get(name, module) is None or module._buffers.get(name, module) is None:
+                    self._of_part(module, f".{name}", None, sys._getframe(depth))
+                elif module._modules.get(name) is not None:
                     self._looked_at(module, name, sys._getframe(depth))
                 raise
             try:
