@@ -261,15 +261,13 @@ class Forward:
             for step in steps(self.call, self.out)
         )
         alone = tuple(len(proxy.node.users) == 1 for proxy in proxies((self.call.args, self.call.kwargs)))
-        told = (
-            *((text, repr(one.told)) for (_, text), one in self.call.reads.items()),
-            *map(str, self.answers.items()),
-        )
+        told = tuple((text, repr(one.told)) for (_, text), one in self.call.reads.items())
+        answers = tuple(map(str, self.answers.items()))
         given = tuple(map(repr, pytree.tree_leaves((self.call.args, self.call.kwargs))))
         module, of = self.call.module, (key[0].removeprefix(self.call.path), key[1], repr(read.told))
         held = (module._modules, module._parameters, module._buffers)
         parts = tuple((name, type(part)) for one in held for name, part in one.items())
-        return type(module), self.call.method, of, done, alone, told, given, parts
+        return type(module), self.call.method, of, done, alone, told, answers, given, parts
 
     def _placed(self, found: set[Any] | None, back: bool = False) -> set[Any] | None:
         """Arguments by the places of their operations in the forward, or by the operations again."""
