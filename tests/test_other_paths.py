@@ -3,6 +3,8 @@ or loops over later: the deploy model does what the model does then, or an error
 
 import functools
 import operator
+import pickle
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -358,3 +360,76 @@ def test_a_tensor_that_is_set_later(forward, name):
         value = torch.full((1, 8, 1, 1), 7.0, dtype=torch.float64)
         setattr(one, name, nn.Parameter(value) if name in model._parameters else value)
     assert f"self.{name}" in (later(model, deploy, X) or f"self.{name}")
+
+
+# --- other forwards ---------------------------------------------------------------------------------------------------
+
+
+class Chopping(nn.Module):
+    """A wrapper as those of super-resolution are, whose other forward cannot be followed."""
+
+    def __init__(self):
+        super().__init__()
+        self.model, self.chop = type("Inner", (Plain,), {"forward": lambda self, x: self.n(self.c(x)).relu()})(), False
+
+    def forward(self, x):
+        return self.forward_chop(x) if self.chop else self.model(x)
+
+    def forward_chop(self, x):
+        return torch.cat([self.model(piece) for piece in x.chunk(2, -1)], -1)
+
+
+def test_another_forward_that_runs_a_part_as_a_whole():
+    model = settled(Chopping())
+    plan = structrep.plan(model)
+    assert len(plan.merges) == 1
+    deploy = plan.apply()
+    for chop in (False, True):
+        model.chop = deploy.chop = chop
+        assert relative_error(deploy(X), model(X)) < 1e-12
+
+
+def test_another_forward_that_runs_some_of_a_part():
+    class Inside(Chopping):
+        def forward_chop(self, x):
+            return torch.cat([self.model.c(piece) for piece in x.chunk(2, -1)], -1)
+
+    plan = structrep.plan(settled(Inside()))
+    assert not plan.merges
+    assert "Inside.forward_chop may look at what" in str(plan.refusals[0])
+
+
+# --- ordered dicts ----------------------------------------------------------------------------------------------------
+
+
+class Layers(nn.ModuleDict):
+    """As torchvision's `IntermediateLayerGetter`."""
+
+    def __init__(self):
+        parts = {"c": nn.Conv2d(4, 8, 3), "n": nn.BatchNorm2d(8), "r": nn.ReLU()}
+        super().__init__(parts)
+        self.keep = {"r": "out"}
+
+    def forward(self, x):
+        out = OrderedDict()
+        for name, part in self.items():
+            x = part(x)
+            if name in self.keep:
+                out[self.keep[name]] = x
+        return out
+
+
+def test_an_ordered_dict_is_given_back():
+    torch.manual_seed(0)
+    model = settled(Layers())
+    plan = structrep.plan(model, X)
+    assert len(plan.merges) == 1
+    deploy = pickle.loads(pickle.dumps(plan.apply()))
+    truth, found = model(X), deploy(X)
+    assert type(found) is OrderedDict
+    assert list(found) == list(truth)
+    assert relative_error(found["out"], truth["out"]) < 1e-12
+    for one in (model, deploy):
+        one.keep["c"] = "early"
+    with pytest.raises(ValueError, match=r"self\.keep"):
+        deploy(X)

@@ -27,6 +27,7 @@ from structrep.graph.names import path_of
 from structrep.modules.call_sites import methods_called
 from structrep.modules.mentions import mentions
 from structrep.modules.source import functions
+from structrep.modules.uses import uses
 from structrep.trace.again import follow_method
 
 
@@ -109,7 +110,8 @@ class Borders:
             if variant.flags and variant.flags[0][1] is ... and around is not call.parent:
                 continue  # what it is given can only matter where the value passes
             method = self._follow(around, variant)
-            if self._differs(method, call, last, inside) if method else not variant.flags:
+            blind = not variant.flags and (seen is None or not _runs_it_whole(around.module, variant.method, inside))
+            if self._differs(method, call, last, inside) if method else blind:
                 raise Shared(
                     f"{type(around.module).__name__}.{variant} may look at what {call.path} gives, which would no "
                     f"longer be there"
@@ -162,6 +164,13 @@ class Borders:
         if key not in self.followed:
             self.followed[key] = follow_method(around.module, around.path, variant.method, dict(variant.flags))
         return self.followed[key]
+
+
+def _runs_it_whole(module: nn.Module, method: str, inside: set[fx.Node]) -> bool:
+    """Whether a method, by its source, uses none of what a merge is in but as a whole."""
+    merged = {CALL.of(node).module for node in inside}
+    used = {part for use in uses(module, functions(type(module))[method]) for part in use.parts}
+    return all(merged <= below or merged.isdisjoint(below) for below in (set(part.modules()) for part in used))
 
 
 def _is_required(parameter: Parameter) -> bool:

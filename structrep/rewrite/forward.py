@@ -14,6 +14,7 @@ import operator
 import sys
 import textwrap
 import typing
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, is_dataclass, replace
 from types import CodeType, FunctionType
@@ -754,9 +755,8 @@ class Forward:
         if isinstance(value, slice):
             return slice(*(self._rebuild(v) for v in (value.start, value.stop, value.step)))
         if is_dataclass(value) and not isinstance(value, type):
-            if not isinstance(value, dict) and (
-                hasattr(value, "__post_init__") or not all(f.init for f in fields(value))
-            ):
+            plain = not hasattr(value, "__post_init__") and all(f.init for f in fields(value))
+            if not plain and not isinstance(value, dict):
                 raise Unreadable(f"a {type(value).__name__} is more than its fields, and cannot be written as code")
             given = {f.name: self._rebuild(getattr(value, f.name)) for f in fields(value)}
             return self.graph.call_function(type(value), (), given)
@@ -767,12 +767,12 @@ class Forward:
             return self.graph.call_function(type(value), tuple(parts)) if hasattr(value, "_fields") else tuple(parts)
         if isinstance(value, list):
             return [self._rebuild(item) for item in value]
-        if type(value) is dict:
-            return {key: self._rebuild(item) for key, item in value.items()}
+        if type(value) in (dict, OrderedDict):
+            made = {key: self._rebuild(item) for key, item in value.items()}
+            return made if type(value) is dict else self.graph.call_function(OrderedDict, (list(made.items()),))
         if is_traced(value):
-            raise Unreadable(
-                f"{self.call.path or 'the model'} passes a {type(value).__name__}, which cannot be written as code"
-            )
+            where = self.call.path or "the model"
+            raise Unreadable(f"{where} passes a {type(value).__name__}, which cannot be written as code")
         return value
 
 
