@@ -63,12 +63,13 @@ def _copied(modules: list[nn.Module], memo: dict[int, Any]) -> nn.Module:
 
 def _set_modes(twin: nn.Module, original: nn.Module) -> None:
     """Put a copy in the modes of what it was made of: a class that copies itself may leave it in another."""
-    modes = {path: module.training for path, module in original.named_modules()}
-    if twin.training != original.training:
+    modes = {path: getattr(part, "training", None) for path, part in original.named_modules()}  # frozen scripts: none
+    if modes[""] is not None and twin.training != modes[""]:
         with contextlib.suppress(NotImplementedError):  # of exported programs, which have no modes
-            twin.train(original.training)  # which may do more: torchvision's feature extractors have a graph for each
+            twin.train(modes[""])  # which may do more: torchvision's feature extractors have a graph for each
     for path, part in twin.named_modules():
-        part.training = modes.get(path, part.training)
+        if (mode := modes.get(path)) is not None:
+            part.training = mode
 
 
 def make_eager(model: nn.Module, twins: Mapping[int, Any]) -> None:
