@@ -240,3 +240,54 @@ def test_a_counter_that_does_not_move_is_a_constant():
     assert type(deploy) is not type(model)  # written anew, with the factor in the layer
     assert "LIST" in inspect.getsource(type(deploy).forward)
     assert relative_error(deploy(X), model(X)) < 1e-12
+
+
+@pytest.mark.parametrize("inputs", [(), (X,)], ids=["alone", "inputs"])
+def test_a_buffer_that_adds_up(inputs):
+    class Sums(Base):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("total", torch.zeros(1, 8, 1, 1))
+
+        def forward(self, x):
+            y = self.both(x)
+            self.total += y.mean((0, 2, 3), keepdim=True)
+            return y + self.total
+
+    torch.manual_seed(0)
+    model = settled(Sums())
+    deploy = structrep.reparameterize(model, *inputs)
+    assert isinstance(deploy.n, nn.Identity)
+    assert relative_error(counted(deploy), counted(model)) < 1e-12
+    assert relative_error(deploy.total, model.total) < 1e-12
+
+
+def set_between(self, x):
+    y = self.c(x)
+    self.last = y
+    return self.n(y)
+
+
+def added_between(self, x):
+    y = self.c(x)
+    self.last += y
+    return self.n(y)
+
+
+def set_behind(self, x):
+    y, old = self.both(x), self.last
+    self.last = y
+    return y + old
+
+
+@pytest.mark.parametrize("forward", [set_between, added_between, set_behind])
+def test_a_buffer_that_is_given_a_value(forward):
+    torch.manual_seed(0)
+    model = type("Made", (Base,), {"forward": forward})()
+    model.register_buffer("last", torch.zeros(2, 8, 7, 6))
+    settled(model)
+    plan = structrep.plan(model)
+    assert len(plan.merges) == (forward is set_behind)
+    deploy = plan.apply()
+    assert relative_error(counted(deploy), counted(model)) < 1e-12
+    assert relative_error(deploy.last, model.last) < 1e-12

@@ -40,11 +40,8 @@ class Variant:
     flags: tuple[tuple[str, Any], ...] = ()
 
     def __str__(self) -> str:
-        return (
-            f"{self.method}({', '.join(f'{name}={value}' for name, value in self.flags)})"
-            if self.flags
-            else self.method
-        )
+        given = (f"{name}={'a tensor' if value is ... else value}" for name, value in self.flags)
+        return f"{self.method}({', '.join(given)})" if self.flags else self.method
 
 
 class Borders:
