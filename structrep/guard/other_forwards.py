@@ -62,6 +62,9 @@ class Borders:
         self.mentioned: dict[tuple[type, str], frozenset[str] | None] = {}
         self.below: dict[nn.Module, dict[nn.Module, frozenset[str]]] = {}  # a module's parts, by children they are in
         self.followed: dict[tuple[nn.Module, Variant], Method | None] = {}
+        self.used: dict[
+            tuple[nn.Module, str], list[set[nn.Module]]
+        ] = {}  # parts that a method uses, and all below each
 
     def check(self, inside: set[fx.Node], root: fx.Node | None, owner: Call) -> None:
         """Raise if a value that would vanish, all but the root's, is one that another forward gives back or looks at.
@@ -107,8 +110,11 @@ class Borders:
             if variant.flags and variant.flags[0][1] is ... and around is not call.parent:
                 continue  # what it is given can only matter where the value passes
             method = self._follow(around, variant)
-            blind = not variant.flags and (seen is None or not _runs_it_whole(around.module, variant.method, inside))
-            if self._differs(method, call, last, inside) if method else blind:
+            if method is None and (
+                variant.flags or (seen is not None and self._runs_it_whole(around, variant, inside))
+            ):
+                continue
+            if method is None or self._differs(method, call, last, inside):
                 raise Shared(
                     f"{type(around.module).__name__}.{variant} may look at what {call.path} gives, which would no "
                     f"longer be there"
@@ -137,6 +143,15 @@ class Borders:
             or (given and any(_feeders(one) not in fed for one in calls))
         )
 
+    def _runs_it_whole(self, around: Call, variant: Variant, inside: set[fx.Node]) -> bool:
+        """Whether a method, by its source, uses none of what a merge is in but as a whole."""
+        key = around.module, variant.method
+        if key not in self.used:
+            found = uses(around.module, functions(type(around.module))[variant.method])
+            self.used[key] = [set(part.modules()) for part in {part for use in found for part in use.parts}]
+        merged = {CALL.of(node).module for node in inside}
+        return all(merged <= below or merged.isdisjoint(below) for below in self.used[key])
+
     def _other_forwards(self, around: Call) -> list[Variant]:
         """Other ways to run a module than those that were traced."""
         cls = type(around.module)
@@ -161,13 +176,6 @@ class Borders:
         if key not in self.followed:
             self.followed[key] = follow_method(around.module, around.path, variant.method, dict(variant.flags))
         return self.followed[key]
-
-
-def _runs_it_whole(module: nn.Module, method: str, inside: set[fx.Node]) -> bool:
-    """Whether a method, by its source, uses none of what a merge is in but as a whole."""
-    merged = {CALL.of(node).module for node in inside}
-    used = {part for use in uses(module, functions(type(module))[method]) for part in use.parts}
-    return all(merged <= below or merged.isdisjoint(below) for below in (set(part.modules()) for part in used))
 
 
 def _is_required(parameter: Parameter) -> bool:
