@@ -5,6 +5,8 @@ import inspect
 import pytest
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import structrep
 from tests.models import relative_error, settled
@@ -159,3 +161,85 @@ def test_a_mode_that_is_set_for_good_is_set_still():
         assert relative_error(deploy(X), model(X)) < 1e-12
     with torch.enable_grad():
         assert not deploy(X.clone().requires_grad_()).requires_grad
+
+
+# --- modes ------------------------------------------------------------------------------------------------------------
+
+
+class Doubled(TorchFunctionMode):
+    """Convolutions give twice what they did."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        given = function(*args, **(kwargs or {}))
+        return given * 2 if getattr(function, "__name__", "") == "conv2d" else given
+
+
+class DoubledBelow(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        given = function(*args, **(kwargs or {}))
+        return given * 2 if function is torch.ops.aten.convolution.default else given
+
+
+def in_part(mode):
+    def forward(self, x):
+        with mode():
+            y = self.a(x)
+        return self.n(y)
+
+    return forward
+
+
+def as_a_whole(mode):
+    def forward(self, x):
+        with mode():
+            return self.n(self.a(x))
+
+    return forward
+
+
+def around_a_block(mode):
+    def forward(self, x):
+        with mode():
+            return self.block(x)
+
+    return forward
+
+
+@pytest.mark.parametrize("inputs", [(), (X,)], ids=["alone", "inputs"])
+@pytest.mark.parametrize("mode", [Doubled, DoubledBelow])
+@pytest.mark.parametrize("make", [in_part, as_a_whole, around_a_block])
+def test_a_mode_may_change_what_anything_does(make, mode, inputs):
+    torch.manual_seed(0)
+    model = type("Made", (Two,), {"forward": make(mode)})()
+    if make is around_a_block:
+        model.block = nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))
+    settled(model)
+    plan = structrep.plan(model, *inputs)
+    assert not plan.merges
+    assert any(f"runs in {mode.__qualname__}" in str(one) for one in plan.refusals)
+
+
+def test_beside_a_mode_a_forward_is_not_written_anew():
+    def forward(self, x):
+        with Doubled():
+            y = self.c(x)
+        return y + both(self, x)
+
+    model = made(forward)
+    plan = structrep.plan(model, X)
+    assert relative_error(plan.apply()(X), model(X)) < 1e-12
+    assert any("enters Doubled" in str(one) for one in plan.refusals)
+
+
+def test_gradients_switched_off_by_what_torch_itself_calls():
+    def forward(self, x):
+        before = torch.is_grad_enabled()
+        torch._C._set_grad_enabled(False)
+        y = self.a(x)
+        torch._C._set_grad_enabled(before)
+        return self.n(y)
+
+    model = made(forward)
+    plan = structrep.plan(model)
+    assert not plan.merges
+    assert model(X).requires_grad

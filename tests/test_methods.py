@@ -117,7 +117,7 @@ class NotFollowed(Net):
     ("make", "method", "convs"),
     # ten convolutions; three pairs of them meet where nobody looks: within the two stages, and between
     [(Net, "forward_features", 7), (Stages, "forward_intermediates", 8), (BeforeTheNorm, "forward_stem", 7),
-     (Scaled, "forward_intermediates", 6), (Indirectly, "forward_all", 9), (NotFollowed, "forward_some", 10)],
+     (Scaled, "forward_intermediates", 6), (Indirectly, "forward_all", 9), (NotFollowed, "forward_some", 8)],
 )  # fmt: skip
 def test_other_forwards(make, method, convs):
     model = settled(make())

@@ -327,6 +327,14 @@ def test_backward_hooks_go_on():
     assert equal(deploy, model, X)
 
 
+@pytest.mark.parametrize("register", ["register_full_backward_hook", "register_full_backward_pre_hook"])
+def test_backward_hook_inside_a_merge_is_a_refusal(register):
+    model = randomised(block())
+    getattr(model[0][0], register)(lambda *_: None)
+    assert "Hooked" in kinds(model)
+    assert executed(structrep.reparameterize(model), X)["norm"] == 1
+
+
 def test_state_dict_hooks_go_on():
     model = randomised(block())
     model.register_state_dict_post_hook(lambda m, state, prefix, _: state.update(mark=torch.ones(1)))

@@ -1,4 +1,4 @@
-"""Contexts that code enters as a trace runs: `torch.no_grad()` and its like, autocast.
+"""Contexts that code enters as a trace runs: `torch.no_grad()` and its like, autocast, modes.
 
 None is a step of a graph, but each changes what steps do: whether they have a gradient, in which dtype they compute.
 """
@@ -6,12 +6,18 @@ None is a step of a graph, but each changes what steps do: whether they have a g
 from __future__ import annotations
 
 import ast
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from structrep import process
+from structrep.modules.source import written_in
+
+_set_grad_enabled = torch._C._set_grad_enabled
 
 
 class Context(NamedTuple):
@@ -20,10 +26,19 @@ class Context(NamedTuple):
     Args:
         code: how it is entered.
         ends: whether it is left again where it was entered; `torch.set_grad_enabled(False)` alone is not.
+        known: whether it is one of torch's; a mode of somebody's own may make another operation of any.
     """
 
     code: str
     ends: bool = True
+    known: bool = True
+
+    @property
+    def unwritable(self) -> str:
+        """Why a forward that enters it cannot be written anew; "" if it can."""
+        if not self.known:
+            return f"enters {self.code}, which may change what any operation does"
+        return "" if self.ends else f"calls {self.code}, which stays so after it"
 
     @property
     def casts(self) -> bool:
@@ -50,13 +65,23 @@ class Contexts:
         for cls in (torch.no_grad, torch.enable_grad, torch.inference_mode, torch.set_grad_enabled, torch.autocast):
             _exchange(cls, "__enter__", self._enter)
             _exchange(cls, "__exit__", self._leave)
+        for mode in (TorchFunctionMode, TorchDispatchMode):
+            _exchange(mode, "__enter__", self._enter_mode)
+            _exchange(mode, "__exit__", self._leave)
         _exchange(torch.set_grad_enabled, "__init__", self._set)
+        process.change(torch._C, "_set_grad_enabled", process.here(self._set_itself, torch._C._set_grad_enabled))
         _exchange(torch.autocast, "__init__", self._want)
 
     def _enter(self, plain: Callable[..., Any], manager: Any) -> Any:
         before = [one for one in self.entered if one[0] is not manager]
         entered = plain(manager)
         self.entered = [*before, (manager, Context(self._spelt(manager)))]
+        return entered
+
+    def _enter_mode(self, plain: Callable[..., Any], mode: Any) -> Any:
+        before, entered = self.entered, plain(mode)
+        if written_in(type(mode)).partition(".")[0] not in ("torch", "structrep"):
+            self.entered = [*before, (mode, Context(type(mode).__qualname__, known=False))]
         return entered
 
     def _leave(self, plain: Callable[..., Any], manager: Any, *raised: Any) -> Any:
@@ -69,6 +94,12 @@ class Contexts:
     def _set(self, plain: Callable[..., Any], manager: Any, mode: bool) -> None:
         plain(manager, mode)
         self.entered = [*self.entered, (manager, Context(f"torch.set_grad_enabled({mode})", ends=False))]
+
+    def _set_itself(self, mode: bool) -> None:
+        """As `torch.set_grad_enabled` does, where somebody else calls what that calls."""
+        _set_grad_enabled(mode)  # a mode of ours, `trace.constants`, sees that call, and calls this again
+        if not str(sys._getframe(2).f_globals.get("__name__")).startswith(("torch.", "structrep.")):
+            self.entered = [*self.entered, (None, Context(f"torch.set_grad_enabled({mode})", ends=False))]
 
     def _want(self, plain: Callable[..., Any], manager: Any, device: str, *args: Any, **kwargs: Any) -> None:
         plain(manager, device, *args, **kwargs)
@@ -85,7 +116,7 @@ class Contexts:
         return f"torch.{name}({getattr(manager, 'mode', '')})"
 
 
-def _exchange(cls: type, name: str, hook: Callable[..., Any]) -> None:
+def _exchange(cls: Any, name: str, hook: Callable[..., Any]) -> None:
     plain = getattr(cls, name)
 
     def watching(manager: Any, *args: Any, **kwargs: Any) -> Any:

@@ -27,6 +27,7 @@ from structrep.graph.names import path_of
 from structrep.modules.call_sites import methods_called
 from structrep.modules.mentions import mentions
 from structrep.modules.source import functions
+from structrep.modules.uses import uses
 from structrep.trace.again import follow_method
 
 
@@ -39,11 +40,8 @@ class Variant:
     flags: tuple[tuple[str, Any], ...] = ()
 
     def __str__(self) -> str:
-        return (
-            f"{self.method}({', '.join(f'{name}={value}' for name, value in self.flags)})"
-            if self.flags
-            else self.method
-        )
+        given = (f"{name}={'a tensor' if value is ... else value}" for name, value in self.flags)
+        return f"{self.method}({', '.join(given)})" if self.flags else self.method
 
 
 class Borders:
@@ -64,6 +62,9 @@ class Borders:
         self.mentioned: dict[tuple[type, str], frozenset[str] | None] = {}
         self.below: dict[nn.Module, dict[nn.Module, frozenset[str]]] = {}  # a module's parts, by children they are in
         self.followed: dict[tuple[nn.Module, Variant], Method | None] = {}
+        self.used: dict[
+            tuple[nn.Module, str], list[set[nn.Module]]
+        ] = {}  # parts that a method uses, and all below each
 
     def check(self, inside: set[fx.Node], root: fx.Node | None, owner: Call) -> None:
         """Raise if a value that would vanish, all but the root's, is one that another forward gives back or looks at.
@@ -109,7 +110,11 @@ class Borders:
             if variant.flags and variant.flags[0][1] is ... and around is not call.parent:
                 continue  # what it is given can only matter where the value passes
             method = self._follow(around, variant)
-            if self._differs(method, call, last, inside) if method else not variant.flags:
+            if method is None and (
+                variant.flags or (seen is not None and self._runs_it_whole(around, variant, inside))
+            ):
+                continue
+            if method is None or self._differs(method, call, last, inside):
                 raise Shared(
                     f"{type(around.module).__name__}.{variant} may look at what {call.path} gives, which would no "
                     f"longer be there"
@@ -138,6 +143,15 @@ class Borders:
             or (not last and any(not any(_readers(one.result) <= some for some in read) for one in calls))
             or (given and any(_feeders(one) not in fed for one in calls))
         )
+
+    def _runs_it_whole(self, around: Call, variant: Variant, inside: set[fx.Node]) -> bool:
+        """Whether a method, by its source, uses none of what a merge is in but as a whole."""
+        key = around.module, variant.method
+        if key not in self.used:
+            found = uses(around.module, functions(type(around.module))[variant.method])
+            self.used[key] = [set(part.modules()) for part in {part for use in found for part in use.parts}]
+        merged = {CALL.of(node).module for node in inside}
+        return all(merged <= below or merged.isdisjoint(below) for below in self.used[key])
 
     def _other_forwards(self, around: Call) -> list[Variant]:
         """Other ways to run a module than those that were traced."""

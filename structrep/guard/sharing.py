@@ -7,7 +7,6 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
 from structrep.blocks import STAND_INS
@@ -17,6 +16,7 @@ from structrep.graph.facts import ASSIGNED, CALL, COMPUTED, FORMULA, SHAPE, VALU
 from structrep.graph.names import is_lone_layer, path_of
 from structrep.guard.asked import Asking
 from structrep.modules.asks import CLASS, TYPE
+from structrep.modules.holders import held_elsewhere
 from structrep.modules.source import names_reached
 
 
@@ -38,14 +38,7 @@ class Replicas:
             if not isinstance(module, torch.jit.ScriptModule)  # which reaches for nothing outside of itself
         }
         self.asking = Asking(traced)
-        self.listed = {
-            part
-            for module in traced.model.modules()
-            for key, value in module.__dict__.items()
-            if key != "_modules"
-            for part in pytree.tree_leaves(value)
-            if isinstance(part, nn.Module)
-        }
+        self.listed = held_elsewhere(traced.model)
 
     def bodies(self, of: Call) -> list[Call]:
         """All calls of the same forward that were followed."""
@@ -98,7 +91,7 @@ class Replicas:
             anew: the paths and methods that will be written anew, without what vanishes.
         """
         if call.module in self.listed:
-            raise Shared(f"{call.path} is also held in a list or attribute that is none of torch's")
+            raise Shared(f"{call.path} is also held in {self.listed[call.module]}, which is none of torch's")
         held = {**call.module._parameters, **call.module._buffers} if call.leaf else {}
         for name, tensor in held.items():
             for other in self.traced.reached.get(f"{call.path}.{name}", ()):

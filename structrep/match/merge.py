@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
 
 import networkx as nx
 from torch import fx
 
 from structrep.algebra import ConvMap, Ints, Rigour
-from structrep.errors import Refusal
+from structrep.errors import Refusal, Unreadable
 from structrep.graph.calls import Call, Trace
-from structrep.graph.facts import SHAPE
+from structrep.graph.contexts import Context
+from structrep.graph.facts import CONTEXTS, INDEX, SHAPE
 from structrep.match import sum_order
 from structrep.match.shared_scales import Absorption
 from structrep.match.sum_order import Reordered
@@ -130,3 +131,16 @@ class Missed:
 
 def nodes_of(stretch: Iterable[Segment]) -> list[fx.Node]:
     return [node for segment in stretch for node in segment.nodes]
+
+
+def check_contexts(changed: Set[fx.Node]) -> None:
+    """Raise if what is merged runs in several contexts; modules that are swapped are cast wherever they stand."""
+    swapped = all(node.op == "call_module" for node in changed)
+    around: dict[tuple[Context, ...], fx.Node] = {}
+    for node in sorted(changed, key=lambda n: int(INDEX.of(n))):
+        if odd := [one.code for one in CONTEXTS.of(node) if not one.known]:
+            raise Unreadable(f"{node.name} runs in {odd[0]}, which may change what any operation does")
+        around.setdefault(tuple(one for one in CONTEXTS.of(node) if not (swapped and one.casts)), node)
+    if len(around) > 1:
+        told = (f"{node.name} in {' in '.join(one.code for one in found) or 'none'}" for found, node in around.items())
+        raise Unreadable(f"one layer runs in one context, and {', '.join(told)}")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import fnmatch
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import networkx as nx
@@ -33,8 +33,7 @@ from structrep.errors import (
 )
 from structrep.graph.aliases import aliases, writers
 from structrep.graph.calls import Call, Trace
-from structrep.graph.contexts import Context
-from structrep.graph.facts import AUTOCAST, CALL, CONTEXTS, INDEX, KEPT, VALUE
+from structrep.graph.facts import AUTOCAST, CALL, KEPT, VALUE
 from structrep.graph.names import is_lone_layer, layer_of, layers_of, path_of
 from structrep.graph.queries import asks_kind, asks_shape, asserts_rank, counts_sizes, only_asserted
 from structrep.graph.shapes import channels, spatial_size, torch_name
@@ -42,7 +41,7 @@ from structrep.guard.sharing import written_in_forwards
 from structrep.match import sum_order
 from structrep.match.findings import Findings
 from structrep.match.isolation import isolation
-from structrep.match.merge import Fit, Merge, Missed, Segment, nodes_of
+from structrep.match.merge import Fit, Merge, Missed, Segment, check_contexts, nodes_of
 from structrep.match.shared_scales import Absorption, absorptions
 from structrep.modules.parametrized import about_hooks, hooks
 from structrep.modules.wrappers import stands_in
@@ -582,7 +581,7 @@ class Search:
                     f"a value of {given} channels is spread over {wanted} by a scale, and no layer does so"
                 )
         changed = {n for n in inside if not isinstance(self._reading(n), Same)} | _scales(stretch)
-        _check_contexts(changed)
+        check_contexts(changed)
         for where in written_in_forwards(changed):
             if where in self.findings.unwritable:
                 raise Unreadable(str(self.findings.unwritable[where]))
@@ -660,17 +659,6 @@ def _notes(map_: ConvMap, leaves: Iterable[Layer], dtype: torch.dtype) -> Iterat
         if dead := layer.dead():
             norm = path_of(layer.node) if layer.node else "a norm"
             yield f"{norm}: {dead} of its channels have a variance below eps, dead in training and scaled by eps alone"
-
-
-def _check_contexts(changed: Set[fx.Node]) -> None:
-    """Raise if what is merged runs in several contexts; modules that are swapped are cast wherever they stand."""
-    swapped = all(node.op == "call_module" for node in changed)
-    around: dict[tuple[Context, ...], fx.Node] = {}
-    for node in sorted(changed, key=lambda n: int(INDEX.of(n))):
-        around.setdefault(tuple(one for one in CONTEXTS.of(node) if not (swapped and one.casts)), node)
-    if len(around) > 1:
-        told = (f"{node.name} in {' in '.join(one.code for one in found) or 'none'}" for found, node in around.items())
-        raise Unreadable(f"one layer runs in one context, and {', '.join(told)}")
 
 
 def _scales(stretch: Iterable[Segment]) -> set[fx.Node]:

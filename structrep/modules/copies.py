@@ -48,6 +48,7 @@ def _copied(modules: list[nn.Module], memo: dict[int, Any]) -> nn.Module:
     try:
         if not all(map(_copies_plainly, set(map(parametrized.own_class, modules)))):
             copied: nn.Module = copy.deepcopy(modules[0], memo)
+            _set_modes(copied, modules[0])
         else:
             twins = [type(module).__new__(type(module)) for module in modules]
             memo |= {id(module): twin for module, twin in zip(modules, twins, strict=True)}
@@ -58,6 +59,17 @@ def _copied(modules: list[nn.Module], memo: dict[int, Any]) -> nn.Module:
     except Exception as error:
         raise BadInput(f"the model cannot be copied: {said(error)}") from error
     return copied
+
+
+def _set_modes(twin: nn.Module, original: nn.Module) -> None:
+    """Put a copy in the modes of what it was made of: a class that copies itself may leave it in another."""
+    modes = {path: getattr(part, "training", None) for path, part in original.named_modules()}  # frozen scripts: none
+    if modes[""] is not None and twin.training != modes[""]:
+        with contextlib.suppress(NotImplementedError):  # of exported programs, which have no modes
+            twin.train(modes[""])  # which may do more: torchvision's feature extractors have a graph for each
+    for path, part in twin.named_modules():
+        if (mode := modes.get(path)) is not None:
+            part.training = mode
 
 
 def make_eager(model: nn.Module, twins: Mapping[int, Any]) -> None:
@@ -105,11 +117,15 @@ def _rebound(value: Any, twins: Mapping[int, Any]) -> Any:
         return _rebound(eager, twins)
     cells = value.__closure__ or ()
     own = [_rebound(cell.cell_contents, twins) if is_full(cell) else None for cell in cells]
-    if all(not is_full(cell) or one is cell.cell_contents for one, cell in zip(own, cells, strict=True)):
+    given, named = value.__defaults__ or (), value.__kwdefaults__ or {}
+    defaults = tuple(_rebound(one, twins) for one in given)
+    keywords = {name: _rebound(one, twins) for name, one in named.items()}
+    kept = all(map(operator.is_, (*given, *named.values()), (*defaults, *keywords.values())))
+    if kept and all(not is_full(cell) or one is cell.cell_contents for one, cell in zip(own, cells, strict=True)):
         return value
     closure = tuple(CellType(one) if is_full(cell) else cell for one, cell in zip(own, cells, strict=True))
-    twin = FunctionType(value.__code__, value.__globals__, value.__name__, value.__defaults__, closure)
-    twin.__kwdefaults__ = value.__kwdefaults__
+    twin = FunctionType(value.__code__, value.__globals__, value.__name__, defaults or None, closure)
+    twin.__kwdefaults__ = keywords or None
     vars(twin).update({name: _rebound(one, twins) for name, one in vars(value).items()})
     return twin
 

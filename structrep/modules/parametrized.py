@@ -90,22 +90,26 @@ def made_of(module: nn.Module) -> set[str]:
 
 
 def hooks(module: nn.Module) -> bool:
-    """Whether something watches or changes what goes in or out of a module."""
-    return bool(module._forward_hooks) or not all(map(_kind, module._forward_pre_hooks.values()))
+    """Whether something watches or changes what goes in or out of a module, or the gradients of that."""
+    watched = module._forward_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(watched) or not all(map(_kind, module._forward_pre_hooks.values()))
 
 
 def about_hooks(module: nn.Module) -> str:
     """What the hook of a module is, and what to do about it."""
     after = next(iter(module._forward_hooks.values()), None)
     before = next((hook for hook in module._forward_pre_hooks.values() if not _kind(hook)), None)
+    of_gradients = next(iter((*module._backward_hooks.values(), *module._backward_pre_hooks.values())), None)
     kind, does = (
         ("forward hook", "must go on seeing its own values")
         if after is not None
         else ("forward pre-hook", "may change what it is given or its weights")
+        if before is not None
+        else ("backward hook", "must go on seeing its own gradients")
     )
     return (
-        f"{type(module).__name__} has a {kind}, {_named(after or before)}, which {does}: remove it before converting "
-        f"if it is only for training"
+        f"{type(module).__name__} has a {kind}, {_named(after or before or of_gradients)}, which {does}: remove it "
+        f"before converting if it is only for training"
     )
 
 

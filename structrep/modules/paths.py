@@ -28,6 +28,7 @@ _HARMLESS = {"isinstance", "hasattr", "type", "print", "is_tensor", "callable", 
 _FILLS = {"append", "extend", "insert", "add", "update", "setdefault"}
 _PASSES = (ast.Tuple, ast.List, ast.Set, ast.Dict, ast.Starred, ast.keyword, ast.Attribute, ast.Subscript,
            ast.ListComp, ast.GeneratorExp, ast.comprehension)  # fmt: skip
+_SHOWN = (ast.Dict, ast.List, ast.Tuple)
 NOT, MAYBE, SURELY = range(3)  # whether something holds the value
 
 
@@ -74,13 +75,13 @@ def strays(
     if None in taken or (made is None and not names):
         return True
     found = definition(code)
-    if not branches(code) and (found is None or not _picks(found[0])):
-        return False
     if found is None:
-        return True
+        return branches(code)
     tree, parents, at = found
     takers = {at.get(one, at.get(one[::2])) for one in taken if one is not None}
     site = None if made is None else at.get(made, at.get(made[::2]))
+    if not branches(code) and not _picks(tree) and not _loops_apart(tree, {site, *takers}):
+        return False
     if None in takers or (site is None and not names):
         return True
     walk = _Walk(tree, parents, site, takers, dict(parts))
@@ -88,10 +89,16 @@ def strays(
     return walk.exposed or len(walk.returns) > 1 or bool(walk.returns) != returned or walk.met != takers
 
 
+def _loops_apart(tree: ast.AST, steps: set[ast.AST | None]) -> bool:
+    """Whether code has a loop in which the trace did nothing with a value: over nothing, up to now."""
+    return any(isinstance(one, ast.For) and steps.isdisjoint(ast.walk(one)) for one in ast.walk(tree))
+
+
 @functools.lru_cache(4096)
 def _picks(tree: ast.AST) -> bool:
-    """Whether code takes a part, or so many rounds, as an attribute says, perhaps by way of a name of its own."""
+    """Whether code takes a part, or so many rounds, as an attribute or an argument says, perhaps by another name."""
     names: set[str] = set()
+    arguments = _arguments(tree)
     for node in ast.walk(tree):
         targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
         value = node.value if isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.NamedExpr)) else None
@@ -99,12 +106,23 @@ def _picks(tree: ast.AST) -> bool:
             names.update(n.id for one in targets if one is not None for n in ast.walk(one) if isinstance(n, ast.Name))
     for node in ast.walk(tree):
         asked: list[ast.expr] = [node.slice] if isinstance(node, ast.Subscript) else []
+        keys = asked if isinstance(getattr(node, "value", None), (ast.Name, *_SHOWN)) else []
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in ("get", "pop"):
+            asked = keys = node.args[:1]
+        if any(isinstance(one, ast.Name) and one.id in arguments for one in keys):
+            return True
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("range", "islice"):
             asked = [one for one in node.args if not isinstance(one, ast.Call)]  # of `len(self.layers)`
         parts = [inner for one in asked for inner in ast.walk(one)]
         if any(isinstance(part, ast.Attribute) or getattr(part, "id", None) in names for part in parts):
             return True
     return False
+
+
+def _arguments(tree: ast.AST) -> set[str]:
+    """The names that a function is given things by, but for the first."""
+    given = tree.args if isinstance(tree, (ast.FunctionDef, ast.Lambda)) else None
+    return {one.arg for one in (*given.posonlyargs, *given.args, *given.kwonlyargs)[1:]} if given else set()
 
 
 def _of_first(node: ast.AST, tree: ast.AST) -> bool:
@@ -152,12 +170,14 @@ def argument(code: CodeType, at: int, deep: int) -> tuple[ast.AST, tuple[str, in
 
 
 def parts_of(module: nn.Module) -> frozenset[tuple[str, bool]]:
-    """The modules, parameters and buffers of a module by path, and whether there is anything at those paths."""
+    """The modules, parameters and buffers of a module by path, and whether there is anything at those paths; not the
+    tensors that there are none of, which may be set."""
     return frozenset(
         (f"{path}.{name}" if path else name, part is not None)
         for path, inner in module.named_modules()
         for held in (inner._modules, inner._parameters, inner._buffers)
         for name, part in held.items()
+        if part is not None or held is inner._modules
     )
 
 

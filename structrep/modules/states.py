@@ -1,70 +1,143 @@
-"""What the objects that a model uses hold, beside modules and tensors: whether code changes that as it runs.
+"""What a model's code uses beside modules and tensors: whether that changes as it runs.
 
-A generator of random numbers, an iterator, a counter in an object: what they give is no constant, for they give
-another thing at the next call. What an object holds is what a copy of it would be made of.
+A generator of random numbers, an iterator, a counter, in an object, a cell, a class or a Python module: what they give
+is no constant, for they give another thing at the next call. What an object holds is what a copy of it would be made
+of.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
+import sys
 import warnings
-from collections.abc import Iterator
-from types import CodeType, FunctionType, ModuleType
+from collections.abc import Iterator, Mapping
+from types import BuiltinFunctionType, CellType, CodeType, FunctionType, GeneratorType, MethodType, ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from structrep.modules.objects import OF_MODULES
-from structrep.modules.source import functions, functions_in, written_in
+from structrep.modules.source import is_full, written_in
 
 MOST, DEEPEST = 20_000, 16  # parts that are looked at, and objects in each other
 _ATOMS = {bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size}
+_CALLED = (FunctionType, MethodType, BuiltinFunctionType, staticmethod, classmethod, property, functools.partial)
 _FIXED = (nn.Module, Tensor, fx.Proxy, FunctionType, type, ModuleType, CodeType)  # which other means see change
+_LIBRARIES = {"torch", "structrep", "numpy", *sys.stdlib_module_names}
 
 
 class Holdings:
-    """The objects that a module, all below it and their code use."""
+    """What a module, all below it and their code use beside modules and tensors: objects, names of Python modules,
+    cells, defaults, attributes of functions and of classes."""
 
     def __init__(self, module: nn.Module) -> None:
-        held = (value for part in module.modules() for name, value in vars(part).items() if name not in OF_MODULES)
-        classes = {type(part) for part in module.modules()}
-        named = (one for cls in classes for f in functions(cls).values() for one in _named(f))
-        assigned = (one for part in module.modules() for one in _named(vars(part).get("forward")))
-        every = itertools.chain(held, named, assigned)
-        self.objects = {id(one): one for one in every if type(one) not in _ATOMS and not isinstance(one, _FIXED)}
+        self.objects: dict[int, Any] = {}
+        self.spaces: list[tuple[Mapping[str, Any], list[str]]] = []  # namespaces, and what code asks them for
+        self.cells: list[CellType] = []
+        self.made: list[FunctionType] = []  # functions with defaults
+        self.classes: list[type] = []
+        self.seen: set[int] = set()
+        parts = list(module.modules())
+        held = (value for part in parts for name, value in vars(part).items() if name not in OF_MODULES)
+        own = {type(part) for part in parts}
+        self.own = own.union(*(cls.__mro__ for cls in own))
+        self.pending: list[Any] = [*held, *own]
+        while self.pending and len(self.seen) < MOST:
+            one = self.pending.pop()
+            if type(one) not in _ATOMS and id(one) not in self.seen and not _is_plain(one):
+                self.seen.add(id(one))
+                self._add(one)
+
+    def _add(self, value: Any) -> None:
+        """Note what is to be looked at for a value, and what that leads to."""
+        if isinstance(value, FunctionType):
+            if not _is_library(value.__globals__.get("__name__")):
+                self._add_function(value)
+        elif isinstance(value, MethodType):
+            self.pending += [value.__func__, value.__self__]
+        elif isinstance(value, (staticmethod, classmethod)):
+            self.pending.append(value.__func__)
+        elif isinstance(value, property):
+            self.pending.append(value.fget)
+        elif isinstance(value, type):
+            if not _is_library(written_in(value)):
+                self.classes.append(value)
+                self.pending += value.__bases__
+                if value in self.own or not issubclass(value, nn.Module):  # else a forward only names it, or makes one
+                    called = ((name, one) for name, one in vars(value).items() if isinstance(one, _CALLED))
+                    self.pending += [one for name, one in called if name != "__init__"]
+        elif not isinstance(value, _FIXED):
+            self.objects[id(value)] = value
+            self.pending.append(type(value))
+            if isinstance(value, functools.partial):
+                self.pending += [value.func, *value.args, *value.keywords.values()]
+            elif isinstance(value, (list, tuple, dict)):
+                items = value.values() if isinstance(value, dict) else value
+                self.pending += [one for one in items if isinstance(one, _CALLED)]
+
+    def _add_function(self, function: FunctionType) -> None:
+        names = _names(function.__code__)
+        spaces: list[Mapping[str, Any]] = [function.__globals__]
+        for space in spaces:
+            asked = {name: space[name] for name in names if name in space}
+            inner = [one for one in asked.values() if isinstance(one, ModuleType) and not _is_library(one.__name__)]
+            spaces += [vars(one) for one in inner if all(vars(one) is not other for other in spaces)]
+            plain = [name for name, one in asked.items() if not isinstance(one, (*_CALLED, type, ModuleType))]
+            if plain:
+                self.spaces.append((space, plain))
+            self.pending += asked.values()
+        if vars(function):
+            self.spaces.append((vars(function), list(vars(function))))
+        if function.__defaults__ or function.__kwdefaults__:
+            self.made.append(function)
+        own = [cell for cell in function.__closure__ or () if is_full(cell)]
+        self.cells += own
+        given = (function.__defaults__ or (), (function.__kwdefaults__ or {}).values(), vars(function).values())
+        self.pending += [*(cell.cell_contents for cell in own), *itertools.chain(*given)]
 
     def state(self) -> tuple[Any, ...]:
         """What they hold now; two that are equal hold the same."""
         parts = _Parts()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Python will not copy iterators for ever
-            return tuple(parts.of(one) for one in self.objects.values())
+            return (
+                *(parts.of(one) for one in self.objects.values()),
+                *(parts.kept(space.get(name)) for space, names in self.spaces for name in names),
+                *(parts.kept(cell.cell_contents) if is_full(cell) else None for cell in self.cells),
+                *(parts.of([one.__defaults__, one.__kwdefaults__]) for one in self.made),
+                *(parts.of_class(cls) for cls in self.classes),
+            )
 
 
-def _named(function: Any) -> Iterator[Any]:
-    """What a function, and those that it calls by name, ask for by names of their modules or in cells."""
-    pending, seen = list(functions_in(function)), set[CodeType]()
-    while pending:
-        one = pending.pop()
-        library = str(one.__globals__.get("__name__", "")).partition(".")[0]
-        if one.__code__ in seen or library in ("torch", "structrep"):
-            continue
-        seen.add(one.__code__)
-        for name in one.__code__.co_names:
-            value = one.__globals__.get(name)
-            pending += [value] if isinstance(value, FunctionType) else []
-            yield value
-        for cell in one.__closure__ or ():
-            try:
-                yield cell.cell_contents
-            except ValueError:  # it has no value yet
-                continue
+def _is_plain(value: Any) -> bool:
+    """Whether a value is a tuple of what never changes: of sizes."""
+    return type(value) is tuple and all(type(one) in _ATOMS for one in value)
+
+
+def _is_library(name: Any) -> bool:
+    return str(name).partition(".")[0] in _LIBRARIES
+
+
+@functools.lru_cache(4096)
+def _names(code: CodeType) -> tuple[str, ...]:
+    """The names that code asks for, and code inside of it."""
+    inner = (_names(one) for one in code.co_consts if isinstance(one, CodeType))
+    return tuple(dict.fromkeys(itertools.chain(code.co_names, *inner)))
 
 
 class _Parts:
     def __init__(self) -> None:
         self.seen: dict[int, tuple[int, Any]] = {}  # places of objects by their ids, with what keeps these their own
+
+    def kept(self, value: Any) -> Any:
+        """What a name stands for; of functions, classes and modules, which a trace exchanges, nothing."""
+        return None if isinstance(value, (*_CALLED, type, ModuleType)) else self.of(value)
+
+    def of_class(self, cls: type) -> Any:
+        own = ((name, value) for name, value in list(vars(cls).items()) if not name.startswith("__"))
+        return tuple((name, self.of(value)) for name, value in own if not isinstance(value, (*_CALLED, type)))
 
     def of(self, value: Any, depth: int = 0) -> Any:
         """What a value holds, as something that is equal to another if that holds the same."""
@@ -84,6 +157,9 @@ class _Parts:
             return kind.__name__, *(self.of(one, depth + 1) for one in value)
         if kind is dict:
             return tuple((self.of(key, depth + 1), self.of(one, depth + 1)) for key, one in value.items())
+        if isinstance(value, GeneratorType):
+            frame = value.gi_frame
+            return frame and (frame.f_lasti, *(self.of(one, depth + 1) for one in frame.f_locals.values()))
         if written_in(kind).partition(".")[0] == "numpy" and hasattr(value, "tobytes"):
             return value.shape, value.tobytes() if value.nbytes <= MOST else None
         try:

@@ -358,9 +358,10 @@ class Draft:
         self._bury(dead)
         for owner, forward in self.forwards.items():
             module = self._at(owner.path)
-            gone = self.at_rest[owner] - forward.holding(module)  # what was asked for is no more, or is merged
+            now, before = forward.holding(module), self.at_rest[owner]  # what was asked for may be no more, or merged
+            stays = lambda one, now=now, before=before: one in now or not (one.later or one in before)  # noqa: E731
             if not isinstance(forward, (Slot, Untouched)) and not (isinstance(forward, Edit) and forward.same):
-                install(module, forward.method(lambda guard, gone=gone: guard not in gone))  # type: ignore[misc]
+                install(module, forward.method(stays))
             if isinstance(module, fx.GraphModule):
                 regraph(module)
         deploy = self.model

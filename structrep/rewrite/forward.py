@@ -14,6 +14,7 @@ import operator
 import sys
 import textwrap
 import typing
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, is_dataclass, replace
 from types import CodeType, FunctionType
@@ -261,15 +262,13 @@ class Forward:
             for step in steps(self.call, self.out)
         )
         alone = tuple(len(proxy.node.users) == 1 for proxy in proxies((self.call.args, self.call.kwargs)))
-        told = (
-            *((text, repr(one.told)) for (_, text), one in self.call.reads.items()),
-            *map(str, self.answers.items()),
-        )
+        told = tuple((text, repr(one.told)) for (_, text), one in self.call.reads.items())
+        answers = tuple(map(str, self.answers.items()))
         given = tuple(map(repr, pytree.tree_leaves((self.call.args, self.call.kwargs))))
         module, of = self.call.module, (key[0].removeprefix(self.call.path), key[1], repr(read.told))
         held = (module._modules, module._parameters, module._buffers)
         parts = tuple((name, type(part)) for one in held for name, part in one.items())
-        return type(module), self.call.method, of, done, alone, told, given, parts
+        return type(module), self.call.method, of, done, alone, told, answers, given, parts
 
     def _placed(self, found: set[Any] | None, back: bool = False) -> set[Any] | None:
         """Arguments by the places of their operations in the forward, or by the operations again."""
@@ -401,18 +400,21 @@ class Forward:
         )
 
     def _mark_merged(self) -> None:
-        """Guard plain tensors that are merged to be the ones that were: nothing else would see them replaced."""
+        """Guard tensors that are merged to be what they were, or to be gone: nothing else would see them set."""
         for node in (step for step in steps(self.call, self.out) if isinstance(step, fx.Node)):
             merged = node in self.edits.dead or node in self.edits.ended
             for given in (n for n in node.all_input_nodes if n.op == "get_attr") if merged else ():
                 formula = FORMULA.get(given)
                 for tensor in formula.tensors if formula else (VALUE.get(given),):
-                    if (entry := self.traced.plain(tensor)) is not None:
+                    entry, path = self.traced.plain(tensor), self.traced.names.get(id(tensor), "")
+                    if entry is not None:
                         alias = entry.alias
                         while self.merged.setdefault((entry.holder, alias), entry) != entry:  # another of this name
                             alias += "_"
                         spelt = self._spelt_path(entry.holder)
                         self.reads.append(guards.same(f"{spelt}{entry.text}", f"{spelt}.{alias}", self._shown()))
+                    elif path and path.startswith(f"{self.call.path}." if self.call.path else ""):
+                        self.reads.append(guards.gone(self._spelt_path(path), self._shown()))
 
     def _shown(self) -> str:
         return f"{type(self.call.module).__name__}.{self.call.method}"
@@ -566,11 +568,10 @@ class Forward:
     def _enter(self, wanted: tuple[contexts.Context, ...]) -> None:
         """Write what comes next in some contexts, as far as the forward itself enters them."""
         own = wanted[len(self.call.contexts) :]
-        if lasting := [one.code for one in own if not one.ends]:
-            raise Unreadable(f"{self.call.path or 'the model'} calls {lasting[0]}, which stays so after it")
-        kept = sum(
-            1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(own, self.entered, strict=False))
-        )
+        if reasons := [one.unwritable for one in own if one.unwritable]:
+            raise Unreadable(f"{self.call.path or 'the model'} {reasons[0]}")
+        same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(own, self.entered, strict=False))
+        kept = len(list(same))
         for _ in self.entered[kept:]:
             self.graph.call_function(contexts.leave)
         for one in own[kept:]:
@@ -754,9 +755,8 @@ class Forward:
         if isinstance(value, slice):
             return slice(*(self._rebuild(v) for v in (value.start, value.stop, value.step)))
         if is_dataclass(value) and not isinstance(value, type):
-            if not isinstance(value, dict) and (
-                hasattr(value, "__post_init__") or not all(f.init for f in fields(value))
-            ):
+            plain = not hasattr(value, "__post_init__") and all(f.init for f in fields(value))
+            if not plain and not isinstance(value, dict):
                 raise Unreadable(f"a {type(value).__name__} is more than its fields, and cannot be written as code")
             given = {f.name: self._rebuild(getattr(value, f.name)) for f in fields(value)}
             return self.graph.call_function(type(value), (), given)
@@ -767,12 +767,12 @@ class Forward:
             return self.graph.call_function(type(value), tuple(parts)) if hasattr(value, "_fields") else tuple(parts)
         if isinstance(value, list):
             return [self._rebuild(item) for item in value]
-        if type(value) is dict:
-            return {key: self._rebuild(item) for key, item in value.items()}
+        if type(value) in (dict, OrderedDict):
+            made = {key: self._rebuild(item) for key, item in value.items()}
+            return made if type(value) is dict else self.graph.call_function(OrderedDict, (list(made.items()),))
         if is_traced(value):
-            raise Unreadable(
-                f"{self.call.path or 'the model'} passes a {type(value).__name__}, which cannot be written as code"
-            )
+            where = self.call.path or "the model"
+            raise Unreadable(f"{where} passes a {type(value).__name__}, which cannot be written as code")
         return value
 
 

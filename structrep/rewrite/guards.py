@@ -33,6 +33,7 @@ class Guard:
     unlike: str
     scripted: bool
     message: tuple[str, str]  # what is said before and after what is found
+    later: bool = False  # whether it is of the deploy model alone: what is merged is gone from there
 
     def passes(self, module: nn.Module, names: Mapping[str, Any]) -> bool:
         """Whether a module would pass."""
@@ -106,6 +107,13 @@ def same(asked: str, kept: str, method: str) -> Guard:
     return Guard(
         asked, "merged", f"{asked} is not {kept}", False, (before, " now: convert the model again after setting it")
     )
+
+
+def gone(asked: str, method: str) -> Guard:
+    """A guard for a parameter or buffer that was merged, and is None since."""
+    before = f"{method} was reparameterized for the {asked} that was merged, and {asked} is "
+    after = " now: convert the model again after setting it"
+    return Guard(asked, "merged", f"{asked} is not None", False, (before, after), later=True)
 
 
 def never(question: str, method: str) -> Guard:

@@ -63,7 +63,7 @@ class Untaken:
         for call in around:
             others = {one.bytecode for one in around if one.module is call.module and one is not call}
             for use in self._uses_of(call):
-                if use.parts.isdisjoint(parts) or use.code in others - {call.bytecode}:
+                if use.parts.isdisjoint(parts) or (not use.hangs_on and use.code in others - {call.bytecode}):
                     continue
                 several = bool(use.hangs_on) and len(use.parts & parts) > 1
                 if several or use.places.isdisjoint(self._sites_of(call.module)):

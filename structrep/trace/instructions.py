@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import dis
 import functools
+import inspect
 import operator
 from collections.abc import Iterable, Iterator, Mapping
+from contextvars import ContextVar
 from types import CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
 
 from torch import Tensor, fx, nn
 
 from structrep.graph.reads import Read, is_date
-from structrep.modules.objects import CONTAINERS, is_object
+from structrep.modules.objects import CONTAINERS, LIBRARIES, is_object
 from structrep.modules.source import written_in
 
 
@@ -29,9 +32,15 @@ def onward(code: CodeType, at: int, value: Any) -> tuple[str, Any]:
     return _onward(instructions, places[at] + 1 if at in places else len(instructions), value)[:2]
 
 
+def has_settings(value: Any) -> bool:
+    """Whether a value is a namespace, or a class of somebody's own, which may stand for a configuration."""
+    library = written_in(value).partition(".")[0] if isinstance(value, type) else ""
+    return isinstance(value, SimpleNamespace) or (isinstance(value, type) and library not in (*LIBRARIES, "builtins"))
+
+
 def _onward(instructions: tuple[dis.Instruction, ...], place: int, value: Any) -> tuple[str, Any, int]:
     text = ""
-    while isinstance(value, (*CONTAINERS, SimpleNamespace)) and not isinstance(value, (set, frozenset)):
+    while (isinstance(value, CONTAINERS) and not isinstance(value, (set, frozenset))) or has_settings(value):
         ahead = instructions[place : place + 5]
         if not ahead:
             break
@@ -39,7 +48,7 @@ def _onward(instructions: tuple[dis.Instruction, ...], place: int, value: Any) -
             if _is_constant(ahead[0]) and len(ahead) > 1 and _is_subscript(ahead[1]):
                 key = ahead[0].argval
                 text, value, place = f"{text}[{key!r}]", operator.getitem(value, key), place + 2
-            elif ahead[0].opname == "LOAD_ATTR" and isinstance(value, SimpleNamespace):
+            elif ahead[0].opname == "LOAD_ATTR" and has_settings(value):
                 text, value, place = f"{text}.{ahead[0].argval}", getattr(value, ahead[0].argval), place + 1
             elif ahead[0].opname in ("LOAD_METHOD", "LOAD_ATTR") and ahead[0].argval == "get":
                 keys = []
@@ -80,7 +89,17 @@ def namespace_reads(functions: Iterable[tuple[CodeType, dict[str, Any], Function
         for text, value, holder in _asked_by(code, space, function):
             if isinstance(value, FunctionType) and written_in(value).partition(".")[0] not in ("torch", "structrep"):
                 pending.append((value.__code__, value.__globals__, value))
-            if is_date(value):
+                if any(isinstance(one, (list, dict, set)) for one in value.__defaults__ or ()):
+                    yield Read(holder, f"{text}.__defaults__", value.__defaults__, counts=False)
+            called = inspect.getattr_static(type(value), "__call__", None) if is_object(value) else None
+            if isinstance(called, FunctionType):  # an object that is called like a function
+                pending.append((called.__code__, called.__globals__, called))
+                held = {name: one for name, one in vars(value).items() if name in called.__code__.co_names}
+                yield from (Read(holder, f"{text}.{name}", one, counts=False) for name, one in held.items())
+            if isinstance(value, ContextVar):
+                with contextlib.suppress(LookupError):
+                    yield Read(holder, f"{text}.get()", value.get(), counts=False)
+            elif is_date(value):
                 yield Read(holder, f"{text}()", value, counts=False)
             elif isinstance(value, (ModuleType, nn.Module, Tensor, fx.Proxy, MethodType)) or callable(value):
                 name = text.rpartition(".")[2]
@@ -116,8 +135,12 @@ def _asked_by(code: CodeType, space: dict[str, Any], function: FunctionType | No
             text += further
             name = instructions[ahead].argval if ahead < len(instructions) else None
             attribute = ahead < len(instructions) and instructions[ahead].opname in ("LOAD_ATTR", "LOAD_METHOD")
-            steady |= isinstance(value, ModuleType) and value.__name__.partition(".")[0] in _STEADY
+            if isinstance(value, ModuleType):
+                steady = value.__name__.partition(".")[0] in _STEADY and not value.__name__.startswith(
+                    "torch.backends."
+                )
             asks = isinstance(value, (ModuleType, type)) or is_object(value)
+            asks |= isinstance(value, FunctionType) and name in vars(value)
             if not attribute or not asks or not isinstance(name, str) or isinstance(value, nn.Module):
                 break
             try:

@@ -14,13 +14,15 @@ from __future__ import annotations
 
 import dis
 import functools
+import inspect
+import itertools
 import keyword
 import os
 import random
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
-from types import CodeType, FrameType, FunctionType, MethodType, SimpleNamespace
+from types import CodeType, FrameType, FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -33,7 +35,7 @@ from structrep.graph.structures import proxies
 from structrep.modules.objects import CONTAINERS, HOLDERS, OF_MODULES, is_object
 from structrep.modules.source import functions, functions_in, is_full, written_in
 from structrep.trace.asked import STORES, WALKS, Asked
-from structrep.trace.instructions import _is_constant, instructions_of, onward
+from structrep.trace.instructions import _is_constant, has_settings, instructions_of, onward
 from structrep.trace.patches import exchange, namespaces
 
 _METHODS = {name: value for name, value in vars(nn.Module).items() if not name.startswith("__")}
@@ -81,6 +83,7 @@ def _of_engine(name: Any) -> bool:
     return str(name).startswith("structrep.") and not str(name).startswith(("structrep.blocks", "structrep.deployed"))
 
 
+_get_tracing_state = torch._C._get_tracing_state
 _PLAIN_TENSORS = (None, Tensor.__torch_function__, nn.Parameter.__torch_function__)
 
 
@@ -177,7 +180,9 @@ class Questions:
         except AttributeError:
             held = (module._parameters, module._buffers, module._modules)
             if any(name in one for one in held):
-                if module._modules.get(name) is not None:
+                if module._parameters.get(name, module) is None or module._buffers.get(name, module) is None:
+                    self._of_part(module, f".{name}", None, frame)
+                elif module._modules.get(name) is not None:
                     self._looked_at(module, name, frame)
                 raise
             try:
@@ -261,7 +266,7 @@ class Questions:
         if is_object(value) and self._adopt(value, module, text):
             return value  # what is asked of it is noted
         told, further = value, ""
-        if isinstance(value, (*CONTAINERS, SimpleNamespace)):
+        if isinstance(value, CONTAINERS) or has_settings(value):
             further, told = onward(frame.f_code, frame.f_lasti, value)
             if isinstance(told, (nn.Module, Tensor, fx.Proxy)):
                 return value
@@ -336,6 +341,7 @@ class Questions:
                 hook = self._asking(plain, text, 1)
                 hooks[id(plain)] = plain, hook
                 process.change(owner, name, hook)
+        process.change(torch._C, "_get_tracing_state", _watched_tracing(self))
         for name in ("is_fx_tracing", "is_fx_symbolic_tracing"):
             tracing = getattr(torch.fx._symbolic_trace, name, None)
             if isinstance(tracing, FunctionType):
@@ -410,6 +416,19 @@ def _instead(module: nn.Module, name: str) -> Any:
     return vars(own)["__getattr__"](module, name)
 
 
+def _watched_tracing(questions: Questions) -> Callable[[], Any]:
+    """What torch's own `is_tracing` asks, noted where somebody else asks it."""
+
+    def asked() -> Any:
+        state, frame = _get_tracing_state(), sys._getframe(1)
+        if threading.get_ident() != questions.thread or _torchs(frame):
+            return state
+        told = questions.note(None, "", "torch._C._get_tracing_state() is not None", state is not None, frame)
+        return state if told is (state is not None) else object() if told else None
+
+    return asked
+
+
 def _outside(frame: FrameType | None, also: tuple[str, ...] = ()) -> FrameType | None:
     """The frame that asks; None if that is the engine."""
     while frame is not None and also and frame.f_globals.get("__name__") in also:
@@ -468,13 +487,26 @@ def _is_type(one: dis.Instruction) -> bool:
 
 
 def class_reads(codes: Iterable[CodeType], module: nn.Module) -> Iterator[Read]:
-    """What methods of a module ask its class for: `type(self).name`."""
+    """What methods of a module ask its class for: `type(self).name`, or `cls.name` in a class method."""
+    codes = list(codes)
     own = {function.__code__ for f in functions(type(module)).values() for function in functions_in(f)}
     for code in (one for one in codes if one in own and one.co_argcount):
         for inner in (code, *(one for one in code.co_consts if isinstance(one, CodeType))):
             plain = [one for one in instructions_of(inner)[0] if one.opname not in ("PRECALL", "RESUME", "PUSH_NULL")]
             for asks, given, call, then in zip(plain, plain[1:], plain[2:], plain[3:], strict=False):
-                asked = _is_type(asks) and given.argval == code.co_varnames[0] and call.opname == "CALL"
-                told = getattr(type(module), then.argval, MISSING) if asked and then.opname == "LOAD_ATTR" else MISSING
-                if told is not MISSING and not isinstance(told, (FunctionType, property)):
-                    yield Read(module, f"type({PLACEHOLDER}).{then.argval}", told, counts=False)
+                if _is_type(asks) and given.argval == code.co_varnames[0] and call.opname == "CALL":
+                    yield from _of_its_class(then, module)
+    for name in sorted({name for code in codes for name in code.co_names}):
+        method = inspect.getattr_static(type(module), name, None)
+        of_class = method.__func__.__code__ if isinstance(method, classmethod) else None
+        steps = instructions_of(of_class)[0] if of_class is not None and of_class.co_argcount else ()
+        for given, then in itertools.pairwise(steps):
+            if given.opname.startswith("LOAD_FAST") and given.arg == 0:  # what it is given first
+                yield from _of_its_class(then, module)
+
+
+def _of_its_class(step: dis.Instruction, module: nn.Module) -> Iterator[Read]:
+    """What an instruction asks the class of a module for, which is no function."""
+    told = getattr(type(module), step.argval, MISSING) if step.opname == "LOAD_ATTR" else MISSING
+    if told is not MISSING and not isinstance(told, (FunctionType, MethodType, property)):
+        yield Read(module, f"type({PLACEHOLDER}).{step.argval}", told, counts=False)

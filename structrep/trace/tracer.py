@@ -372,6 +372,8 @@ class CallTracer(process.Tracer):
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: Any) -> Any:
         """Called for every parameter, buffer and child that a forward looks up: notes who reaches into whom."""
+        if isinstance(attr_val, fx.Proxy):
+            return attr_val  # of a buffer that the forward has written to
         path = self.names.get(id(attr_val)) if isinstance(attr_val, Tensor) else self.paths.get(attr_val)
         tied = bool(self.stack) and self.stack[-1].module._parameters.get(attr) is attr_val  # also held elsewhere
         if path and self.stack and path.rpartition(".")[0] != self.stack[-1].path and not tied:
