@@ -121,7 +121,7 @@ def of_an_expression(self, x):
 
 @edit("if not (self.nothing is None):", "raise ValueError", "y = self.reparam_conv(x)", "return y.relu()")
 def behind_a_part_that_is_not_there(self, x):
-    if self.nothing is None:
+    if self.nothing is None:  # noqa: SIM108
         skip = 0
     else:
         skip = self.nothing(x)
@@ -190,7 +190,7 @@ def test_flags_both_ways():
             assert relative_error(deploy(X, pre, twice), model(X, pre, twice)) < 1e-12
 
 
-# --- where an edit would be wrong --------------------------------------------------------------------------------------
+# --- where an edit would be wrong ------------------------------------------------------------------------------------
 
 
 def differs(model, deploy, *inputs):
@@ -324,7 +324,7 @@ def test_a_layer_that_another_path_runs_stays():
     assert differs(model, whole, X) is None
 
 
-# --- whatever is around a method ----------------------------------------------------------------------------------------
+# --- whatever is around a method -------------------------------------------------------------------------------------
 
 
 def keeping(function):
@@ -424,7 +424,7 @@ def test_source_that_is_not_what_runs(tmp_path, monkeypatch):
     assert relative_error(plan.apply()(X), model(X)) < 1e-12
 
 
-# --- as a patch ----------------------------------------------------------------------------------------------------------
+# --- as a patch ------------------------------------------------------------------------------------------------------
 
 NET = '''from torch import nn
 

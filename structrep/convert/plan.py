@@ -254,7 +254,7 @@ class Plan:
         return deploy
 
     def diff(self) -> str:
-        """The forwards that are edited, as a unified diff with files and lines, which `git apply` takes; "" if none is."""
+        """The edited forwards as a unified diff with files and lines, which `git apply` takes; "" if there are none."""
         return diff(self._model, (one for one in self._draft.forwards.values() if isinstance(one, Edit)))
 
     def why(self, first: str, second: str) -> Explanation:

@@ -1,4 +1,4 @@
-"""A method of the user's with its text edited: what it is closed over, its decorators and its names are the original's."""
+"""A method of the user's with its text edited; what it is closed over, its decorators and names are the original's."""
 
 from __future__ import annotations
 import __future__

@@ -58,6 +58,11 @@ class Call:
         """What Python runs of that function, whatever decorators are around it; None of one that is not Python's."""
         return getattr(inspect.unwrap(self.code), "__code__", None)
 
+    @property
+    def shown(self) -> str:
+        """Whose method it is, by the names of class and method."""
+        return f"{type(self.module).__name__}.{self.method}"
+
     def chain(self) -> Iterator[Call]:
         """This call and those around it, innermost first."""
         call: Call | None = self

@@ -36,7 +36,7 @@ from structrep.modules.uses import Use
 from structrep.read.lower import lower
 from structrep.read.nodes import hands_on
 from structrep.records.plan import Way
-from structrep.rewrite.edit import Edit, Untouched
+from structrep.rewrite.edit import Edit
 from structrep.rewrite.edits import Edits
 from structrep.rewrite.forward import Forward
 from structrep.rewrite.norms import _shown_still, end
@@ -44,6 +44,7 @@ from structrep.rewrite.refill import _all_dead, _kernels, _nothing, _refill
 from structrep.rewrite.slot import Slot, is_asked_for, slot
 from structrep.rewrite.units import SUMS, Unit, _scales, fallen, host_of, units
 from structrep.rewrite.untaken import Untaken, told_to_do_nothing
+from structrep.rewrite.untouched import Untouched
 from structrep.terms.term import ONE, geometry
 
 

@@ -48,8 +48,9 @@ from structrep.rewrite.guards import Guard
 from structrep.rewrite.otherwise import Comparison, Different, Slot, alternatives, copied, counterparts, inside, steps
 from structrep.terms.layer import Layer, Same
 from structrep.trace.again import retrace
+from structrep.trace.class_reads import class_reads
 from structrep.trace.instructions import namespace_reads
-from structrep.trace.questions import INPUTS, WHOLE, class_reads
+from structrep.trace.questions import INPUTS, WHOLE
 
 _ITSELF = "structrep_itself"  # an attribute path for the module itself, for which graphs have none
 
@@ -152,7 +153,7 @@ class Forward:
         for (path, _), read in reads:
             self._check_stable(path, read)
             if read.text == WHOLE:
-                raise Unreadable(f"{self._shown()} looks at all attributes of {path or 'the model'} at once")
+                raise Unreadable(f"{self.call.shown} looks at all attributes of {path or 'the model'} at once")
         plain = [(key, read) for key, read in reads if not read.where_am_i]
         staying = set(steps(self.call, self.out))
         done = {
@@ -311,7 +312,7 @@ class Forward:
             texts = [self._spelt(key[0], read) for key, read in same]
             self.again |= dict.fromkeys(found, _Text(texts[0]))
             others = (text for text in texts if text != texts[0])
-            self.reads += [guards.alike(text, texts[0], self._shown()) for text in others]
+            self.reads += [guards.alike(text, texts[0], self.call.shown) for text in others]
             return {key for key, _ in same}
         return set()
 
@@ -336,14 +337,16 @@ class Forward:
             self.settled.add(key)
         except Unreadable:
             if read.text == "torch.jit.is_scripting()":  # that is not how it is run, but for who asks for it
-                self.ways.append((condition, [guards.never(read.text, self._shown())]))
+                self.ways.append((condition, [guards.never(read.text, self.call.shown)]))
             elif not of_input:
                 raise
         self.excluded[key] = read.told
 
     def _written_otherwise(self, key: tuple[str, str], read: Read, again: tuple[Traced, Call] | None) -> Forward:
         if again is None:
-            raise Unreadable(f"{self._shown()} asks {read.text}, and cannot be followed where that is {not read.told}")
+            raise Unreadable(
+                f"{self.call.shown} asks {read.text}, and cannot be followed where that is {not read.told}"
+            )
         written_out = {one for one in inside(again[1], self.out) if (one.path, one.method) in self.out}
         answers = {**self.answers, **self.excluded, key: not read.told}
         where = f"where {read.text or 'the dtype of its input'} is {not read.told}"
@@ -371,7 +374,7 @@ class Forward:
             if node not in back and copied(node) is not None:
                 continue  # what is made of it matters
             if writes(node) and node not in back:
-                raise Unreadable(f"{self._shown()} writes in place {where}")
+                raise Unreadable(f"{self.call.shown} writes in place {where}")
             gone = {n for n in node.all_input_nodes if back.get(n) in self.edits.vanishing}
             formulas = [FORMULA.of(n).tensors for n in node.all_input_nodes if FORMULA.get(n)]
             made_of = [*itertools.chain(*formulas), *(VALUE.get(n) for n in node.all_input_nodes)]
@@ -380,13 +383,13 @@ class Forward:
                 str(node.target) in self.edits.layers if node.op == "call_module" else held & self.edits.homes.keys()
             )
             if layer and node not in back:
-                raise Unreadable(f"{self._shown()} does not use {node.name} as it is merged {where}")
+                raise Unreadable(f"{self.call.shown} does not use {node.name} as it is merged {where}")
             if gone and node not in back:
-                raise Unreadable(f"{self._shown()} uses {next(iter(gone)).name}, which would be gone, {where}")
+                raise Unreadable(f"{self.call.shown} uses {next(iter(gone)).name}, which would be gone, {where}")
         given = {proxy.node for proxy in proxies(self.call.result)}
         for proxy in proxies(again[1].result):
             if back.get(proxy.node) in self.edits.vanishing - given:
-                raise Unreadable(f"{self._shown()} gives back {proxy.node.name}, which would be gone, {where}")
+                raise Unreadable(f"{self.call.shown} gives back {proxy.node.name}, which would be gone, {where}")
         edits = self.edits
         return replace(
             edits,
@@ -412,24 +415,21 @@ class Forward:
                         while self.merged.setdefault((entry.holder, alias), entry) != entry:  # another of this name
                             alias += "_"
                         spelt = self._spelt_path(entry.holder)
-                        self.reads.append(guards.same(f"{spelt}{entry.text}", f"{spelt}.{alias}", self._shown()))
+                        self.reads.append(guards.same(f"{spelt}{entry.text}", f"{spelt}.{alias}", self.call.shown))
                     elif path and path.startswith(f"{self.call.path}." if self.call.path else ""):
-                        self.reads.append(guards.gone(self._spelt_path(path), self._shown()))
-
-    def _shown(self) -> str:
-        return f"{type(self.call.module).__name__}.{self.call.method}"
+                        self.reads.append(guards.gone(self._spelt_path(path), self.call.shown))
 
     def _guard(self, path: str, read: Read) -> None:
         if read.told is MISSING:
             holder, _, name = self._spelt(path, read).rpartition(".")
-            self.reads.append(guards.missing(f"{holder}.{name}", holder, name, self._shown()))
+            self.reads.append(guards.missing(f"{holder}.{name}", holder, name, self.call.shown))
             return
         if path in self.edits.homes and (read.of_numbers or read.text.endswith(".shape")):
             return  # of a tensor that is merged, which is no more set
         asked = self._spelt(path, read)
         held = isinstance(read.holder, nn.Module) and read.text[1:] in read.holder.__dict__
         named = asked.replace("structrep_is(", "isinstance(") if isinstance(read.holder, nn.Module) else read.of(path)
-        made = guards.guard(asked, named, read.told, self._shown(), scripted=held)
+        made = guards.guard(asked, named, read.told, self.call.shown, scripted=held)
         if made is not None and read.of_numbers:
             made = replace(made, unlike=f"not structrep_is_exporting() and ({made.unlike})")
         if made is not None:

@@ -14,15 +14,13 @@ from __future__ import annotations
 
 import dis
 import functools
-import inspect
-import itertools
 import keyword
 import os
 import random
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Set
-from types import CodeType, FrameType, FunctionType, MethodType
+from collections.abc import Callable, Iterator, Mapping, Set
+from types import FrameType, FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -35,6 +33,7 @@ from structrep.graph.structures import proxies
 from structrep.modules.objects import CONTAINERS, HOLDERS, OF_MODULES, is_object
 from structrep.modules.source import functions, functions_in, is_full, written_in
 from structrep.trace.asked import STORES, WALKS, Asked
+from structrep.trace.class_reads import is_type
 from structrep.trace.instructions import _is_constant, has_settings, instructions_of, onward
 from structrep.trace.patches import exchange, namespaces
 
@@ -244,7 +243,7 @@ class Questions:
             return
         ahead = [one.opname for one in instructions[place + 1 : place + 3]]
         asks_type = ahead[:1] in (["PRECALL"], ["CALL"]) and instructions[place + 1].argval == 1
-        if asks_type and any(_is_type(one) for one in instructions[max(place - 4, 0) : place]):
+        if asks_type and any(is_type(one) for one in instructions[max(place - 4, 0) : place]):
             self._of_part(module, f"type({_part(name)})", type(module._modules[name]), frame)
         elif not _calls(instructions[place]) and ahead[:1] not in (["LOAD_ATTR"], ["LOAD_METHOD"], ["GET_ITER"]):
             self._of_part(module, f"({_part(name)} is None)", False, frame)
@@ -480,33 +479,3 @@ def _questions() -> Iterator[tuple[Any, str, Any, str]]:
 def _calls(one: dis.Instruction) -> bool:
     """Whether an attribute is looked up to be called."""
     return one.opname == "LOAD_METHOD" or (one.opname == "LOAD_ATTR" and sys.version_info >= (3, 12) and one.arg & 1)
-
-
-def _is_type(one: dis.Instruction) -> bool:
-    return one.opname == "LOAD_GLOBAL" and one.argval == "type"
-
-
-def class_reads(codes: Iterable[CodeType], module: nn.Module) -> Iterator[Read]:
-    """What methods of a module ask its class for: `type(self).name`, or `cls.name` in a class method."""
-    codes = list(codes)
-    own = {function.__code__ for f in functions(type(module)).values() for function in functions_in(f)}
-    for code in (one for one in codes if one in own and one.co_argcount):
-        for inner in (code, *(one for one in code.co_consts if isinstance(one, CodeType))):
-            plain = [one for one in instructions_of(inner)[0] if one.opname not in ("PRECALL", "RESUME", "PUSH_NULL")]
-            for asks, given, call, then in zip(plain, plain[1:], plain[2:], plain[3:], strict=False):
-                if _is_type(asks) and given.argval == code.co_varnames[0] and call.opname == "CALL":
-                    yield from _of_its_class(then, module)
-    for name in sorted({name for code in codes for name in code.co_names}):
-        method = inspect.getattr_static(type(module), name, None)
-        of_class = method.__func__.__code__ if isinstance(method, classmethod) else None
-        steps = instructions_of(of_class)[0] if of_class is not None and of_class.co_argcount else ()
-        for given, then in itertools.pairwise(steps):
-            if given.opname.startswith("LOAD_FAST") and given.arg == 0:  # what it is given first
-                yield from _of_its_class(then, module)
-
-
-def _of_its_class(step: dis.Instruction, module: nn.Module) -> Iterator[Read]:
-    """What an instruction asks the class of a module for, which is no function."""
-    told = getattr(type(module), step.argval, MISSING) if step.opname == "LOAD_ATTR" else MISSING
-    if told is not MISSING and not isinstance(told, (FunctionType, MethodType, property)):
-        yield Read(module, f"type({PLACEHOLDER}).{step.argval}", told, counts=False)

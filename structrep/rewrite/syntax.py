@@ -1,0 +1,200 @@
+"""The syntax of a method, with what a trace has seen of its texts."""
+
+from __future__ import annotations
+
+import ast
+import itertools
+from collections.abc import Iterator
+from dataclasses import replace
+from types import CodeType
+
+from torch import Tensor
+
+from structrep.errors import Unreadable
+from structrep.modules.definitions import Definition, Reaching
+from structrep.modules.paths import definition
+from structrep.modules.presence import path_to, presence
+from structrep.rewrite.wanted import Piece, Wanted
+
+_PURE = {"abs", "bool", "dict", "enumerate", "float", "getattr", "hasattr", "int", "isinstance", "len", "list", "max",
+         "min", "range", "reversed", "slice", "sorted", "str", "sum", "tuple", "type", "zip"}  # fmt: skip
+_ODD = (ast.Global, ast.Nonlocal, ast.Yield, ast.YieldFrom, ast.Await)
+_NAMESPACES = {"locals", "vars", "eval", "exec", "dir", "globals"}
+_COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+
+
+class Syntax:
+    """A method's syntax, and simple things about it.
+
+    Raises:
+        Unreadable: it cannot be read, or does what no syntax tells.
+    """
+
+    def __init__(self, code: CodeType, wanted: Wanted) -> None:
+        read = definition(code)
+        if read is None or not isinstance(read[0], ast.FunctionDef) or not code.co_varnames:
+            raise Unreadable("its source cannot be read")
+        self.code, self.wanted = code, wanted
+        self.tree, self.parents = read[0], read[1]
+        self.itself, self.parts = code.co_varnames[0], dict(wanted.parts)
+        nodes = list(ast.walk(self.tree))
+        called = {n.func.id for n in nodes if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}
+        if any(isinstance(node, _ODD) for node in nodes) or called & _NAMESPACES:
+            raise Unreadable("it yields, or looks at its own names")
+        self.order = {node: place for place, node in enumerate(nodes)}
+        self.values = dict(wanted.values)
+        self.answers = dict(wanted.answers)
+        self.sums: set[ast.AST] = set()  # texts that add 0
+        plain = Reaching(self.tree, self.known)
+        self.sums = {node for node in wanted.free if self.adds_nothing(node, plain)}
+        self.pieces = tuple(map(self._with_sums, wanted.pieces))
+
+    def adds_nothing(self, text: ast.AST, plain: Reaching) -> bool:
+        """Whether a text adds 0 to something, on every path."""
+        parts: list[ast.expr] = []
+        if isinstance(text, ast.BinOp) and isinstance(text.op, ast.Add):
+            parts = [text.left, text.right]
+        elif isinstance(text, ast.AugAssign) and isinstance(text.op, ast.Add):
+            parts = [text.value]
+        return any(self.is_zero(part, plain) for part in parts)
+
+    def is_zero(self, node: ast.expr, plain: Reaching) -> bool:
+        if isinstance(node, ast.Constant):
+            return type(node.value) in (int, float) and node.value == 0
+        if not isinstance(node, ast.Name) or node not in plain.reads:
+            return False
+        made = [self.assigned(one) for one in self.canonical(node, plain)]
+        return bool(made) and all(isinstance(one, ast.Constant) and self.is_zero(one, plain) for one in made)
+
+    def operands(self, text: ast.AST) -> Iterator[ast.AST]:
+        """What an operation is done with, as far as that is names, also inside of functions' arguments."""
+        pending = list(ast.iter_child_nodes(text))
+        for node in pending:
+            yield node
+            if node not in self.wanted.gone and node not in self.wanted.kept:
+                pending += ast.iter_child_nodes(node)
+
+    def canonical(self, name: ast.AST, reaching: Reaching) -> frozenset[Definition]:
+        """The definitions of a name, and where one only hands on another name, the definitions of that."""
+        found: set[Definition] = set()
+        pending, seen = [*reaching.reads.get(name, ())], set[Definition]()
+        while pending:
+            one = pending.pop()
+            if one in seen:
+                continue
+            seen.add(one)
+            value = self.assigned(one)
+            around = self.parents.get(one) if one is not None else None
+            if one is not None and around in self.sums and one in reaching.reads:  # `x += 0`
+                pending += reaching.reads[one]
+            elif isinstance(value, ast.Name) and value in reaching.reads:
+                pending += reaching.reads[value]
+            else:
+                found.add(one)
+        return frozenset(found)
+
+    def assigned(self, one: Definition) -> ast.expr | None:
+        """The expression whose value a definition gives a name."""
+        parent = self.parents.get(one) if one is not None else None
+        if isinstance(parent, ast.Assign) and one in parent.targets:
+            return parent.value
+        if isinstance(parent, (ast.AnnAssign, ast.NamedExpr)) and parent.target is one:
+            return parent.value
+        return None
+
+    def values_of(self, one: Definition) -> frozenset[int]:
+        if isinstance(one, ast.arg):
+            return self.values.get(one.arg, frozenset())
+        parent = self.parents.get(one) if one is not None else None
+        if isinstance(parent, ast.AugAssign):
+            return self.values.get(parent, frozenset())
+        if isinstance(one, ast.stmt):  # that is replaced
+            return frozenset(piece.value for piece in self.pieces if one in self.around(piece.text))
+        value = self.assigned(one)
+        return self.values.get(value, frozenset()) if value is not None else frozenset()
+
+    def is_dead(self, around: ast.AST, one: ast.AST) -> bool:
+        """Whether something is on a way of a condition that is never taken."""
+        if not isinstance(around, (ast.If, ast.IfExp)) or (known := self.known(around.test)) is None:
+            return False
+        never = around.orelse if known else around.body
+        return one in never if isinstance(never, list) else one is never
+
+    def is_pure(self, text: ast.AST) -> bool:
+        """Whether nothing is seen of it that a text is not run: it only computes."""
+        for node in ast.walk(text):
+            if node in self.wanted.kept or isinstance(node, ast.NamedExpr):
+                return False
+            if isinstance(node, ast.Call) and not self.only_computes(node):
+                return False
+        return True
+
+    def only_computes(self, call: ast.Call) -> bool:
+        function = call.func
+        if call in self.wanted.gone or call in self.wanted.free or self.is_of_part(call):
+            return True
+        if isinstance(function, ast.Name):
+            return function.id in _PURE
+        if not isinstance(function, ast.Attribute):
+            return False
+        name, owner = function.attr, function.value
+        odd = name.endswith("_") or name.startswith(("_", "rand", "set_", "manual", "seed", "register", "backward"))
+        if odd or name in ("bernoulli", "multinomial", "normal", "dropout"):
+            return False
+        while isinstance(owner, ast.Attribute):
+            owner = owner.value
+        of_library = isinstance(owner, ast.Name) and owner.id in self.wanted.libraries
+        return of_library or (hasattr(Tensor, name) and path_to(function, self.itself) not in self.parts)
+
+    def is_of_part(self, call: ast.Call) -> bool:
+        """Whether a part of the module is called by what a text in a generator or the like makes of it: what was seen
+        to vanish there is all that it did."""
+        around = [one for one in self.around(call) if one in self.wanted.gone]
+        inner = [one for one in self.around(call) if isinstance(one, _COMPREHENSIONS)]
+        if not around or not inner:
+            return False
+        targets = {
+            n.id for one in inner for part in one.generators for n in ast.walk(part.target) if isinstance(n, ast.Name)
+        }
+        named = isinstance(call.func, ast.Name) and call.func.id in targets
+        return named or path_to(call.func, self.itself) in self.parts
+
+    def known(self, test: ast.expr) -> bool | None:
+        there = presence(test, self.itself, self.parts)
+        return self.answers.get(test) if there is None else there
+
+    def is_unreachable(self, node: ast.AST) -> bool:
+        return any(self.is_dead(one, inner) for inner, one in itertools.pairwise((node, *self.around(node))))
+
+    def around(self, node: ast.AST) -> Iterator[ast.AST]:
+        while node in self.parents and not isinstance(self.parents[node], ast.FunctionDef):
+            node = self.parents[node]
+            yield node
+
+    def without_sums(self, made: set[Definition], before: Reaching) -> set[Definition]:
+        """Definitions, with those that `x += 0` adds to in its place."""
+        found, pending = set[Definition](), [*made]
+        while pending:
+            one = pending.pop()
+            if one in found:
+                continue
+            if one is not None and self.parents.get(one) in self.sums and self.wanted.pieces:
+                pending += before.reads.get(one, ())
+            else:
+                found.add(one)
+        return found
+
+    def _with_sums(self, piece: Piece) -> Piece:
+        """A piece with what adds nothing to it."""
+        text = piece.text
+        while (
+            isinstance(text, ast.expr) and isinstance(self.parents[text], ast.BinOp) and self.parents[text] in self.sums
+        ):
+            text = self.parents[text]
+        return replace(piece, text=text)
+
+    def is_emptied(self, around: ast.If | ast.For, removed: set[ast.stmt]) -> bool:
+        """Whether nothing is left of a condition or a loop, and something was."""
+        inside = [s for s in (*around.body, *around.orelse) if not isinstance(s, ast.Pass)]
+        live = [s for s in inside if not self.is_dead(around, s)]
+        return bool(live) and removed.issuperset(live)
