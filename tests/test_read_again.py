@@ -679,9 +679,11 @@ def test_a_part_whose_class_is_in_no_module():
 def test_an_error_says_what_was_found_and_what_to_do():
     _, deploy = converted(factor_that_is_merged)
     deploy.factor = 1.5
-    with pytest.raises(ValueError, match=r"Made.forward was reparameterized for self.factor=0.5, and self.factor is 1.5 "
-                                         r"now: "
-                                         r"convert the model again after setting it"):  # fmt: skip
+    said = (
+        r"Made.forward was reparameterized for self.factor=0.5, and self.factor is 1.5 now: convert the model again "
+        r"after setting it"
+    )
+    with pytest.raises(ValueError, match=said):
         deploy(X)
 
 

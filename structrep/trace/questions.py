@@ -125,7 +125,7 @@ class Questions:
         for cls in [one for one in _PARTS if any(issubclass(kind, one) for kind in plain)]:
             self._watch_parts(cls)
         self._watch_questions(model)
-        process.change(type(os.environ), "__getitem__", self._environment(os.environ))
+        process.change(type(os.environ), "__getitem__", _environment(self, os.environ))
 
     def note(
         self, holder: Any, path: str, text: str, told: Any, frame: FrameType, counts: bool = True, deep: int = 0
@@ -384,21 +384,23 @@ class Questions:
 
         return asked
 
-    def _environment(self, environment: Any) -> Callable[[Any, str], str]:
-        plain: Callable[[Any, str], str] = type(environment).__getitem__
 
-        def get(variables: Any, key: str) -> str:
-            frame = _outside(sys._getframe(1), ("os", "collections.abc", "_collections_abc"))
-            noted = variables is environment and threading.get_ident() == self.thread
-            told: str | None = None
-            try:
-                told = plain(variables, key)
-                return told
-            finally:
-                if noted and frame is not None and not _torchs(frame):
-                    self.note(None, "", f"os.environ.get({key!r})", told, frame, counts=False)
+def _environment(questions: Questions, environment: Any) -> Callable[[Any, str], str]:
+    """What `os.environ` is asked for, noted where the user's code asks it."""
+    plain: Callable[[Any, str], str] = type(environment).__getitem__
 
-        return get
+    def get(variables: Any, key: str) -> str:
+        frame = _outside(sys._getframe(1), ("os", "collections.abc", "_collections_abc"))
+        noted = variables is environment and threading.get_ident() == questions.thread
+        told: str | None = None
+        try:
+            told = plain(variables, key)
+            return told
+        finally:
+            if noted and frame is not None and not _torchs(frame):
+                questions.note(None, "", f"os.environ.get({key!r})", told, frame, counts=False)
+
+    return get
 
 
 def _is_torchs(module: nn.Module, name: str) -> bool:
