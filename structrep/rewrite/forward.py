@@ -44,6 +44,7 @@ from structrep.read.nodes import read_node
 from structrep.rewrite import guards
 from structrep.rewrite.edits import Edits
 from structrep.rewrite.guards import Guard
+from structrep.rewrite.observed import demand_same_for_all
 from structrep.rewrite.otherwise import Comparison, Different, Slot, alternatives, copied, counterparts, inside, steps
 from structrep.terms.layer import Layer, Same
 from structrep.trace.again import retrace
@@ -87,6 +88,7 @@ class Forward:
         self.excluded: dict[tuple[str, str], Any] = {}  # answers that ways before have taken care of
         self.settled = set(self.answers)  # questions about inputs that need not be asserted
         self.entered: tuple[contexts.Context, ...] = ()  # that what is written next stands in
+        demand_same_for_all(call, self.out)
         self._arguments()
         self._ask_again()
         self._mark_merged()
@@ -497,9 +499,8 @@ class Forward:
         hints = _plain_hints(self.call.code)
         self._check_calls(bound)
         for name, parameter in signature.parameters.items():
-            star = (
-                "*" if parameter.kind is parameter.VAR_POSITIONAL else "**" * (parameter.kind is parameter.VAR_KEYWORD)
-            )
+            kind = parameter.kind
+            star = "*" if kind is parameter.VAR_POSITIONAL else "**" * (kind is parameter.VAR_KEYWORD)
             default = () if star or parameter.default is parameter.empty else (parameter.default,)
             if default and not _is_literal(default[0]):
                 raise Unreadable(f"the default of argument {name} is no literal: {default[0]!r}")
@@ -516,9 +517,8 @@ class Forward:
         path, method = self.call.path, self.call.method
         whole = inspect.BoundArguments(traced.signature, traced.arguments.copy())
         whole.apply_defaults()
-        for form in (
-            self.traced.observed.forms(path, method) if not isinstance(self.call.module, fx.GraphModule) else ()
-        ):
+        plain = not isinstance(self.call.module, fx.GraphModule)
+        for form in self.traced.observed.forms(path, method) if plain else ():
             if form is None:
                 raise Unreadable(f"{path} is given more than tensors and plain values as the model runs")
             for name, value in form.given.items():

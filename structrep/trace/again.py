@@ -27,8 +27,8 @@ def follow_method(module: nn.Module, path: str, method: str, flags: Mapping[str,
     paths = {part: ".".join(filter(None, (path, name))) for name, part in twin.named_modules()}
     scratch = untraced(twin, paths)
     tracer = follow(scratch, twin, paths, None, method, flags)
-    if tracer.stopped is not None:
-        return None
+    if tracer.stopped is not None or (not flags and next(tracer.calls[0].observed(), None) is not None):
+        return None  # what other answers lead to is not known
     held = {
         str(node.target)
         for node in tracer.graph.nodes
@@ -50,7 +50,7 @@ def retrace(traced: Traced, call: Call, answers: Mapping[tuple[str, str], Any]) 
     twin = shallow_copy(call.module)
     paths = {part: ".".join(filter(None, (call.path, name))) for name, part in twin.named_modules()}
     again = untraced(_placed(twin, call.path), paths)
-    tracer = CallTracer(twin, call.method, paths, again, of.opaque, of.whole, answers, call.contexts)
+    tracer = CallTracer(twin, call.method, paths, again, of.opaque, of.whole, set(), answers, call.contexts)
     count = itertools.count()
     tracer.arguments = pytree.tree_map(
         lambda leaf: Slot(f"input_{next(count)}") if isinstance(leaf, fx.Proxy) else leaf, (call.args, call.kwargs)

@@ -16,7 +16,7 @@ from structrep.algebra import ConvMap
 from structrep.errors import StructrepError, Untraceable, said
 from structrep.graph.calls import Trace, Traced
 from structrep.graph.observed import Arguments, Observed
-from structrep.graph.run import infer_shapes
+from structrep.graph.run import Partial, infer_shapes
 from structrep.graph.structures import alike, holds_tensor, snapshot
 from structrep.modules import parametrized
 from structrep.modules.arguments import Example
@@ -26,7 +26,7 @@ from structrep.modules.states import Holdings
 from structrep.read.modules import PROBED, knows
 from structrep.trace.folding import fold_constants
 from structrep.trace.held import untraced
-from structrep.trace.patches import stopping_function
+from structrep.trace.patches import NotKept, stopping_function
 from structrep.trace.tracer import CallTracer, Root
 
 
@@ -209,13 +209,15 @@ def follow(
     itself stops it."""
     opaque: set[type[nn.Module]] = set()
     whole: dict[FunctionType, tuple[str, Untraceable]] = {}
+    followed: set[FunctionType] = set()
     while True:
-        tracer = CallTracer(module, method, paths, traced, opaque, whole.keys())
+        tracer = CallTracer(module, method, paths, traced, opaque, whole.keys(), followed)
         holdings = Holdings(module)
         state = holdings.state()
         if traced.watched:
             tracer.holdings, tracer.state = holdings, state
         inputs = tracer.bind(given, flags or {})
+        tracer.observer.run = Partial(inputs) if inputs else None
         try:
             with torch.no_grad(), unchanged(module), tracer.watching():
                 tracer.trace(Root(module))
@@ -229,8 +231,12 @@ def follow(
                 raise
             call = tracer.stopped or tracer.calls[0]
             tracer.stopped = call
+            if isinstance(error, NotKept) and error.function in whole:
+                followed.add(error.function)
+                del whole[error.function]
+                continue
             function = stopping_function(error.__traceback__, inspect.unwrap(call.code))
-            if function is not None and function not in whole:
+            if function is not None and function not in whole and function not in followed:
                 reason = Untraceable(f"{function.__qualname__} cannot be followed: {said(error)}")
                 whole[function] = (call.path, reason)
                 continue

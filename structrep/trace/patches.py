@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from types import FrameType, FunctionType, ModuleType, TracebackType
+from types import CodeType, FrameType, FunctionType, ModuleType, TracebackType
 from typing import Any
 
 import torch
@@ -27,6 +27,14 @@ _SIZED_METHODS = ("expand", "repeat", "tile", "view", "reshape", "broadcast_to",
 _SIZED_FACTORIES = ("zeros", "ones", "full", "empty", "arange", "linspace", "eye", "rand", "randn", "broadcast_to",
                     "as_tensor", "asarray")  # fmt: skip
 _ENGINE = ("torch.fx", "structrep.", "torch._", "torch.overrides")
+
+
+class NotKept(RuntimeError):
+    """A function that cannot be kept whole is called."""
+
+    def __init__(self, function: FunctionType, reason: str) -> None:
+        super().__init__(f"{function.__name__} {reason}")
+        self.function = function
 
 
 def keep_whole(functions: Iterable[FunctionType], record: Record) -> None:
@@ -58,13 +66,13 @@ def _hook(function: FunctionType, record: Record) -> Callable[..., Any]:
         if not is_traced((args, kwargs)):
             return original(*args, **kwargs)
         if not something:
-            raise RuntimeError(f"{function.__name__} may give None, or nothing at all")
+            raise NotKept(function, "may give None, or nothing at all")
         for value in (*args, *kwargs.values()):
             if isinstance(value, (list, dict, set)) and (not value or _holds_values(value)):
-                raise RuntimeError(f"{function.__name__} is given a {type(value).__name__}, which it may write to")
+                raise NotKept(function, f"is given a {type(value).__name__}, which it may write to")
         for value in pytree.tree_leaves((args, kwargs)):
             if isinstance(value, nn.Module) and not reads_settings_only(original, value, args, kwargs):
-                raise RuntimeError(f"{function.__name__} is given a module, which it may run")
+                raise NotKept(function, "is given a module, which it may run")
         return record("call_function", function, args, kwargs)
 
     return process.here(hook, original)
@@ -76,14 +84,28 @@ def stopping_function(traceback: TracebackType | None, outermost: Callable[..., 
     inside = False
     code = getattr(outermost, "__code__", None)
     while traceback is not None:
-        frame = traceback.tb_frame
-        if inside and not str(frame.f_globals.get("__name__", "")).startswith(_ENGINE):
-            function = frame.f_globals.get(frame.f_code.co_name)
-            if isinstance(function, FunctionType) and function.__code__ is frame.f_code and not function.__closure__:
-                found = function
-        inside |= frame.f_code is code
+        if inside:
+            found = _plain(traceback.tb_frame) or found
+        inside |= traceback.tb_frame.f_code is code
         traceback = traceback.tb_next
     return found
+
+
+def plain_function(frame: FrameType | None, outermost: CodeType | None) -> FunctionType | None:
+    """The innermost function of some module's namespace that runs a frame, called by the code `outermost`."""
+    found = None
+    while frame is not None and frame.f_code is not outermost:
+        found = found or _plain(frame)
+        frame = frame.f_back
+    return found if frame is not None else None
+
+
+def _plain(frame: FrameType) -> FunctionType | None:
+    """The function that a frame runs, if it is one of some module's namespace."""
+    function = frame.f_globals.get(frame.f_code.co_name)
+    engine = str(frame.f_globals.get("__name__", "")).startswith(_ENGINE)
+    plain = isinstance(function, FunctionType) and function.__code__ is frame.f_code and not function.__closure__
+    return function if plain and not engine else None
 
 
 def _holds_values(container: Any) -> bool:
@@ -147,8 +169,8 @@ def show_tensors(model: nn.Module, note: Callable[[nn.Module, Any, FrameType], N
             return isinstance(value, kinds)
         try:
             return isinstance(stand_in(value.node), kinds)
-        except Unknown as reason:
-            raise value.tracer.refuse(TypeError(f"the type of {reason}")) from reason  # type: ignore[attr-defined]
+        except Unknown:
+            return isinstance(value.tracer.observer.kind(value), kinds)  # type: ignore[attr-defined]
 
     def is_tensor(value: Any) -> bool:
         return is_instance(value, Tensor)

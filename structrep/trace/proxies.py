@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, fx
 
 from structrep.graph import operations
-from structrep.trace.conditions import length
+from structrep.graph.structures import Unknown, stand_in
 from structrep.trace.held import owner_of
 
 if TYPE_CHECKING:
@@ -32,13 +32,12 @@ class TracedValue(fx.Proxy):
         return TracedAttribute(self, k)
 
     def __len__(self) -> int:
-        count = length(self.node)
-        if count is None:
-            raise self._refuse(RuntimeError("the length of a value that nothing tells"))
-        return count
+        return self.tracer.observer.length(self, "the length of a value that nothing tells")
 
     def __hash__(self) -> int:
-        raise self._refuse(TypeError("a value that depends on the input is used as a key"))
+        if not isinstance(_stands_for(self), int):  # a size is told
+            raise self._refuse(TypeError("a value that depends on the input is used as a key"))
+        return hash(self.tracer.observer.number(self, int))
 
     def __eq__(self, other: object) -> Any:
         return self.tracer.create_proxy("call_function", operator.eq, (self, other), {})
@@ -50,9 +49,16 @@ class TracedValue(fx.Proxy):
         return repr(self)  # for the messages of assertions
 
     def __int__(self) -> int:
-        raise self._refuse(TypeError("a number that depends on the input is needed"))
+        return int(self.tracer.observer.number(self, int))
 
-    __float__ = __index__ = __complex__ = __int__
+    def __float__(self) -> float:
+        return float(self.tracer.observer.number(self, float))
+
+    def __index__(self) -> int:
+        return int(self.tracer.observer.number(self, operator.index))
+
+    def __complex__(self) -> complex:
+        return complex(self.tracer.observer.number(self, complex))
 
     def _refuse(self, error: Exception) -> Exception:
         return self.tracer.refuse(error)
@@ -82,6 +88,13 @@ def augmented(function: Callable[[Any, Any], Any]) -> Callable[[TracedValue, Any
         return self  # whoever else holds this value holds the new one
 
     return write
+
+
+def _stands_for(value: TracedValue) -> Any:
+    try:
+        return stand_in(value.node)
+    except Unknown:
+        return None
 
 
 # What a tensor tells apart from its numbers.
