@@ -16,6 +16,7 @@ from structrep.algebra import precision
 from structrep.deployed.layers import Sizes
 from structrep.errors import (
     BadInput,
+    ExampleOnly,
     MergeDropped,
     NothingMerged,
     Refusal,
@@ -74,8 +75,8 @@ class Plan:
         self.latency: LatencyRecord | None = None  # of the whole model, if merges were chosen by measurement
         carry(findings, reserve)
         self._draft = Draft(findings.traced, findings.replicas, findings.merges)
-        while self._draft.unwritable.keys() - findings.unwritable.keys():  # what stands apart from them may merge still
-            findings = again(findings, unwritable=self._draft.unwritable)
+        while (alone := _alone(self._draft, findings)) or self._draft.unwritable.keys() - findings.unwritable.keys():
+            findings = again(findings, self._draft.unwritable, alone)  # what stands apart from them may merge still
             carry(findings, reserve)
             self._draft = Draft(findings.traced, findings.replicas, findings.merges)
         self._findings = findings
@@ -363,3 +364,10 @@ def _record(merge: Merge, where: str, group: Sequence[Merge], seconds: tuple[flo
         notes=merge.fit.notes,
         seconds=seconds,
     )
+
+
+def _alone(draft: Draft, findings: Findings) -> dict[Merge, Refusal]:
+    """The merges, not known yet, that a method forbids which does what it does for the example alone: what takes less
+    may do without that method."""
+    refused = ((one, reason) for one, reason in draft.refused if isinstance(reason, ExampleOnly))
+    return {one: reason for one, reason in refused if (one.base, one.root) not in findings.slower}

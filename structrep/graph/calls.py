@@ -85,9 +85,9 @@ class Call:
             if isinstance(step, Call) and not step.leaf:
                 yield from step.all_calls()
 
-    def observed(self) -> Iterator[Answer]:
+    def observed(self) -> Iterator[tuple[Call, Answer]]:
         """What it, and what it calls, was told that may be otherwise for another input, and is not asserted."""
-        return (one for call in self.all_calls() for one in call.answers if not one.asserted)
+        return ((call, one) for call in self.all_calls() for one in call.answers if not one.asserted)
 
     @functools.cached_property
     def counted(self) -> bool:

@@ -381,7 +381,8 @@ class _Scope:
         if name in _LOOPS:
             rounds = given[:1] if name == "islice" else given
             held = tuple(one for value in rounds for one in _elements(value.held))
-            return Value((_Mixed(held),) if held else (), frozenset().union(*(value.hangs_on for value in rounds)))
+            order = self._hangs(node) if name == "sorted" else frozenset()
+            return Value((_Mixed(held),) if held else (), order.union(*(value.hangs_on for value in rounds)))
         if isinstance(callee, ast.Attribute):
             base = self.value(callee.value)
             containers = [one for one in base.held if isinstance(one, (nn.Module, *_CONTAINERS))]

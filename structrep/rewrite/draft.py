@@ -27,7 +27,7 @@ from structrep import process
 from structrep.blocks import STAND_INS
 from structrep.deployed.layers import Sizes
 from structrep.deployed.methods import install, regraph
-from structrep.errors import Refusal, StructrepError, Unreadable
+from structrep.errors import ExampleOnly, Refusal, StructrepError, Unreadable
 from structrep.graph.calls import Call, Traced
 from structrep.graph.facts import ASSIGNED, AT, CALL, COMPUTED, FORMULA, VALUE
 from structrep.graph.queries import only_asserted
@@ -307,7 +307,7 @@ class Draft:
                 forward = self.forwards[owner] = Forward(self.traced, self.edits, owner, written_out)
                 self._check_choice(owner, forward)
             except Refusal as reason:
-                self.unwritable[site(owner)] = reason
+                self.unwritable[reason.where if isinstance(reason, ExampleOnly) else site(owner)] = reason
                 failed.update(dict.fromkeys(self.owned[owner], reason))
         for owner in self._idle_sums() - self.edits.owners.keys():
             with contextlib.suppress(Refusal):

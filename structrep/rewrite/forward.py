@@ -88,7 +88,7 @@ class Forward:
         self.excluded: dict[tuple[str, str], Any] = {}  # answers that ways before have taken care of
         self.settled = set(self.answers)  # questions about inputs that need not be asserted
         self.entered: tuple[contexts.Context, ...] = ()  # that what is written next stands in
-        demand_same_for_all(call, self.out)
+        demand_same_for_all(call, self.out, edits.vanishing)
         self._arguments()
         self._ask_again()
         self._mark_merged()

@@ -7,49 +7,55 @@ from collections.abc import Set
 
 from torch import fx
 
-from structrep.errors import Unreadable
+from structrep.errors import ExampleOnly
 from structrep.graph.answers import Answer
 from structrep.graph.calls import Call
-from structrep.graph.structures import holds_tensor
+from structrep.graph.facts import RELIED, VALUE
+from structrep.graph.structures import holds_tensor, proxies
 from structrep.modules.paths import definition
 from structrep.rewrite.otherwise import inside, steps
 
 
-def demand_same_for_all(call: Call, out: Set[tuple[str, str]]) -> None:
+def demand_same_for_all(call: Call, out: Set[tuple[str, str]], gone: Set[fx.Node]) -> None:
     """Raise where a forward does what it does for the example alone.
 
     Args:
         out: methods that are written out in it.
+        gone: values that will not be there.
 
     Raises:
-        Unreadable: it does, by what it, or what is written out in it, was told; by what it was given, or is given back.
+        ExampleOnly: it does, by what it, or what is written out in it, was told, was given, or is given back.
     """
+    own = call.path, call.method
     for one in inside(call, out):
+        lost = any(isinstance(step, fx.Node) and RELIED.get(step) in gone for step in one.steps)
         for told in one.answers:
-            if not told.asserted:
-                raise _alone(one, told)
+            if not told.asserted or lost:  # of what is gone nothing is asserted
+                raise _alone(one, told, (one.path, one.method))
     for step in steps(call, out):
-        told_inside = next(step.observed(), None) if isinstance(step, Call) else None
-        if isinstance(step, Call) and told_inside is not None and _gives_others(step):
-            raise _alone(step, told_inside)
-    if call.counted and holds_tensor((call.args, call.kwargs)):
+        found = next(step.observed(), None) if isinstance(step, Call) else None
+        if isinstance(step, Call) and found is not None and _gives_others(step):
+            raise _alone(*found, own)
+    given = call.args, call.kwargs
+    if call.counted and (holds_tensor(given) or any(VALUE.known(one.node) for one in proxies(given))):
         (*_, root) = call.chain()
-        told_around = next(root.observed())
-        raise Unreadable(
-            f"{call.path or 'the model'} is given a constant, which may be another one: {type(root.module).__name__} "
-            f"asks {told_around}, which holds for the example alone"
+        asker, told = next(root.observed())
+        raise ExampleOnly(
+            f"{call.path or 'the model'} is given a constant, which may be another one: {type(asker.module).__name__}."
+            f"{asker.method} asks {told}, which holds for the example alone",
+            own,
         )
 
 
-def _alone(call: Call, told: Answer) -> Unreadable:
+def _alone(call: Call, told: Answer, where: tuple[str, str]) -> ExampleOnly:
     asks = f"{type(call.module).__name__}.{call.method} asks {told}"
-    return Unreadable(f"{asks}, which holds for the example alone: it cannot be written anew")
+    return ExampleOnly(f"{asks}, which holds for the example alone: it cannot be written anew", where)
 
 
 def _gives_others(call: Call) -> bool:
     """Whether a call may give back, for another input, something else than one tensor."""
     found = definition(call.bytecode) if call.bytecode is not None else None
-    if found is None or not isinstance(call.result, fx.Proxy):
+    if found is None or not isinstance(call.result, fx.Proxy) or VALUE.known(call.result.node):
         return True
     tree = found[0]
     returned = [node.value for node in ast.walk(tree) if isinstance(node, ast.Return)]

@@ -13,7 +13,7 @@ import contextlib
 import operator
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import FrameType, FunctionType
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +23,8 @@ from torch.fx.proxy import TraceError
 
 from structrep.graph import dtypes
 from structrep.graph.answers import answer
-from structrep.graph.facts import ASKED, KIND, RANK
-from structrep.graph.known import known
+from structrep.graph.facts import ASKED, KIND, RANK, RELIED
+from structrep.graph.known import Known
 from structrep.graph.reads import Read
 from structrep.graph.run import Failed, Partial
 from structrep.graph.shapes import _of_module, rank
@@ -79,10 +79,7 @@ class Observer:
         """How many items a value has."""
         count = length(asked.node)
         if count is None and (source := sized(asked.node)) is not None and (dims := self._dims(source)) is not None:
-            RANK.note(source, dims)  # on which everybody may rely: it is asserted
-            asked_for = self.tracer.create_proxy("call_function", getattr, (self.tracer.proxy(source), "ndim"), {})
-            holds = self.tracer.create_proxy("call_function", operator.eq, (asked_for, dims), {})
-            self._assert(holds, f"the forward was reparameterized for an input of other dims: one that has {dims} here")
+            self._rely({source: dims})
             count = length(asked.node)
             self._note(self._frame(), count, asserted=True)
         return self._told(asked, len, what) if count is None else count
@@ -98,37 +95,51 @@ class Observer:
         function = plain_function(frame, call.bytecode)
         if function is not None and function not in self.followed:
             raise self.tracer.refuse(TraceError(f"{what}: {where}"))
+        owner = owner_of(self.tracer.module)
+        known = Known(owner.device if owner is not None else None, self._likely_dims)
         try:
-            told = self._find(asked.node, kind)
+            told = self._find(asked.node, kind, known)
         except Failed as reason:
             remedy = REMEDY if self.run is None else str(reason)
             raise self.tracer.refuse(TraceError(f"{what}: {where}; {remedy}")) from reason
-        self._note(frame, told)
+        if not known.loose:  # weights fix it, for a value of so many dims
+            self._rely(known.ranks)
+        self._note(frame, told, asserted=not known.loose)
         return told
 
-    def _find(self, node: fx.Node, kind: Callable[[Any], Any]) -> Any:
+    def _find(self, node: fx.Node, kind: Callable[[Any], Any], known: Known) -> Any:
         """What a node gives, as a number or a length.
 
         Raises:
             Failed: nothing tells.
         """
-        found: Any = Failed("it is not known")
+        found: Exception = Failed("it is not known")
         with self._apart():
+            try:
+                fixed: Any = kind(known.value(node))
+            except Exception:  # of a size that is not known, or of what is no number
+                fixed, known.loose = found, True
+            if not known.loose:
+                return fixed
             for way in (self.run.shown, self.run.value) if self.run is not None else ():
                 try:
-                    found = way(node)
-                    return kind(found)
+                    return kind(way(node))
                 except Failed as reason:
                     found = reason
                 except Exception as error:  # a tensor without numbers, or nothing that has any
                     found = Failed(f"{type(error).__name__}: {error}")
-            owner = owner_of(self.tracer.module)
-            try:
-                return kind(known(node, owner.device if owner is not None else None, self._likely_dims))
-            except Failed:
-                raise found from None
-            except Exception as error:
-                raise Failed(str(error)) from error
+        if isinstance(fixed, Exception):
+            raise found
+        return fixed
+
+    def _rely(self, ranks: Mapping[fx.Node, int]) -> None:
+        """Assert how many dims values have, on which all may rely from now on."""
+        for node, dims in ranks.items():
+            asked = self.tracer.create_proxy("call_function", getattr, (self.tracer.proxy(node), "ndim"), {})
+            holds = self.tracer.create_proxy("call_function", operator.eq, (asked, dims), {})
+            said = f"the forward was reparameterized for an input of other dims: a value has {dims} here"
+            RELIED.note(self._assert(holds, said), node)
+            RANK.note(node, dims)
 
     def _dims(self, node: fx.Node) -> int | None:
         """How many dims a value has in the example; or those that it must have, for all that is known."""

@@ -14,6 +14,7 @@ from types import CodeType, FrameType, FunctionType, ModuleType, TracebackType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
@@ -26,6 +27,7 @@ _SIZED_METHODS = ("expand", "repeat", "tile", "view", "reshape", "broadcast_to",
                   "new_empty")  # fmt: skip
 _SIZED_FACTORIES = ("zeros", "ones", "full", "empty", "arange", "linspace", "eye", "rand", "randn", "broadcast_to",
                     "as_tensor", "asarray")  # fmt: skip
+_SIZED_POOLS = ("avg_pool1d", "avg_pool2d", "avg_pool3d")  # which take a traced size for a number
 _ENGINE = ("torch.fx", "structrep.", "torch._", "torch.overrides")
 
 
@@ -126,6 +128,9 @@ def take_traced_sizes(record: Record) -> None:
     for name in _SIZED_FACTORIES:
         factory = getattr(torch, name)
         process.change(torch, name, _sized(factory, "call_function", factory, record))
+    for name in _SIZED_POOLS:
+        pool = getattr(F, name)
+        process.change(F, name, _sized(pool, "call_function", pool, record))
 
 
 def _sized(function: Callable[..., Any], kind: str, target: Any, record: Record) -> Callable[..., Any]:
