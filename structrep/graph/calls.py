@@ -158,6 +158,7 @@ class Traced:
     entries: dict[int, Entry] = field(default_factory=dict)  # id of one in a dict, a list or an object that it holds
     traces: list[Trace] = field(default_factory=list)
     untraced: dict[str, Untraceable] = field(default_factory=dict)  # module path -> why it was left whole
+    assumed: dict[str, Untraceable] = field(default_factory=dict)  # module path -> why it was followed on one way alone
     unfollowed: dict[FunctionType, tuple[str, Untraceable]] = field(default_factory=dict)  # kept whole: by whom, why
     calls: dict[tuple[nn.Module, str], list[Call]] = field(default_factory=lambda: defaultdict(list))  # by method
     origins: dict[int, Origin] = field(default_factory=dict)  # id of a computed constant -> how it was computed

@@ -12,7 +12,7 @@ from structrep.graph.answers import Answer
 from structrep.graph.calls import Call
 from structrep.graph.facts import RELIED, VALUE
 from structrep.graph.structures import holds_tensor, proxies
-from structrep.modules.paths import definition
+from structrep.modules.paths import branches, definition, place
 from structrep.rewrite.otherwise import inside, steps
 
 
@@ -36,6 +36,7 @@ def demand_same_for_all(call: Call, out: Set[tuple[str, str]], gone: Set[fx.Node
         found = next(step.observed(), None) if isinstance(step, Call) else None
         if isinstance(step, Call) and found is not None and _gives_others(step):
             raise _alone(*found, own)
+    _demand_one_value(call)
     given = call.args, call.kwargs
     if call.counted and (holds_tensor(given) or any(VALUE.known(one.node) for one in proxies(given))):
         (*_, root) = call.chain()
@@ -45,6 +46,22 @@ def demand_same_for_all(call: Call, out: Set[tuple[str, str]], gone: Set[fx.Node
             f"{asker.method} asks {told}, which holds for the example alone",
             own,
         )
+
+
+def _demand_one_value(call: Call) -> None:
+    """Raise where arguments that were one value may be two: written code would know it by one name."""
+    nodes = [one.node for one in proxies((call.args, call.kwargs))]
+    parent, twice = call.parent, len(nodes) - len(set(nodes))
+    if not twice or parent is None or parent.bytecode is None:
+        return
+    made = place(parent.bytecode, call.at) if call.at is not None else None
+    if isinstance(made, ast.Call):
+        names = [one.id for one in (*made.args, *(k.value for k in made.keywords)) if isinstance(one, ast.Name)]
+        if len(names) - len(set(names)) == twice:
+            return  # by the same name
+    if call.counted or call.at is None or branches(parent.bytecode):
+        reason = f"{call.path} is given one value for several arguments, which may be several values another time"
+        raise ExampleOnly(reason, (call.path, call.method))
 
 
 def _alone(call: Call, told: Answer, where: tuple[str, str]) -> ExampleOnly:

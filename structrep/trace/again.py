@@ -50,7 +50,7 @@ def retrace(traced: Traced, call: Call, answers: Mapping[tuple[str, str], Any]) 
     twin = shallow_copy(call.module)
     paths = {part: ".".join(filter(None, (call.path, name))) for name, part in twin.named_modules()}
     again = untraced(_placed(twin, call.path), paths)
-    tracer = CallTracer(twin, call.method, paths, again, of.opaque, of.whole, set(), answers, call.contexts)
+    tracer = CallTracer(twin, call.method, paths, again, of.opaque, of.whole, set(), set(), answers, call.contexts)
     count = itertools.count()
     tracer.arguments = pytree.tree_map(
         lambda leaf: Slot(f"input_{next(count)}") if isinstance(leaf, fx.Proxy) else leaf, (call.args, call.kwargs)

@@ -26,6 +26,7 @@ from structrep.modules.states import Holdings
 from structrep.read.modules import PROBED, knows
 from structrep.trace.folding import fold_constants
 from structrep.trace.held import untraced
+from structrep.trace.observing import Unanswered
 from structrep.trace.patches import NotKept, stopping_function
 from structrep.trace.tracer import CallTracer, Root
 
@@ -210,8 +211,9 @@ def follow(
     opaque: set[type[nn.Module]] = set()
     whole: dict[FunctionType, tuple[str, Untraceable]] = {}
     followed: set[FunctionType] = set()
+    assumed: dict[type, tuple[str, Untraceable]] = {}  # types that were followed on one of several ways
     while True:
-        tracer = CallTracer(module, method, paths, traced, opaque, whole.keys(), followed)
+        tracer = CallTracer(module, method, paths, traced, opaque, whole.keys(), followed, assumed.keys())
         holdings = Holdings(module)
         state = holdings.state()
         if traced.watched:
@@ -241,6 +243,10 @@ def follow(
                 whole[function] = (call.path, reason)
                 continue
             reason = Untraceable(f"{type(call.module).__name__}.{call.method} cannot be followed: {said(error)}")
+            if isinstance(tracer.refused, Unanswered) and type(call.module) not in assumed:
+                assumed[type(call.module)] = call.path, reason
+                continue
+            assumed.pop(type(call.module), None)
             traced.untraced.setdefault(call.path, reason)
             if call.module is module or type(call.module) in opaque:
                 tracer.stopped = tracer.calls[0]
@@ -248,6 +254,7 @@ def follow(
             opaque = opaque | {type(call.module)}
             continue
         traced.unfollowed.update(whole)
+        traced.assumed.update(assumed.values())
         traced.changed |= holdings.state() != state
         if inputs:
             with unchanged(module):

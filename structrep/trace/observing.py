@@ -13,7 +13,7 @@ import contextlib
 import operator
 import random
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from types import FrameType, FunctionType
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +39,12 @@ if TYPE_CHECKING:
 
 _ENGINE = ("structrep.trace.", "structrep.process", "structrep.graph.", fx.proxy.__name__)
 MOST = 10_000  # answers to one call: a loop that goes on as long as what is only taken for granted holds has no end
+MOST_ASSUMED = 100  # of them those that nothing tells
 REMEDY = "give example inputs: structrep.reparameterize(model, x)"
+
+
+class Unanswered(TraceError):
+    """Nothing tells what a condition is."""
 
 
 class Observer:
@@ -47,10 +52,12 @@ class Observer:
 
     Args:
         followed: functions that cannot be kept whole.
+        assumed: types of modules that are followed where conditions do not hold of which nothing tells whether they do.
     """
 
-    def __init__(self, tracer: CallTracer, followed: set[FunctionType]) -> None:
-        self.tracer, self.followed = tracer, followed
+    def __init__(self, tracer: CallTracer, followed: Set[FunctionType], assumed: Set[type]) -> None:
+        self.tracer, self.followed, self.assumed = tracer, followed, assumed
+        self.guesses = 0
         self.run: Partial | None = None  # of the example
         self.busy = False  # whether code runs as it does outside of the trace
 
@@ -100,8 +107,12 @@ class Observer:
         try:
             told = self._find(asked.node, kind, known)
         except Failed as reason:
-            remedy = REMEDY if self.run is None else str(reason)
-            raise self.tracer.refuse(TraceError(f"{what}: {where}; {remedy}")) from reason
+            if kind is not bool or type(call.module) not in self.assumed or self.guesses > MOST_ASSUMED:
+                remedy = REMEDY if self.run is None else str(reason)
+                refusal = Unanswered if kind is bool else TraceError
+                raise self.tracer.refuse(refusal(f"{what}: {where}; {remedy}")) from reason
+            self.guesses += 1
+            told = False
         if not known.loose:  # weights fix it, for a value of so many dims
             self._rely(known.ranks)
         self._note(frame, told, asserted=not known.loose)

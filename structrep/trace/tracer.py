@@ -76,7 +76,8 @@ class CallTracer(process.Tracer):
         held: Traced,
         opaque: Set[type[nn.Module]],
         whole: Set[FunctionType],
-        followed: set[FunctionType],
+        followed: Set[FunctionType],
+        assumed: Set[type],
         answers: Mapping[tuple[str, str], Any] | None = None,
         contexts: tuple[Context, ...] = (),
     ) -> None:
@@ -95,7 +96,7 @@ class CallTracer(process.Tracer):
         self.constants = Constants(self)
         self.questions = Questions(paths, lambda: self.stack[-1] if self.stack else None, answers)
         self.contexts = Contexts(contexts)
-        self.observer = Observer(self, followed)
+        self.observer = Observer(self, followed, assumed)
         self.holdings: Holdings | None = None  # whose changes are noted
         self.state: tuple[Any, ...] = ()
         self.stored = {storage(p) for p in module.parameters() if p.numel()}
