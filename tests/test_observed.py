@@ -758,3 +758,147 @@ def test_what_a_part_is_told_matters_around_it(part, forward, merged, refused):
     merges = sorted(one.where for one in plan.merges if not one.where.startswith("rows"))
     assert merges == merged, plan.refusals
     assert refused in str(plan.refusals)
+
+
+# --- what gives back its argument, and functions that are kept whole --------------------------------------------------
+
+
+class Dropping(nn.Module):
+    """A drop path, which does nothing as it is."""
+
+    def __init__(self):
+        super().__init__()
+        self.p, self.low = 0.5, False
+
+    def forward(self, x):
+        if self.p == 0.0 or not self.training:
+            return x * 2 if self.low else x
+        return x * torch.rand(1)
+
+
+class Doubling(nn.Module):
+    def forward(self, x):
+        if x.shape[2] > 9:
+            return x * 2
+        return x
+
+
+def passes_on(self, x):
+    return self.part(self.a(x) + self.b(x)) + x
+
+
+def test_a_part_that_gives_back_what_it_is_given_does_not_part_a_sum():
+    model = outer(Dropping, passes_on)
+    plan, deploy = converted(model)
+    assert [one.where for one in plan.merges if not one.where.startswith("rows")] == ["reparam_conv"]
+    assert not judged(model, deploy)
+    model = outer(Dropping, passes_on)
+    model.part.low = True
+    truth = model(X)
+    deploy = structrep.plan(model, X).apply()
+    assert relative_error(deploy(X), truth) < 1e-12
+
+
+def test_a_part_that_gave_back_what_it_was_given_says_so():
+    _, deploy = converted(outer(Dropping, passes_on))
+    if deploy.part is not None:
+        deploy.part.low = True
+        with pytest.raises(ValueError, match="reparameterized for"):
+            deploy(X)
+
+
+def test_a_part_that_gives_it_back_for_the_example_alone():
+    model = outer(Doubling, passes_on)
+    plan, deploy = converted(model)
+    assert not judged(model, deploy)
+    assert [one.where for one in plan.merges if not one.where.startswith("rows")] == ["reparam_conv"]
+    assert isinstance(deploy.part, Doubling)
+
+
+@torch.jit.script
+def fused(x):
+    return x * torch.sigmoid(x)
+
+
+def scripted(self, x):
+    return fused(self.n(self.a(x)))
+
+
+def scripted_sum(self, x):
+    return fused(self.a(x) + self.b(x))
+
+
+def test_a_function_of_torchscript_is_kept_whole():
+    plan, deploy = converted(made(scripted))
+    assert "a" in [one.where for one in plan.merges]
+    assert not judged(made(scripted), deploy)
+    plan, deploy = converted(made(scripted_sum))
+    assert not judged(made(scripted_sum), deploy)
+    assert "of TorchScript, which has no name in code" in str(plan.refusals)
+
+
+@pytest.mark.parametrize("forward", [
+    lambda self, x: self.n(self.a(x).to(x.device, x.dtype)),
+    lambda self, x: self.n(self.a(x).to(device=x.device, dtype=self.m.weight.dtype)),
+    lambda self, x: self.n(self.a(x).to(self.m.weight)),
+])  # fmt: skip
+def test_casts_to_what_a_value_is_already(forward):
+    plan, deploy = converted(made(forward))
+    assert "a" in [one.where for one in plan.merges], plan.refusals
+    assert not judged(made(forward), deploy)
+
+
+def test_a_cast_that_rounds_is_one():
+    forward = lambda self, x: self.n(self.a(x).to(x.device, torch.float32).double())  # noqa: E731
+    plan, deploy = converted(made(forward))
+    assert "a" not in [one.where for one in plan.merges]
+    assert not judged(made(forward), deploy)
+
+
+def given_twice_perhaps(self, x):
+    return self.part(x, x if x.shape[2] < 9 else x * 2)
+
+
+class Adding(Part):
+    def forward(self, x, other):
+        return self.n(self.c(x)) + other
+
+
+def test_one_value_for_two_arguments():
+    model = outer(Adding, given_twice_perhaps)
+    plan, deploy = converted(model)
+    assert not judged(model, deploy)
+    assert "one value for several arguments" in str(plan.refusals)
+
+
+# --- what is said ---------------------------------------------------------------------------------------------------
+
+
+def test_a_question_that_nothing_answers_is_told_with_its_place_and_a_remedy():
+    plan = structrep.plan(made(counts_the_batch))
+    (reason,) = [one.reason for one in plan.refusals if one.kind == "Untraceable"]
+    line = counts_the_batch.__code__.co_firstlineno + 3
+    assert f"`int(y.shape[0])` ({__file__}:{line})" in reason
+    assert "give example inputs: structrep.reparameterize(model, x)" in reason
+
+
+def test_what_was_told_is_noted_with_the_call():
+    plan = structrep.plan(made(adds_a_batch), X)
+    (trace,) = [one for one in plan._findings.traced.traces if not one.path]
+    (answer,) = trace.root.answers
+    assert (answer.text, answer.told, answer.asserted) == ("x.dim() == 3", False, False)
+    assert answer.code is adds_a_batch.__code__
+    assert answer.line == answer.code.co_firstlineno + 2
+
+
+def test_the_example_is_not_written_to():
+    def forward(self, x):
+        x *= 2
+        if x.sum() > 1e9:
+            x = x + 1
+        return self.n(self.a(x))
+
+    x = X.clone()
+    plan = structrep.plan(made(forward), x)
+    assert torch.equal(x, X)
+    assert "a" in [one.where for one in plan.merges]

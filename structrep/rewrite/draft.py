@@ -45,7 +45,7 @@ from structrep.rewrite.edits import Edits
 from structrep.rewrite.forward import Forward
 from structrep.rewrite.norms import _shown_still, end
 from structrep.rewrite.refill import _all_dead, _kernels, _nothing, _refill
-from structrep.rewrite.units import SUMS, Unit, _scales, fallen, host_of, units
+from structrep.rewrite.units import SUMS, Unit, _scales, fallen, handed_back, host_of, units
 from structrep.terms.layer import Same
 from structrep.terms.term import ONE, geometry
 
@@ -120,6 +120,10 @@ class Draft:
             for node in merge.nodes:
                 if ASSIGNED.get(node):  # by a forward that need not do so any more
                     self._written_by(Unit((Segment(node, node, ONE, (node,)),)), merge, dead=False)
+            for call in handed_back(merge, self.given):
+                for depth, owner in enumerate(around := list(call.chain())):
+                    if merge in self.owned.get(owner, ()):
+                        self.edits.owners[owner].update(around[:depth])
             for node in (one.node for one in merge.absorbed if one.ends):
                 if node.op == "call_module":
                     self.ended.add(CALL.of(node))

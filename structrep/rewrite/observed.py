@@ -5,9 +5,10 @@ from __future__ import annotations
 import ast
 from collections.abc import Set
 
+import torch
 from torch import fx
 
-from structrep.errors import ExampleOnly
+from structrep.errors import ExampleOnly, Unreadable
 from structrep.graph.answers import Answer
 from structrep.graph.calls import Call
 from structrep.graph.facts import RELIED, VALUE
@@ -17,17 +18,22 @@ from structrep.rewrite.otherwise import inside, steps
 
 
 def demand_same_for_all(call: Call, out: Set[tuple[str, str]], gone: Set[fx.Node]) -> None:
-    """Raise where a forward does what it does for the example alone.
+    """Raise where a forward does what it does for the example alone, or what no code of our own can say.
 
     Args:
         out: methods that are written out in it.
         gone: values that will not be there.
 
     Raises:
-        ExampleOnly: it does, by what it, or what is written out in it, was told, was given, or is given back.
+        Unreadable: it runs what only the user's code can name.
+        ExampleOnly: it does so by what it, or what is written out in it, was told, was given, or is given back.
     """
     own = call.path, call.method
     for one in inside(call, out):
+        if any(isinstance(step, fx.Node) and isinstance(step.target, torch.jit.ScriptFunction) for step in one.steps):
+            raise Unreadable(
+                f"{one.path or 'the model'} calls a function of TorchScript, which has no name in written code"
+            )
         lost = any(isinstance(step, fx.Node) and RELIED.get(step) in gone for step in one.steps)
         for told in one.answers:
             if not told.asserted or lost:  # of what is gone nothing is asserted

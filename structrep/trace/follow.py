@@ -242,10 +242,12 @@ def follow(
                 reason = Untraceable(f"{function.__qualname__} cannot be followed: {said(error)}")
                 whole[function] = (call.path, reason)
                 continue
-            reason = Untraceable(f"{type(call.module).__name__}.{call.method} cannot be followed: {said(error)}")
+            what = f"{type(call.module).__name__}.{call.method}"
             if isinstance(tracer.refused, Unanswered) and type(call.module) not in assumed:
+                reason = Untraceable(f"{what} is followed where this does not hold: {tracer.refused}")
                 assumed[type(call.module)] = call.path, reason
                 continue
+            reason = Untraceable(f"{what} cannot be followed: {said(error)}")
             assumed.pop(type(call.module), None)
             traced.untraced.setdefault(call.path, reason)
             if call.module is module or type(call.module) in opaque:

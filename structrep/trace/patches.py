@@ -48,6 +48,17 @@ def keep_whole(functions: Iterable[FunctionType], record: Record) -> None:
         exchange(function, _hook(function, record))
 
 
+def keep_scripted(record: Record) -> None:
+    """Make single nodes of the calls of functions of TorchScript on traced values."""
+    plain = torch.jit.ScriptFunction.__call__
+
+    def call(function: Any, *args: Any, **kwargs: Any) -> Any:
+        traced = is_traced((args, kwargs))
+        return record("call_function", function, args, kwargs) if traced else plain(function, *args, **kwargs)
+
+    process.change(torch.jit.ScriptFunction, "__call__", process.here(call, plain))
+
+
 def exchange(function: FunctionType, hook: Callable[..., Any]) -> None:
     """Make calls of a function calls of `hook`, whatever name it is called by."""
     # the code last, and put back first: whoever calls it meanwhile finds a code and what it needs

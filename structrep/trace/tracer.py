@@ -52,7 +52,7 @@ from structrep.terms.layer import Computed
 from structrep.trace.aten import gives_more, in_torch
 from structrep.trace.constants import Constants, chance, state_of
 from structrep.trace.observing import Observer
-from structrep.trace.patches import compiled_inlined, keep_whole, show_tensors, take_traced_sizes
+from structrep.trace.patches import compiled_inlined, keep_scripted, keep_whole, show_tensors, take_traced_sizes
 from structrep.trace.proxies import TracedValue
 from structrep.trace.questions import Questions
 
@@ -215,6 +215,7 @@ class CallTracer(process.Tracer):
         with self.watched_methods(), process.alone(), parametrized.uncached(), compiled_inlined(), self.constants:
             take_traced_sizes(self.create_proxy)
             keep_whole(self.whole, self.create_proxy)
+            keep_scripted(self.create_proxy)
             show_tensors(self.module, self.questions.is_instance)
             self.questions.watch(self.module)
             self.contexts.watch()
@@ -419,6 +420,7 @@ class CallTracer(process.Tracer):
         UNFOLLOWED.note(
             node,
             node.target in self.whole
+            or isinstance(node.target, torch.jit.ScriptFunction)
             or (
                 node.op == "call_module"
                 and call is not None
