@@ -37,8 +37,7 @@ from structrep.graph.reads import MISSING, Read
 from structrep.graph.structures import is_traced, proxies
 from structrep.guard.callers import asks
 from structrep.match.sum_order import as_traced
-from structrep.modules.paths import argument
-from structrep.modules.paths import place as place_of
+from structrep.modules import paths
 from structrep.modules.source import functions_in, written_in
 from structrep.read.nodes import read_node
 from structrep.rewrite import guards
@@ -177,7 +176,8 @@ class Forward:
             function = one.code
             if isinstance(function, FunctionType) and not one.leaf:
                 codes: list[Any] = [(code, space, None) for code, space in one.codes.items()]
-                for read in namespace_reads([(function.__code__, function.__globals__, function), *codes]):
+                own = (function.__code__, function.__globals__, function)
+                for read in namespace_reads([own, *codes], self.traced.unfollowed):
                     self._check_stable(one.path, read)
                     self._guard("", read)
                 for read in class_reads([function.__code__, *one.codes], one.module):
@@ -228,11 +228,11 @@ class Forward:
             code, read = call.bytecode, call.reads[key]
             for places in {one: read.places.count(one) for one in read.places}.items():
                 (asking, at, deep), count = places
-                handed = argument(asking, at, deep) if asking is code and type(read.told) in _HANDED else None
+                handed = paths.argument(asking, at, deep) if asking is code and type(read.told) in _HANDED else None
                 if handed is None:
                     return False
                 operation, (kind, place) = handed
-                takers = [step for step, made in done[call] if place_of(asking, made) is operation]
+                takers = [step for step, made in done[call] if paths.place(asking, made) is operation]
                 if len(takers) != count or not self.edits.changed.isdisjoint(takers):
                     return False
                 for taker in takers:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any
 
 import torch
@@ -20,15 +20,22 @@ from structrep.trace.held import untraced
 from structrep.trace.tracer import CallTracer, Root, Slot
 
 
-def follow_method(module: nn.Module, path: str, method: str, flags: Mapping[str, Any]) -> Method | None:
+def follow_method(
+    module: nn.Module, path: str, method: str, flags: Mapping[str, Any], known: Set[type[nn.Module]]
+) -> Method | None:
     """What a method of a module does, called with some flags (... is a tensor), on a copy; None if it cannot be
-    followed."""
+    followed.
+
+    Args:
+        known: types of modules that are followed with the example inputs: where one is kept whole, all looks different.
+    """
     twin = shallow_copy(module)
     paths = {part: ".".join(filter(None, (path, name))) for name, part in twin.named_modules()}
     scratch = untraced(twin, paths)
     tracer = follow(scratch, twin, paths, None, method, flags)
-    if tracer.stopped is not None or (not flags and next(tracer.calls[0].observed(), None) is not None):
-        return None  # what other answers lead to is not known
+    asks = any(call.answers for call in tracer.calls)  # what other answers lead to is not known
+    if tracer.stopped is not None or asks or not known.isdisjoint(tracer.opaque):
+        return None
     held = {
         str(node.target)
         for node in tracer.graph.nodes

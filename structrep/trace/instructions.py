@@ -5,7 +5,7 @@ from __future__ import annotations
 import dis
 import functools
 import operator
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from types import CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
 
@@ -68,8 +68,11 @@ def _is_subscript(one: dis.Instruction) -> bool:
     return one.opname == "BINARY_SUBSCR" or (one.opname == "BINARY_OP" and one.argrepr == "[]")
 
 
-def namespace_reads(functions: Iterable[tuple[CodeType, dict[str, Any], FunctionType | None]]) -> Iterator[Read]:
-    """Plain values that code asks its namespace and its cells for, in functions that it calls by name too."""
+def namespace_reads(
+    functions: Iterable[tuple[CodeType, dict[str, Any], FunctionType | None]], whole: Container[Any] = ()
+) -> Iterator[Read]:
+    """Plain values that code asks its namespace and its cells for, in functions that it calls by name too; not in those
+    that are kept whole, which ask again."""
     pending, seen = list(functions), set[CodeType]()
     while pending:
         code, space, function = pending.pop()
@@ -78,7 +81,8 @@ def namespace_reads(functions: Iterable[tuple[CodeType, dict[str, Any], Function
         seen.add(code)
         pending += [(one, space, None) for one in code.co_consts if isinstance(one, CodeType)]
         for text, value, holder in _asked_by(code, space, function):
-            if isinstance(value, FunctionType) and written_in(value).partition(".")[0] not in ("torch", "structrep"):
+            followed = isinstance(value, FunctionType) and value not in whole
+            if followed and written_in(value).partition(".")[0] not in ("torch", "structrep"):
                 pending.append((value.__code__, value.__globals__, value))
             if is_date(value):
                 yield Read(holder, f"{text}()", value, counts=False)

@@ -85,7 +85,7 @@ def _hook(function: FunctionType, record: Record) -> Callable[..., Any]:
                 raise NotKept(function, f"is given a {type(value).__name__}, which it may write to")
         for value in pytree.tree_leaves((args, kwargs)):
             if isinstance(value, nn.Module) and not reads_settings_only(original, value, args, kwargs):
-                raise NotKept(function, "is given a module, which it may run")
+                raise RuntimeError(f"{function.__name__} is given a module, which it may run")
         return record("call_function", function, args, kwargs)
 
     return process.here(hook, original)

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, fx
 
 from structrep.graph import operations
-from structrep.graph.structures import Unknown, stand_in
 from structrep.trace.held import owner_of
 
 if TYPE_CHECKING:
@@ -35,9 +34,7 @@ class TracedValue(fx.Proxy):
         return self.tracer.observer.length(self, "the length of a value that nothing tells")
 
     def __hash__(self) -> int:
-        if not isinstance(_stands_for(self), int):  # a size is told
-            raise self._refuse(TypeError("a value that depends on the input is used as a key"))
-        return hash(self.tracer.observer.number(self, int))
+        raise self._refuse(TypeError("a value that depends on the input is used as a key"))
 
     def __eq__(self, other: object) -> Any:
         return self.tracer.create_proxy("call_function", operator.eq, (self, other), {})
@@ -88,13 +85,6 @@ def augmented(function: Callable[[Any, Any], Any]) -> Callable[[TracedValue, Any
         return self  # whoever else holds this value holds the new one
 
     return write
-
-
-def _stands_for(value: TracedValue) -> Any:
-    try:
-        return stand_in(value.node)
-    except Unknown:
-        return None
 
 
 # What a tensor tells apart from its numbers.
