@@ -882,6 +882,24 @@ def test_one_value_for_two_arguments():
     assert "one value for several arguments" in str(plan.refusals)
 
 
+def test_a_block_behind_a_sign_of_one_way_merges_without_it():
+    """A scale before all branches is given to each of them, where that may be."""
+
+    class Branches(Part):
+        def forward(self, x):
+            return self.n(self.c(x)) + self.c2(x)
+
+        def __init__(self):
+            super().__init__()
+            self.c2 = nn.Conv2d(4, 4, 3, padding=1)
+
+    for example in (X, -X, None):
+        model = outer(Branches, lambda self, x: self.part(x) if x.mean() > 0 else self.part(-x))
+        plan, deploy = converted(model, example)
+        assert "part.reparam_conv" in [one.where for one in plan.merges], plan.refusals
+        assert not judged(model, deploy)
+
+
 # --- what is said ---------------------------------------------------------------------------------------------------
 
 

@@ -369,5 +369,6 @@ def _record(merge: Merge, where: str, group: Sequence[Merge], seconds: tuple[flo
 def _alone(draft: Draft, findings: Findings) -> dict[Merge, Refusal]:
     """The merges, not known yet, that a method forbids which does what it does for the example alone: what takes less
     may do without that method."""
-    refused = ((one, reason) for one, reason in draft.refused if isinstance(reason, ExampleOnly))
+    # with a scale that is given to it a merge may fail, and be right without
+    refused = ((one, reason) for one, reason in draft.refused if isinstance(reason, ExampleOnly) and not one.absorbed)
     return {one: reason for one, reason in refused if (one.base, one.root) not in findings.slower}
