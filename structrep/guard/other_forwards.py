@@ -63,8 +63,6 @@ class Borders:
         self.variants: dict[nn.Module, list[Variant]] = {}
         self.mentioned: dict[tuple[type, str], frozenset[str] | None] = {}
         self.below: dict[nn.Module, dict[nn.Module, frozenset[str]]] = {}  # a module's parts, by children they are in
-        told = (call for calls in traced.calls.values() for call in calls if call.answers)
-        self.answered = {type(call.module) for call in told}
         self.followed: dict[tuple[nn.Module, Variant], Method | None] = {}
 
     def check(self, inside: set[fx.Node], root: fx.Node | None, owner: Call) -> None:
@@ -162,9 +160,7 @@ class Borders:
     def _follow(self, around: Call, variant: Variant) -> Method | None:
         key = (around.module, variant)
         if key not in self.followed:
-            self.followed[key] = follow_method(
-                around.module, around.path, variant.method, dict(variant.flags), self.answered
-            )
+            self.followed[key] = follow_method(around.module, around.path, variant.method, dict(variant.flags))
         return self.followed[key]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Set
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -20,21 +20,14 @@ from structrep.trace.held import untraced
 from structrep.trace.tracer import CallTracer, Root, Slot
 
 
-def follow_method(
-    module: nn.Module, path: str, method: str, flags: Mapping[str, Any], known: Set[type[nn.Module]]
-) -> Method | None:
+def follow_method(module: nn.Module, path: str, method: str, flags: Mapping[str, Any]) -> Method | None:
     """What a method of a module does, called with some flags (... is a tensor), on a copy; None if it cannot be
-    followed.
-
-    Args:
-        known: types of modules that are followed with the example inputs: where one is kept whole, all looks different.
-    """
+    followed, or only on one of several ways."""
     twin = shallow_copy(module)
     paths = {part: ".".join(filter(None, (path, name))) for name, part in twin.named_modules()}
     scratch = untraced(twin, paths)
     tracer = follow(scratch, twin, paths, None, method, flags)
-    asks = any(call.answers for call in tracer.calls)  # what other answers lead to is not known
-    if tracer.stopped is not None or asks or not known.isdisjoint(tracer.opaque):
+    if tracer.stopped is not None or next(tracer.calls[0].observed(), None) is not None:
         return None
     held = {
         str(node.target)
