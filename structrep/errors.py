@@ -52,6 +52,18 @@ class Unreadable(Refusal):
     """A layer is not a known linear map, or cannot be written back as a layer."""
 
 
+class ExampleOnly(Unreadable):
+    """A forward would have to be written anew that does what it does for inputs like the example alone.
+
+    Args:
+        where: the path and the name of the method that does.
+    """
+
+    def __init__(self, reason: str, where: tuple[str, str]) -> None:
+        super().__init__(reason)
+        self.where = where
+
+
 class WrongMerge(Refusal):
     """A rule's merge function does not compute the term its pattern matched."""
 

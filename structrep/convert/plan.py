@@ -16,6 +16,7 @@ from structrep.algebra import precision
 from structrep.deployed.layers import Sizes
 from structrep.errors import (
     BadInput,
+    ExampleOnly,
     MergeDropped,
     NothingMerged,
     Refusal,
@@ -76,8 +77,8 @@ class Plan:
         self.latency: LatencyRecord | None = None  # of the whole model, if merges were chosen by measurement
         carry(findings, reserve)
         self._draft = Draft(findings.traced, findings.replicas, findings.merges)
-        while self._draft.unwritable.keys() - findings.unwritable.keys():  # what stands apart from them may merge still
-            findings = again(findings, unwritable=self._draft.unwritable)
+        while (alone := _alone(self._draft, findings)) or self._draft.unwritable.keys() - findings.unwritable.keys():
+            findings = again(findings, self._draft.unwritable, alone)  # what stands apart from them may merge still
             carry(findings, reserve)
             self._draft = Draft(findings.traced, findings.replicas, findings.merges)
         self._findings = findings
@@ -373,3 +374,11 @@ def _record(
         seconds=seconds,
         edit=way,
     )
+
+
+def _alone(draft: Draft, findings: Findings) -> dict[Merge, Refusal]:
+    """The merges, not known yet, that a method forbids which does what it does for the example alone: what takes less
+    may do without that method."""
+    # with a scale that is given to it a merge may fail, and be right without
+    refused = ((one, reason) for one, reason in draft.refused if isinstance(reason, ExampleOnly) and not one.absorbed)
+    return {one: reason for one, reason in refused if (one.base, one.root) not in findings.slower}

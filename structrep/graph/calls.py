@@ -15,6 +15,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
 from structrep.errors import Untraceable
+from structrep.graph.answers import Answer
 from structrep.graph.contexts import Context
 from structrep.graph.facts import CALL
 from structrep.graph.observed import Observed
@@ -44,6 +45,7 @@ class Call:
     held: dict[fx.Node, set[CodeType]] = field(default_factory=dict)  # values that code of no call had as it asked
     at: int | None = None  # the instruction of its parent's code that it is called by, if that code itself calls it
     contexts: tuple[Context, ...] = ()  # that it is called in
+    answers: list[Answer] = field(default_factory=list)  # what its code was told of its input, for the example alone
 
     @property
     def code(self) -> Callable[..., Any]:
@@ -88,6 +90,16 @@ class Call:
         for step in self.steps:
             if isinstance(step, Call) and not step.leaf:
                 yield from step.all_calls()
+
+    def observed(self) -> Iterator[tuple[Call, Answer]]:
+        """What it, and what it calls, was told that may be otherwise for another input, and is not asserted."""
+        return ((call, one) for call in self.all_calls() for one in call.answers if not one.asserted)
+
+    @functools.cached_property
+    def counted(self) -> bool:
+        """Whether anything that was done where it was traced, a number of rounds for instance, may hang on that."""
+        (*_, root) = self.chain()
+        return root.counted if root is not self else next(self.observed(), None) is not None
 
     def arguments(self) -> dict[str, Any]:
         """What it was given, by parameter."""
@@ -177,6 +189,7 @@ class Traced:
     entries: dict[int, Entry] = field(default_factory=dict)  # id of one in a dict, a list or an object that it holds
     traces: list[Trace] = field(default_factory=list)
     untraced: dict[str, Untraceable] = field(default_factory=dict)  # module path -> why it was left whole
+    assumed: dict[str, Untraceable] = field(default_factory=dict)  # module path -> why it was followed on one way alone
     unfollowed: dict[FunctionType, tuple[str, Untraceable]] = field(default_factory=dict)  # kept whole: by whom, why
     calls: dict[tuple[nn.Module, str], list[Call]] = field(default_factory=lambda: defaultdict(list))  # by method
     origins: dict[int, Origin] = field(default_factory=dict)  # id of a computed constant -> how it was computed

@@ -60,6 +60,7 @@ COMPUTED: Fact[Any] = Fact("computed")  # of a module that is called: what it co
 ASSIGNED: Fact[Any] = Fact("assigned")  # of such a one: the formula of a kernel that its forward has assigned
 KEPT: Fact[bool] = Fact("kept")  # a value that a forward left in its module: it is looked at later
 ASKED: Fact[Any] = Fact("asked")  # an assertion, or what it asserts: the condition that was taken to hold
+RELIED: Fact[fx.Node] = Fact("relied")  # of an assertion: the value of which it says how many dims it has
 HELD: Fact[Any] = Fact("held")  # an object that is no tensor, of a get_attr
 UNKNOWN: Fact[type] = Fact("unknown")  # an input that is an object, of which only the type is known
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -9,8 +10,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from structrep.graph.facts import CALL, DTYPE, SHAPE, VALUE
+from structrep.graph.facts import CALL, DTYPE, SHAPE, UNFOLLOWED, VALUE
 from structrep.graph.observed import Given, Thing
+from structrep.graph.operations import writes
+from structrep.modules.copies import shallow_copy
 
 
 def _own(value: Any) -> Any:
@@ -68,3 +71,98 @@ def _fake(mode: FakeTensorMode, given: Tensor | Given | Thing) -> Any:
     if given.number is not None:
         return given.number
     return torch.empty_strided(given.shape, given.stride, dtype=given.dtype, device=given.device)
+
+
+class Failed(Exception):
+    """What a node gives cannot be told."""
+
+
+class Partial:
+    """A graph that is still being made, run as far as is asked: sizes without computing, numbers where they are needed.
+
+    Args:
+        inputs: what its placeholders stand for, in order.
+    """
+
+    def __init__(self, inputs: list[Any]) -> None:
+        self.inputs = inputs
+        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self.sized: dict[fx.Node, Any] = {}
+        self.numbers: dict[fx.Node, Any] = {}
+
+    def shown(self, node: fx.Node) -> Any:
+        """What a node gives, of tensors no numbers.
+
+        Raises:
+            Failed: it cannot be told so.
+        """
+        with self.mode:
+            return self._run(node, self.sized, lambda given: _fake(self.mode, given), shallow_copy)
+
+    def value(self, node: fx.Node) -> Any:
+        """What a node gives.
+
+        Raises:
+            Failed: it cannot be computed.
+        """
+        before = [one for one in node.graph.nodes if one.op != "output"]
+        if any(not UNFOLLOWED.get(one) and writes(one) for one in before):  # to what others have read, or will
+            for one in before[: before.index(node)]:
+                self._attempt(one)
+        return self._run(node, self.numbers, _real, copy.deepcopy)
+
+    def _attempt(self, node: fx.Node) -> None:
+        try:
+            self._run(node, self.numbers, _real, copy.deepcopy)
+        except Failed:
+            return  # whoever needs it says so
+
+    def _run(
+        self,
+        node: fx.Node,
+        known: dict[fx.Node, Any],
+        given: Callable[[Any], Any],
+        own: Callable[[nn.Module], nn.Module],
+    ) -> Any:
+        pending = [node]
+        while pending:  # no recursion: a chain of nodes may be longer than Python's stack
+            last = pending[-1]
+            if last not in known and (left := [one for one in last.all_input_nodes if one not in known]):
+                pending += left
+                continue
+            pending.pop()
+            if last not in known:
+                try:
+                    known[last] = self._one(last, known, given, own)
+                except Exception as error:  # whatever code that is kept whole raises
+                    known[last] = error if isinstance(error, Failed) else Failed(f"{type(error).__name__}: {error}")
+        if isinstance(known[node], Failed):
+            raise known[node]
+        return known[node]
+
+    def _one(
+        self,
+        node: fx.Node,
+        known: dict[fx.Node, Any],
+        given: Callable[[Any], Any],
+        own: Callable[[nn.Module], nn.Module],
+    ) -> Any:
+        failed = next((known[one] for one in node.all_input_nodes if isinstance(known[one], Failed)), None)
+        if failed is not None:
+            raise failed
+        if node.op == "placeholder":
+            place = [one for one in node.graph.nodes if one.op == "placeholder"].index(node)
+            return given(self.inputs[place])
+        if node.op == "get_attr":
+            return VALUE.of(node)
+        # what is not followed may write to itself
+        module = own(CALL.of(node).module) if node.op == "call_module" and UNFOLLOWED.get(node) else None
+        return computed(node, known.__getitem__, module)
+
+
+def _real(given: Tensor | Given | Thing) -> Any:
+    if isinstance(given, Tensor):
+        return given.detach().clone()
+    if isinstance(given, Thing) or given.number is None:
+        raise Failed("of what a part is given only the sizes are known")
+    return given.number

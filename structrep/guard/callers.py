@@ -41,6 +41,10 @@ class Callers:
             yield from self._of_root(root)
         elif call is not root and root.module is not self.traced.model and self.doubt(root.path, root.method):
             yield from self._inside(call, root)
+        parent = call.parent
+        if parent is not None and not all(one.asserted for one in parent.answers):
+            calls = sites(type(parent.module), _way(call, parent), tuple(_parameters(call)), call.method == "forward")
+            yield from self._others(call, calls)  # there may be calls on a way that the example does not take
         if not self.traced.observed.calls:
             yield from self._of_results(call)
         if call.method != "forward":
@@ -73,10 +77,8 @@ class Callers:
         """What a part that may be called otherwise may give to one of its own parts then."""
         parent = call.parent
         assert parent is not None
-        below = call.path.removeprefix(f"{parent.path}." if parent.path else "").split(".")
-        way = tuple(below) if call.method == "forward" else (*below, call.method)
         parameters = _parameters(call)
-        calls = sites(type(parent.module), way, tuple(parameters), call.method == "forward")
+        calls = sites(type(parent.module), _way(call, parent), tuple(parameters), call.method == "forward")
         assumed = list(_assumed(root).values())
         for name, value in _arguments(call).items():
             if is_traced(value):
@@ -127,6 +129,12 @@ class Callers:
                 if getattr(cls, "forward", None) is not nn.Module.forward:
                     yield cls, way[depth:], parameters, near
                     near = False
+
+
+def _way(call: Call, parent: Call) -> tuple[str, ...]:
+    """The names from the module whose code calls a method to that method."""
+    below = call.path.removeprefix(f"{parent.path}." if parent.path else "").split(".")
+    return tuple(below) if call.method == "forward" else (*below, call.method)
 
 
 def _parameters(call: Call) -> dict[str, Parameter]:

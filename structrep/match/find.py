@@ -73,6 +73,8 @@ def again(
 def _search(findings: Findings, registry: Registry) -> Findings:
     for path, reason in findings.traced.untraced.items():
         findings.missed.append(Missed(path or "(root)", "-", "left as it is", reason))
+    for path, reason in findings.traced.assumed.items():
+        findings.missed.append(Missed(path or "(root)", "-", "followed on one way alone", reason))
     for function, (path, reason) in findings.traced.unfollowed.items():
         findings.missed.append(Missed(path or "(root)", "-", f"{function.__name__}() as it is", reason))
     for one in findings.traced.traces:

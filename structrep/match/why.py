@@ -93,7 +93,7 @@ def _not_seen(findings: Findings, lost: list[str]) -> str:
         )
     around = [
         f"{path or 'the model'}: {reason}"
-        for path, reason in findings.traced.untraced.items()
+        for path, reason in (findings.traced.untraced | findings.traced.assumed).items()
         if any(f"{one}.".startswith(f"{path}.") or not path for one in lost)
     ]
     what = f"{' and '.join(lost)} {'is' if len(lost) == 1 else 'are'} not called in the forward with its defaults"

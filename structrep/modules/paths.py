@@ -18,14 +18,13 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
+from structrep.modules.boxes import BOXES, FILLS, HANDING_ON, boxed, written
 from structrep.modules.presence import presence
 
 Span: TypeAlias = tuple[int | None, int | None, int | None, int | None]
 Holders: TypeAlias = tuple[frozenset[str], frozenset[str]]  # names that may hold a value, and that surely do
 State: TypeAlias = Holders | None  # None where code does not get to
-_HANDING_ON = {"list", "tuple", "zip", "reversed", "enumerate", "dict", "set", "iter", "next", "sum"}
 _HARMLESS = {"isinstance", "hasattr", "type", "print", "is_tensor", "callable", "id", "len"}
-_FILLS = {"append", "extend", "insert", "add", "update", "setdefault"}
 _PASSES = (ast.Tuple, ast.List, ast.Set, ast.Dict, ast.Starred, ast.keyword, ast.Attribute, ast.Subscript,
            ast.ListComp, ast.GeneratorExp, ast.comprehension)  # fmt: skip
 _SHOWN = (ast.Dict, ast.List, ast.Tuple)
@@ -59,6 +58,8 @@ def strays(
     taken: frozenset[Span | None],
     returned: bool,
     parts: frozenset[tuple[str, bool]],
+    single: bool = False,
+    counted: bool = False,
 ) -> bool:
     """Whether other code than what has taken a value may read it, or what has taken it may read another.
 
@@ -70,21 +71,23 @@ def strays(
         returned: whether it is what the code has returned.
         parts: the modules and tensors of the module whose code it is, by path, and whether they are there: conditions
             on that are known.
+        single: whether what was made or given is the value itself, and nothing that holds it.
+        counted: whether how often a loop goes round may hang on the input, and was told for an example.
     """
     names = given
     if None in taken or (made is None and not names):
         return True
     found = definition(code)
     if found is None:
-        return branches(code)
+        return counted or branches(code)
     tree, parents, at = found
     takers = {at.get(one, at.get(one[::2])) for one in taken if one is not None}
     site = None if made is None else at.get(made, at.get(made[::2]))
-    if not branches(code) and not _picks(tree) and not _loops_apart(tree, {site, *takers}):
+    if not (counted or branches(code) or _picks(tree) or _loops_apart(tree, {site, *takers})):
         return False
     if None in takers or (site is None and not names):
         return True
-    walk = _Walk(tree, parents, site, takers, dict(parts))
+    walk = _Walk(tree, parents, site, takers, dict(parts), single, counted)
     walk.run(names)
     return walk.exposed or len(walk.returns) > 1 or bool(walk.returns) != returned or walk.met != takers
 
@@ -295,8 +298,14 @@ class _Walk:
         site: ast.AST | None,
         takers: set[ast.AST | None],
         parts: dict[str, bool],
+        single: bool,
+        counted: bool,
     ) -> None:
         self.tree, self.parents, self.site, self.takers, self.parts = tree, parents, site, takers, parts
+        self.single, self.counted = single, counted
+        self.boxed = boxed(tree)
+        # what the value is made of: a layer that does nothing any more hands it on
+        self.bases = {one.id for one in getattr(site, "args", ()) if isinstance(one, ast.Name)}
         self.exposed = False
         self.met: set[ast.AST | None] = set()  # of what has taken the value
         self.returns: set[ast.AST] = set()
@@ -358,6 +367,7 @@ class _Walk:
             self.loops[-1][isinstance(one, ast.Continue)].append(state)
             return None
         held = self._use(one, state)
+        self.exposed |= bool(state[0]) and not self.bases.isdisjoint(written(one))
         if isinstance(one, (ast.Return, ast.Raise)):
             if held and isinstance(one, ast.Return):
                 self.returns.add(one)
@@ -375,28 +385,36 @@ class _Walk:
         parts = list(ast.walk(loop))
         within = any(node is self.site for node in parts)
         handed = within and any(n in self.takers for n in parts)
-        self.exposed |= handed and _picks(self.tree)
+        perhaps = isinstance(loop, ast.While) or (
+            self.counted and not self._of_parts(loop.iter)
+        )  # any number of rounds
+        self.exposed |= handed and (perhaps or _picks(self.tree))
         before = state
         if isinstance(loop, ast.For):
             held = self._use(loop.iter, state)
+            self.exposed |= bool(held) and self.single and getattr(loop.iter, "id", None) not in {None, *self.boxed}
             names = frozenset(n.id for n in ast.walk(loop.target) if isinstance(n, ast.Name))
             state = (state[0] | names, state[1] | names) if held else (state[0] - names, state[1] - names)
         else:
-            self.exposed |= bool(self._use(loop.test, state)) or handed
+            self.exposed |= bool(self._use(loop.test, state))
         self.rounds += handed
         self.loops.append(([], []))
         once = self._block(loop.body, state)
-        if handed or not within or isinstance(loop, ast.While):
+        if handed or not within or perhaps:
             for _ in range(2):  # the next rounds
                 state = _either(state, once, *self.loops[-1][1]) or state
                 once = _either(once, self._block(loop.body, state))
         self.rounds -= handed
         left, further = self.loops.pop()
         # What a next round has taken is not what the last one leaves.
-        leaving = (
-            before if handed else _either(*([] if within and isinstance(loop, ast.For) else [before]), once, *further)
-        )
+        leaving = before if handed else _either(*([] if within and not perhaps else [before]), once, *further)
         return _either(self._block(loop.orelse, leaving), *left)
+
+    def _of_parts(self, iterated: ast.expr) -> bool:
+        """Whether what a loop goes through is told by the module alone."""
+        names = {node.id for node in ast.walk(iterated) if isinstance(node, ast.Name)}
+        own = {self.arguments[0].arg} if self.arguments else set()
+        return names <= own | HANDING_ON | {"range", "len"}
 
     def _known(self, test: ast.expr) -> bool | None:
         """The answer to whether a part is there; None to other questions."""
@@ -417,12 +435,17 @@ class _Walk:
 
     def _holds(self, node: ast.AST, outermost: ast.AST, surely: bool) -> int:
         """Whether what a statement gives away still holds the value that a part of it does."""
+        itself = self.single and not (isinstance(node, ast.Name) and node.id in self.boxed)
         while node is not outermost:
             inner, node = node, self.parents[node]
             if node in self.takers:
                 self.met.add(node)
                 self.exposed |= not surely
                 return NOT
+            if itself and self._takes_some(node, inner):
+                self.exposed = True
+                return NOT
+            itself &= not isinstance(node, (*BOXES, ast.Call))
             if isinstance(node, (ast.Assign, ast.AnnAssign, ast.Return)):
                 return SURELY if surely else MAYBE
             if isinstance(node, (ast.Delete, ast.Assert, ast.Raise)):
@@ -433,7 +456,7 @@ class _Walk:
                 name = node.func.id if isinstance(node.func, ast.Name) else getattr(node.func, "attr", "")
                 if name in _HARMLESS and inner is not node.func:
                     return NOT
-                if name in _HANDING_ON or (name in _FILLS and inner is not node.func):
+                if name in HANDING_ON or (name in FILLS and inner is not node.func):
                     continue
             if isinstance(node, ast.Compare) and all(isinstance(op, (ast.Is, ast.IsNot)) for op in node.ops):
                 return NOT
@@ -445,12 +468,21 @@ class _Walk:
                 return NOT
         return SURELY if surely else MAYBE
 
+    def _takes_some(self, node: ast.AST, inner: ast.AST) -> bool:
+        """Whether code makes another tensor of one without a call, or writes to it: `y[:, 0]`, `y.T`, `a, b = y`."""
+        if isinstance(node, (ast.Subscript, ast.Attribute)):
+            parent = self.parents[node]
+            called = isinstance(parent, ast.Call) and parent.func is node
+            return node.value is inner and not called
+        unpacked = isinstance(node, ast.Assign) and any(isinstance(one, (ast.Tuple, ast.List)) for one in node.targets)
+        return unpacked or isinstance(node, ast.Starred)
+
     def _filled(self, statement: ast.AST) -> set[str]:
         """The names of what a statement puts something into: `found.append(x)`, `found["a"] = x`."""
         found: set[str] = set()
         for node in ast.walk(statement):
             inner: ast.AST | None = None
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in _FILLS:
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in FILLS:
                 inner = node.func.value
             elif isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store):
                 inner = node.value

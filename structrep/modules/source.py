@@ -131,6 +131,9 @@ def _always_ends(body: list[ast.stmt]) -> bool:
     last = body[-1]
     if isinstance(last, ast.If):
         return bool(last.orelse) and _always_ends(last.body) and _always_ends(last.orelse)
+    if isinstance(last, ast.Try):
+        caught = all(_always_ends(handler.body) for handler in last.handlers)
+        return _always_ends(last.finalbody or [ast.Pass()]) or (caught and _always_ends(last.orelse or last.body))
     return isinstance(last, (ast.Return, ast.Raise)) or (isinstance(last, ast.With) and _always_ends(last.body))
 
 

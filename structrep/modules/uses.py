@@ -207,7 +207,8 @@ class _Calls(Values):
         if name in _LOOPS and (plain or name in ("chain", "islice")):
             rounds = given[:1] if name == "islice" else given
             inner = tuple(one for value in rounds for one in elements(value.held))
-            return Value((Mixed(inner),) if inner else (), either(rounds).hangs_on)
+            order = self._hangs(node) if name == "sorted" else frozenset()
+            return Value((Mixed(inner),) if inner else (), order | either(rounds).hangs_on)
         if isinstance(callee, ast.Attribute):
             base = self.value(callee.value)
             containers = [one for one in base.held if isinstance(one, (nn.Module, *CONTAINERS))]

@@ -421,11 +421,27 @@ def _(a: Arguments) -> Same | None:
         return Same(a(0, "input"))
     if a.node.target not in ("to", "type_as"):
         return None
+    given = [*a.node.args[1:], *(one for name, one in a.node.kwargs.items() if name in ("dtype", "device", "other"))]
+    if len(given) > 1 or any(isinstance(VALUE.get(one), Tensor) for one in given if isinstance(one, fx.Node)):
+        own = _dtype_of(a(0, "input"))
+        same = own is not None and all(_is_own(one, own) for one in given)
+        return Same(a(0, "input")) if same and len(given) + 1 == len(a.node.args) + len(a.node.kwargs) else None
     like = a(1, "other" if a.node.target == "type_as" else "dtype", a.node.kwargs.get("device"))
     if not isinstance(like, fx.Node) or len(a.node.args) + len(a.node.kwargs) > 2:
         return None
     told = asks_kind(like) and VALUE.known(like)
     return Same(a(0, "input")) if told or SAME_KIND.get(a.node) else None
+
+
+def _is_own(given: Any, own: torch.dtype) -> bool:
+    """Whether a cast leaves the dtype, and the device on which a model is, as they are."""
+    if isinstance(given, fx.Node):
+        asked = asks_kind(given)
+        given = VALUE.get(given)
+        if asked and isinstance(given, torch.device):
+            return True
+        given = given.dtype if isinstance(given, nn.Parameter) else given
+    return given is own
 
 
 @reads(torch.clone, torch.detach, "contiguous", "clone", "detach")

@@ -24,7 +24,7 @@ from structrep import process
 from structrep.blocks import STAND_INS
 from structrep.deployed.layers import Sizes
 from structrep.deployed.methods import install, regraph
-from structrep.errors import Refusal, StructrepError, Unreadable
+from structrep.errors import ExampleOnly, Refusal, StructrepError, Unreadable
 from structrep.graph.calls import Call, Traced
 from structrep.graph.facts import ASSIGNED, CALL, COMPUTED, FORMULA, VALUE
 from structrep.graph.queries import only_asserted
@@ -42,7 +42,7 @@ from structrep.rewrite.forward import Forward
 from structrep.rewrite.norms import _shown_still, end
 from structrep.rewrite.refill import _all_dead, _kernels, _nothing, _refill
 from structrep.rewrite.slot import Slot, is_asked_for, slot
-from structrep.rewrite.units import SUMS, Unit, _scales, fallen, host_of, units
+from structrep.rewrite.units import SUMS, Unit, _scales, fallen, handed_back, host_of, units
 from structrep.rewrite.untaken import Untaken, told_to_do_nothing
 from structrep.rewrite.untouched import Untouched
 from structrep.terms.term import ONE, geometry
@@ -114,6 +114,10 @@ class Draft:
             for node in merge.nodes:
                 if ASSIGNED.get(node):  # by a forward that need not do so any more
                     self.anew.add(self._written_by(Unit((Segment(node, node, ONE, (node,)),)), merge, dead=False))
+            for call in handed_back(merge, self.untaken.given):
+                for depth, owner in enumerate(around := list(call.chain())):
+                    if merge in self.owned.get(owner, ()):
+                        self.edits.owners[owner].update(around[:depth])
             for node in (one.node for one in merge.absorbed if one.ends):
                 if node.op == "call_module":
                     self.ended.add(CALL.of(node))
@@ -230,7 +234,7 @@ class Draft:
                     or self._written_anew(owner, written_out)
                 )
             except Refusal as reason:
-                self.unwritable[site(owner)] = reason
+                self.unwritable[reason.where if isinstance(reason, ExampleOnly) else site(owner)] = reason
                 failed.update(dict.fromkeys(self.owned[owner], reason))
         for owner in self._idle_sums() - self.edits.owners.keys():
             with contextlib.suppress(Refusal):

@@ -135,7 +135,15 @@ class Edit:
             raise Unreadable(f"the source of {self.call.shown} is not what runs")
 
     def _note_guards(self, found: Edited) -> None:
-        """Note what the vanished text went by, which the merged layer was made for."""
+        """Note what the vanished text went by, which the merged layer was made for.
+
+        Raises:
+            Unreadable: it went by what holds for the example alone, or by what no guard can ask for.
+        """
+        for one in inside(self.call, self.out):
+            for told in one.answers:
+                if one is not self.call or told.code is not self.code or place(self.code, told.at) in found.vanished:
+                    raise Unreadable(f"{one.shown} asks {told}, which holds for the example alone")
         assumed = {node for test in found.assumed for node in ast.walk(test)}
         helped = any(isinstance(one, ast.Call) and self._is_of_others(one) for one in found.vanished)
         for (path, _), read in self.call.reads.items():

@@ -38,13 +38,13 @@ from structrep.graph.reads import MISSING, Read
 from structrep.graph.structures import is_traced, proxies
 from structrep.guard.callers import asks
 from structrep.match.sum_order import as_traced
-from structrep.modules.paths import argument
-from structrep.modules.paths import place as place_of
+from structrep.modules import paths
 from structrep.modules.source import functions_in, written_in
 from structrep.read.nodes import read_node
 from structrep.rewrite import guards
 from structrep.rewrite.edits import Edits
 from structrep.rewrite.guards import Guard
+from structrep.rewrite.observed import demand_same_for_all
 from structrep.rewrite.otherwise import Comparison, Different, Slot, alternatives, copied, counterparts, inside, steps
 from structrep.terms.layer import Layer, Same
 from structrep.trace.again import retrace
@@ -89,6 +89,7 @@ class Forward:
         self.excluded: dict[tuple[str, str], Any] = {}  # answers that ways before have taken care of
         self.settled = set(self.answers)  # questions about inputs that need not be asserted
         self.entered: tuple[contexts.Context, ...] = ()  # that what is written next stands in
+        demand_same_for_all(call, self.out, edits.vanishing)
         self._arguments()
         self._ask_again()
         self._mark_merged()
@@ -177,7 +178,8 @@ class Forward:
             function = one.code
             if isinstance(function, FunctionType) and not one.leaf:
                 codes: list[Any] = [(code, space, None) for code, space in one.codes.items()]
-                for read in namespace_reads([(function.__code__, function.__globals__, function), *codes]):
+                own = (function.__code__, function.__globals__, function)
+                for read in namespace_reads([own, *codes], self.traced.unfollowed):
                     self._check_stable(one.path, read)
                     self._guard("", read)
                 for read in class_reads([function.__code__, *one.codes], one.module):
@@ -228,11 +230,11 @@ class Forward:
             code, read = call.bytecode, call.reads[key]
             for places in {one: read.places.count(one) for one in read.places}.items():
                 (asking, at, deep), count = places
-                handed = argument(asking, at, deep) if asking is code and type(read.told) in _HANDED else None
+                handed = paths.argument(asking, at, deep) if asking is code and type(read.told) in _HANDED else None
                 if handed is None:
                     return False
                 operation, (kind, place) = handed
-                takers = [step for step, made in done[call] if place_of(asking, made) is operation]
+                takers = [step for step, made in done[call] if paths.place(asking, made) is operation]
                 if len(takers) != count or not self.edits.changed.isdisjoint(takers):
                     return False
                 for taker in takers:
@@ -499,9 +501,8 @@ class Forward:
         hints = _plain_hints(self.call.code)
         self._check_calls(bound)
         for name, parameter in signature.parameters.items():
-            star = (
-                "*" if parameter.kind is parameter.VAR_POSITIONAL else "**" * (parameter.kind is parameter.VAR_KEYWORD)
-            )
+            kind = parameter.kind
+            star = "*" if kind is parameter.VAR_POSITIONAL else "**" * (kind is parameter.VAR_KEYWORD)
             default = () if star or parameter.default is parameter.empty else (parameter.default,)
             if default and not _is_literal(default[0]):
                 raise Unreadable(f"the default of argument {name} is no literal: {default[0]!r}")
@@ -518,9 +519,8 @@ class Forward:
         path, method = self.call.path, self.call.method
         whole = inspect.BoundArguments(traced.signature, traced.arguments.copy())
         whole.apply_defaults()
-        for form in (
-            self.traced.observed.forms(path, method) if not isinstance(self.call.module, fx.GraphModule) else ()
-        ):
+        plain = not isinstance(self.call.module, fx.GraphModule)
+        for form in self.traced.observed.forms(path, method) if plain else ():
             if form is None:
                 raise Unreadable(f"{path} is given more than tensors and plain values as the model runs")
             for name, value in form.given.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -129,3 +129,12 @@ def host_of(parts: list[Unit]) -> Unit:
     """The unit that the merged layer takes the place of: a module before an expression, the largest kernel first."""
     able = [unit for unit in parts if unit.taps]
     return max(able, key=lambda unit: (unit.module is not None, unit.taps))
+
+
+def handed_back(merge: Merge, given: Mapping[fx.Node, Iterable[Call]]) -> Iterator[Call]:
+    """The calls that are given a value which vanishes, do nothing, and give it back: drop paths that do not drop."""
+    for node in merge.nodes:
+        for call in given.get(node, ()) if node is not merge.root else ():
+            same = isinstance(call.result, fx.Proxy) and call.result.node is node
+            if same and call.method == "forward" and not call.mutates and not any(True for _ in call.nodes()):
+                yield call

@@ -154,4 +154,7 @@ def _strays(node: fx.Node, call: Call) -> bool:
     returned = node in {proxy.node for proxy in proxies(call.result)}
     spans = frozenset(None if one is None else span(code, one) for one in taken)
     made = None if at is None else span(code, at)
-    return strays(code, made, frozenset(names), spans, returned, parts_of(call.module))
+    single = all(isinstance(given[name], fx.Proxy) for name in names)
+    single &= isinstance(maker, fx.Node) or isinstance(maker.result, fx.Proxy)
+    parts = parts_of(call.module)
+    return strays(code, made, frozenset(names), spans, returned, parts, single, call.counted)

@@ -22,12 +22,12 @@ from structrep.trace.tracer import CallTracer, Root, Slot
 
 def follow_method(module: nn.Module, path: str, method: str, flags: Mapping[str, Any]) -> Method | None:
     """What a method of a module does, called with some flags (... is a tensor), on a copy; None if it cannot be
-    followed."""
+    followed, or only on one of several ways."""
     twin = shallow_copy(module)
     paths = {part: ".".join(filter(None, (path, name))) for name, part in twin.named_modules()}
     scratch = untraced(twin, paths)
     tracer = follow(scratch, twin, paths, None, method, flags)
-    if tracer.stopped is not None:
+    if tracer.stopped is not None or next(tracer.calls[0].observed(), None) is not None:
         return None
     held = {
         str(node.target)
@@ -51,7 +51,7 @@ def retrace(traced: Traced, call: Call, answers: Mapping[tuple[str, str], Any]) 
     twin = shallow_copy(call.module)
     paths = {part: ".".join(filter(None, (call.path, name))) for name, part in twin.named_modules()}
     again = untraced(_placed(twin, call.path), paths)
-    tracer = CallTracer(twin, call.method, paths, again, of.opaque, of.whole, answers, call.contexts)
+    tracer = CallTracer(twin, call.method, paths, again, of.opaque, of.whole, set(), set(), answers, call.contexts)
     count = itertools.count()
     tracer.arguments = pytree.tree_map(
         lambda leaf: Slot(f"input_{next(count)}") if isinstance(leaf, fx.Proxy) else leaf, (call.args, call.kwargs)

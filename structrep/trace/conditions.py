@@ -1,6 +1,7 @@
 """Answers to questions that a forward asks of traced values, where there is only one.
 
-* `if x.shape[1] != self.channels: raise ...` is asked of inputs that the model takes: it does not raise.
+* `assert x.shape[1] == 3`, and `if x.shape[1] != self.channels: raise ...`, is asked of inputs that the model takes: it
+  does not raise.
 * `for y in x.chunk(2, 1)`, `list(...)`, `len(...)`, `*x.shape` have as many items as shapes say.
 """
 
@@ -23,24 +24,31 @@ Span = tuple[int | None, int | None, int | None, int | None]
 def spared(frame: FrameType) -> bool | None:
     """What the condition that a frame is evaluating must be for the code not to raise; None if neither way raises."""
     positions = list(frame.f_code.co_positions())[frame.f_lasti // 2]
+    span = (positions[0], positions[1], positions[2], positions[3])
     for branch in _raising(frame.f_code.co_filename):
-        wanted = not _only_raises(branch.body)
-        answer = _answer(branch.test, (positions[0], positions[1], positions[2], positions[3]), wanted)
+        if isinstance(branch, ast.Assert):
+            wanted, whole = True, (branch.lineno, branch.end_lineno, branch.col_offset, branch.end_col_offset)
+            if span == whole:  # as pytest writes it
+                return True
+        else:
+            wanted = not _only_raises(branch.body)
+        answer = _answer(branch.test, span, wanted)
         if answer is not None:
             return answer
     return None
 
 
 @functools.lru_cache(64)
-def _raising(filename: str) -> tuple[ast.If, ...]:
-    """The branches of a file of which one way raises and the other does not; what is raised is not caught there."""
+def _raising(filename: str) -> tuple[ast.If | ast.Assert, ...]:
+    """The assertions of a file, and the branches of which one way raises and the other does not; what is raised is not
+    caught there."""
     try:
         tree = ast.parse("".join(linecache.getlines(filename)))
     except SyntaxError:
         return ()
     tried = {inner for node in ast.walk(tree) if isinstance(node, ast.Try) for inner in ast.walk(node)}
-    branches = [node for node in ast.walk(tree) if isinstance(node, ast.If) and node not in tried]
-    return tuple(b for b in branches if _only_raises(b.body) != _only_raises(b.orelse))
+    branches = [node for node in ast.walk(tree) if isinstance(node, (ast.If, ast.Assert)) and node not in tried]
+    return tuple(b for b in branches if isinstance(b, ast.Assert) or _only_raises(b.body) != _only_raises(b.orelse))
 
 
 def _only_raises(body: list[ast.stmt]) -> bool:
@@ -68,13 +76,26 @@ def _answer(test: ast.expr, span: Span, wanted: bool) -> bool | None:
     return None
 
 
+def sized(node: fx.Node) -> fx.Node | None:
+    """The value whose sizes, some or all, a node gives."""
+    name, source = torch_name(node), node.args[0] if node.args else None
+    if not isinstance(source, fx.Node):
+        return None
+    if name == "getitem":
+        return sized(source) if isinstance(node.args[1], slice) else None
+    whole = (name == "getattr" and node.args[1] == "shape") or (
+        name == "size" and len(node.args) == 1 and not node.kwargs
+    )
+    return source if whole else None
+
+
 def length(node: fx.Node) -> int | None:
     """How many items a value has that is not a tensor; None if shapes do not say."""
     name = torch_name(node)
     args, source = node.args, node.args[0] if node.args else None
     if not isinstance(source, fx.Node):
         return None
-    if (name == "getattr" and args[1] == "shape") or (name == "size" and len(args) == 1 and not node.kwargs):
+    if name != "getitem" and sized(node) is not None:
         return rank(source)
     if name == "getitem" and isinstance(args[1], slice):
         whole = length(source)

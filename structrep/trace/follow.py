@@ -16,7 +16,7 @@ from structrep.algebra import ConvMap
 from structrep.errors import StructrepError, Untraceable, said
 from structrep.graph.calls import Trace, Traced
 from structrep.graph.observed import Arguments, Observed
-from structrep.graph.run import infer_shapes
+from structrep.graph.run import Partial, infer_shapes
 from structrep.graph.structures import alike, holds_tensor, snapshot
 from structrep.modules import parametrized
 from structrep.modules.arguments import Example
@@ -26,7 +26,8 @@ from structrep.modules.states import Holdings
 from structrep.read.modules import PROBED, knows
 from structrep.trace.folding import fold_constants
 from structrep.trace.held import untraced
-from structrep.trace.patches import stopping_function
+from structrep.trace.observing import Unanswered
+from structrep.trace.patches import NotKept, stopping_function
 from structrep.trace.tracer import CallTracer, Root
 
 
@@ -209,13 +210,16 @@ def follow(
     itself stops it."""
     opaque: set[type[nn.Module]] = set()
     whole: dict[FunctionType, tuple[str, Untraceable]] = {}
+    followed: set[FunctionType] = set()
+    assumed: dict[type, tuple[str, Untraceable]] = {}  # types that were followed on one of several ways
     while True:
-        tracer = CallTracer(module, method, paths, traced, opaque, whole.keys())
+        tracer = CallTracer(module, method, paths, traced, opaque, whole.keys(), followed, assumed.keys())
         holdings = Holdings(module)
         state = holdings.state()
         if traced.watched:
             tracer.holdings, tracer.state = holdings, state
         inputs = tracer.bind(given, flags or {})
+        tracer.observer.run = Partial(inputs) if inputs else None
         try:
             with torch.no_grad(), unchanged(module), tracer.watching():
                 tracer.trace(Root(module))
@@ -229,12 +233,22 @@ def follow(
                 raise
             call = tracer.stopped or tracer.calls[0]
             tracer.stopped = call
+            if isinstance(error, NotKept) and error.function in whole:
+                followed.add(error.function)
+                del whole[error.function]
+                continue
             function = stopping_function(error.__traceback__, inspect.unwrap(call.code))
-            if function is not None and function not in whole:
+            if function is not None and function not in whole and function not in followed:
                 reason = Untraceable(f"{function.__qualname__} cannot be followed: {said(error)}")
                 whole[function] = (call.path, reason)
                 continue
-            reason = Untraceable(f"{type(call.module).__name__}.{call.method} cannot be followed: {said(error)}")
+            what = f"{type(call.module).__name__}.{call.method}"
+            if isinstance(tracer.refused, Unanswered) and type(call.module) not in assumed:
+                reason = Untraceable(f"{what} is followed where this does not hold: {tracer.refused}")
+                assumed[type(call.module)] = call.path, reason
+                continue
+            reason = Untraceable(f"{what} cannot be followed: {said(error)}")
+            assumed.pop(type(call.module), None)
             traced.untraced.setdefault(call.path, reason)
             if call.module is module or type(call.module) in opaque:
                 tracer.stopped = tracer.calls[0]
@@ -243,6 +257,7 @@ def follow(
             opaque = opaque | {type(call.module)}
             continue
         traced.unfollowed.update(whole)
+        traced.assumed.update(assumed.values())
         traced.changed |= holdings.state() != state
         if inputs:
             with unchanged(module):

@@ -7,7 +7,7 @@ import dis
 import functools
 import inspect
 import operator
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from types import CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
@@ -77,8 +77,11 @@ def _is_subscript(one: dis.Instruction) -> bool:
     return one.opname == "BINARY_SUBSCR" or (one.opname == "BINARY_OP" and one.argrepr == "[]")
 
 
-def namespace_reads(functions: Iterable[tuple[CodeType, dict[str, Any], FunctionType | None]]) -> Iterator[Read]:
-    """Plain values that code asks its namespace and its cells for, in functions that it calls by name too."""
+def namespace_reads(
+    functions: Iterable[tuple[CodeType, dict[str, Any], FunctionType | None]], whole: Container[Any] = ()
+) -> Iterator[Read]:
+    """Plain values that code asks its namespace and its cells for, in functions that it calls by name too; not in those
+    that are kept whole, which ask again."""
     pending, seen = list(functions), set[CodeType]()
     while pending:
         code, space, function = pending.pop()
@@ -87,7 +90,8 @@ def namespace_reads(functions: Iterable[tuple[CodeType, dict[str, Any], Function
         seen.add(code)
         pending += [(one, space, None) for one in code.co_consts if isinstance(one, CodeType)]
         for text, value, holder in _asked_by(code, space, function):
-            if isinstance(value, FunctionType) and written_in(value).partition(".")[0] not in ("torch", "structrep"):
+            followed = isinstance(value, FunctionType) and value not in whole
+            if followed and written_in(value).partition(".")[0] not in ("torch", "structrep"):
                 pending.append((value.__code__, value.__globals__, value))
                 if any(isinstance(one, (list, dict, set)) for one in value.__defaults__ or ()):
                     yield Read(holder, f"{text}.__defaults__", value.__defaults__, counts=False)
@@ -120,6 +124,8 @@ def _asked_by(code: CodeType, space: dict[str, Any], function: FunctionType | No
     cells = dict(zip(code.co_freevars, function.__closure__ or (), strict=False)) if function is not None else {}
     for place, one in enumerate(instructions):
         holder: Any
+        if not str(one.argval).isidentifier():
+            continue  # what pytest puts into the assertions of tests
         if one.opname in ("LOAD_GLOBAL", "LOAD_NAME") and one.argval in space:
             holder, value = space, space[one.argval]
         elif one.opname in ("LOAD_DEREF", "LOAD_CLASSDEREF", "LOAD_FROM_DICT_OR_DEREF") and one.argval in cells:

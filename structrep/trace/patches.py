@@ -10,10 +10,11 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from types import FrameType, FunctionType, ModuleType, TracebackType
+from types import CodeType, FrameType, FunctionType, ModuleType, TracebackType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
@@ -26,7 +27,16 @@ _SIZED_METHODS = ("expand", "repeat", "tile", "view", "reshape", "broadcast_to",
                   "new_empty")  # fmt: skip
 _SIZED_FACTORIES = ("zeros", "ones", "full", "empty", "arange", "linspace", "eye", "rand", "randn", "broadcast_to",
                     "as_tensor", "asarray")  # fmt: skip
+_SIZED_POOLS = ("avg_pool1d", "avg_pool2d", "avg_pool3d")  # which take a traced size for a number
 _ENGINE = ("torch.fx", "structrep.", "torch._", "torch.overrides")
+
+
+class NotKept(RuntimeError):
+    """A function that cannot be kept whole is called."""
+
+    def __init__(self, function: FunctionType, reason: str) -> None:
+        super().__init__(f"{function.__name__} {reason}")
+        self.function = function
 
 
 def keep_whole(functions: Iterable[FunctionType], record: Record) -> None:
@@ -36,6 +46,17 @@ def keep_whole(functions: Iterable[FunctionType], record: Record) -> None:
     """
     for function in functions:
         exchange(function, _hook(function, record))
+
+
+def keep_scripted(record: Record) -> None:
+    """Make single nodes of the calls of functions of TorchScript on traced values."""
+    plain = torch.jit.ScriptFunction.__call__
+
+    def call(function: Any, *args: Any, **kwargs: Any) -> Any:
+        traced = is_traced((args, kwargs))
+        return record("call_function", function, args, kwargs) if traced else plain(function, *args, **kwargs)
+
+    process.change(torch.jit.ScriptFunction, "__call__", process.here(call, plain))
 
 
 def exchange(function: FunctionType, hook: Callable[..., Any]) -> None:
@@ -58,10 +79,10 @@ def _hook(function: FunctionType, record: Record) -> Callable[..., Any]:
         if not is_traced((args, kwargs)):
             return original(*args, **kwargs)
         if not something:
-            raise RuntimeError(f"{function.__name__} may give None, or nothing at all")
+            raise NotKept(function, "may give None, or nothing at all")
         for value in (*args, *kwargs.values()):
             if isinstance(value, (list, dict, set)) and (not value or _holds_values(value)):
-                raise RuntimeError(f"{function.__name__} is given a {type(value).__name__}, which it may write to")
+                raise NotKept(function, f"is given a {type(value).__name__}, which it may write to")
         for value in pytree.tree_leaves((args, kwargs)):
             if isinstance(value, nn.Module) and not reads_settings_only(original, value, args, kwargs):
                 raise RuntimeError(f"{function.__name__} is given a module, which it may run")
@@ -76,14 +97,28 @@ def stopping_function(traceback: TracebackType | None, outermost: Callable[..., 
     inside = False
     code = getattr(outermost, "__code__", None)
     while traceback is not None:
-        frame = traceback.tb_frame
-        if inside and not str(frame.f_globals.get("__name__", "")).startswith(_ENGINE):
-            function = frame.f_globals.get(frame.f_code.co_name)
-            if isinstance(function, FunctionType) and function.__code__ is frame.f_code and not function.__closure__:
-                found = function
-        inside |= frame.f_code is code
+        if inside:
+            found = _plain(traceback.tb_frame) or found
+        inside |= traceback.tb_frame.f_code is code
         traceback = traceback.tb_next
     return found
+
+
+def plain_function(frame: FrameType | None, outermost: CodeType | None) -> FunctionType | None:
+    """The innermost function of some module's namespace that runs a frame, called by the code `outermost`."""
+    found = None
+    while frame is not None and frame.f_code is not outermost:
+        found = found or _plain(frame)
+        frame = frame.f_back
+    return found if frame is not None else None
+
+
+def _plain(frame: FrameType) -> FunctionType | None:
+    """The function that a frame runs, if it is one of some module's namespace."""
+    function = frame.f_globals.get(frame.f_code.co_name)
+    engine = str(frame.f_globals.get("__name__", "")).startswith(_ENGINE)
+    plain = isinstance(function, FunctionType) and function.__code__ is frame.f_code and not function.__closure__
+    return function if plain and not engine else None
 
 
 def _holds_values(container: Any) -> bool:
@@ -104,6 +139,9 @@ def take_traced_sizes(record: Record) -> None:
     for name in _SIZED_FACTORIES:
         factory = getattr(torch, name)
         process.change(torch, name, _sized(factory, "call_function", factory, record))
+    for name in _SIZED_POOLS:
+        pool = getattr(F, name)
+        process.change(F, name, _sized(pool, "call_function", pool, record))
 
 
 def _sized(function: Callable[..., Any], kind: str, target: Any, record: Record) -> Callable[..., Any]:
@@ -147,8 +185,8 @@ def show_tensors(model: nn.Module, note: Callable[[nn.Module, Any, FrameType], N
             return isinstance(value, kinds)
         try:
             return isinstance(stand_in(value.node), kinds)
-        except Unknown as reason:
-            raise value.tracer.refuse(TypeError(f"the type of {reason}")) from reason  # type: ignore[attr-defined]
+        except Unknown:
+            return isinstance(value.tracer.observer.kind(value), kinds)  # type: ignore[attr-defined]
 
     def is_tensor(value: Any) -> bool:
         return is_instance(value, Tensor)

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, fx
 
 from structrep.graph import operations
-from structrep.trace.conditions import length
 from structrep.trace.held import owner_of
 
 if TYPE_CHECKING:
@@ -32,10 +31,7 @@ class TracedValue(fx.Proxy):
         return TracedAttribute(self, k)
 
     def __len__(self) -> int:
-        count = length(self.node)
-        if count is None:
-            raise self._refuse(RuntimeError("the length of a value that nothing tells"))
-        return count
+        return self.tracer.observer.length(self, "the length of a value that nothing tells")
 
     def __hash__(self) -> int:
         raise self._refuse(TypeError("a value that depends on the input is used as a key"))
@@ -50,9 +46,16 @@ class TracedValue(fx.Proxy):
         return repr(self)  # for the messages of assertions
 
     def __int__(self) -> int:
-        raise self._refuse(TypeError("a number that depends on the input is needed"))
+        return int(self.tracer.observer.number(self, int))
 
-    __float__ = __index__ = __complex__ = __int__
+    def __float__(self) -> float:
+        return float(self.tracer.observer.number(self, float))
+
+    def __index__(self) -> int:
+        return int(self.tracer.observer.number(self, operator.index))
+
+    def __complex__(self) -> complex:
+        return complex(self.tracer.observer.number(self, complex))
 
     def _refuse(self, error: Exception) -> Exception:
         return self.tracer.refuse(error)

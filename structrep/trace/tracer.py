@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import operator
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Set
 from dataclasses import dataclass
@@ -16,15 +15,13 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 from torch._ops import OpOverload
-from torch.fx.proxy import TraceError
 
 from structrep import process
 from structrep.errors import BadInput, Unreadable, said
-from structrep.graph import dtypes, operations
+from structrep.graph import operations
 from structrep.graph.calls import Call, Traced, storage
 from structrep.graph.contexts import Context, Contexts
 from structrep.graph.facts import (
-    ASKED,
     AT,
     AUTOCAST,
     CALL,
@@ -34,7 +31,6 @@ from structrep.graph.facts import (
     HELD,
     INDEX,
     KEPT,
-    KIND,
     RECOMPUTE,
     STAND_IN,
     UNFOLLOWED,
@@ -42,7 +38,6 @@ from structrep.graph.facts import (
     VALUE,
 )
 from structrep.graph.observed import Arguments, Given, Part, Thing
-from structrep.graph.reads import Read
 from structrep.graph.structures import alike, held, holds_still, is_torch, is_traced, mapped, proxies, snapshot
 from structrep.modules import parametrized
 from structrep.modules.arguments import Example, as_arguments
@@ -55,12 +50,11 @@ from structrep.read.modules import generated, knows
 from structrep.read.modules import settings as settings_of_modules
 from structrep.terms.layer import Computed
 from structrep.trace.aten import gives_more, in_torch
-from structrep.trace.conditions import length, spared
 from structrep.trace.constants import Constants, chance, state_of
-from structrep.trace.held import owner_of
-from structrep.trace.patches import compiled_inlined, keep_whole, show_tensors, take_traced_sizes
+from structrep.trace.observing import Observer
+from structrep.trace.patches import compiled_inlined, keep_scripted, keep_whole, show_tensors, take_traced_sizes
 from structrep.trace.proxies import TracedValue
-from structrep.trace.questions import INPUTS, Questions
+from structrep.trace.questions import Questions
 
 
 class Root(nn.Module):
@@ -82,6 +76,8 @@ class CallTracer(process.Tracer):
         held: Traced,
         opaque: Set[type[nn.Module]],
         whole: Set[FunctionType],
+        followed: Set[FunctionType],
+        assumed: Set[type],
         answers: Mapping[tuple[str, str], Any] | None = None,
         contexts: tuple[Context, ...] = (),
     ) -> None:
@@ -100,6 +96,7 @@ class CallTracer(process.Tracer):
         self.constants = Constants(self)
         self.questions = Questions(paths, lambda: self.stack[-1] if self.stack else None, answers, self.getattr)
         self.contexts = Contexts(contexts)
+        self.observer = Observer(self, followed, assumed)
         self.holdings: Holdings | None = None  # whose changes are noted
         self.state: tuple[Any, ...] = ()
         self.stored = {storage(p) for p in module.parameters() if p.numel()}
@@ -199,7 +196,7 @@ class CallTracer(process.Tracer):
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        if m not in self.paths:  # held outside the module tree: a part of whoever calls it
+        if self.observer.busy or m not in self.paths:  # held outside the module tree: a part of whoever calls it
             return forward(*args, **kwargs)
         if is_compiled(m):
             forward = m.get_submodule("_orig_mod")  # as if it were not: what is merged inside is compiled when it runs
@@ -218,6 +215,7 @@ class CallTracer(process.Tracer):
         with self.watched_methods(), process.alone(), parametrized.uncached(), compiled_inlined(), self.constants:
             take_traced_sizes(self.create_proxy)
             keep_whole(self.whole, self.create_proxy)
+            keep_scripted(self.create_proxy)
             show_tensors(self.module, self.questions.is_instance)
             self.questions.watch(self.module)
             self.contexts.watch()
@@ -386,58 +384,11 @@ class CallTracer(process.Tracer):
 
     def to_bool(self, obj: fx.Proxy) -> bool:
         """Called for every condition on a traced value."""
-        frame = inspect.currentframe()
-        while frame is not None and str(frame.f_globals.get("__name__")).startswith(
-            ("structrep.trace.", fx.proxy.__name__)
-        ):
-            frame = frame.f_back
-        if (told := self._dtype_asked(obj.node)) is not None:
-            return self._note_dtype(obj, told)
-        answer = spared(frame) if frame is not None else None
-        if answer is None:
-            raise self.refuse(TraceError("a condition that depends on the input"))
-        holds = obj if answer else self.create_proxy("call_function", operator.not_, (obj,), {})
-        self.create_proxy("call_function", torch._assert, (holds, "the forward raises for this input"), {})
-        return answer
-
-    def _dtype_asked(self, node: fx.Node) -> bool | None:
-        """The answer to `x.dtype == torch.float32`; None to other questions. Inputs are taken to be of the dtype of the
-        parameters."""
-        owner = owner_of(self.module)
-        if node.target not in (operator.eq, operator.ne) or owner is None or len(node.args) != 2:
-            return None
-        for one in self.graph.nodes:
-            dtypes.note(one, owner.dtype)
-        found = [self._taken(one, owner.dtype) if isinstance(one, fx.Node) else one for one in node.args]
-        if not all(isinstance(one, torch.dtype) for one in found):
-            return None
-        return (found[0] == found[1]) == (node.target is operator.eq)
-
-    def _taken(self, node: fx.Node, own: torch.dtype) -> torch.dtype | None:
-        """The dtype that a question gives: its value's, and where nothing tells that, the model's."""
-        if node.target is not getattr or node.args[1] != "dtype":
-            return None
-        kind = KIND.of(node.all_input_nodes[0]) or own
-        return self.questions.answers.get(INPUTS, own) if kind is own else kind
-
-    def _note_dtype(self, asked: fx.Proxy, told: bool) -> bool:
-        """Note a condition on the dtype of an input, and assert what it is taken to be."""
-        call = self.stack[-1]
-        place = sum(isinstance(read.holder, fx.Node) for read in call.reads.values())
-        key = f"{call.path}.{call.method}", f"dtype {place}"
-        call.reads[key] = Read(asked.node, "", told)
-        told = self.questions.answers.get(key, told)
-        holds = self.create_proxy("call_function", operator.eq, (asked, told), {})
-        ASKED.note(holds.node, key)
-        said = "the forward was reparameterized for an input of another dtype: convert the model again for that"
-        ASKED.note(self.create_proxy("call_function", torch._assert, (holds, said), {}).node, key)
-        return told
+        return self.observer.condition(obj)
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
         """Called where a traced value is looped over or unpacked into a call."""
-        count = length(obj.node)
-        if count is None:
-            raise self.refuse(TraceError("a loop over a value of which nothing tells how long it is"))
+        count = self.observer.length(obj, "a loop over a value of which nothing tells how long it is")
         return (obj[index] for index in range(count))  # type: ignore[index]
 
     def refuse(self, error: Exception) -> Exception:
@@ -471,6 +422,7 @@ class CallTracer(process.Tracer):
         UNFOLLOWED.note(
             node,
             node.target in self.whole
+            or isinstance(node.target, torch.jit.ScriptFunction)
             or (
                 node.op == "call_module"
                 and call is not None

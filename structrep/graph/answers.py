@@ -1,0 +1,42 @@
+"""What a forward was told where it asked what hangs on its input."""
+
+from __future__ import annotations
+
+import ast
+import linecache
+from dataclasses import dataclass
+from types import CodeType
+from typing import Any
+
+from structrep.modules.paths import place
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer, which may be another for another input.
+
+    Args:
+        code, at: whose instruction asked.
+        text: what was asked, as it is written: a condition, or what a number or a length was needed for.
+        told: the answer.
+        line: of the file that the code is in.
+        asserted: whether the graph has an assertion of it, so that a forward that is written anew raises elsewhere.
+    """
+
+    code: CodeType
+    at: int
+    text: str
+    told: Any
+    line: int
+    asserted: bool = False
+
+    def __str__(self) -> str:
+        return f"`{self.text}` ({self.code.co_filename}:{self.line})"
+
+
+def answer(code: CodeType, at: int, line: int, told: Any, *, asserted: bool = False) -> Answer:
+    """What an instruction was told, with what it asks as it is written."""
+    node = place(code, at)
+    inner = node.test if isinstance(node, ast.Assert) else node
+    text = ast.unparse(inner) if inner is not None else linecache.getline(code.co_filename, line).strip()
+    return Answer(code, at, text, told, line, asserted)

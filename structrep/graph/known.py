@@ -1,0 +1,130 @@
+"""What is known of the sizes of values where nothing was run: dims and channels, and that inputs are no empty ones on
+which gradients are wanted."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from structrep.graph.facts import CALL, STAND_IN, VALUE
+from structrep.graph.run import Failed, computed
+from structrep.graph.shapes import channels, rank, torch_name
+
+_RANKS = {"dim", "ndim", "ndimension"}
+_FLAGS = {
+    **dict.fromkeys(("requires_grad", "is_sparse", "is_quantized", "is_nested", "is_mkldnn", "is_meta"), False),
+    **{"is_contiguous": True, "is_floating_point": True, "is_complex": False, "is_inference": False},
+}
+_PLACES = {"is_cuda": "cuda", "is_cpu": "cpu", "is_mps": "mps", "is_xpu": "xpu"}
+_COMPARES = {operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge}
+_ARITHMETIC = {operator.add, operator.sub, operator.mul, operator.floordiv, operator.mod, operator.neg, operator.not_}
+_MIRRORED = {operator.lt: operator.gt, operator.gt: operator.lt, operator.le: operator.ge, operator.ge: operator.le}
+_DEEPEST = 50  # questions inside each other
+
+
+class Some:
+    """A size of which no more is known than that it is none of 0."""
+
+    def __mul__(self, other: Any) -> Some:
+        if isinstance(other, Some) or other > 0:
+            return self
+        raise Failed("a size that is not known")
+
+    __rmul__ = __mul__
+
+
+class Known:
+    """The values of questions about what a graph's nodes give.
+
+    Args:
+        device: where inputs are taken to be.
+        guess: tells how many dims inputs have, where nothing does that was traced.
+
+    Attributes:
+        ranks: nodes of which it matters how many dims they have, and how many those are.
+        loose: whether anything else was taken for granted.
+    """
+
+    def __init__(self, device: torch.device | None, guess: Callable[[], int | None]) -> None:
+        self.device, self.guess = device, guess
+        self.ranks: dict[fx.Node, int] = {}
+        self.loose = False
+
+    def value(self, node: fx.Node, depth: int = 0) -> Any:
+        """The value of a question.
+
+        Raises:
+            Failed: it is not known.
+        """
+        if VALUE.known(node):
+            return VALUE.of(node)
+        source = node.args[0] if node.args else None
+        if depth > _DEEPEST or not isinstance(source, fx.Node) or node.op not in ("call_function", "call_method"):
+            raise Failed("it is not known")
+
+        def of(value: Any) -> Any:
+            if isinstance(value, (list, tuple)):
+                return type(value)(map(of, value))
+            if isinstance(value, slice):
+                return slice(of(value.start), of(value.stop), of(value.step))
+            return self.value(value, depth + 1) if isinstance(value, fx.Node) else value
+
+        name = str(node.args[1]) if node.target is getattr else torch_name(node)
+        if name in ("shape", "size"):
+            sizes = self._sizes(source)
+            at: Any = of(node.args[1]) if name == "size" and len(node.args) > 1 else node.kwargs.get("dim")
+            return sizes if at is None else operator.getitem(sizes, at)
+        if node.target in _COMPARES and len(node.args) == 2:
+            return self._compared(node.target, *map(of, node.args))
+        if node.target in _ARITHMETIC or node.target is operator.getitem:
+            return computed(node, of)
+        self.loose = True
+        if name in _RANKS:
+            return self._dims(source)
+        if name in ("numel", "nelement"):
+            return Some()
+        if name in _FLAGS:
+            return _FLAGS[name]
+        if self.device is not None and name in _PLACES:
+            return self.device.type == _PLACES[name]
+        if self.device is not None and name == "device":
+            return self.device
+        if node.target is getattr:
+            return computed(node, of)
+        raise Failed("it is not known")
+
+    def _dims(self, node: fx.Node) -> int:
+        found = rank(node)
+        if found is None and node.op == "placeholder" and not STAND_IN.known(node):
+            self.loose = True
+            found = self.guess()
+        if found is None:
+            raise Failed("nothing tells how many dims it has")
+        return found
+
+    def _sizes(self, node: fx.Node) -> tuple[Any, ...]:
+        """The sizes of a value: those that weights fix, for as many dims as it has."""
+        dims = self.ranks[node] = self._dims(node)
+        found: list[Any] = [Some() for _ in range(dims)]
+        if dims > 1 and (size := channels(node)) is not None:
+            found[1] = size
+        module = CALL.of(node).module if node.op == "call_module" else None
+        if dims and isinstance(module, nn.Linear):
+            found[-1] = module.out_features
+        return tuple(found)
+
+    def _compared(self, function: Any, one: Any, other: Any) -> bool:
+        if isinstance(other, Some) and not isinstance(one, Some):
+            return self._compared(_MIRRORED.get(function, function), other, one)
+        if not isinstance(one, Some):
+            return bool(function(one, other))
+        self.loose = True
+        if type(other) is int and other <= 0 and function in (operator.eq, operator.ne, operator.gt, operator.le):
+            return function in (operator.ne, operator.gt)
+        if type(other) is int and other <= 1 and function in (operator.lt, operator.ge):
+            return function is operator.ge
+        raise Failed("a size that is not known")

@@ -1,0 +1,57 @@
+"""Names in code that hold no value itself but what holds some, and names of what code writes to, by its source."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+
+BOXES = (ast.Tuple, ast.List, ast.Set, ast.Dict, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+HANDING_ON = {"list", "tuple", "zip", "reversed", "enumerate", "dict", "set", "iter", "next", "sum"}
+FILLS = {"append", "extend", "insert", "add", "update", "setdefault"}
+
+
+def _is_box(node: ast.AST, known: set[str]) -> bool:
+    """Whether an expression may give what holds something, given the names that may."""
+    if isinstance(node, ast.Name):
+        return node.id in known
+    if isinstance(node, ast.Call):
+        return isinstance(node.func, ast.Name) and node.func.id in HANDING_ON
+    if isinstance(node, (ast.Subscript, ast.Attribute, ast.NamedExpr)):
+        return _is_box(node.value, known)
+    inner = ast.iter_child_nodes(node) if isinstance(node, (ast.IfExp, ast.BoolOp, ast.BinOp)) else ()
+    return isinstance(node, BOXES) or any(_is_box(one, known) for one in inner)
+
+
+def boxed(tree: ast.AST) -> set[str]:
+    """The names in code that may hold what holds a value."""
+    found: set[str] = set()
+    bound: list[tuple[list[ast.expr], ast.AST]] = []
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.NamedExpr)) and node.value is not None:
+            bound.append((node.targets if isinstance(node, ast.Assign) else [node.target], node.value))
+        elif isinstance(node, (ast.For, ast.comprehension)):
+            bound.append(([node.target], ast.List([])))
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in FILLS:
+            bound.append(([node.func.value], ast.List([])))
+    before = -1
+    while len(found) > before:
+        before = len(found)
+        for targets, value in bound:
+            for one in targets if _is_box(value, found) else ():
+                found |= {name.id for name in ast.walk(one) if isinstance(name, ast.Name)}
+    return found
+
+
+def written(statement: ast.AST) -> Iterator[str]:
+    """The names of what a statement writes to in place: `x += 1`, `x[:, 0] = 1`, `x.mul_(2)`, `relu_(x)`."""
+    for node in ast.walk(statement):
+        if isinstance(node, ast.AugAssign) and isinstance(node.target, ast.Name):
+            yield node.target.id
+        elif isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store) and isinstance(node.value, ast.Name):
+            yield node.value.id
+        elif isinstance(node, ast.Call):
+            name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+            inplace = any(one.arg in ("inplace", "out") for one in node.keywords)
+            owner = [node.func.value] if isinstance(node.func, ast.Attribute) else []
+            if inplace or (name.endswith("_") and not name.endswith("__")):
+                yield from (one.id for one in (*owner, *node.args) if isinstance(one, ast.Name))

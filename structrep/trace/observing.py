@@ -1,0 +1,233 @@
+"""What a forward is told where it asks what hangs on its input.
+
+* An `assert` holds, and a branch that only raises is not taken (`conditions`): the graph asserts it.
+* The dtype of an input is that of the parameters; a forward that is written anew asks again.
+* A plain function that asks is kept whole, if it can be: then nothing is told.
+* All else is told as it is for the example inputs, by a run of the graph as far as it is made; without them, as what is
+  known of ranks and channels says. `Call.answers` has it: the path that was taken is one of several.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+import random
+import sys
+from collections.abc import Callable, Iterator, Mapping, Set
+from types import FrameType, FunctionType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.proxy import TraceError
+
+from structrep.graph import dtypes
+from structrep.graph.answers import answer
+from structrep.graph.facts import ASKED, KIND, RANK, RELIED
+from structrep.graph.known import Known
+from structrep.graph.reads import Read
+from structrep.graph.run import Failed, Partial
+from structrep.graph.shapes import _of_module, rank
+from structrep.trace.conditions import length, sized, spared
+from structrep.trace.held import owner_of
+from structrep.trace.patches import plain_function
+from structrep.trace.questions import INPUTS
+
+if TYPE_CHECKING:
+    from structrep.graph.calls import Call
+    from structrep.trace.tracer import CallTracer
+
+_ENGINE = ("structrep.trace.", "structrep.process", "structrep.graph.", fx.proxy.__name__)
+MOST = 10_000  # answers to one call: a loop that goes on as long as what is only taken for granted holds has no end
+MOST_ASSUMED = 100  # of them those that nothing tells
+REMEDY = "give example inputs: structrep.reparameterize(model, x)"
+
+
+class Unanswered(TraceError):
+    """Nothing tells what a condition is."""
+
+
+class Observer:
+    """Answers the questions of one trace.
+
+    Args:
+        followed: functions that cannot be kept whole.
+        assumed: types of modules that are followed where conditions do not hold of which nothing tells whether they do.
+    """
+
+    def __init__(self, tracer: CallTracer, followed: Set[FunctionType], assumed: Set[type]) -> None:
+        self.tracer, self.followed, self.assumed = tracer, followed, assumed
+        self.guesses = 0
+        self.run: Partial | None = None  # of the example
+        self.busy = False  # whether code runs as it does outside of the trace
+
+    def condition(self, asked: fx.Proxy) -> bool:
+        """What a condition is."""
+        if (told := self._dtype_asked(asked.node)) is not None:
+            return self._note_dtype(asked, told)
+        frame = self._frame()
+        demanded = spared(frame) if frame is not None else None
+        if demanded is None:
+            return bool(self._told(asked, bool, "a condition that depends on the input"))
+        holds = asked if demanded else self.tracer.create_proxy("call_function", operator.not_, (asked,), {})
+        self._assert(holds, "the forward raises for this input")
+        self._note(frame, demanded, asserted=True)
+        return demanded
+
+    def number(self, asked: fx.Proxy, kind: Callable[[Any], Any]) -> Any:
+        """What a number is."""
+        return self._told(asked, kind, "a number that depends on the input is needed")
+
+    def kind(self, asked: fx.Proxy) -> Any:
+        """A value of the type that one is of."""
+        return self._told(asked, lambda value: value, "the type of a value that nothing tells")
+
+    def length(self, asked: fx.Proxy, what: str) -> int:
+        """How many items a value has."""
+        count = length(asked.node)
+        if count is None and (source := sized(asked.node)) is not None and (dims := self._dims(source)) is not None:
+            self._rely({source: dims})
+            count = length(asked.node)
+            self._note(self._frame(), count, asserted=True)
+        return self._told(asked, len, what) if count is None else count
+
+    # --- telling -----------------------------------------------------------------------------------------------------
+
+    def _told(self, asked: fx.Proxy, kind: Callable[[Any], Any], what: str) -> Any:
+        frame = self._frame()
+        call = self.tracer.stack[-1] if self.tracer.stack else None
+        if frame is None or call is None or len(call.answers) > MOST:
+            raise self.tracer.refuse(TraceError(what))
+        where = answer(frame.f_code, frame.f_lasti, frame.f_lineno, None)
+        function = plain_function(frame, call.bytecode)
+        if function is not None and function not in self.followed:
+            raise self.tracer.refuse(TraceError(f"{what}: {where}"))
+        owner = owner_of(self.tracer.module)
+        known = Known(owner.device if owner is not None else None, self._likely_dims)
+        try:
+            told = self._find(asked.node, kind, known)
+        except Failed as reason:
+            if kind is not bool or type(call.module) not in self.assumed or self.guesses > MOST_ASSUMED:
+                remedy = REMEDY if self.run is None else str(reason)
+                refusal = Unanswered if kind is bool else TraceError
+                raise self.tracer.refuse(refusal(f"{what}: {where}; {remedy}")) from reason
+            self.guesses += 1
+            told = False
+        if not known.loose:  # weights fix it, for a value of so many dims
+            self._rely(known.ranks)
+        self._note(frame, told, asserted=not known.loose)
+        return told
+
+    def _find(self, node: fx.Node, kind: Callable[[Any], Any], known: Known) -> Any:
+        """What a node gives, as a number or a length.
+
+        Raises:
+            Failed: nothing tells.
+        """
+        found: Exception = Failed("it is not known")
+        with self._apart():
+            try:
+                fixed: Any = kind(known.value(node))
+            except Exception:  # of a size that is not known, or of what is no number
+                fixed, known.loose = found, True
+            if not known.loose:
+                return fixed
+            for way in (self.run.shown, self.run.value) if self.run is not None else ():
+                try:
+                    return kind(way(node))
+                except Failed as reason:
+                    found = reason
+                except Exception as error:  # a tensor without numbers, or nothing that has any
+                    found = Failed(f"{type(error).__name__}: {error}")
+        if isinstance(fixed, Exception):
+            raise found
+        return fixed
+
+    def _rely(self, ranks: Mapping[fx.Node, int]) -> None:
+        """Assert how many dims values have, on which all may rely from now on."""
+        for node, dims in ranks.items():
+            asked = self.tracer.create_proxy("call_function", getattr, (self.tracer.proxy(node), "ndim"), {})
+            holds = self.tracer.create_proxy("call_function", operator.eq, (asked, dims), {})
+            said = f"the forward was reparameterized for an input of other dims: a value has {dims} here"
+            RELIED.note(self._assert(holds, said), node)
+            RANK.note(node, dims)
+
+    def _dims(self, node: fx.Node) -> int | None:
+        """How many dims a value has in the example; or those that it must have, for all that is known."""
+        if self.run is None:
+            return self._likely_dims() if node.op == "placeholder" else rank(node)
+        with self._apart(), contextlib.suppress(Failed):
+            found = self.run.shown(node)
+            return found.ndim if isinstance(found, Tensor) else None
+        return None
+
+    def _likely_dims(self) -> int | None:
+        """How many dims the first layer wants that wants so many."""
+        return next((dims for m in self.tracer.module.modules() if (dims := _of_module(m, None))), None)
+
+    @contextlib.contextmanager
+    def _apart(self) -> Iterator[None]:
+        """Run code as it runs outside of the trace: nobody notes what it does, and it draws no numbers of others."""
+        tracer = self.tracer
+        stack, entered, drawn = tracer.stack, tracer.contexts.entered, random.getstate()
+        numpy: Any = sys.modules.get("numpy.random")
+        of_numpy = numpy.get_state() if numpy is not None else None
+        tracer.stack, self.busy = [], True
+        try:
+            with torch.random.fork_rng(), torch._C.DisableTorchFunction():
+                yield
+        finally:
+            tracer.stack, tracer.contexts.entered, self.busy = stack, entered, False
+            random.setstate(drawn)
+            if of_numpy is not None:
+                numpy.set_state(of_numpy)
+
+    def _frame(self) -> FrameType | None:
+        """The code that asks."""
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None and str(frame.f_globals.get("__name__")).startswith(_ENGINE):
+            frame = frame.f_back
+        return frame
+
+    def _note(self, frame: FrameType | None, told: Any, *, asserted: bool = False) -> None:
+        if frame is not None and self.tracer.stack:
+            made = answer(frame.f_code, frame.f_lasti, frame.f_lineno, told, asserted=asserted)
+            self.tracer.stack[-1].answers.append(made)
+
+    def _assert(self, holds: fx.Proxy, said: str) -> fx.Node:
+        return self.tracer.create_proxy("call_function", torch._assert, (holds, said), {}).node
+
+    # --- dtypes ------------------------------------------------------------------------------------------------------
+
+    def _dtype_asked(self, node: fx.Node) -> bool | None:
+        """The answer to `x.dtype == torch.float32`; None to other questions. Inputs are taken to be of the dtype of the
+        parameters."""
+        owner = owner_of(self.tracer.module)
+        if node.target not in (operator.eq, operator.ne) or owner is None or len(node.args) != 2:
+            return None
+        for one in self.tracer.graph.nodes:
+            dtypes.note(one, owner.dtype)
+        found = [self._taken(one, owner.dtype) if isinstance(one, fx.Node) else one for one in node.args]
+        if not all(isinstance(one, torch.dtype) for one in found):
+            return None
+        return (found[0] == found[1]) == (node.target is operator.eq)
+
+    def _taken(self, node: fx.Node, own: torch.dtype) -> torch.dtype | None:
+        """The dtype that a question gives: its value's, and where nothing tells that, the model's."""
+        if node.target is not getattr or node.args[1] != "dtype":
+            return None
+        kind = KIND.of(node.all_input_nodes[0]) or own
+        return self.tracer.questions.answers.get(INPUTS, own) if kind is own else kind
+
+    def _note_dtype(self, asked: fx.Proxy, told: bool) -> bool:
+        """Note a condition on the dtype of an input, and assert what it is taken to be."""
+        call: Call = self.tracer.stack[-1]
+        place = sum(isinstance(read.holder, fx.Node) for read in call.reads.values())
+        key = f"{call.path}.{call.method}", f"dtype {place}"
+        call.reads[key] = Read(asked.node, "", told)
+        told = self.tracer.questions.answers.get(key, told)
+        holds = self.tracer.create_proxy("call_function", operator.eq, (asked, told), {})
+        ASKED.note(holds.node, key)
+        said = "the forward was reparameterized for an input of another dtype: convert the model again for that"
+        ASKED.note(self._assert(holds, said), key)
+        return told
