@@ -51,6 +51,15 @@ class Net(nn.Module):
     def forward(self, x):
         return self.head(self.block(x).relu())
 
+class Branches(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(3, 4, 1)
+
+    def forward(self, x):
+        y = self.a(x)
+        return (y + self.b(x)).relu()
+
 class Pair(nn.Module):
     def __init__(self):
         super().__init__()
@@ -235,6 +244,18 @@ def test_explain_as_json_is_the_plan(here: Path) -> None:
     again = structrep.plan(sys.modules["nets"].Net(16, False).eval()).record
     but_for_weights = {"merges": {"__all__": {"largest"}}}
     assert again.model_dump(exclude=but_for_weights) == record.model_dump(exclude=but_for_weights)
+
+
+def test_explain_shows_edits_as_a_patch(here: Path) -> None:
+    rows = run("explain", "nets:Branches", "--diff").stdout.splitlines()
+    assert rows[:2] == ["--- a/nets.py", "+++ b/nets.py"]
+    assert [row for row in rows[2:] if row[0] in "+-"] == [
+        "-        y = self.a(x)",
+        "-        return (y + self.b(x)).relu()",
+        "+        return self.reparam_conv(x).relu()",
+    ]
+    assert run("explain", "nets:Net", "--diff").stdout == ""
+    assert "1 merge (1 by edits of forwards)" in run("explain", "nets:Branches").stdout
 
 
 def test_explain_shows_refusals(here: Path) -> None:

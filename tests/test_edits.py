@@ -267,6 +267,30 @@ def test_another_path(forward):
     assert error is None or "self." in error
 
 
+def test_a_name_that_is_deleted():
+    def forward(self, x):
+        y = self.a(x)
+        z = self.b(x)
+        y = y + z
+        del z
+        return y.relu()
+
+    model = made(forward)
+    assert differs(model, structrep.reparameterize(model), X) is None
+
+
+def test_a_module_by_another_name():
+    def forward(me, x):
+        out = 0
+        for place in range(me.rounds):
+            out = out + me.many[place](x)
+        return out.tanh()
+
+    model, deploy = converted(forward, "edit")
+    model.rounds = deploy.rounds = 2
+    assert "self.rounds" in differs(model, deploy, X) or "me.rounds" in differs(model, deploy, X)
+
+
 def test_arguments_that_a_loop_goes_by():
     def forward(self, x, rounds=3):
         out = 0

@@ -137,6 +137,9 @@ class Reaching:
                 self._evaluate(part, names)
         if isinstance(one, ast.AugAssign) and isinstance(one.target, ast.Name):
             self._read(one.target, names)
+        for gone in one.targets if isinstance(one, ast.Delete) else ():
+            if isinstance(gone, ast.Name):  # which has to have a value
+                self._read(gone, names)
         if isinstance(one, (ast.Return, ast.Raise)):
             return None
         targets = one.targets if isinstance(one, (ast.Assign, ast.Delete)) else [getattr(one, "target", None)]

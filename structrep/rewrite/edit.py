@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from types import FunctionType
@@ -18,6 +19,7 @@ from structrep.graph.facts import FORMULA, VALUE
 from structrep.graph.reads import Read
 from structrep.modules.paths import definition, imported, parts_of, place
 from structrep.modules.presence import path_to
+from structrep.modules.source import written_in
 from structrep.modules.uses import Use
 from structrep.rewrite import guards
 from structrep.rewrite.conditions import answer
@@ -31,6 +33,7 @@ from structrep.trace.again import retrace
 from structrep.trace.instructions import namespace_reads
 
 _LIBRARIES = {"torch", "math", "numpy", "operator", "functools", "itertools"}
+_ITSELF = r"\bself\b(?=\.)"  # in guards, what a method calls its module
 _OF_LAYERS = (nn.modules.batchnorm._NormBase, nn.modules.conv._ConvNd, nn.Linear, nn.LayerNorm, nn.GroupNorm)
 
 
@@ -87,7 +90,8 @@ class Edit:
         lines = list(self.edited.after)
         if code := guards.code(guarded):
             at, indent = self._first_statement()
-            lines[at:at] = [f"{' ' * indent}{line}\n" for line in code]
+            itself = self.tree.args.args[0].arg
+            lines[at:at] = [f"{' ' * indent}{re.sub(_ITSELF, itself, line)}\n" for line in code]
         return lines
 
     def holding(self, module: nn.Module) -> set[Guard]:
@@ -102,7 +106,12 @@ class Edit:
             *_, runs = layers(original(type(module), self.call.method))
         except TypeError as error:
             raise Unreadable(f"{self.call.shown}: {error}") from error
-        if isinstance(module, fx.GraphModule) or code is None or runs.__code__ is not code:
+        if (
+            isinstance(module, fx.GraphModule)
+            or code is None
+            or runs.__code__ is not code
+            or written_in(plain).startswith("torch.")
+        ):
             raise Unreadable(f"{self.call.shown} is no method of its class")
         if set(code.co_freevars) - set(plain.__code__.co_freevars):
             raise Unreadable(f"{self.call.shown} is closed over other variables than its class's own")
