@@ -169,6 +169,26 @@ def test_a_flag_that_gives_back_what_stands_in_a_merge_keeps_it_from_being_done(
     assert sum(isinstance(m, nn.BatchNorm2d) for m in deploy.modules()) == 1  # that of the stem
 
 
+class Around(nn.Module):
+    """Never turns the flag of its part."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = Early()
+
+    def forward(self, x):
+        return self.inner(x).relu()
+
+
+def test_a_flag_of_a_part_that_the_model_never_turns_is_guarded():
+    model = settled(Around())
+    deploy = structrep.reparameterize(model)
+    assert relative_error(deploy(X), model(X)) < 1e-14
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in deploy.modules())
+    with pytest.raises(ValueError, match="stem_only"):
+        deploy.inner(X, stem_only=True)
+
+
 class Verbose(nn.Module):
     """A flag in a forward that is written anew: it is an error to turn it then, not a reason to merge nothing."""
 

@@ -76,11 +76,11 @@ class Plan:
         self._reserve, self._measured = reserve, measured
         self.latency: LatencyRecord | None = None  # of the whole model, if merges were chosen by measurement
         carry(findings, reserve)
-        self._draft = Draft(findings.traced, findings.replicas, findings.merges)
+        self._draft = Draft(findings.traced, findings.replicas, findings.merges, findings.borders.flagged)
         while (alone := _alone(self._draft, findings)) or self._draft.unwritable.keys() - findings.unwritable.keys():
             findings = again(findings, self._draft.unwritable, alone)  # what stands apart from them may merge still
             carry(findings, reserve)
-            self._draft = Draft(findings.traced, findings.replicas, findings.merges)
+            self._draft = Draft(findings.traced, findings.replicas, findings.merges, findings.borders.flagged)
         self._findings = findings
         self._missed = list(findings.missed)
         for merge, reason in self._draft.refused:
@@ -327,7 +327,7 @@ class Plan:
             self._refuse(merge, reason, self._draft.where(merge))
         if lost:
             left = [merge for merge in self._draft.merges if merge not in lost]
-            self._draft = Draft(self._draft.traced, self._draft.replicas, left)
+            self._draft = Draft(self._draft.traced, self._draft.replicas, left, self._draft.flagged)
             for merge, reason in self._draft.refused:
                 self._refuse(merge, reason)
 

@@ -62,6 +62,8 @@ class Borders:
         self.mentioned: dict[tuple[type, str], frozenset[str] | None] = {}
         self.below: dict[nn.Module, dict[nn.Module, frozenset[str]]] = {}  # a module's parts, by children they are in
         self.followed: dict[tuple[nn.Module, Variant], Method | None] = {}
+        # root of a merge -> calls of parts whose forwards, with a flag that none of their callers turns, look into it
+        self.flagged: dict[fx.Node, set[Call]] = defaultdict(set)
         self.used: dict[
             tuple[nn.Module, str], list[set[nn.Module]]
         ] = {}  # parts that a method uses, and all below each
@@ -84,7 +86,7 @@ class Borders:
                         raise Shared(f"{call.path or 'the model'}.{call.method} gives back a value inside the merge")
                     continue
                 for around in owner.chain():
-                    self._check_methods(around, call, node is root, inside)
+                    self._check_methods(around, call, root, node is root, inside)
 
     def _check_parameters(self, around: Call, held: set[str]) -> None:
         """Raise if another forward of a module around uses parameters that a merge takes from it."""
@@ -96,9 +98,9 @@ class Borders:
                 if method.reached & own if method else not variant.flags:
                     raise Shared(f"{type(around.module).__name__}.{variant} uses {' or '.join(sorted(own))} too")
 
-    def _check_methods(self, around: Call, call: Call, last: bool, inside: set[fx.Node]) -> None:
+    def _check_methods(self, around: Call, call: Call, root: fx.Node | None, last: bool, inside: set[fx.Node]) -> None:
         """Raise if another forward of a module around looks at what a call of one of its parts gives, or gives it
-        something else."""
+        something else; note it if that is the forward of a part with a flag, which is then guarded."""
         variants = self._other_forwards(around)
         parts = self._parts(around.module, call.module) if variants else frozenset()
         for variant in variants:
@@ -115,6 +117,10 @@ class Borders:
             ):
                 continue
             if method is None or self._differs(method, call, last, inside):
+                turned = variant.method == "forward" and any(isinstance(value, bool) for _, value in variant.flags)
+                if turned and root is not None and around.parent is not None:
+                    self.flagged[root].add(around)
+                    continue
                 raise Shared(
                     f"{type(around.module).__name__}.{variant} may look at what {call.path} gives, which would no "
                     f"longer be there"

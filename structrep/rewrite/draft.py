@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from inspect import signature
 from typing import Any
 
@@ -54,9 +54,11 @@ class Draft:
     Merges that cannot be written back are left out and listed in `refused`, with the reason.
     """
 
-    def __init__(self, traced: Traced, replicas: Replicas, merges: Iterable[Merge]) -> None:
+    def __init__(
+        self, traced: Traced, replicas: Replicas, merges: Iterable[Merge], flagged: Mapping[fx.Node, set[Call]]
+    ) -> None:
         self.traced = traced
-        self.replicas, self.callers = replicas, Callers(traced)
+        self.replicas, self.callers, self.flagged = replicas, Callers(traced), flagged
         self.refused: list[tuple[Merge, Refusal]] = []
         self.unwritable: dict[tuple[str, str], Refusal] = {}  # methods that cannot be written anew, by path and name
         self.unedited: dict[tuple[str, str], Refusal] = {}  # and those that are, but not by editing their text
@@ -143,6 +145,7 @@ class Draft:
             if merge not in self.strays:
                 self.misuses[merge] = self.untaken.misuses(merge)
                 self.guarded[merge] = {*told_to_do_nothing(merge.nodes), *self.replicas.asking.otherwise(merge.nodes)}
+                self.guarded[merge] |= self.flagged.get(merge.root, set())
                 self.strays[merge] = {*self.untaken.strays(merge), *self.misuses[merge], *self.guarded[merge]}
             for call in self.strays[merge]:
                 owner = next(call.homes())
