@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from types import CodeType
 from typing import Any
 
-from structrep.modules.paths import place
+from structrep.modules.positions import place
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from structrep.modules.call_sites import function_of
-from structrep.modules.paths import definition, definition_around, place_around
+from structrep.modules.positions import definition, definition_around, place_around
 from structrep.modules.source import _asked_of, attribute_of, functions, syntax
 
 WHAT = "what it is"  # what is asked about a part that is handed to somebody, or met on a walk

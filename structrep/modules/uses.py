@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import nn
 
-from structrep.modules.paths import branches, definition
+from structrep.modules.positions import branches, definition
 from structrep.modules.values import (
     _PUTS,
     _SOME,

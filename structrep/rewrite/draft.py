@@ -242,8 +242,7 @@ class Draft:
         for owner in self._idle_sums() - self.edits.owners.keys():
             with contextlib.suppress(Refusal):
                 self.forwards[owner] = Forward(self.traced, self.edits, owner, set())
-        at = self.traced.model.get_submodule
-        self.at_rest = {owner: forward.holding(at(owner.path)) for owner, forward in self.forwards.items()}
+        self.at_rest = {owner: forward.holding(owner.module) for owner, forward in self.forwards.items()}
         return failed
 
     def _edited(self, owner: Call, written_out: set[Call]) -> Edit | Untouched | None:

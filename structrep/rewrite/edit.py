@@ -17,7 +17,7 @@ from structrep.errors import Unreadable
 from structrep.graph.calls import Call, Traced
 from structrep.graph.facts import FORMULA, VALUE
 from structrep.graph.reads import Read
-from structrep.modules.paths import definition, imported, parts_of, place
+from structrep.modules.positions import definition, imported, parts_of, place
 from structrep.modules.presence import path_to
 from structrep.modules.source import written_in
 from structrep.modules.uses import Use

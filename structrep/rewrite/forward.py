@@ -38,7 +38,7 @@ from structrep.graph.reads import MISSING, Read
 from structrep.graph.structures import is_traced, proxies
 from structrep.guard.callers import asks
 from structrep.match.sum_order import as_traced
-from structrep.modules import paths
+from structrep.modules import positions
 from structrep.modules.source import functions_in, written_in
 from structrep.read.nodes import read_node
 from structrep.rewrite import guards
@@ -230,11 +230,11 @@ class Forward:
             code, read = call.bytecode, call.reads[key]
             for places in {one: read.places.count(one) for one in read.places}.items():
                 (asking, at, deep), count = places
-                handed = paths.argument(asking, at, deep) if asking is code and type(read.told) in _HANDED else None
+                handed = positions.argument(asking, at, deep) if asking is code and type(read.told) in _HANDED else None
                 if handed is None:
                     return False
                 operation, (kind, place) = handed
-                takers = [step for step, made in done[call] if paths.place(asking, made) is operation]
+                takers = [step for step, made in done[call] if positions.place(asking, made) is operation]
                 if len(takers) != count or not self.edits.changed.isdisjoint(takers):
                     return False
                 for taker in takers:

@@ -13,7 +13,7 @@ from structrep.graph.answers import Answer
 from structrep.graph.calls import Call
 from structrep.graph.facts import RELIED, VALUE
 from structrep.graph.structures import holds_tensor, proxies
-from structrep.modules.paths import branches, definition, place
+from structrep.modules.positions import branches, definition, place
 from structrep.rewrite.otherwise import inside, steps
 
 

@@ -13,7 +13,7 @@ from torch import fx, nn
 from structrep.deployed.methods import Whole
 from structrep.graph.calls import Call
 from structrep.graph.structures import is_traced
-from structrep.modules.paths import definition
+from structrep.modules.positions import definition
 from structrep.modules.presence import path_to
 from structrep.read.nodes import hands_on
 from structrep.rewrite.forward import Forward

@@ -14,7 +14,7 @@ from structrep.graph.calls import Call
 from structrep.graph.facts import AT, VALUE
 from structrep.graph.queries import asks_shape, only_asserted
 from structrep.graph.structures import proxies
-from structrep.modules.paths import definition, parts_of, place
+from structrep.modules.positions import definition, parts_of, place
 from structrep.modules.uses import Place, Use, place_of
 from structrep.read.nodes import hands_on
 from structrep.rewrite.edits import Edits

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from structrep.errors import Unreadable
 from structrep.modules.definitions import Definition, Reaching
-from structrep.modules.paths import definition
+from structrep.modules.positions import definition
 from structrep.modules.presence import path_to, presence
 from structrep.rewrite.wanted import Piece, Wanted
 

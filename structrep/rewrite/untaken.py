@@ -17,7 +17,8 @@ from structrep.graph.facts import AT, CALL
 from structrep.graph.shapes import torch_name
 from structrep.graph.structures import proxies
 from structrep.match.merge import Merge
-from structrep.modules.paths import branches, parts_of, place, span, strays
+from structrep.modules.paths import strays
+from structrep.modules.positions import branches, parts_of, place, span
 from structrep.modules.uses import Place, Use, place_of, uses
 from structrep.read.nodes import hands_on
 

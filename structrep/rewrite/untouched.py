@@ -11,7 +11,7 @@ from torch import nn
 from structrep.errors import Unreadable
 from structrep.graph.calls import Call, Traced
 from structrep.graph.facts import AT, CALL, FORMULA, VALUE
-from structrep.modules.paths import definition, place
+from structrep.modules.positions import definition, place
 from structrep.modules.presence import path_to
 from structrep.rewrite.edits import Edits
 from structrep.rewrite.guards import Guard

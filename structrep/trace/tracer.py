@@ -42,7 +42,7 @@ from structrep.graph.structures import alike, held, holds_still, is_torch, is_tr
 from structrep.modules import parametrized
 from structrep.modules.arguments import Example, as_arguments
 from structrep.modules.copies import is_compiled
-from structrep.modules.paths import branches
+from structrep.modules.positions import branches
 from structrep.modules.source import written_first
 from structrep.modules.states import Holdings
 from structrep.read.endings import ends
