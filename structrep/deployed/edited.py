@@ -7,7 +7,7 @@ import ast
 import functools
 import inspect
 import linecache
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from types import CodeType, FunctionType
 from typing import Any
@@ -66,7 +66,8 @@ def layers(function: Any) -> Iterator[FunctionType]:
         function = inner
 
 
-def compiled(source: str, like: CodeType, filename: str, imported: Iterable[str] = ()) -> CodeType:
+@functools.lru_cache(1024)  # blocks of a class mostly have one text
+def compiled(source: str, like: CodeType, filename: str, imported: tuple[str, ...] = ()) -> CodeType:
     """The code of a method's text, in surroundings like those of other code: the same class around it, whose name its
     private names have, and the same variables of functions around it.
 
