@@ -15,10 +15,8 @@ import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from inspect import signature
-from typing import Any
 
-from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
+from torch import fx, nn
 
 from structrep import process
 from structrep.blocks import STAND_INS
@@ -26,12 +24,10 @@ from structrep.deployed.layers import Sizes
 from structrep.deployed.methods import install, regraph
 from structrep.errors import ExampleOnly, Refusal, StructrepError, Unreadable
 from structrep.graph.calls import Call, Traced
-from structrep.graph.facts import ASSIGNED, CALL, COMPUTED, FORMULA, VALUE
-from structrep.graph.queries import only_asserted
+from structrep.graph.facts import ASSIGNED, CALL, FORMULA, VALUE
 from structrep.guard.callers import Callers
 from structrep.guard.sharing import Replicas, site
 from structrep.match.merge import Merge, Segment
-from structrep.modules.parametrized import computed, made_of, settle
 from structrep.modules.uses import Use
 from structrep.read.lower import lower
 from structrep.read.nodes import hands_on
@@ -39,8 +35,9 @@ from structrep.records.plan import Way
 from structrep.rewrite.edit import Edit
 from structrep.rewrite.edits import Edits
 from structrep.rewrite.forward import Forward
-from structrep.rewrite.norms import _shown_still, end
-from structrep.rewrite.refill import _all_dead, _kernels, _nothing, _refill
+from structrep.rewrite.leftovers import Leftovers
+from structrep.rewrite.norms import end
+from structrep.rewrite.refill import _kernels, _nothing, _refill
 from structrep.rewrite.slot import Slot, is_asked_for, slot
 from structrep.rewrite.units import SUMS, Unit, _scales, fallen, handed_back, host_of, units
 from structrep.rewrite.untaken import Untaken, told_to_do_nothing
@@ -228,6 +225,7 @@ class Draft:
     def _write(self) -> dict[Merge, Refusal]:
         """Write all new forwards; gives the merges of those that cannot be written."""
         self.forwards: dict[Call, Forward | Edit | Slot | Untouched] = {}
+        self.left = Leftovers(self.traced, self.replicas, self.edits, self.forwards, self.merges)
         failed: dict[Merge, Refusal] = {}
         for owner, written_out in self.edits.owners.items():
             try:
@@ -237,6 +235,8 @@ class Draft:
                     or self._written_anew(owner, written_out)
                 )
             except Refusal as reason:
+                if (text := self.unedited.get(site(owner))) is not None:
+                    reason.args = (f"{reason}; nor can its text be edited: {text}", *reason.args[1:])
                 self.unwritable[reason.where if isinstance(reason, ExampleOnly) else site(owner)] = reason
                 failed.update(dict.fromkeys(self.owned[owner], reason))
         for owner in self._idle_sums() - self.edits.owners.keys():
@@ -274,7 +274,7 @@ class Draft:
             return None
         with contextlib.suppress(Unreadable):
             forward = self._written_anew(owner, written_out)
-            return slot(forward, names[0], {call.module for call in self._dead_calls()})
+            return slot(forward, names[0], {call.module for call in self.left.dead_calls()})
         return None
 
     def _written_anew(self, owner: Call, written_out: set[Call]) -> Forward:
@@ -320,10 +320,9 @@ class Draft:
 
     def way(self, merge: Merge) -> Way:
         """How a merge is made: by modules alone, by an edit of a forward, or by one that is written anew."""
-        forwards = [one for owner, one in self.forwards.items() if merge in self.owned.get(owner, ())]
-        if any(isinstance(one, Forward) for one in forwards):
-            return "rewrite"
-        return "edit" if any(isinstance(one, Edit) and not one.same for one in forwards) else "swap"
+        made = [one for owner, one in self.forwards.items() if merge in self.owned.get(owner, ())]
+        edited = any(isinstance(one, Edit) and not one.same for one in made)
+        return "rewrite" if any(isinstance(one, Forward) for one in made) else "edit" if edited else "swap"
 
     def where(self, merge: Merge) -> str:
         """The path that the merged layer will have."""
@@ -345,7 +344,7 @@ class Draft:
                     self.places.setdefault(child, []).append((parent, name))
         held = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
         read = Counter(id(t) for merge in self.merges for layer in merge.term.leaves() for t in _kernels(layer))
-        stay = {*self._used()[1], *self._of_layers_that_stay(), *self._of_what_is_mentioned()} if release else set()
+        stay = self.left.needed() if release else set()
         for merge in self.merges:
             self._place(merge)
             if release:
@@ -355,14 +354,14 @@ class Draft:
             self._swap(unit.module.path, _nothing(unit))
         for call in self.ended:
             end(self._at(call.path))
-        dead = self._settle()
+        dead = self.left.settle(self.model)
         for owner, forward in self.forwards.items():
             module = self._at(owner.path)
             for name, tensor in forward.constants.items():
                 module.register_buffer(name, tensor.detach().clone(), persistent=False)
             for (holder, alias), entry in forward.merged.items():
                 vars(self._at(holder))[alias] = entry.of(self.model)
-        self._bury(dead)
+        self.left.bury(self.model, dead)
         for owner, forward in self.forwards.items():
             module = self._at(owner.path)
             now, before = forward.holding(module), self.at_rest[owner]  # what was asked for may be no more, or merged
@@ -394,24 +393,6 @@ class Draft:
                 if own is not None and own.data_ptr() == tensor.data_ptr() and held[id(own)] == 1:
                     own.data = own.data.new_empty(0)  # of a layer that is about to go
                 tensor.data = tensor.data.new_empty(0)
-
-    def _of_layers_that_stay(self) -> list[int]:
-        """The parameters of layers that are called and in no merge, by id."""
-        merged = {node for merge in self.merges for node in merge.nodes}
-        nodes = (node for trace in self.traced.traces for node in trace.nodes)
-        called = (CALL.of(n).module for n in nodes if n.op == "call_module" and n not in merged)
-        return [id(parameter) for module in called for parameter in module.parameters()]
-
-    def _of_what_is_mentioned(self) -> Iterator[int]:
-        """The tensors that edited text still asks for on some path, by id."""
-        for path in self._mentions():
-            with contextlib.suppress(AttributeError):
-                yield from map(id, self.traced.model.get_submodule(path).parameters())
-        names = {name: tensor for tensor, name in self.traced.names.items()}
-        yield from (names[path] for path in self._mentions() if path in names)
-
-    def _mentions(self) -> set[str]:
-        return {path for one in self.forwards.values() if isinstance(one, Edit) for path in one.mentions}
 
     def _parameter(self, path: str) -> nn.Parameter | None:
         """The parameter at a path, if the model still has it."""
@@ -466,140 +447,3 @@ class Draft:
                 del self.places[part]
 
     # --- what is left over ------------------------------------------------------------------------
-
-    def _settle(self) -> set[str]:
-        """Take from modules whose forward is written anew what they compute tensors of, if nothing needs those; gives
-        the paths of all other tensors that nothing needs."""
-        dead = self._dead_tensors() if self.edits.owners else set()
-        alive = {self.traced.names.get(tensor) for tensor in self._used()[1]} if dead else set()
-        for owner in self.edits.owners if dead else ():
-            module, names = self._at(owner.path), computed(self._at(owner.path))
-            held = {f"{owner.path}.{name}" if owner.path else name for name in made_of(module)}
-            if held & dead and held.isdisjoint(alive):
-                settle(module)
-                module._parameters |= dict.fromkeys(names)
-            dead -= held
-        return dead
-
-    def _bury(self, tensors: set[str]) -> None:
-        """Set to None the modules and parameters that only dead nodes used.
-
-        Args:
-            tensors: paths of such parameters and buffers.
-        """
-        if not self.edits.owners:
-            return
-        dead = {self._at(call.path) for call in self._dead_calls()} | self._idle_holders(tensors)
-        mentions = self._mentions()
-        kept = self._mentioned(mentions, dead)
-        for owner in self.edits.owners:
-            self._bury_below(self._at(owner.path), dead - kept)
-        for name in tensors - mentions:
-            with contextlib.suppress(AttributeError):  # buried with its module
-                if self._at(name.rpartition(".")[0]) not in kept:
-                    self._drop_tensor(name)
-
-    def _mentioned(self, paths: set[str], dead: set[nn.Module]) -> set[nn.Module]:
-        """The dead modules that edited text still asks for on some path, with all that is in them."""
-        found: set[nn.Module] = set()
-        for path in paths:
-            with contextlib.suppress(AttributeError):  # it is a tensor
-                part = self._at(path)
-                if part in dead or isinstance(part, (nn.ModuleList, nn.ModuleDict)):
-                    found |= set(part.modules())
-        return found.intersection(*[{inner for one in dead for inner in one.modules()}])
-
-    def _dead_tensors(self) -> set[str]:
-        """Paths of the tensors that dead nodes were computed from, and nothing else."""
-        dead, alive = self._used()
-        assigned = [ASSIGNED.of(n) for merge in self.merges for n in merge.nodes if ASSIGNED.get(n)]
-        dead.update(id(tensor) for formula in assigned for tensor in formula.tensors)
-        called = {call.path for calls in self.traced.calls.values() for call in calls if call.leaf}
-        names = {self.traced.names[tensor] for tensor in dead - alive if tensor in self.traced.names}
-        return {name for name in names if name.rpartition(".")[0] not in called}
-
-    def _used(self) -> tuple[set[int], set[int]]:
-        """The tensors that dead nodes use otherwise than by calling a layer, and those that others do, by id."""
-        dead: set[int] = set()
-        alive: set[int] = set()
-        merged = {node for merge in self.merges for node in merge.nodes}
-        for trace in self.traced.traces:
-            alive.update(*map(self._made_of, pytree.tree_leaves(trace.root.result)))
-            for node in trace.nodes:
-                if node.op == "get_attr" and node.users and VALUE.known(node):
-                    formula = FORMULA.get(node)
-                    held = {id(t) for t in formula.tensors} if formula else {id(VALUE.of(node))}
-                    (dead if self._only_dead(node) else alive).update(held)
-                for one in (COMPUTED.get(node) or {}).values() if node not in merged else ():
-                    alive.update(map(id, one.formula.tensors))
-        return dead, alive
-
-    def _made_of(self, given: Any) -> set[int]:
-        """A constant that the model gives back, and what it is computed from, by id."""
-        found: set[int] = set()
-        pending = [given]
-        while pending:
-            one = pending.pop()
-            if isinstance(one, Tensor) and id(one) not in found:
-                found.add(id(one))
-                if (origin := self.traced.origins.get(id(one))) is not None:
-                    pending += pytree.tree_leaves((origin.args, origin.kwargs))
-        return found
-
-    def _only_dead(self, node: fx.Node) -> bool:
-        """Whether a constant is of use to dead nodes alone, perhaps by way of other constants."""
-        pending, seen = [node], {node}
-        for one in pending:
-            for user in one.users:
-                if user in seen or user in self.edits.dead or user in self.edits.ended or self.replicas.repeats(user):
-                    continue
-                if not VALUE.known(user):
-                    return False
-                pending.append(user)
-                seen.add(user)
-        return True
-
-    def _idle_holders(self, dead: set[str]) -> set[nn.Module]:
-        """Modules of which nothing was called, which only held tensors that are dead now, and that nothing asks for."""
-        parts = [name.split(".") for name in dead]
-        homes = {".".join(path[:depth]) for path in parts for depth in range(1, len(path))}
-        called = {module for module, _ in self.traced.calls}
-        homes -= {holder for forward in self.forwards.values() for holder, _ in forward.merged}
-        holders = ((path, self.traced.model.get_submodule(path)) for path in homes)
-        return {
-            self._at(path)
-            for path, module in holders
-            if called.isdisjoint(module.modules()) and {f"{path}.{n}" for n, _ in module.named_parameters()} <= dead
-        }
-
-    def _dead_calls(self) -> list[Call]:
-        """Calls in which everything is dead."""
-        calls = {call for inner in self.edits.owners.values() for call in inner}
-        dead = {c for c in calls if all(n in self.edits.dead or only_asserted(n) or VALUE.known(n) for n in c.nodes())}
-        return [
-            c
-            for c in dead
-            if c.method == "forward"
-            and all(other in dead or self.replicas.is_repeat(other) for other in self.traced.calls[c.module, c.method])
-        ]
-
-    def _bury_below(self, module: nn.Module, dead: set[nn.Module]) -> None:
-        holds_order = isinstance(module, (nn.ModuleList, nn.Sequential))
-        for name, child in list(module._modules.items()):
-            if child is None:
-                continue
-            if _all_dead(child, dead):
-                module._modules[name] = nn.Identity() if holds_order else None
-            else:
-                self._bury_below(child, dead)
-
-    def _drop_tensor(self, path: str) -> None:
-        parent, _, name = path.rpartition(".")
-        module = self._at(parent)
-        with _shown_still(module):
-            for store in (module._parameters, module._buffers):
-                if name in store:
-                    store[name] = None
-        if name == "running_mean" and "num_batches_tracked" in module._buffers:
-            module._buffers["num_batches_tracked"] = None
-            module.__dict__["track_running_stats"] = False  # or loading a plain state dict would count batches again
