@@ -305,7 +305,7 @@ def test_assertions_are_known_whoever_compiles_them(forward, merges, alone):
     exec(compile(lines, name, "exec"), space)
     model = made(space[forward.__name__])
     _, deploy = converted(model)
-    with pytest.raises(AssertionError, match="raises for this input"):
+    with pytest.raises(AssertionError):
         deploy(noise(2, 4, 8)) if "dims" in forward.__name__ else deploy(noise(2, 5, 8, 8))
 
 
@@ -636,7 +636,8 @@ def test_no_other_path_is_lost(forward, example):
         return  # which it does not take
     plan, deploy = converted(model, example)
     assert not judged(model, deploy)
-    assert not plan.merges or all(merge.where.startswith("rows") for merge in plan.merges)
+    edited = forward is sum_behind_a_condition
+    assert all(merge.where.startswith("rows") or (edited and merge.edit == "edit") for merge in plan.merges)
 
 
 # --- modules in each other ------------------------------------------------------------------------------------------
@@ -845,7 +846,7 @@ def test_a_function_of_torchscript_is_kept_whole():
     assert not judged(made(scripted), deploy)
     plan, deploy = converted(made(scripted_sum))
     assert not judged(made(scripted_sum), deploy)
-    assert "of TorchScript, which has no name in written code" in str(plan.refusals)
+    assert [one.edit for one in plan.merges if one.where == "reparam_conv"] == ["edit"]  # its name stays the user's
 
 
 @pytest.mark.parametrize("forward", [

@@ -47,11 +47,19 @@ def written(statement: ast.AST) -> Iterator[str]:
     for node in ast.walk(statement):
         if isinstance(node, ast.AugAssign) and isinstance(node.target, ast.Name):
             yield node.target.id
-        elif isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store) and isinstance(node.value, ast.Name):
-            yield node.value.id
+        elif isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store):
+            yield from _of(node.value)
         elif isinstance(node, ast.Call):
             name = getattr(node.func, "attr", getattr(node.func, "id", ""))
             inplace = any(one.arg in ("inplace", "out") for one in node.keywords)
             owner = [node.func.value] if isinstance(node.func, ast.Attribute) else []
             if inplace or (name.endswith("_") and not name.endswith("__")):
-                yield from (one.id for one in (*owner, *node.args) if isinstance(one, ast.Name))
+                yield from (name for one in (*owner, *node.args) for name in _of(one))
+
+
+def _of(node: ast.AST) -> Iterator[str]:
+    """The name of what an expression is, or is an entry, an attribute or a view of."""
+    while isinstance(node, (ast.Attribute, ast.Subscript, ast.Call)):
+        node = node.func if isinstance(node, ast.Call) else node.value
+    if isinstance(node, ast.Name):
+        yield node.id

@@ -149,6 +149,10 @@ class Edit:
         Raises:
             Unreadable: it went by what holds for the example alone, or by what no guard can ask for.
         """
+        for step in self.call.steps:
+            within = place(self.code, step.at) if isinstance(step, Call) and step.at is not None else None
+            if within in found.vanished and (asked := next(step.observed(), None)) is not None:  # type: ignore[union-attr]
+                raise Unreadable(f"{asked[0].shown} asks {asked[1]}, which holds for the example alone")
         for one in inside(self.call, self.out):
             for told in one.answers:
                 if one is not self.call or told.code is not self.code or place(self.code, told.at) in found.vanished:

@@ -6,10 +6,14 @@ import ast
 from collections.abc import Mapping
 
 from structrep.errors import Unreadable
+from structrep.modules.boxes import written
 from structrep.modules.definitions import Put, Reaching
 from structrep.rewrite.syntax import Syntax
 
 _KINDS = {"ndim", "dtype", "device", "dim", "is_cuda", "requires_grad"}  # what a merge changes of no value
+
+
+_AROUND = (ast.If, ast.For, ast.While, ast.With, ast.Try, ast.Match, ast.FunctionDef)
 
 
 class Judge:
@@ -38,20 +42,22 @@ class Judge:
         return self._gone_by()
 
     def _check_writes(self, put: Mapping[ast.AST, Put]) -> None:
-        """Raise if text that stays, and was not seen to run, may write to the value that a layer is given."""
-        bases = {one.base for one in put.values() if isinstance(one.base, str)}
+        """Raise if text that stays, and was not seen to run, may write to what a layer is given, or to what is handed on
+        by one that does nothing any more."""
+        read = {one.base for one in put.values() if isinstance(one.base, str)}
+        idle = [text for text, numbers in self.syntax.values.items() if numbers & self.syntax.wanted.changed]
+        for text in (*idle, *(text for text, _ in self.syntax.wanted.takers)):
+            if isinstance(text, ast.AST):
+                read |= {
+                    n.id for n in self.syntax.operands(text) if isinstance(n, ast.Name) and n.id != self.syntax.itself
+                }
         for node in ast.walk(self.syntax.tree):
-            if node in self.vanished or node in self.syntax.wanted.kept:
+            if node in self.vanished or not isinstance(node, ast.stmt) or isinstance(node, _AROUND):
                 continue
-            written: list[ast.AST] = []
-            if isinstance(node, ast.Call):
-                if isinstance(node.func, ast.Attribute) and node.func.attr.endswith("_"):
-                    written.append(node.func.value)
-                written += [keyword.value for keyword in node.keywords if keyword.arg == "out"]
-            elif isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store):
-                written.append(node.value)
-            if any(_root(one) in bases for one in written):
-                raise Unreadable(f"line {getattr(node, 'lineno', 0)} may write to what the merged layer is given")
+            if any(part in self.syntax.wanted.kept | self.syntax.wanted.free for part in ast.walk(node)):
+                continue
+            if not read.isdisjoint(written(node)):
+                raise Unreadable(f"line {node.lineno} may write to what the merged layer is given")
 
     def _check_reads(self) -> None:
         """Raise if anything that stays reads a value that will be another, but for what was seen to and takes nothing
@@ -142,10 +148,3 @@ class Judge:
                 and not self.syntax.is_unreachable(node)
             ):
                 raise Unreadable(f"line {node.lineno} may do more than what is merged")
-
-
-def _root(node: ast.AST) -> str | None:
-    """The name of what an expression is an entry, an attribute or a view of."""
-    while isinstance(node, (ast.Attribute, ast.Subscript, ast.Call)):
-        node = node.func if isinstance(node, ast.Call) else node.value
-    return node.id if isinstance(node, ast.Name) else None

@@ -63,7 +63,7 @@ class Steps:
         kinds = {text: self._kind(text, steps) for text, steps in texts.items()}
         values: dict[ast.AST | str, frozenset[int]] = {}
         for name, given in self.call.arguments().items():
-            if isinstance(given, fx.Proxy):
+            if isinstance(given, fx.Proxy) and not VALUE.known(given.node):
                 values[name] = frozenset({self._number(given.node)})
         if isinstance(self.call.result, fx.Proxy):
             values["return"] = frozenset({self._number(self.call.result.node)})
