@@ -42,8 +42,8 @@ class Judge:
         return self._gone_by()
 
     def _check_writes(self, put: Mapping[ast.AST, Put]) -> None:
-        """Raise if text that stays, and was not seen to run, may write to what a layer is given, or to what is handed on
-        by one that does nothing any more."""
+        """Raise if text that stays, and was not seen to run, may write to what a layer is given, or to what is handed
+        on by one that does nothing any more."""
         read = {one.base for one in put.values() if isinstance(one.base, str)}
         idle = [text for text, numbers in self.syntax.values.items() if numbers & self.syntax.wanted.changed]
         for text in (*idle, *(text for text, _ in self.syntax.wanted.takers)):
