@@ -7,6 +7,7 @@ import ast
 import functools
 import inspect
 import linecache
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import CodeType, FunctionType
@@ -34,7 +35,7 @@ class EditedMethod:
     def compile(self, filename: str, base: type) -> Any:
         """The function, with all decorators that the original has around it."""
         *around, plain = layers(original(base, self.name))
-        linecache.cache[filename] = (len(self.source), None, self.source.splitlines(keepends=True), filename)
+        linecache.cache[filename] = (len(self.source), None, re.findall(r".*\n|.+", self.source), filename)
         code = compiled(self.source, plain.__code__, filename)
         cells = dict(zip(plain.__code__.co_freevars, plain.__closure__ or (), strict=True))
         made = _copied(plain, code, tuple(cells[name] for name in code.co_freevars))

@@ -42,6 +42,7 @@ class Reaching:
         put: texts that are replaced.
         removed: statements that are left out.
         behind: statements that are replaced, and run all the same: who reads the name behind them reads what was put.
+        writes: the names whose values a text may write to in place; it counts as a definition of them.
     """
 
     def __init__(
@@ -52,7 +53,10 @@ class Reaching:
         removed: Set[ast.stmt] = frozenset(),
         *,
         behind: bool = False,
+        writes: Callable[[ast.AST], Iterable[str]] = lambda text: (),
     ) -> None:
+        self.writes = writes
+        self.within: list[dict[str, set[Definition]]] = []  # what is defined where it may be left at any point
         self.known, self.put, self.removed, self.behind = known, put or {}, removed, behind
         self.reads: dict[ast.AST, frozenset[Definition]] = {}  # of names, and of texts that are replaced by a name
         self.loops: list[_Loop] = []
@@ -104,7 +108,8 @@ class Reaching:
             for item in one.items:
                 self._evaluate(item.context_expr, names)
                 self._bind(item.optional_vars, names)
-            return self._block(one.body, names)
+            after, anywhere = self._left_anywhere(one.body, names)
+            return _either([after, anywhere])  # a context may end what is raised in it
         if isinstance(one, ast.Try):
             return self._try(one, names)
         if isinstance(one, ast.Match):
@@ -142,6 +147,8 @@ class Reaching:
                 self._read(gone, names)
         if isinstance(one, (ast.Return, ast.Raise)):
             return None
+        if isinstance(one, (ast.Assign, ast.AugAssign, ast.AnnAssign)):
+            self._write(one, names)
         targets = one.targets if isinstance(one, (ast.Assign, ast.Delete)) else [getattr(one, "target", None)]
         if not (isinstance(one, ast.AnnAssign) and one.value is None):
             for target in targets:
@@ -168,15 +175,10 @@ class Reaching:
         return _either([self._block(loop.orelse, start), *left])
 
     def _try(self, one: ast.Try, names: Names) -> Names | None:
-        after: Names | None = names
-        reached = [names]
-        for inner in one.body:
-            after = self._block([inner], after)
-            reached += [after] if after is not None else []
-        anywhere = _either(reached)
+        after, anywhere = self._left_anywhere(one.body, names)
         ways: list[Names | None] = [self._block(one.orelse, after)]
         for handler in one.handlers:
-            caught = dict(anywhere or {})
+            caught = dict(anywhere)
             if handler.name is not None:
                 self._define(caught, handler.name, handler)
             ways.append(self._block(handler.body, caught))
@@ -184,6 +186,13 @@ class Reaching:
         if one.finalbody:  # which runs whatever happened before
             self._block(one.finalbody, _either([anywhere, *ways]))
         return self._block(one.finalbody, ended)
+
+    def _left_anywhere(self, body: list[ast.stmt], names: Names) -> tuple[Names | None, Names]:
+        """What holds behind some statements, and where they may be left."""
+        self.within.append({})
+        after = self._block(body, dict(names))
+        made = self.within.pop()
+        return after, {**names, **{name: names.get(name, frozenset({None})) | by for name, by in made.items()}}
 
     # --- expressions ------------------------------------------------------------------------------------------------
 
@@ -193,6 +202,11 @@ class Reaching:
         for walrus in assigned:  # before or behind the other reads in the expression
             self._define(names, walrus.target.id, walrus.target, perhaps=True)
         self._visit(node, names)
+        self._write(node, names)
+
+    def _write(self, text: ast.AST, names: Names) -> None:
+        for name in self.writes(text):
+            self._define(names, name, text, perhaps=True)
 
     def _visit(self, node: ast.AST, names: Names) -> None:
         put = self.put.get(node)
@@ -240,6 +254,8 @@ class Reaching:
     def _define(self, names: Names, name: str, by: ast.AST, perhaps: bool = False) -> None:
         before = names.get(name, frozenset({None})) if perhaps else frozenset()
         names[name] = before | {by}
+        for made in self.within:
+            made.setdefault(name, set()).add(by)
         self.all.setdefault(name, set()).add(by)
 
 

@@ -121,11 +121,17 @@ def _block(code: CodeType) -> ast.Module | None:
     return tree
 
 
-@functools.lru_cache(4096)
 def definition(
     code: CodeType,
 ) -> tuple[ast.FunctionDef | ast.Lambda, dict[ast.AST, ast.AST], dict[Any, ast.AST]] | None:
     """The syntax of code, what each part of it is in, and where it stands; None if it cannot be read."""
+    return _definition(code, code.co_filename)
+
+
+@functools.lru_cache(4096)  # codes of two files may be equal
+def _definition(
+    code: CodeType, file: str
+) -> tuple[ast.FunctionDef | ast.Lambda, dict[ast.AST, ast.AST], dict[Any, ast.AST]] | None:
     tree = _file(code.co_filename) or _block(code)
     kinds = (ast.FunctionDef, ast.Lambda)
     inside = [one for one in _positions(code) if None not in one and one[2] != one[3]]

@@ -55,7 +55,7 @@ def _names(tree: ast.FunctionDef) -> frozenset[str]:
 
 
 class _Settings(ast.NodeTransformer):
-    """Puts a condition in terms of a module's attributes, by what its names were given; modules are not trained."""
+    """Puts a condition in terms of a module's attributes, by what its names were given."""
 
     def __init__(self, tree: ast.FunctionDef, fixed: frozenset[str]) -> None:
         self.itself, self.alone, self.fixed = tree.args.args[0].arg, True, fixed
@@ -75,14 +75,12 @@ class _Settings(ast.NodeTransformer):
                 return node
             if node.id in self.known:
                 return self.visit(ast.parse(ast.unparse(self.known.pop(node.id)), mode="eval").body)
-        elif isinstance(node, ast.Attribute) and node.attr == "training":
-            return ast.Constant(False)
         elif isinstance(node, ast.Call):
             asks = isinstance(node.func, ast.Name) and node.func.id in ("getattr", "hasattr")
             if asks and not node.keywords and all(isinstance(one, ast.Constant) for one in node.args[1:]):
                 node.args[0] = self.visit(node.args[0])
                 return node
-        elif isinstance(node, _PLAIN):
+        elif isinstance(node, _PLAIN) and getattr(node, "attr", "") != "training":
             return self.generic_visit(node)
         self.alone = False
         return node

@@ -17,9 +17,10 @@ from structrep.errors import Unreadable
 from structrep.graph.calls import Call, Traced
 from structrep.graph.facts import FORMULA, VALUE
 from structrep.graph.reads import Read
+from structrep.modules.mentions import mentions
 from structrep.modules.positions import definition, imported, parts_of, place
 from structrep.modules.presence import path_to
-from structrep.modules.source import written_in
+from structrep.modules.source import functions, written_in
 from structrep.modules.uses import Use
 from structrep.rewrite import guards
 from structrep.rewrite.conditions import answer
@@ -63,8 +64,7 @@ class Edit:
         self.reads: list[Guard] = []
         self.asked: list[Guard] = []  # of parts that vanish: for as long as nothing is applied
         self._note_guards(found)
-        named = set(found.mentions) - {"*"} | (set(call.module._modules) if "*" in found.mentions else set())
-        self.mentions = {f"{call.path}.{path}" if call.path else path for path in named}
+        self.mentions = {f"{call.path}.{path}" if call.path else path for path in self._mentioned(found.mentions)}
         self.method()
 
     @property
@@ -149,10 +149,9 @@ class Edit:
         Raises:
             Unreadable: it went by what holds for the example alone, or by what no guard can ask for.
         """
-        for step in self.call.steps:
-            within = place(self.code, step.at) if isinstance(step, Call) and step.at is not None else None
-            if within in found.vanished and (asked := next(step.observed(), None)) is not None:  # type: ignore[union-attr]
-                raise Unreadable(f"{asked[0].shown} asks {asked[1]}, which holds for the example alone")
+        for call in self._vanished_calls(found):
+            for asker, told in call.observed():
+                raise Unreadable(f"{asker.shown} asks {told}, which holds for the example alone")
         for one in inside(self.call, self.out):
             for told in one.answers:
                 if one is not self.call or told.code is not self.code or place(self.code, told.at) in found.vanished:
@@ -164,16 +163,40 @@ class Edit:
             if any((one in found.vanished and one not in assumed) if one is not None else helped for one in asked):
                 self.reads += self._guard(path, read)
         self.reads += [made for test in found.assumed for made in self._assumed(test)]
-        for one in inside(self.call, self.out):
-            if one is self.call:
-                continue
-            self.asked += [
-                made for (path, _), read in one.reads.items() for made in self._guard(path, read, of_part=True)
-            ]
+        for one in self._vanished_calls(found):
+            for (path, _), read in one.reads.items():
+                # what a part that goes is set to matters no more; what its caller's methods ask does
+                of_part = (
+                    one.method == "forward"
+                    and f"{path}.".startswith(f"{one.path}.")
+                    and one.module is not self.call.module
+                )
+                (self.asked if of_part else self.reads).extend(self._guard(path, read, of_part))
             if isinstance(one.code, FunctionType) and not one.leaf:
                 for read in namespace_reads([(one.code.__code__, one.code.__globals__, one.code)]):
                     if guards.unlike("it", read.told) is not None:
                         raise Unreadable(f"{self.call.shown} goes by {read.text}, which may be set to something else")
+
+    def _mentioned(self, paths: frozenset[str]) -> set[str]:
+        """The paths of all that text may ask a module for, by its methods too."""
+        module, known = self.call.module, functions(type(self.call.module))
+        named: set[str] = set(paths)
+        for name in [path.partition(".")[0] for path in paths]:
+            inner = mentions(type(module), name) if name in known else frozenset()
+            named |= {"*"} if inner is None or hasattr(nn.Module, name) else inner
+            held = module._modules.get(name)
+            if held is not None and any(f"{name}." in path and not _has(module, path) for path in paths):
+                named.add(f"{name}.*")
+        every = {prefix.removesuffix("*") for prefix in named if prefix.endswith("*")}
+        below = {path for path, _ in module.named_modules() if any(path.startswith(prefix) for prefix in every)}
+        return {path for path in named | below if path and not path.endswith("*")}
+
+    def _vanished_calls(self, found: Edited) -> Iterator[Call]:
+        """The calls that are made no more, of parts and of methods."""
+        for step in self.call.steps:
+            within = place(self.code, step.at) if isinstance(step, Call) and step.at is not None else None
+            if isinstance(step, Call) and within in found.vanished:
+                yield from step.all_calls()
 
     def _is_of_others(self, call: ast.Call) -> bool:
         """Whether a call runs a function of the user's, which may ask for something itself."""
@@ -193,7 +216,8 @@ class Edit:
             numbers = (
                 isinstance(holder, _OF_LAYERS) and name in _plain(holder).__constants__
             )  # as of a layer that is called
-            if name == "training" or read.text.endswith(" is None)") or numbers:
+            parts = isinstance(holder, (nn.ModuleList, nn.ModuleDict, nn.Sequential))  # how many there are, say
+            if name == "training" or read.text.endswith(" is None)") or numbers or parts:
                 return []
         if not of_part and self._is_no_matter(f"self{read.text}"):
             return []
@@ -250,3 +274,15 @@ class Edit:
 def _plain(layer: nn.Module) -> Any:
     """The class of torch's that a layer is one of."""
     return next(one for one in type(layer).__mro__ if one.__module__.startswith("torch.nn."))
+
+
+def _has(module: nn.Module, path: str) -> bool:
+    """Whether there is a module, a tensor or a setting of a module at a path."""
+    *way, name = path.split(".")
+    for one in way:
+        found = module._modules.get(one)
+        if found is None:
+            return False
+        module = found
+    held = (module._modules, module._parameters, module._buffers, vars(module))
+    return any(name in one for one in held)

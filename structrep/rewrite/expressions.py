@@ -93,7 +93,7 @@ class _Editor:
     def _try(self, places: dict[ast.AST, Piece]) -> Edited:
         outer = [place for place in places if not any(one in places for one in self.syntax.around(place))]
         put = {place: Put("", self._named(place, piece)) for place, piece in places.items()}
-        unedited = Reaching(self.syntax.tree, self.syntax.known, put, behind=True)
+        unedited = Reaching(self.syntax.tree, self.syntax.known, put, behind=True, writes=self.syntax.may_write)
         self.read_as: dict[ast.AST, tuple[ast.Name, frozenset[Definition]]] = {}
         for place, piece in places.items():
             put[place] = Put(self._base(place, piece, unedited), put[place].name)
@@ -105,7 +105,7 @@ class _Editor:
             raise Unreadable(f"line {getattr(kept, 'lineno', 0)} does more than what is merged")
         bases = set[Definition]().union(*(made for _, made in self.read_as.values()))
         removed = self._sweep(put, unedited, bases)
-        after = Reaching(self.syntax.tree, self.syntax.known, put, removed)
+        after = Reaching(self.syntax.tree, self.syntax.known, put, removed, writes=self.syntax.may_write)
         vanished = self.replaced | {node for one in removed for node in ast.walk(one)}
         if left := next((text for text in self.syntax.wanted.gone if text not in vanished), None):
             raise Unreadable(f"line {getattr(left, 'lineno', 0)} computes what is merged, and may not vanish")
@@ -117,7 +117,9 @@ class _Editor:
                 raise Unreadable(f"line {getattr(node, 'lineno', 0)} reads {name}, which would be another on some path")
         for place, piece in places.items():
             self._check_base(place, piece, put[place], unedited, after)
-        asked = Judge(self.syntax, unedited, vanished).check(put)
+        in_eval = Reaching(self.syntax.tree, self.syntax.known_in_eval, put, behind=True, writes=self.syntax.may_write)
+        given = [self.syntax.canonical(name, in_eval) for name, _ in self.read_as.values()]
+        asked = Judge(self.syntax, unedited, in_eval, vanished).check(given)
         return Writer(self.syntax, places, put, removed).written(outer, vanished, asked)
 
     def _named(self, place: ast.AST, piece: Piece) -> str | None:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Mapping
+from collections.abc import Sequence
 
 from structrep.errors import Unreadable
-from structrep.modules.boxes import written
-from structrep.modules.definitions import Put, Reaching
-from structrep.rewrite.syntax import Syntax
+from structrep.modules.boxes import FILLS
+from structrep.modules.definitions import Definition, Reaching
+from structrep.modules.presence import path_to
+from structrep.rewrite.syntax import COMPREHENSIONS, Syntax, names_in
 
 _KINDS = {"ndim", "dtype", "device", "dim", "is_cuda", "requires_grad"}  # what a merge changes of no value
-
-
-_AROUND = (ast.If, ast.For, ast.While, ast.With, ast.Try, ast.Match, ast.FunctionDef)
 
 
 class Judge:
@@ -21,14 +19,18 @@ class Judge:
 
     Args:
         before: what reaches each read where all runs that ran.
+        in_eval: the same in eval mode, for which alone layers are merged.
         vanished: the syntax that is to be no more.
     """
 
-    def __init__(self, syntax: Syntax, before: Reaching, vanished: set[ast.AST]) -> None:
-        self.syntax, self.before, self.vanished = syntax, before, vanished
+    def __init__(self, syntax: Syntax, before: Reaching, in_eval: Reaching, vanished: set[ast.AST]) -> None:
+        self.syntax, self.before, self.in_eval, self.vanished = syntax, before, in_eval, vanished
 
-    def check(self, put: Mapping[ast.AST, Put]) -> set[ast.AST]:
+    def check(self, bases: Sequence[frozenset[Definition]]) -> set[ast.AST]:
         """Raise if the edit is not right on every path; gives what stays of that which the vanishing text went by.
+
+        Args:
+            bases: the definitions with which merged layers are given something.
 
         Raises:
             Unreadable: it is not.
@@ -37,14 +39,16 @@ class Judge:
         used = (n for n in self.syntax.wanted.misused if n not in self.vanished and not self.syntax.is_unreachable(n))
         if (first := next(used, None)) is not None:
             raise Unreadable(f"line {getattr(first, 'lineno', 0)} may use what is merged otherwise")
-        self._check_writes(put)
-        self._check_effects()
-        return self._gone_by()
+        self._check_writes()
+        self._check_vanished(bases)
+        asked = self._gone_by()
+        self._check_effects(asked)
+        return asked
 
-    def _check_writes(self, put: Mapping[ast.AST, Put]) -> None:
-        """Raise if text that stays, and was not seen to run, may write to what a layer is given, or to what is handed
-        on by one that does nothing any more."""
-        read = {one.base for one in put.values() if isinstance(one.base, str)}
+    def _check_writes(self) -> None:
+        """Raise if text that stays, and was not seen to run, may write to what a layer hands on that does nothing any
+        more."""
+        read = set[str]()
         idle = [text for text, numbers in self.syntax.values.items() if numbers & self.syntax.wanted.changed]
         for text in (*idle, *(text for text, _ in self.syntax.wanted.takers)):
             if isinstance(text, ast.AST):
@@ -52,12 +56,8 @@ class Judge:
                     n.id for n in self.syntax.operands(text) if isinstance(n, ast.Name) and n.id != self.syntax.itself
                 }
         for node in ast.walk(self.syntax.tree):
-            if node in self.vanished or not isinstance(node, ast.stmt) or isinstance(node, _AROUND):
-                continue
-            if any(part in self.syntax.wanted.kept | self.syntax.wanted.free for part in ast.walk(node)):
-                continue
-            if not read.isdisjoint(written(node)):
-                raise Unreadable(f"line {node.lineno} may write to what the merged layer is given")
+            if node not in self.vanished and not read.isdisjoint(self.syntax.may_write(node)):
+                raise Unreadable(f"line {getattr(node, 'lineno', 0)} may write to what a merged layer hands on")
 
     def _check_reads(self) -> None:
         """Raise if anything that stays reads a value that will be another, but for what was seen to and takes nothing
@@ -67,7 +67,9 @@ class Judge:
                 continue
             found = [self.syntax.values_of(one) for one in self.syntax.canonical(node, self.before)]
             changed = any(self.syntax.wanted.changed & numbers for numbers in found)
-            if changed and not self._asks_kind(node) and not self._is_taken(node, frozenset().union(*found)):
+            always = all(numbers and numbers <= self.syntax.wanted.changed for numbers in found)
+            taken = always and self._is_taken(node, frozenset().union(*found))
+            if changed and not self._asks_kind(node) and not taken:
                 raise Unreadable(f"line {node.lineno} reads {node.id}, which is what a merged layer gives")
         for text, numbers in self.syntax.values.items():
             kept = isinstance(text, ast.expr) and text not in self.vanished
@@ -79,6 +81,25 @@ class Judge:
             )
             if not any(number in numbers and numbers <= self.syntax.wanted.changed for numbers in given):
                 raise Unreadable(f"line {getattr(text, 'lineno', 0)} may be given something else on some path")
+
+    def _check_vanished(self, bases: Sequence[frozenset[Definition]]) -> None:
+        """Raise if what vanishes may have read something else on another path than what is merged."""
+        for node in self.vanished:
+            made = self.syntax.canonical(node, self.in_eval) if node in self.in_eval.reads else frozenset()
+            if len(made) < 2 or self._is_in_a_loop(node) or self.syntax.is_unreachable(node):
+                continue
+            if any(one in self.vanished for one in made) or made not in bases:
+                raise Unreadable(f"line {getattr(node, 'lineno', 0)} may take something else on another path")
+        for node in self.vanished:
+            for around in self.syntax.around(node) if node in self.syntax.wanted.gone else ():
+                if isinstance(around, ast.Try) and around not in self.vanished:
+                    raise Unreadable(f"line {around.lineno} tries what is merged")
+
+    def _is_in_a_loop(self, node: ast.AST) -> bool:
+        """Whether something is in a loop that vanishes as a whole."""
+        return any(
+            isinstance(one, (ast.For, *COMPREHENSIONS)) and one in self.vanished for one in self.syntax.around(node)
+        )
 
     def _sources(self, node: ast.AST) -> frozenset[int]:
         """The numbers of all values that an expression may be; none if any may be another."""
@@ -135,16 +156,65 @@ class Judge:
                 pending += [n for n in new if n in self.before.reads]
         return found
 
-    def _check_effects(self) -> None:
-        """Raise if what is no longer run may do more than compute, or goes by what is set elsewhere."""
-        for node in self.vanished:
-            if isinstance(node, ast.Name) and node.id in self.syntax.wanted.settings and isinstance(node.ctx, ast.Load):
-                raise Unreadable(f"line {node.lineno} goes by {node.id}, which may be set to something else")
-            if isinstance(node, (ast.NamedExpr, ast.Return, ast.Raise, ast.Delete, ast.Assert)):
-                raise Unreadable(f"line {node.lineno} does more than what is merged")
-            if (
-                isinstance(node, ast.Call)
-                and not self.syntax.only_computes(node)
-                and not self.syntax.is_unreachable(node)
+    def _check_effects(self, asked: set[ast.AST]) -> None:
+        """Raise if what is no longer run may do more than compute, or goes by what no guard can ask for."""
+        for node in self.vanished | asked:
+            line = f"line {getattr(node, 'lineno', 0)}"
+            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and self._is_outside(node):
+                raise Unreadable(f"{line} goes by {node.id}, which may be set to something else")
+            if isinstance(node, ast.Attribute) and path_to(node, self.syntax.itself) in self.syntax.wanted.computed:
+                raise Unreadable(f"{line} goes by {node.attr}, which is computed")
+            odd = isinstance(node, ast.Attribute) and node.attr in ("__class__", "__dict__")
+            if odd or (
+                isinstance(node, (ast.NamedExpr, ast.Return, ast.Raise, ast.Delete, ast.Assert)) and node not in asked
             ):
-                raise Unreadable(f"line {node.lineno} may do more than what is merged")
+                raise Unreadable(f"{line} does more than what is merged")
+            plain = isinstance(node, ast.Call) and not self.syntax.only_computes(node)
+            if plain and not self.syntax.is_unreachable(node):
+                raise Unreadable(f"{line} may do more than what is merged")
+        self._check_settings(asked)
+
+    def _is_outside(self, name: ast.Name) -> bool:
+        """Whether a name is of what may be set elsewhere: in the file, in a function around, in a class."""
+        if name.id in self.syntax.wanted.settings or name.id in self.syntax.code.co_freevars:
+            return True
+        parent = self.syntax.parents.get(name)
+        of_class = isinstance(parent, ast.Attribute) or (isinstance(parent, ast.Call) and name.id == "type")
+        outside = self.before.reads.get(name) == frozenset({None}) and name.id not in self.syntax.wanted.libraries
+        return outside and of_class
+
+    def _check_settings(self, asked: set[ast.AST]) -> None:
+        """Raise if the method may set itself what vanishing text goes by: a guard at its start would ask too early."""
+        nodes = [node for node in self.vanished | asked if isinstance(node, (ast.Attribute, ast.Name))]
+        paths = {path_to(node, self.syntax.itself) for node in nodes if isinstance(node, ast.Attribute)}
+        settings = {path.partition(".")[0] for path in paths if path} - self.syntax.parts.keys() - {"training"}
+        names = {n.id for n in nodes if isinstance(n, ast.Name) and not self._has_values(n)} - {self.syntax.itself}
+        for node in ast.walk(self.syntax.tree):
+            found: set[str] = set()
+            if isinstance(node, (ast.Attribute, ast.Subscript)) and isinstance(node.ctx, (ast.Store, ast.Del)):
+                found = {node.attr} if isinstance(node, ast.Attribute) else set()
+                found |= names_in(node) | {n.attr for n in ast.walk(node) if isinstance(n, ast.Attribute)}
+            elif self.syntax.is_unreachable(node):
+                continue
+            elif isinstance(node, ast.Call) and node not in self.syntax.located and settings:
+                own = path_to(node.func, self.syntax.itself)
+                bare = any(isinstance(one, ast.Name) and one.id == self.syntax.itself for one in node.args)
+                known = isinstance(node.func, ast.Name) and node.func.id in (
+                    "getattr",
+                    "hasattr",
+                    "isinstance",
+                    "super",
+                )
+                calm = own in self.syntax.parts or own in self.syntax.wanted.calm
+                if (own and "." not in own and not calm) or (bare and not known):
+                    raise Unreadable(f"line {node.lineno} may set what is merged by")
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node not in self.syntax.located:
+                changes = node.func.attr in FILLS | {"pop", "clear", "remove", "popitem", "sort", "reverse"}
+                if changes:
+                    found |= names_in(node.func) | {n.attr for n in ast.walk(node.func) if isinstance(n, ast.Attribute)}
+            if found & (settings | names):
+                raise Unreadable(f"line {getattr(node, 'lineno', 0)} may set what is merged by")
+
+    def _has_values(self, name: ast.Name) -> bool:
+        made = self.syntax.canonical(name, self.before) if name in self.before.reads else ()
+        return any(self.syntax.values_of(one) for one in made)

@@ -12,6 +12,7 @@ from torch import fx, nn
 
 from structrep.deployed.methods import Whole
 from structrep.graph.calls import Call
+from structrep.graph.reads import Read
 from structrep.graph.structures import is_traced
 from structrep.modules.positions import definition
 from structrep.modules.presence import path_to
@@ -49,6 +50,8 @@ def slot(forward: Forward, name: str, dead: Set[nn.Module]) -> Slot | None:
         dead: the modules that nothing calls any more.
     """
     module = forward.call.module
+    if forward.guards or any(map(_is_setting, forward.call.reads.values())):
+        return None  # which the layer's own way does not ask for
     parts = {key: None if part in dead else part for key, part in module._modules.items()}
     twin: nn.Module = object.__new__(type(module))
     twin.__dict__ = {**{k: v for k, v in vars(module).items() if k != name}, "_modules": {**parts, name: nn.Identity()}}
@@ -63,6 +66,12 @@ def slot(forward: Forward, name: str, dead: Set[nn.Module]) -> Slot | None:
         if source is not None and forward.env.get(source) in new.all_input_nodes[:1]:
             idle.add(new)
     return Slot(forward) if _Same(idle).all(_result(forward.graph), _result(graph)) else None
+
+
+def _is_setting(read: Read) -> bool:
+    """Whether a question is about what a module is set to, and not whether it has a part."""
+    plain = isinstance(read.holder, nn.Module) and read.text.startswith(".") and read.told is not None
+    return plain and read.text != ".training"
 
 
 def _result(graph: fx.Graph) -> Any:

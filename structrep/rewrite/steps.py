@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import ast
+import functools
+import inspect
 from collections.abc import Iterator
-from types import CodeType, ModuleType
+from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
-from torch import fx
+from torch import fx, nn
 
 from structrep.errors import Unreadable
 from structrep.graph.calls import Call
 from structrep.graph.facts import AT, VALUE
 from structrep.graph.queries import asks_shape, only_asserted
-from structrep.graph.structures import proxies
+from structrep.graph.structures import is_torch, proxies
+from structrep.modules.boxes import written
 from structrep.modules.positions import definition, parts_of, place
+from structrep.modules.source import functions, syntax, written_in
 from structrep.modules.uses import Place, Use, place_of
 from structrep.read.nodes import hands_on
 from structrep.rewrite.edits import Edits
@@ -97,6 +101,18 @@ class Steps:
             self.answers,
             frozenset(self._misused()),
             tuple(self._takers(texts, kinds)),
+            frozenset(
+                [
+                    *_calm_methods(_class_of(self.call.module)),
+                    *(path for path, part in self.call.module.named_modules() if _is_calm(part)),
+                ]
+            ),
+            frozenset(name for name in self.code.co_names if _is_computed(self.call.module, name)),
+            frozenset(
+                name
+                for name, value in named.items()
+                if callable(value) and written_in(value).startswith("torch") and not name.endswith("_")
+            ),
         )
 
     def _takers(
@@ -179,3 +195,39 @@ class Steps:
             if isinstance(node, (ast.For, ast.While)):
                 return True
         return False
+
+
+def _is_calm(part: nn.Module) -> bool:
+    """Whether a module writes to nothing that it is given, by what its layers are told, and its forwards' source."""
+    for one in part.modules():
+        own = is_torch(type(one)) or "forward" in _calm_methods(_class_of(one))
+        if getattr(one, "inplace", False) or not own:
+            return False
+    return True
+
+
+def _class_of(module: nn.Module) -> Any:
+    return type(module)
+
+
+@functools.lru_cache(4096)
+def _calm_methods(cls: Any) -> frozenset[str]:
+    """The methods of a class whose source writes to nothing in place and sets no attribute."""
+    found: set[str] = set()
+    for name, function in functions(cls).items():
+        tree = syntax(inspect.unwrap(function))
+        nodes = list(ast.walk(tree)) if tree is not None else []
+        stores = any(isinstance(n, (ast.Attribute, ast.Subscript)) and not isinstance(n.ctx, ast.Load) for n in nodes)
+        simple = (n for n in nodes if isinstance(n, ast.stmt) and n is not tree)
+        if nodes and not stores and not any(True for one in simple for _ in written(one)):
+            found.add(name)
+    return frozenset(found)
+
+
+def _is_computed(module: nn.Module, name: str) -> bool:
+    """Whether an attribute of a module is a property, or given by its class where there is none of that name."""
+    held = inspect.getattr_static(type(module), name, None)
+    if held is not None:
+        return hasattr(type(held), "__get__") and not isinstance(held, FunctionType)
+    own = type(module).__getattr__ is not nn.Module.__getattr__
+    return own and not any(name in one for one in (vars(module), module._modules, module._parameters, module._buffers))

@@ -20,7 +20,7 @@ _PURE = {"abs", "bool", "dict", "enumerate", "float", "getattr", "hasattr", "int
          "min", "range", "reversed", "slice", "sorted", "str", "sum", "tuple", "type", "zip"}  # fmt: skip
 _ODD = (ast.Global, ast.Nonlocal, ast.Yield, ast.YieldFrom, ast.Await)
 _NAMESPACES = {"locals", "vars", "eval", "exec", "dir", "globals"}
-_COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 
 
 class Syntax:
@@ -44,10 +44,75 @@ class Syntax:
         self.order = {node: place for place, node in enumerate(nodes)}
         self.values = dict(wanted.values)
         self.answers = dict(wanted.answers)
+        self.located = wanted.kept | wanted.free | wanted.gone
+        self.shared = self._shared()
         self.sums: set[ast.AST] = set()  # texts that add 0
-        plain = Reaching(self.tree, self.known)
+        plain = Reaching(self.tree, self.known, writes=self.may_write)
         self.sums = {node for node in wanted.free if self.adds_nothing(node, plain)}
         self.pieces = tuple(map(self._with_sums, wanted.pieces))
+
+    def _shared(self) -> dict[str, set[str]]:
+        """The names that may share memory with each name."""
+        groups: dict[str, set[str]] = {}
+        for node in ast.walk(self.tree):
+            targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+            value = node.iter if isinstance(node, (ast.For, ast.comprehension)) else getattr(node, "value", None)
+            if not isinstance(node, (ast.Assign, ast.AnnAssign, ast.NamedExpr, ast.For, ast.comprehension)):
+                continue
+            if value is None or self._is_new(value):
+                continue
+            named = [n for one in (value, *targets) if one is not None for n in ast.walk(one)]
+            names = {n.id for n in named if isinstance(n, ast.Name) and n.id != self.itself}
+            whole = names.union(*(groups.get(name, set()) for name in names))
+            for name in whole:
+                groups[name] = whole
+        return groups
+
+    def _is_new(self, value: ast.expr) -> bool:
+        """Whether an expression gives a tensor of its own: what a layer, or arithmetic, has made."""
+        if isinstance(value, (ast.BinOp, ast.UnaryOp, ast.Compare, ast.Constant)):
+            return True
+        if not isinstance(value, ast.Call) or value not in self.wanted.kept | self.wanted.gone:
+            return False
+        return path_to(value.func, self.itself) in self.parts
+
+    def may_write(self, text: ast.AST) -> set[str]:
+        """The names whose values a text may write to in place where it was not seen to run."""
+        found: set[str] = set()
+        if isinstance(text, ast.stmt):
+            targets = text.targets if isinstance(text, ast.Assign) else [getattr(text, "target", None)]
+            aug = isinstance(text, ast.AugAssign) and text not in self.located
+            stores = [n for t in targets if t is not None for n in ast.walk(t)]
+            for node in stores:
+                if aug or (isinstance(node, (ast.Subscript, ast.Attribute)) and isinstance(node.ctx, ast.Store)):
+                    found |= names_in(node)
+            if not isinstance(text, ast.AugAssign) and not found:
+                return set()  # its value is looked at by itself
+        for node in ast.walk(text) if not isinstance(text, ast.stmt) else ():
+            call = isinstance(node, ast.Call) and node not in self.located and not self._writes_nothing(node)
+            named = isinstance(node, ast.Attribute) and node.attr.endswith("_") and not node.attr.startswith("_")
+            if (call or (named and self.parents.get(node) not in self.located)) and not self.is_unreachable(node):
+                found |= names_in(node)
+        found -= {self.itself}
+        return found.union(*(self.shared.get(name, set()) for name in found))
+
+    def _writes_nothing(self, call: ast.Call) -> bool:
+        """Whether a call that was not seen to run surely writes to nothing that it is given."""
+        named = [keyword.arg for keyword in call.keywords]
+        if "inplace" in named or "out" in named:
+            return False
+        if isinstance(call.func, ast.Name):
+            constant = call.func.id == "getattr" and any(
+                isinstance(one, ast.Constant) and str(one.value).endswith("_") for one in call.args
+            )
+            known = _PURE | {"print", "callable", "id"} | self.wanted.functions
+            return call.func.id in known and not constant
+        path = path_to(call.func, self.itself)
+        if path is not None:
+            return path in self.wanted.calm
+        name = call.func.attr if isinstance(call.func, ast.Attribute) else "_"
+        root = next(iter(names_in(call.func)), "")
+        return not name.endswith("_") and not name.startswith("_") and root != "operator" and self.only_computes(call)
 
     def adds_nothing(self, text: ast.AST, plain: Reaching) -> bool:
         """Whether a text adds 0 to something, on every path."""
@@ -150,7 +215,7 @@ class Syntax:
         """Whether a part of the module is called by what a text in a generator or the like makes of it: what was seen
         to vanish there is all that it did."""
         around = [one for one in self.around(call) if one in self.wanted.gone]
-        inner = [one for one in self.around(call) if isinstance(one, _COMPREHENSIONS)]
+        inner = [one for one in self.around(call) if isinstance(one, COMPREHENSIONS)]
         if not around or not inner:
             return False
         targets = {
@@ -159,7 +224,21 @@ class Syntax:
         named = isinstance(call.func, ast.Name) and call.func.id in targets
         return named or path_to(call.func, self.itself) in self.parts
 
+    def known_in_eval(self, test: ast.expr) -> bool | None:
+        """The answer to a condition, if there is only one in eval mode."""
+        if (known := self.known(test)) is not None:
+            return known
+        if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
+            inner = self.known_in_eval(test.operand)
+            return None if inner is None else not inner
+        if isinstance(test, ast.BoolOp):
+            decides = isinstance(test.op, ast.Or)
+            return decides if any(self.known_in_eval(one) is decides for one in test.values) else None
+        return False if path_to(test, self.itself) == "training" else None
+
     def known(self, test: ast.expr) -> bool | None:
+        if isinstance(test, ast.Constant):
+            return bool(test.value)
         there = presence(test, self.itself, self.parts)
         return self.answers.get(test) if there is None else there
 
@@ -198,3 +277,8 @@ class Syntax:
         inside = [s for s in (*around.body, *around.orelse) if not isinstance(s, ast.Pass)]
         live = [s for s in inside if not self.is_dead(around, s)]
         return bool(live) and removed.issuperset(live)
+
+
+def names_in(node: ast.AST) -> set[str]:
+    """The names in an expression."""
+    return {one.id for one in ast.walk(node) if isinstance(one, ast.Name)}

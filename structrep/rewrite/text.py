@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import itertools
 import linecache
+import re
 from collections.abc import Iterable, Iterator
 from types import CodeType
 from typing import Any
@@ -179,5 +180,14 @@ class _Text:
                 alone = not head.strip() and not code.strip(b" \t;\n")
                 after[start[0] : end[0] + 1] = [] if alone else [head + tail]
             else:
-                after[start[0] : end[0] + 1] = (head + new.encode() + tail).splitlines(keepends=True)
+                text = (b" " if _joins(head[-1:], new[:1]) else b"") + new.encode()
+                text += b" " if _joins(tail[:1], new[-1:]) else b""
+                after[start[0] : end[0] + 1] = [*re.findall(rb".*\n|.+", head + text + tail)]
         return tuple(line.decode() for line in self.raw), tuple(line.decode() for line in after)
+
+
+def _joins(one: bytes, other: str) -> bool:
+    """Whether two characters beside each other would be of one word."""
+    return all(
+        character.isalnum() or character == "_" for character in (one.decode(errors="ignore"), other) if character
+    ) and bool(one)

@@ -41,6 +41,9 @@ class Wanted:
         changed: the numbers of values that will be others.
         answers: conditions on what the module is set to, and the answers that they have.
         misused: texts that may use some of what is merged without the rest.
+        computed: names of what the module's class computes when it is asked for.
+        calm: paths of parts, and names of methods, that surely write to nothing that they are given, nor set anything.
+        functions: names of torch's functions that write to nothing.
         takers: texts that stay, and take values that will be others, with the numbers of these.
     """
 
@@ -56,6 +59,9 @@ class Wanted:
     answers: tuple[tuple[ast.AST, bool], ...]
     misused: frozenset[ast.AST]
     takers: tuple[tuple[ast.AST, int], ...]
+    calm: frozenset[str]
+    computed: frozenset[str]
+    functions: frozenset[str]
 
 
 @dataclass(frozen=True)
