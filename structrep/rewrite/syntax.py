@@ -16,11 +16,89 @@ from structrep.modules.positions import definition
 from structrep.modules.presence import path_to, presence
 from structrep.rewrite.wanted import Piece, Wanted
 
-_PURE = {"abs", "bool", "dict", "enumerate", "float", "getattr", "hasattr", "int", "isinstance", "len", "list", "max",
+PURE = {"abs", "bool", "dict", "enumerate", "float", "getattr", "hasattr", "int", "isinstance", "len", "list", "max",
          "min", "range", "reversed", "slice", "sorted", "str", "sum", "tuple", "type", "zip"}  # fmt: skip
 _ODD = (ast.Global, ast.Nonlocal, ast.Yield, ast.YieldFrom, ast.Await)
 _NAMESPACES = {"locals", "vars", "eval", "exec", "dir", "globals"}
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+
+
+class Writes:
+    """What a method's text may write to in place, where it was not seen to run."""
+
+    def __init__(self, syntax: Syntax) -> None:
+        self.syntax = syntax
+        self.shared = self._shared()
+
+    def _shared(self) -> dict[str, set[str]]:
+        """The names that may share memory with each name."""
+        groups: dict[str, set[str]] = {}
+        for node in ast.walk(self.syntax.tree):
+            targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+            value = node.iter if isinstance(node, (ast.For, ast.comprehension)) else getattr(node, "value", None)
+            if not isinstance(node, (ast.Assign, ast.AnnAssign, ast.NamedExpr, ast.For, ast.comprehension)):
+                continue
+            if value is None or self._is_new(value):
+                continue
+            named = [n for one in (value, *targets) if one is not None for n in ast.walk(one)]
+            names = {n.id for n in named if isinstance(n, ast.Name) and n.id != self.syntax.itself}
+            whole = names.union(*(groups.get(name, set()) for name in names))
+            for name in whole:
+                groups[name] = whole
+        return groups
+
+    def _is_new(self, value: ast.expr) -> bool:
+        """Whether an expression gives a tensor of its own: what a layer, or arithmetic, has made."""
+        if isinstance(value, (ast.BinOp, ast.UnaryOp, ast.Compare, ast.Constant)):
+            return True
+        if not isinstance(value, ast.Call) or value not in self.syntax.wanted.kept | self.syntax.wanted.gone:
+            return False
+        return path_to(value.func, self.syntax.itself) in self.syntax.parts
+
+    def to(self, text: ast.AST) -> set[str]:
+        """The names whose values a text may write to in place where it was not seen to run."""
+        found: set[str] = set()
+        if isinstance(text, ast.stmt):
+            targets = text.targets if isinstance(text, ast.Assign) else [getattr(text, "target", None)]
+            aug = isinstance(text, ast.AugAssign) and text not in self.syntax.located
+            stores = [n for t in targets if t is not None for n in ast.walk(t)]
+            for node in stores:
+                if aug or (isinstance(node, (ast.Subscript, ast.Attribute)) and isinstance(node.ctx, ast.Store)):
+                    found |= names_in(node)
+            if not isinstance(text, ast.AugAssign) and not found:
+                return set()  # its value is looked at by itself
+        for node in ast.walk(text) if not isinstance(text, ast.stmt) else ():
+            call = isinstance(node, ast.Call) and node not in self.syntax.located and not self._writes_nothing(node)
+            named = isinstance(node, ast.Attribute) and node.attr.endswith("_") and not node.attr.startswith("_")
+            if (
+                call or (named and self.syntax.parents.get(node) not in self.syntax.located)
+            ) and not self.syntax.is_unreachable(node):
+                found |= names_in(node)
+        found -= {self.syntax.itself}
+        return found.union(*(self.shared.get(name, set()) for name in found))
+
+    def _writes_nothing(self, call: ast.Call) -> bool:
+        """Whether a call that was not seen to run surely writes to nothing that it is given."""
+        named = [keyword.arg for keyword in call.keywords]
+        if "inplace" in named or "out" in named:
+            return False
+        if isinstance(call.func, ast.Name):
+            constant = call.func.id == "getattr" and any(
+                isinstance(one, ast.Constant) and str(one.value).endswith("_") for one in call.args
+            )
+            known = PURE | {"print", "callable", "id"} | self.syntax.wanted.functions
+            return call.func.id in known and not constant
+        path = path_to(call.func, self.syntax.itself)
+        if path is not None:
+            return path in self.syntax.wanted.calm
+        name = call.func.attr if isinstance(call.func, ast.Attribute) else "_"
+        root = next(iter(names_in(call.func)), "")
+        return (
+            not name.endswith("_")
+            and not name.startswith("_")
+            and root != "operator"
+            and self.syntax.only_computes(call)
+        )
 
 
 class Syntax:
@@ -45,74 +123,11 @@ class Syntax:
         self.values = dict(wanted.values)
         self.answers = dict(wanted.answers)
         self.located = wanted.kept | wanted.free | wanted.gone
-        self.shared = self._shared()
+        self.may_write = Writes(self).to
         self.sums: set[ast.AST] = set()  # texts that add 0
         plain = Reaching(self.tree, self.known, writes=self.may_write)
         self.sums = {node for node in wanted.free if self.adds_nothing(node, plain)}
         self.pieces = tuple(map(self._with_sums, wanted.pieces))
-
-    def _shared(self) -> dict[str, set[str]]:
-        """The names that may share memory with each name."""
-        groups: dict[str, set[str]] = {}
-        for node in ast.walk(self.tree):
-            targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
-            value = node.iter if isinstance(node, (ast.For, ast.comprehension)) else getattr(node, "value", None)
-            if not isinstance(node, (ast.Assign, ast.AnnAssign, ast.NamedExpr, ast.For, ast.comprehension)):
-                continue
-            if value is None or self._is_new(value):
-                continue
-            named = [n for one in (value, *targets) if one is not None for n in ast.walk(one)]
-            names = {n.id for n in named if isinstance(n, ast.Name) and n.id != self.itself}
-            whole = names.union(*(groups.get(name, set()) for name in names))
-            for name in whole:
-                groups[name] = whole
-        return groups
-
-    def _is_new(self, value: ast.expr) -> bool:
-        """Whether an expression gives a tensor of its own: what a layer, or arithmetic, has made."""
-        if isinstance(value, (ast.BinOp, ast.UnaryOp, ast.Compare, ast.Constant)):
-            return True
-        if not isinstance(value, ast.Call) or value not in self.wanted.kept | self.wanted.gone:
-            return False
-        return path_to(value.func, self.itself) in self.parts
-
-    def may_write(self, text: ast.AST) -> set[str]:
-        """The names whose values a text may write to in place where it was not seen to run."""
-        found: set[str] = set()
-        if isinstance(text, ast.stmt):
-            targets = text.targets if isinstance(text, ast.Assign) else [getattr(text, "target", None)]
-            aug = isinstance(text, ast.AugAssign) and text not in self.located
-            stores = [n for t in targets if t is not None for n in ast.walk(t)]
-            for node in stores:
-                if aug or (isinstance(node, (ast.Subscript, ast.Attribute)) and isinstance(node.ctx, ast.Store)):
-                    found |= names_in(node)
-            if not isinstance(text, ast.AugAssign) and not found:
-                return set()  # its value is looked at by itself
-        for node in ast.walk(text) if not isinstance(text, ast.stmt) else ():
-            call = isinstance(node, ast.Call) and node not in self.located and not self._writes_nothing(node)
-            named = isinstance(node, ast.Attribute) and node.attr.endswith("_") and not node.attr.startswith("_")
-            if (call or (named and self.parents.get(node) not in self.located)) and not self.is_unreachable(node):
-                found |= names_in(node)
-        found -= {self.itself}
-        return found.union(*(self.shared.get(name, set()) for name in found))
-
-    def _writes_nothing(self, call: ast.Call) -> bool:
-        """Whether a call that was not seen to run surely writes to nothing that it is given."""
-        named = [keyword.arg for keyword in call.keywords]
-        if "inplace" in named or "out" in named:
-            return False
-        if isinstance(call.func, ast.Name):
-            constant = call.func.id == "getattr" and any(
-                isinstance(one, ast.Constant) and str(one.value).endswith("_") for one in call.args
-            )
-            known = _PURE | {"print", "callable", "id"} | self.wanted.functions
-            return call.func.id in known and not constant
-        path = path_to(call.func, self.itself)
-        if path is not None:
-            return path in self.wanted.calm
-        name = call.func.attr if isinstance(call.func, ast.Attribute) else "_"
-        root = next(iter(names_in(call.func)), "")
-        return not name.endswith("_") and not name.startswith("_") and root != "operator" and self.only_computes(call)
 
     def adds_nothing(self, text: ast.AST, plain: Reaching) -> bool:
         """Whether a text adds 0 to something, on every path."""
@@ -199,7 +214,7 @@ class Syntax:
         if call in self.wanted.gone or call in self.wanted.free or self.is_of_part(call):
             return True
         if isinstance(function, ast.Name):
-            return function.id in _PURE
+            return function.id in PURE
         if not isinstance(function, ast.Attribute):
             return False
         name, owner = function.attr, function.value
