@@ -284,7 +284,7 @@ def test_a_forward_that_is_not_followed_asks_for_a_dtype_that_a_merge_would_chan
             self.bn, self.conv = nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3)
 
         def forward(self, x):
-            if x.sum() > 1e9:
+            if str(x) == "never":
                 x = x + 1
             x = x * (2 if next(self.parameters()).dtype is torch.float64 else 3)
             return self.part(x)
@@ -567,7 +567,7 @@ def left(behind):
     """A forward that cannot be followed, and what it does then."""
 
     def forward(self, x):
-        if x.sum() > 1e9:
+        if str(x) == "never":
             x = x + 1
         return behind(self, x)
 
@@ -604,32 +604,32 @@ def around(forward, **more):
 
 
 def get_embeddings(self, x):
-    if x.sum() > 1e9:
+    if str(x) == "never":
         x = x + 1
     self.embeddings()
     return self.bn(self.tower(x))
 
 
 def get_a_device(self, x):
-    if x.sum() > 1e9:
+    if str(x) == "never":
         x = x + 1
     return self.bn(self.tower(x.to(next(self.parameters()).device)))
 
 
 def get_a_device_by_a_property(self, x):
-    if x.sum() > 1e9:
+    if str(x) == "never":
         x = x + 1
     return self.bn(self.tower(x.to(self.device)))
 
 
 def get_a_part_by_its_name(self, x):
-    if x.sum() > 1e9:
+    if str(x) == "never":
         x = x + 1
     return self.bn(getattr(self, "tower")(x))  # noqa: B009
 
 
 def loop_over_names(self, x):
-    if x.sum() > 1e9:
+    if str(x) == "never":
         x = x + 1
     for name in ("tower", "body"):
         x = getattr(self, name)(x)
@@ -637,7 +637,7 @@ def loop_over_names(self, x):
 
 
 def ask_in_training(self, x):
-    if x.sum() > 1e9:
+    if str(x) == "never":
         x = x + 1
     if self.training:
         x = x * sum(p.sum() for p in self.parameters())
@@ -669,35 +669,35 @@ def test_what_a_forward_that_is_not_followed_does_not_ask(program):
 
 
 def of_setting(self, x):
-    if x.sum() > 1e9:
+    if str(x) == "never":
         x = x + 1
     y = self.tower(x)
     return y.relu() if self.tower.bn.eps > 0 else y
 
 
 def of_type_by_a_method(self, x):
-    if x.sum() > 1e9:
+    if str(x) == "never":
         x = x + 1
     y = self.tower(x)
     return y.relu() if self.asks() else y
 
 
 def of_type_by_a_method_of_the_part(self, x):
-    if x.sum() > 1e9:
+    if str(x) == "never":
         x = x + 1
     y = self.tower(x)
     return y.relu() if self.tower.has_norm() else y
 
 
 def of_a_method_by_a_computed_name(self, x):
-    if x.sum() > 1e9:
+    if str(x) == "never":
         x = x + 1
     y = self.tower(x)
     return y.relu() if getattr(self, f"by_{self.how}")() else y
 
 
 def of_itself_by_a_function(self, x):
-    if x.sum() > 1e9:
+    if str(x) == "never":
         x = x + 1
     y = self.tower(x)
     return y.relu() if tower_has_norm(self) else y
@@ -708,13 +708,13 @@ def tower_has_norm(model):
 
 
 def of_all_parameters(self, x):
-    if x.sum() > 1e9:
+    if str(x) == "never":
         x = x + 1
     return self.tower(x) * len(list(self.parameters()))
 
 
 def of_more_of_the_first(self, x):
-    if x.sum() > 1e9:
+    if str(x) == "never":
         x = x + 1
     first = next(self.tower.parameters())
     return self.tower(x).to(first.dtype) * first.abs().sum()

@@ -469,4 +469,4 @@ def test_a_merge_that_cannot_be_written_leaves_the_smaller_ones():
     deploy = plan.apply()
     assert relative_error(deploy(X), model(X)) < 1e-13
     assert not isinstance(deploy.norm, nn.BatchNorm2d)
-    assert any("changes its arguments or itself" in refusal.reason for refusal in plan.refusals)
+    assert {merge.edit for merge in plan.merges} <= {"swap", "edit"}  # what it changes, it changes still

@@ -280,7 +280,7 @@ class Net(nn.Module):
 
 class Moody(Net):
     def forward(self, x):
-        if x.sum() > 1e9:
+        if str(x) == "never":
             x = x + 1
         return self.out(torch.relu(self.backbone(x)))
 

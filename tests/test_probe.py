@@ -21,7 +21,7 @@ class Opaque(nn.Module):
         self.inner = inner
 
     def forward(self, x):
-        if float(x.sum()) == 1e9:
+        if str(x) == "never":
             return x
         return torch.from_numpy(self.inner(x).detach().numpy().copy())
 
@@ -142,7 +142,7 @@ class Gained(nn.Module):
         self.bias = nn.Parameter(torch.randn(out))
 
     def forward(self, x):
-        if float(x.sum()) == 1e9:
+        if str(x) == "never":
             return x
         return F.conv2d(x, self.weight * self.gain.reshape(-1, 1, 1, 1), self.bias, padding=self.weight.shape[-1] // 2)
 
@@ -153,7 +153,7 @@ class Shifted(nn.Module):
         self.shift = nn.Parameter(torch.randn(channels))
 
     def forward(self, x):
-        return x + self.shift.reshape(-1, 1, 1) if float(x.sum()) != 1e9 else x
+        return x + self.shift.reshape(-1, 1, 1) if str(x) != "never" else x
 
 
 @structrep.reader(Gained)

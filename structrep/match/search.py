@@ -585,6 +585,8 @@ class Search:
         for where in written_in_forwards(changed):
             if where in self.findings.unwritable:
                 raise Unreadable(str(self.findings.unwritable[where]))
+            if (doubt := self.findings.callers.doubt(*where)) is not None:
+                raise Unreadable(doubt)
         owner = self.owner(inside | _scales(stretch))
         self._check_adapters(changed, inside)
         self.replicas.check(changed, owner)

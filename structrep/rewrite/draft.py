@@ -247,7 +247,7 @@ class Draft:
 
     def _edited(self, owner: Call, written_out: set[Call]) -> Edit | Untouched | None:
         """The method with its own text edited; None if that is not all that changes, or would not be right."""
-        if owner in self.anew:
+        if owner in self.anew or self.callers.doubt(*site(owner)) is not None:
             return None
         misuses: list[Use] = []
         for merge in self.owned[owner]:

@@ -27,10 +27,9 @@ from structrep.rewrite.conditions import answer
 from structrep.rewrite.edits import Edits
 from structrep.rewrite.expressions import edited
 from structrep.rewrite.guards import Guard
-from structrep.rewrite.otherwise import Comparison, Different, inside
+from structrep.rewrite.otherwise import inside
 from structrep.rewrite.steps import Steps
 from structrep.rewrite.wanted import Edited
-from structrep.trace.again import retrace
 from structrep.trace.instructions import namespace_reads
 
 _LIBRARIES = {"torch", "math", "numpy", "operator", "functools", "itertools"}
@@ -64,6 +63,7 @@ class Edit:
         self.reads: list[Guard] = []
         self.asked: list[Guard] = []  # of parts that vanish: for as long as nothing is applied
         self._note_guards(found)
+        self._guard_tensors(steps.gone)
         self.mentions = {f"{call.path}.{path}" if call.path else path for path in self._mentioned(found.mentions)}
         self.method()
 
@@ -157,11 +157,20 @@ class Edit:
                 if one is not self.call or told.code is not self.code or place(self.code, told.at) in found.vanished:
                     raise Unreadable(f"{one.shown} asks {told}, which holds for the example alone")
         assumed = {node for test in found.assumed for node in ast.walk(test)}
-        helped = any(isinstance(one, ast.Call) and self._is_of_others(one) for one in found.vanished)
+        helpers = [one for one in found.vanished if isinstance(one, ast.Call) and self._is_of_others(one)]
+        for helper in helpers:
+            held = self.space.get(helper.func.id) if isinstance(helper.func, ast.Name) else None
+            if isinstance(held, FunctionType):
+                self._check_names(held)
+                defaults = (*(held.__defaults__ or ()), *(held.__kwdefaults__ or {}).values())
+                if any(isinstance(one, (list, dict, set)) for one in defaults):
+                    raise Unreadable(f"{self.call.shown} goes by a default of {held.__name__}, which may change")
+        helped = bool(helpers)
+        counted = any(isinstance(one, ast.Name) and one.id == "len" for one in found.vanished)
         for (path, _), read in self.call.reads.items():
             asked = [place(code, at) if code is self.code else None for code, at, _ in read.places]
             if any((one in found.vanished and one not in assumed) if one is not None else helped for one in asked):
-                self.reads += self._guard(path, read)
+                self._demand_none(path, read, counted)
         self.reads += [made for test in found.assumed for made in self._assumed(test)]
         for one in self._vanished_calls(found):
             for (path, _), read in one.reads.items():
@@ -171,11 +180,26 @@ class Edit:
                     and f"{path}.".startswith(f"{one.path}.")
                     and one.module is not self.call.module
                 )
-                (self.asked if of_part else self.reads).extend(self._guard(path, read, of_part))
+                if of_part:
+                    self.asked += self._guard(path, read)
+                else:
+                    self._demand_none(path, read, counted=True)
             if isinstance(one.code, FunctionType) and not one.leaf:
-                for read in namespace_reads([(one.code.__code__, one.code.__globals__, one.code)]):
-                    if guards.unlike("it", read.told) is not None:
-                        raise Unreadable(f"{self.call.shown} goes by {read.text}, which may be set to something else")
+                self._check_names(one.code)
+
+    def _check_names(self, function: FunctionType) -> None:
+        """Raise if a function goes by what may be set outside of it."""
+        for read in namespace_reads([(function.__code__, function.__globals__, function)]):
+            if guards.unlike("it", read.told) is not None:
+                raise Unreadable(f"{self.call.shown} goes by {read.text}, which may be set to something else")
+
+    def _guard_tensors(self, gone: set[fx.Node]) -> None:
+        """Guard tensors of the module itself that are merged to be None, as they are then: they may be set later."""
+        held = (given for node in gone for given in node.all_input_nodes if VALUE.known(given))
+        paths = dict.fromkeys(self.traced.names.get(id(VALUE.of(given)), "") for given in held)
+        for holder, _, name in (path.rpartition(".") for path in paths if path):
+            if holder == self.call.path and not isinstance(self.call.module, _OF_LAYERS):
+                self.reads.append(replace(guards.gone(f"self.{name}", self.call.shown), scripted=True))
 
     def _mentioned(self, paths: frozenset[str]) -> set[str]:
         """The paths of all that text may ask a module for, by its methods too."""
@@ -204,37 +228,39 @@ class Edit:
         method = path_to(call.func, self.code.co_varnames[0])
         return isinstance(held, FunctionType) or (method is not None and method not in dict(parts_of(self.call.module)))
 
-    def _guard(self, path: str, read: Read, of_part: bool = False) -> list[Guard]:
-        """A guard for an answer, if something hangs on it that a merge does not settle.
+    def _demand_none(self, path: str, read: Read, counted: bool) -> None:
+        """Raise if something hangs on an answer that a merge does not settle: a forward written anew guards it.
 
         Args:
-            of_part: it is asked by what vanishes as a whole.
+            counted: whether code may count the parts of a container, instead of going through them.
         """
+        if isinstance(read.holder, (nn.ModuleList, nn.ModuleDict, nn.Sequential)) and not counted:
+            return
+        if self._guard(path, read):
+            raise Unreadable(f"{self.call.shown} goes by {read.of(path or 'the model')}, which may be set")
+
+    def _guard(self, path: str, read: Read) -> list[Guard]:
+        """A guard for an answer, if something hangs on it that a merge does not settle."""
         holder = read.holder
         if isinstance(holder, nn.Module):
             name = read.text.removeprefix(".")
-            numbers = (
-                isinstance(holder, _OF_LAYERS) and name in _plain(holder).__constants__
-            )  # as of a layer that is called
-            parts = isinstance(holder, (nn.ModuleList, nn.ModuleDict, nn.Sequential))  # how many there are, say
-            if name == "training" or read.text.endswith(" is None)") or numbers or parts:
+            own = holder is self.call.module and isinstance(holder, _OF_LAYERS)
+            if name == "training" or read.text.endswith(" is None)") or (own and name in _plain(holder).__constants__):
                 return []
-        if not of_part and self._is_no_matter(f"self{read.text}"):
-            return []
         prefix = f"{self.call.path}." if self.call.path else ""
         if not isinstance(holder, nn.Module) or not f"{path}.".startswith(prefix) or read.unstable:
             raise Unreadable(f"{self.call.shown} goes by {read.of(path or 'the model')}, which may change")
         spelt = ".".join(filter(None, ("self", path.removeprefix(self.call.path).lstrip("."))))
         made = guards.guard(read.of(spelt), read.of(spelt), read.told, self.call.shown, scripted=True)
-        if made is not None and "structrep_" in made.unlike and not of_part:
-            raise Unreadable(f"{self.call.shown} goes by {read.of(spelt)}, which no line of code compares")
         return [replace(made, scripted=True)] if made is not None else []
 
     def _assumed(self, test: ast.AST) -> Iterator[Guard]:
         """A guard for a condition that is taken to have the answer that it has."""
         found = self._answer(test)
-        if found is None or found[0] in ("False", "not False") or self._is_no_matter(found[0]):
+        if found is None:
             return
+        if "inplace" in found[0]:
+            raise Unreadable(f"{self.call.shown} goes by {found[0]}, which may be no matter")
         spelt, told = found
         made = guards.guard(f"bool({spelt})", spelt, told, self.call.shown, scripted=True)
         assert made is not None
@@ -245,20 +271,6 @@ class Edit:
 
     def _answer(self, test: ast.AST) -> tuple[str, bool] | None:
         return answer(test, self.tree, self.space, self.call.module)
-
-    def _is_no_matter(self, spelt: str) -> bool:
-        """Whether a condition asks whether something is done in place, and all else is the same either way."""
-        key = self.call.path, spelt.removeprefix("self")
-        read = self.call.reads.get(key) if "inplace" in spelt else None
-        if read is None or not isinstance(read.told, bool):
-            return False
-        again = retrace(self.traced, self.call, {key: not read.told})
-        if again is None:
-            return False
-        try:
-            return not Comparison((self.traced, self.call), again, self.out).slots
-        except Different:
-            return False
 
     def _first_statement(self) -> tuple[int, int]:
         """Where guards stand: the place in the edited lines of the first statement, and its indentation."""

@@ -76,9 +76,7 @@ class Judge:
             if kept and numbers & self.syntax.wanted.changed and not self._is_taken(text, numbers):  # type: ignore[arg-type]
                 raise Unreadable(f"line {getattr(text, 'lineno', 0)} hands on what a merged layer gives")
         for text, number in self.syntax.wanted.takers:
-            given = (
-                [self._sources(one) for one in self.syntax.operands(text)] if text not in self.vanished else [{number}]
-            )
+            given = [self._sources(one) for one in _operands(text)] if text not in self.vanished else [{number}]
             if not any(number in numbers and numbers <= self.syntax.wanted.changed for numbers in given):
                 raise Unreadable(f"line {getattr(text, 'lineno', 0)} may be given something else on some path")
 
@@ -218,3 +216,14 @@ class Judge:
     def _has_values(self, name: ast.Name) -> bool:
         made = self.syntax.canonical(name, self.before) if name in self.before.reads else ()
         return any(self.syntax.values_of(one) for one in made)
+
+
+def _operands(text: ast.AST) -> list[ast.AST]:
+    """What an operation is surely done with: not what is chosen from."""
+    found: list[ast.AST] = []
+    pending = list(ast.iter_child_nodes(text))
+    for node in pending:
+        if isinstance(node, (ast.Starred, ast.keyword, ast.List, ast.Tuple, ast.Attribute)):
+            pending += ast.iter_child_nodes(node)
+        found.append(node)
+    return found
