@@ -114,7 +114,7 @@ def in_a_generator(self, x):
     return sum(layer(x) for layer in self.many).relu()
 
 
-@edit("return self.a(self.helper(x)).tanh()")
+@edit("if self.scale is not None:", "raise ValueError", "return self.a(self.helper(x)).tanh()")
 def of_an_expression(self, x):
     return (self.a(self.helper(x)) * self.scale).tanh()
 

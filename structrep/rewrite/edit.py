@@ -169,7 +169,8 @@ class Edit:
         counted = any(isinstance(one, ast.Name) and one.id == "len" for one in found.vanished)
         for (path, _), read in self.call.reads.items():
             asked = [place(code, at) if code is self.code else None for code, at, _ in read.places]
-            if any((one in found.vanished and one not in assumed) if one is not None else helped for one in asked):
+            computed = helped or isinstance(read.holder, nn.Module)  # by a property, say
+            if any((one in found.vanished and one not in assumed) if one is not None else computed for one in asked):
                 self._demand_none(path, read, counted)
         self.reads += [made for test in found.assumed for made in self._assumed(test)]
         for one in self._vanished_calls(found):
