@@ -33,7 +33,7 @@ def forward(text):
 
 class Unfollowed(nn.Conv2d):
     def forward(self, x):
-        return super().forward(x if x.sum() > 0 else -x)
+        return super().forward(x if str(x) != "never" else -x)
 
 
 REASONS = {

@@ -381,7 +381,7 @@ def test_layers_that_are_read_by_nothing_stay():
 
 
 class Unfollowed(nn.Module):
-    """As vocoders are: a condition on the input, convolutions that a method hands to a function."""
+    """A condition on the numbers of a value, convolutions that a method hands to a function."""
 
     def __init__(self, kind):
         super().__init__()
@@ -393,7 +393,7 @@ class Unfollowed(nn.Module):
     def forward(self, x):
         y = self.pre(x)
         for block in self.blocks:
-            y = y + F.pad(block(y), (1, 1)) if y.mean() > 0 else y
+            y = y + F.pad(block(y), (1, 1)) if str(y) != "never" else y
         return y
 
 

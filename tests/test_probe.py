@@ -106,15 +106,16 @@ def test_a_plan_probes_what_the_user_names_and_marks_it():
 
 
 class Counts(nn.Module):
-    """Writes to itself, so its forward cannot be written anew and the search is made a second time."""
+    """Writes to itself, so its forward cannot be written anew, and goes by an argument, so it cannot be edited: the
+    search is made a second time."""
 
     def __init__(self):
         super().__init__()
         self.left, self.right, self.curve = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1), Opaque(nn.Tanh())
 
-    def forward(self, x):
+    def forward(self, x, sign=1.0):
         self.seen = x
-        return self.curve(self.left(x) + self.right(x))
+        return self.curve(self.left(x) + sign * self.right(x))
 
 
 def test_what_was_refused_to_be_probed_is_still_said_after_a_second_search():

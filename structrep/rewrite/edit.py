@@ -63,8 +63,8 @@ class Edit:
         self.reads: list[Guard] = []
         self.asked: list[Guard] = []  # of parts that vanish: for as long as nothing is applied
         self._note_guards(found)
-        self._guard_tensors(steps.gone)
         self.mentions = {f"{call.path}.{path}" if call.path else path for path in self._mentioned(found.mentions)}
+        self._guard_tensors(steps.gone)
         self.method()
 
     @property
@@ -195,12 +195,14 @@ class Edit:
                 raise Unreadable(f"{self.call.shown} goes by {read.text}, which may be set to something else")
 
     def _guard_tensors(self, gone: set[fx.Node]) -> None:
-        """Guard tensors of the module itself that are merged to be None, as they are then: they may be set later."""
+        """Guard tensors of the module itself that are merged to be None, as they are then, or to be there where the text
+        still asks for them: they may be set later."""
         held = (given for node in gone for given in node.all_input_nodes if VALUE.known(given))
         paths = dict.fromkeys(self.traced.names.get(id(VALUE.of(given)), "") for given in held)
         for holder, _, name in (path.rpartition(".") for path in paths if path):
             if holder == self.call.path and not isinstance(self.call.module, _OF_LAYERS):
-                self.reads.append(replace(guards.gone(f"self.{name}", self.call.shown), scripted=True))
+                made = guards.kept if ".".join(filter(None, (holder, name))) in self.mentions else guards.gone
+                self.reads.append(replace(made(f"self.{name}", self.call.shown), scripted=True))
 
     def _mentioned(self, paths: frozenset[str]) -> set[str]:
         """The paths of all that text may ask a module for, by its methods too."""

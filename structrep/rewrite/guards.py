@@ -116,6 +116,14 @@ def gone(asked: str, method: str) -> Guard:
     return Guard(asked, "merged", f"{asked} is not None", False, (before, after), later=True)
 
 
+def kept(asked: str, method: str) -> Guard:
+    """A guard for a parameter or buffer that was merged, and stays since it is asked whether it is there."""
+    before = f"{method} was reparameterized for the {asked} that was merged, and {asked} is "
+    return Guard(
+        asked, "merged", f"{asked} is None", True, (before, " now: convert the model again after setting it")
+    )
+
+
 def never(question: str, method: str) -> Guard:
     """A guard for an answer that a forward cannot be followed with."""
     before = f"{method} was reparameterized for {question}=False, and cannot be followed where it is "

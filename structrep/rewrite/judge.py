@@ -160,8 +160,8 @@ class Judge:
             line = f"line {getattr(node, 'lineno', 0)}"
             if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and self._is_outside(node):
                 raise Unreadable(f"{line} goes by {node.id}, which may be set to something else")
-            if isinstance(node, ast.Attribute) and path_to(node, self.syntax.itself) in self.syntax.wanted.computed:
-                raise Unreadable(f"{line} goes by {node.attr}, which is computed")
+            if (name := self._asked_for(node)) in self.syntax.wanted.computed:
+                raise Unreadable(f"{line} goes by {name}, which is computed")
             odd = isinstance(node, ast.Attribute) and node.attr in ("__class__", "__dict__")
             if odd or (
                 isinstance(node, (ast.NamedExpr, ast.Return, ast.Raise, ast.Delete, ast.Assert)) and node not in asked
@@ -171,6 +171,17 @@ class Judge:
             if plain and not self.syntax.is_unreachable(node):
                 raise Unreadable(f"{line} may do more than what is merged")
         self._check_settings(asked)
+
+    def _asked_for(self, node: ast.AST) -> str | None:
+        """The name of what the module is asked for; "*" for a name that is computed."""
+        if isinstance(node, ast.Attribute):
+            return path_to(node, self.syntax.itself)
+        if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and len(node.args) > 1):
+            return None
+        named = node.args[1]
+        if node.func.id not in ("getattr", "hasattr") or path_to(node.args[0], self.syntax.itself) is None:
+            return None
+        return named.value if isinstance(named, ast.Constant) else "*"
 
     def _is_outside(self, name: ast.Name) -> bool:
         """Whether a name is of what may be set elsewhere: in the file, in a function around, in a class."""

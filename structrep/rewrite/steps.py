@@ -107,7 +107,7 @@ class Steps:
                     *(path for path, part in self.call.module.named_modules() if _is_calm(part)),
                 ]
             ),
-            frozenset(name for name in self.code.co_names if _is_computed(self.call.module, name)),
+            _computed(self.call.module, {*self.code.co_names, *self.code.co_consts}),
             frozenset(
                 name
                 for name, value in named.items()
@@ -224,10 +224,25 @@ def _calm_methods(cls: Any) -> frozenset[str]:
     return frozenset(found)
 
 
+def _computed(module: nn.Module, names: set[Any]) -> frozenset[str]:
+    """Which attributes of a module are properties, or given by its class where there is none of that name; "*" if any
+    may be."""
+    found = {name for name in names if isinstance(name, str) and _is_computed(module, name)}
+    of_class = (one for cls in type(module).__mro__[:-1] if cls is not nn.Module for one in vars(cls).values())
+    if _looks_itself(module) or any(isinstance(one, property) for one in of_class):
+        found.add("*")
+    return frozenset(found)
+
+
 def _is_computed(module: nn.Module, name: str) -> bool:
     """Whether an attribute of a module is a property, or given by its class where there is none of that name."""
     held = inspect.getattr_static(type(module), name, None)
     if held is not None:
         return hasattr(type(held), "__get__") and not isinstance(held, FunctionType)
-    own = type(module).__getattr__ is not nn.Module.__getattr__
-    return own and not any(name in one for one in (vars(module), module._modules, module._parameters, module._buffers))
+    own = (vars(module), module._modules, module._parameters, module._buffers)
+    return _looks_itself(module) and not any(name in one for one in own)
+
+
+def _looks_itself(module: nn.Module) -> bool:
+    """Whether its class has its own way to find attributes."""
+    return type(module).__getattr__ is not nn.Module.__getattr__

@@ -41,7 +41,7 @@ class Wanted:
         changed: the numbers of values that will be others.
         answers: conditions on what the module is set to, and the answers that they have.
         misused: texts that may use some of what is merged without the rest.
-        computed: names of what the module's class computes when it is asked for.
+        computed: names of what the module's class computes when it is asked for; "*" if it may be any.
         calm: paths of parts, and names of methods, that surely write to nothing that they are given, nor set anything.
         functions: names of torch's functions that write to nothing.
         takers: texts that stay, and take values that will be others, with the numbers of these.
