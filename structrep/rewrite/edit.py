@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -62,8 +63,8 @@ class Edit:
         self._check_source(found)
         self.reads: list[Guard] = []
         self.asked: list[Guard] = []  # of parts that vanish: for as long as nothing is applied
-        self._note_guards(found)
         self.mentions = {f"{call.path}.{path}" if call.path else path for path in self._mentioned(found.mentions)}
+        self._note_guards(found)
         self._guard_tensors(steps.gone)
         self.method()
 
@@ -175,18 +176,18 @@ class Edit:
         self.reads += [made for test in found.assumed for made in self._assumed(test)]
         for one in self._vanished_calls(found):
             for (path, _), read in one.reads.items():
-                # what a part that goes is set to matters no more; what its caller's methods ask does
-                of_part = (
-                    one.method == "forward"
-                    and f"{path}.".startswith(f"{one.path}.")
-                    and one.module is not self.call.module
-                )
-                if of_part:
-                    self.asked += self._guard(path, read)
+                if any(f"{path}.".startswith(f"{part.path}.") for part in self._parts_around(one)):
+                    self.asked += self._guard(path, read, asked_still=False)
                 else:
                     self._demand_none(path, read, counted=True)
             if isinstance(one.code, FunctionType) and not one.leaf:
                 self._check_names(one.code)
+
+    def _parts_around(self, one: Call) -> Iterator[Call]:
+        """The parts that go with a call: what they are set to, or cast to, matters no more."""
+        around = itertools.takewhile(lambda call: call is not self.call, one.chain())
+        parts = (call for call in around if call.method == "forward" and call.module is not self.call.module)
+        return (part for part in parts if part.path not in self.mentions)
 
     def _check_names(self, function: FunctionType) -> None:
         """Raise if a function goes by what may be set outside of it."""
@@ -242,8 +243,12 @@ class Edit:
         if self._guard(path, read):
             raise Unreadable(f"{self.call.shown} goes by {read.of(path or 'the model')}, which may be set")
 
-    def _guard(self, path: str, read: Read) -> list[Guard]:
-        """A guard for an answer, if something hangs on it that a merge does not settle."""
+    def _guard(self, path: str, read: Read, asked_still: bool = True) -> list[Guard]:
+        """A guard for an answer, if something hangs on it that a merge does not settle.
+
+        Args:
+            asked_still: whether it is asked when the model is applied; else one that cannot be guarded is none.
+        """
         holder = read.holder
         if isinstance(holder, nn.Module):
             name = read.text.removeprefix(".")
@@ -252,6 +257,8 @@ class Edit:
                 return []
         prefix = f"{self.call.path}." if self.call.path else ""
         if not isinstance(holder, nn.Module) or not f"{path}.".startswith(prefix) or read.unstable:
+            if not asked_still:
+                return []
             raise Unreadable(f"{self.call.shown} goes by {read.of(path or 'the model')}, which may change")
         spelt = ".".join(filter(None, ("self", path.removeprefix(self.call.path).lstrip("."))))
         made = guards.guard(read.of(spelt), read.of(spelt), read.told, self.call.shown, scripted=True)
