@@ -279,6 +279,45 @@ def test_a_name_that_is_deleted():
     assert differs(model, structrep.reparameterize(model), X) is None
 
 
+def test_a_cast_stays():
+    """As the norms of language models do: what is done in another dtype comes back."""
+
+    def forward(self, x):
+        kind = x.dtype
+        y = x.to(torch.float64).tanh()
+        return self.a(self.scale * y.to(kind)).tanh()
+
+    model, deploy = converted(forward, "edit")
+    assert text_of(deploy)[-1] == "return self.a(y.to(kind)).tanh()"
+    x = X.float()
+    assert relative_error(deploy.float()(x), model.float()(x)) < 1e-5
+
+
+def test_a_tensor_that_is_asked_for_stays_and_is_guarded():
+    def forward(self, x):
+        y = self.a(x)
+        return (y * self.scale if self.scale is not None else y + 1).tanh()
+
+    model, deploy = converted(forward, "edit")
+    assert text_of(deploy)[-1] == "return (y if self.scale is not None else y + 1).tanh()"
+    model.scale = deploy.scale = None
+    assert "self.scale is None now" in differs(model, deploy, X)
+
+
+def test_a_name_that_the_class_finds_itself():
+    class Finding(Two):
+        def __getattr__(self, name):
+            return 1.5 if name == "gain" else super().__getattr__(name)
+
+    def forward(self, x):
+        return (self.n(self.a(x)) * getattr(self, "gain", 2.0)).tanh()
+
+    model = made(forward, Finding)
+    deploy = structrep.reparameterize(model)
+    model.gain = deploy.gain = 3.0
+    assert "gain" in differs(model, deploy, X)
+
+
 def test_a_module_by_another_name():
     def forward(me, x):
         out = 0

@@ -13,6 +13,7 @@ from torch import fx, nn
 
 from structrep.errors import Unreadable
 from structrep.graph.calls import Call
+from structrep.graph.dtypes import CASTS
 from structrep.graph.facts import AT, VALUE
 from structrep.graph.queries import asks_shape, only_asserted
 from structrep.graph.structures import is_torch, proxies
@@ -24,6 +25,7 @@ from structrep.read.nodes import hands_on
 from structrep.rewrite.edits import Edits
 from structrep.rewrite.wanted import Piece, Wanted
 
+_CASTS = {"to", "type", "type_as", *CASTS}
 _LIBRARIES = {"torch", "math", "numpy", "operator", "functools", "itertools"}
 
 
@@ -169,8 +171,8 @@ class Steps:
         return VALUE.known(node) or only_asserted(node) or self._source(node) is not None
 
     def _source(self, node: fx.Node) -> fx.Node | None:
-        """What a node hands on as it is; None if it does something."""
-        if node in self.edits.ended or node in self.edits.refilled:
+        """What a node hands on as it is, in its dtype too; None if it does something."""
+        if node in self.edits.ended or node in self.edits.refilled or node.target in _CASTS:
             return None
         return hands_on(node)
 
