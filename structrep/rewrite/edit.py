@@ -196,7 +196,7 @@ class Edit:
                 raise Unreadable(f"{self.call.shown} goes by {read.text}, which may be set to something else")
 
     def _guard_tensors(self, gone: set[fx.Node]) -> None:
-        """Guard tensors of the module itself that are merged to be None, as they are then, or to be there where the text
+        """Guard tensors of the module itself that are merged to be None, as they are then, or there where the text
         still asks for them: they may be set later."""
         held = (given for node in gone for given in node.all_input_nodes if VALUE.known(given))
         paths = dict.fromkeys(self.traced.names.get(id(VALUE.of(given)), "") for given in held)

@@ -119,9 +119,7 @@ def gone(asked: str, method: str) -> Guard:
 def kept(asked: str, method: str) -> Guard:
     """A guard for a parameter or buffer that was merged, and stays since it is asked whether it is there."""
     before = f"{method} was reparameterized for the {asked} that was merged, and {asked} is "
-    return Guard(
-        asked, "merged", f"{asked} is None", True, (before, " now: convert the model again after setting it")
-    )
+    return Guard(asked, "merged", f"{asked} is None", True, (before, " now: convert the model again after setting it"))
 
 
 def never(question: str, method: str) -> Guard:
