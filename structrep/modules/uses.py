@@ -414,6 +414,7 @@ class _Scope(_Calls):
         self.value(node)  # what it calls is read
         called = self.value(callee)
         own = any(map(is_users_method, called.held))
+        base = Value()
         if isinstance(callee, ast.Attribute):
             base = self.value(callee.value)
             if callee.attr in ("forward", "__call__"):
@@ -431,13 +432,21 @@ class _Scope(_Calls):
         name = callee.id if isinstance(callee, ast.Name) else getattr(callee, "attr", "")
         if name in ("eval", "exec") and isinstance(callee, ast.Name) and self.module is not None:
             self._use(Value(tuple(self.module.modules())), node, around)
-        if own or name in _LOOPS | _ASKS | _PUTS:
+        of_container = name in _KEYS and base.held and all(isinstance(one, CONTAINERS) for one in base.held)
+        if own or of_container or name in _LOOPS | _ASKS | _PUTS or (name == "setattr" and self._sets_a_setting(node)):
             return
         for one in (*node.args, *(keyword.value for keyword in node.keywords)):
             self._use(self.value(one), node, around)
             for handed in self.value(one).held:  # a method that somebody else will call
                 if isinstance(handed, MethodType) and handed.__self__ is self.module:
                     self.of.scan(handed.__func__, [Value((self.module,))], around | {place_of(node, self.code)})
+
+    def _sets_a_setting(self, node: ast.Call) -> bool:
+        """Whether `setattr` sets what is no part of a module, and holds none."""
+        name = constant(node.args[1]) if len(node.args) == 3 else None
+        holders = [one for one in self.value(node.args[0]).held if isinstance(one, nn.Module)] if node.args else []
+        parts = any(name in held for one in holders for held in (one._modules, one._parameters, one._buffers))
+        return isinstance(name, str) and not parts and not self.value(node.args[2]).held
 
     def _use_tensors(self, node: ast.Call, name: str, base: Value, around: frozenset[Place]) -> None:
         """Note that parts are asked for tensors, one by its name or all of them."""

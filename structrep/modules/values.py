@@ -306,7 +306,7 @@ class Values(Names):
                 hangs |= own.hangs_on | (self._hangs(node) if plain else frozenset())
             elif isinstance(one, MethodType):
                 held += [one.__func__] if name == "__func__" else []
-            elif isinstance(one, type) or _holds(one):
+            elif isinstance(one, type) or _holds(one) or isinstance(one, CONTAINERS):
                 found = _of_class(one, name) if isinstance(one, type) else _of_object(one, name)
                 held += [] if found is None else [found]
         return Value(tuple(held), hangs)
@@ -398,7 +398,7 @@ def _of_class(cls: type, name: str) -> Any:
 
 
 def _of_object(held: Any, name: str) -> Any:
-    """What an object that holds parts has by a name."""
+    """What an object that holds parts, or a container, has by a name."""
     found = inspect.getattr_static(held, name, None)
     if isinstance(found, FunctionType) and name not in getattr(held, "__dict__", {}):
         return MethodType(found, held)

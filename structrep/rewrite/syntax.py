@@ -141,10 +141,14 @@ class Syntax:
     def is_zero(self, node: ast.expr, plain: Reaching) -> bool:
         if isinstance(node, ast.Constant):
             return type(node.value) in (int, float) and node.value == 0
+        if isinstance(node, ast.IfExp) and (known := self.known(node.test)) is not None:
+            return self.is_zero(node.body if known else node.orelse, plain)
         if not isinstance(node, ast.Name) or node not in plain.reads:
             return False
         made = [self.assigned(one) for one in self.canonical(node, plain)]
-        return bool(made) and all(isinstance(one, ast.Constant) and self.is_zero(one, plain) for one in made)
+        return bool(made) and all(
+            isinstance(one, (ast.Constant, ast.IfExp)) and self.is_zero(one, plain) for one in made
+        )
 
     def operands(self, text: ast.AST) -> Iterator[ast.AST]:
         """What an operation is done with, as far as that is names, also inside of functions' arguments."""
