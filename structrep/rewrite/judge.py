@@ -181,7 +181,7 @@ class Judge:
         named = node.args[1]
         if node.func.id not in ("getattr", "hasattr") or path_to(node.args[0], self.syntax.itself) is None:
             return None
-        return named.value if isinstance(named, ast.Constant) else "*"
+        return str(named.value) if isinstance(named, ast.Constant) else "*"
 
     def _is_outside(self, name: ast.Name) -> bool:
         """Whether a name is of what may be set elsewhere: in the file, in a function around, in a class."""
