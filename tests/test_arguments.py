@@ -1,6 +1,7 @@
 """Parts that are called otherwise than with their defaults, by code that cannot be followed."""
 
 import dataclasses
+import functools
 import sys
 
 import pytest
@@ -557,3 +558,34 @@ def test_a_number_for_an_argument_that_nothing_is_asked_of():
     model = settled(Added())
     deploy = structrep.reparameterize(model)
     assert relative_error(deploy(X, 2.0), model(X, 2.0)) < 1e-12
+
+
+def setting(function):
+    """As transformers' decorators do: sets what the function was given by keyword, whatever that was."""
+
+    @functools.wraps(function)
+    def run(self, *args, **kwargs):
+        kwargs["cached"] = kwargs.pop("cached", None) or self.cached
+        return function(self, *args, **kwargs)
+
+    return run
+
+
+class SetByDecorator(Plain):
+    cached = False
+
+    @setting
+    def forward(self, x, cached=None):
+        return super().forward(x) if not cached else x
+
+
+def call_by_keyword(self, x):
+    return self.a(x, cached=None) if odd(x) else x
+
+
+@pytest.mark.parametrize("inputs", [(X,), ({"x": X},)], ids=["by position", "by keyword"])
+@pytest.mark.parametrize("model", [net(SetByDecorator, call_by_keyword), SetByDecorator], ids=["a part", "the model"])
+def test_what_is_given_by_keyword_is_followed_so(model, inputs):
+    plan = structrep.plan(settled(model()), *inputs)
+    assert len(plan.merges) == 1
+    assert not any("multiple values" in refusal.reason for refusal in plan.refusals)

@@ -77,8 +77,9 @@ class Plan:
         self.latency: LatencyRecord | None = None  # of the whole model, if merges were chosen by measurement
         carry(findings, reserve)
         self._draft = Draft(findings.traced, findings.replicas, findings.merges, findings.borders.flagged)
-        while (alone := _alone(self._draft, findings)) or self._draft.unwritable.keys() - findings.unwritable.keys():
-            findings = again(findings, self._draft.unwritable, alone)  # what stands apart from them may merge still
+        narrowed: set[tuple[str, str]] = set()
+        while left := _unwritten(self._draft, findings, narrowed):
+            findings = again(findings, *left)  # what stands apart from them may merge still
             carry(findings, reserve)
             self._draft = Draft(findings.traced, findings.replicas, findings.merges, findings.borders.flagged)
         self._findings = findings
@@ -376,9 +377,21 @@ def _record(
     )
 
 
-def _alone(draft: Draft, findings: Findings) -> dict[Merge, Refusal]:
-    """The merges, not known yet, that a method forbids which does what it does for the example alone: what takes less
-    may do without that method."""
+def _unwritten(
+    draft: Draft, findings: Findings, narrowed: set[tuple[str, str]]
+) -> tuple[dict[tuple[str, str], Refusal], dict[Merge, Refusal]] | None:
+    """The methods and the merges, not known yet, that have to be left; None if all could be written.
+
+    Args:
+        narrowed: methods that do what they do for the example alone. The first time such a one fails, the merge alone
+            is left, for what takes less of it may be an edit; the next time, all that has to be written in it.
+    """
     # with a scale that is given to it a merge may fail, and be right without
-    refused = ((one, reason) for one, reason in draft.refused if isinstance(reason, ExampleOnly) and not one.absorbed)
-    return {one: reason for one, reason in refused if (one.base, one.root) not in findings.slower}
+    refused = ((one, why) for one, why in draft.refused if isinstance(why, ExampleOnly) and not one.absorbed)
+    merges = {one: why for one, why in refused if (one.base, one.root) not in findings.slower}
+    methods = {where: why for where, why in draft.unwritable.items() if where not in findings.unwritable}
+    if merges:
+        first = {where for where, why in methods.items() if isinstance(why, ExampleOnly)} - narrowed
+        narrowed |= first
+        methods = {where: why for where, why in methods.items() if where not in first}
+    return (methods, merges) if methods or merges else None

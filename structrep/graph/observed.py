@@ -63,11 +63,14 @@ class Arguments:
     given: dict[
         str, Any
     ]  # by parameter, those that some call gave; with `Given`, `Part` and `Thing` for what they are of
+    named: set[str] = field(default_factory=set)  # parameters that some call gave by keyword: decorators count on that
 
     def bound(self, signature: inspect.Signature) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """As positional and keyword arguments."""
         both = inspect.BoundArguments(signature, self.given)
-        return both.args, both.kwargs
+        names = list(signature.parameters)[: len(both.args)]
+        last = next((at for at, name in enumerate(names) if name in self.named), len(both.args))
+        return both.args[:last], dict(zip(names[last:], both.args[last:], strict=False)) | both.kwargs
 
     @property
     def tensors(self) -> int:
@@ -151,8 +154,10 @@ class Observed:
         self, forms: dict[Any, Arguments | None], function: Callable[..., Any], args: tuple[Any, ...], kw: Any
     ) -> None:
         try:
-            signature = signature_of(function)
-            bound = signature.bind(*args, **kw)
+            bound = signature_of(function).bind(*args, **kw)
+        except TypeError:  # which the call itself will raise, and its caller may expect
+            return
+        try:
             given = {name: mapped(self._noted, one) for name, one in bound.arguments.items()}
             bound.apply_defaults()
             form = form_of(bound.arguments, _mark)
@@ -162,6 +167,7 @@ class Observed:
         known = forms.setdefault(form, Arguments({}))
         assert known is not None
         known.given |= {name: one for name, one in given.items() if name not in known.given}
+        known.named |= kw.keys()
 
     def _noted(self, value: Any) -> Any:
         if isinstance(value, Tensor) and value.layout is torch.strided and not value.is_nested:

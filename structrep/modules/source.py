@@ -104,8 +104,9 @@ def read_function(function: Callable[..., Any]) -> tuple[ast.AST, str] | None:
 
 def names_reached(module: nn.Module) -> frozenset[str]:
     """Attributes of attributes that the code of a module's class mentions, where that code can be read."""
-    definition = syntax(type(module))
-    nodes = ast.walk(definition) if definition else ()
+    bases = (base for base in type(module).__mro__ if written_in(base).partition(".")[0] != "torch")
+    trees = (syntax(one) for base in bases for held in vars(base).values() for one in functions_in(held))
+    nodes = (node for tree in trees if tree is not None for node in ast.walk(tree))
     return frozenset(n.attr for n in nodes if isinstance(n, ast.Attribute) and not isinstance(n.value, ast.Name))
 
 

@@ -385,17 +385,25 @@ def _keeps_dtype(node: fx.Node) -> bool:
     return torch_name(node) in _KEEP_DTYPES or (torch_name(node) == "view" and _are_ints(node.args[1:]))
 
 
+def _weight_of(node: fx.Node) -> Tensor | None:
+    """The weight of a convolution or Linear; it takes nothing but its dtype."""
+    module = CALL.of(node).module if node.op == "call_module" else None
+    if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)):
+        return module.weight
+    weight = constant(argument(node, 1, "weight")) if node.target in _CONVOLUTIONS else None
+    return weight if isinstance(weight, Tensor) else None
+
+
 def _dtype_of(node: fx.Node) -> torch.dtype | None:
-    """The dtype of what a layer gives, whatever it is given; of what a norm does, which is taken to be given its own.
-    None where that is not told."""
+    """The dtype of what a layer gives, whatever it is given, or takes as it is; of what a norm gives, which is taken to
+    be given its own. None where that is not told."""
     own: torch.dtype | None = None
     while not AUTOCAST.get(node):
+        beside = (user for user in node.users if argument(user, 0, "input") is node and not AUTOCAST.get(user))
+        for layer in (node, *beside):
+            if (weight := _weight_of(layer)) is not None:
+                return weight.dtype
         module = CALL.of(node).module if node.op == "call_module" else None
-        if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)):
-            return module.weight.dtype
-        if node.target in _CONVOLUTIONS:
-            weight = constant(argument(node, 1, "weight"))
-            return weight.dtype if isinstance(weight, Tensor) else None
         if (to := cast_to(node)) is not None:
             return to
         sources = [n for n in node.all_input_nodes if not VALUE.known(n)]

@@ -133,7 +133,7 @@ class CallTracer(process.Tracer):
             return []
         args, kwargs = as_arguments(example)
         try:
-            bound = signature.bind(*args, **kwargs)
+            signature.bind(*args, **kwargs)
         except TypeError as error:
             raise BadInput(f"the model's {self.method}{signature} does not take the example inputs: {error}") from error
         tensors: list[Tensor] = []
@@ -144,7 +144,7 @@ class CallTracer(process.Tracer):
             tensors.append(leaf)
             return Slot(f"input_{len(tensors)}")
 
-        self.arguments = pytree.tree_map(slot, (bound.args, bound.kwargs))
+        self.arguments = pytree.tree_map(slot, (tuple(args), dict(kwargs)))
         return tensors
 
     def _bind_as_called(self, called: Arguments, signature: inspect.Signature) -> list[Given | Thing]:
