@@ -60,10 +60,10 @@ class Arguments:
     """What a method was given in all calls of one form: equal constants, and tensors of as many dims, in equal
     structures."""
 
-    given: dict[
-        str, Any
-    ]  # by parameter, those that some call gave; with `Given`, `Part` and `Thing` for what they are of
-    named: set[str] = field(default_factory=set)  # parameters that some call gave by keyword: decorators count on that
+    # by parameter, those that some call gave; with `Given`, `Part` and `Thing` for what they are of
+    given: dict[str, Any]
+    # the parameters that some call gave by keyword: decorators count on that
+    named: set[str] = field(default_factory=set)
 
     def bound(self, signature: inspect.Signature) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """As positional and keyword arguments."""
