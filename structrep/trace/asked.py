@@ -74,9 +74,7 @@ class Asked:
         reach: is told of each tensor that a walk hands out.
     """
 
-    def __init__(
-        self, paths: Mapping[int, str], current: Callable[[], Any], reach: Callable[[str, Any, Any], Any]
-    ) -> None:
+    def __init__(self, paths: Mapping[int, str], current: Callable[[], Any], reach: Callable[[str, Any], None]) -> None:
         self.paths, self.current, self.reach = paths, current, reach
         self.questions: dict[tuple[str, int, str], Question] = {}  # by path, call and what
         self.got: dict[tuple[Any, ...], Got] = {}
@@ -145,7 +143,7 @@ class Asked:
         for place, one in enumerate(plain(*args, **kwargs)):
             if place == 1:
                 ask()
-            self.reach("", one[1] if isinstance(one, tuple) else one, None)
+            self.reach("", one[1] if isinstance(one, tuple) else one)
             yield one
         ask()
 

@@ -100,7 +100,7 @@ class Questions:
         paths: Mapping[nn.Module, str],
         current: Callable[[], Any],
         answers: Mapping[tuple[str, str], Any] | None,
-        reach: Callable[[str, Any, Any], Any],
+        reach: Callable[[str, Any], None],
     ) -> None:
         self.paths = {id(module): path for module, path in paths.items()}  # whose hash may ask them for attributes
         self.current = current
