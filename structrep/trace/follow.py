@@ -275,7 +275,7 @@ def follow(
 
 
 def _note_questions(traced: Traced, tracer: CallTracer) -> None:
-    for path, question in tracer.questions.parts.all():
+    for path, question in tracer.parts.all():
         traced.asked[path].append(question)
 
 

@@ -29,6 +29,7 @@ from structrep.graph.reads import Read
 from structrep.graph.run import Failed, Partial
 from structrep.graph.shapes import _of_module, rank
 from structrep.trace.conditions import length, sized, spared
+from structrep.trace.frames import outside
 from structrep.trace.held import owner_of
 from structrep.trace.patches import plain_function
 from structrep.trace.questions import INPUTS
@@ -182,10 +183,7 @@ class Observer:
 
     def _frame(self) -> FrameType | None:
         """The code that asks."""
-        frame: FrameType | None = sys._getframe(1)
-        while frame is not None and str(frame.f_globals.get("__name__")).startswith(_ENGINE):
-            frame = frame.f_back
-        return frame
+        return outside(sys._getframe(1), _ENGINE)
 
     def _note(self, frame: FrameType | None, told: Any, *, asserted: bool = False) -> None:
         if frame is not None and (call := self.recorder.current) is not None:

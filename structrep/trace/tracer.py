@@ -40,8 +40,11 @@ from structrep.modules.states import Holdings
 from structrep.read.endings import ends
 from structrep.read.modules import knows
 from structrep.terms.layer import Computed
+from structrep.trace.asked import Asked
 from structrep.trace.aten import gives_more, in_torch
+from structrep.trace.attributes import Attributes
 from structrep.trace.constants import Constants, compute
+from structrep.trace.environment import Environment
 from structrep.trace.inputs import Slot
 from structrep.trace.observing import Observer
 from structrep.trace.origins import Origins
@@ -97,7 +100,10 @@ class CallTracer(process.Tracer):
         self.contexts, self.origins = Contexts(contexts), Origins()
         self.recorder = Recorder(paths, self.contexts, self.origins, holdings)
         self.reach = Reach(held.names, paths, self.recorder)
-        self.questions = Questions(paths, lambda: self.recorder.current, answers, self.reach.look_up)
+        self.questions = Questions(lambda: self.recorder.current, answers)
+        self.parts = Asked(paths, self.questions.current, self.reach.look_up)
+        self.environment = Environment(self.questions)
+        self.attributes = Attributes(self.questions, self.parts, self.environment.hooks)
         self.constants = Constants(
             self.recorder, self.reach, self.origins, self.questions, held.entries, module.parameters()
         )
@@ -166,8 +172,9 @@ class CallTracer(process.Tracer):
             take_traced_sizes(self.create_proxy)
             keep_whole(self.policy.whole, self.create_proxy)
             keep_scripted(self.create_proxy)
-            show_tensors(self.module, self.questions.is_instance)
-            self.questions.watch(self.module)
+            show_tensors(self.module, self.attributes.is_instance)
+            self.attributes.watch(self.module)
+            self.environment.watch(self.module)
             self.contexts.watch()
             yield
 
