@@ -28,7 +28,6 @@ LARGE = {
     "Search": 590,
     "Draft": 404,
     "Forward": 730,
-    "Plan": 275,
 }
 
 
