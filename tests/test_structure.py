@@ -24,7 +24,6 @@ LONG = {
     "rewrite.forward": 910,
 }
 LARGE = {
-    "ConvMap": 350,
     "Search": 590,
     "Draft": 404,
     "Forward": 730,
