@@ -1,4 +1,11 @@
-"""The tracer that records which call of which module made each node."""
+"""The tracer that makes the nodes of a call, and what watches the code that runs meanwhile.
+
+* `recorder` has the calls, for each node to say which made it; `contexts` what they run in.
+* `constants` sees what is computed of weights alone; `origins` knows how.
+* `attributes` and `environment` see what code looks up and asks; `questions` notes it in the call that asks, `parts`
+  what is about parts, `reach` who uses what is not its own.
+* `observer` answers where code asks what hangs on the input.
+"""
 
 from __future__ import annotations
 
@@ -72,7 +79,7 @@ class CallTracer(process.Tracer):
     Args:
         arguments: what it is called with, by position and by name, with slots for placeholders.
         paths: of the modules that the trace sees.
-        held: the names of tensors.
+        held: the tensors of the model, by their names.
         policy: what is followed.
         answers: what questions are answered otherwise than it is, by `Call.reads`' keys.
         contexts: that the call is made in.
@@ -196,7 +203,7 @@ class CallTracer(process.Tracer):
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: Any) -> Any:
         """Called for every parameter, buffer and child that a forward looks up."""
-        if not isinstance(attr_val, fx.Proxy):  # of a buffer that the forward has written to
+        if not isinstance(attr_val, fx.Proxy):  # as of a buffer that the forward has written to
             self.reach.look_up(attr, attr_val)
         return attr_val
 
