@@ -48,7 +48,7 @@ def made(forward, base=Two):
 def converted(forward, way, merges=1, base=Two, *inputs):
     model = made(forward, base)
     plan = structrep.plan(model, *inputs)
-    assert [merge.edit for merge in plan.merges] == [way] * merges, (plan._draft.unedited, plan.refusals)
+    assert [merge.edit for merge in plan.merges] == [way] * merges, (plan._selection.draft.unedited, plan.refusals)
     deploy = plan.apply()
     assert relative_error(deploy(X), model(X)) < 1e-12
     return model, deploy
@@ -438,7 +438,7 @@ def test_surroundings(cls):
     torch.manual_seed(0)
     model = settled(cls())
     plan = structrep.plan(model)
-    assert [merge.edit for merge in plan.merges] == ["edit"], plan._draft.unedited
+    assert [merge.edit for merge in plan.merges] == ["edit"], plan._selection.draft.unedited
     deploy = plan.apply()
     assert type(deploy).__name__ == cls.__name__
     assert isinstance(deploy, cls)
@@ -553,7 +553,7 @@ def test_a_method_that_is_edited_in_two_ways_is_shown_and_not_applied(tmp_path, 
 
     model = settled(net_of_two.Net())
     plan = structrep.plan(model)
-    assert [merge.edit for merge in plan.merges] == ["edit", "edit"], plan._draft.unedited
+    assert [merge.edit for merge in plan.merges] == ["edit", "edit"], plan._selection.draft.unedited
     rows = plan.diff().splitlines()
     assert rows
     assert all(row.startswith("# ") for row in rows)

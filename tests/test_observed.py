@@ -914,7 +914,7 @@ def test_a_question_that_nothing_answers_is_told_with_its_place_and_a_remedy():
 
 def test_what_was_told_is_noted_with_the_call():
     plan = structrep.plan(made(adds_a_batch), X)
-    (trace,) = [one for one in plan._findings.traced.traces if not one.path]
+    (trace,) = [one for one in plan._selection.findings.traced.traces if not one.path]
     (answer,) = trace.root.answers
     assert (answer.text, answer.told, answer.asserted) == ("x.dim() == 3", False, False)
     assert answer.code is adds_a_batch.__code__

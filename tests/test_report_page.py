@@ -193,7 +193,7 @@ def test_a_model_without_merges(tmp_path):
 
 
 def test_what_is_off_is_called_so(several, tmp_path, monkeypatch):
-    merge = several._draft.merges[0]
+    merge = several._selection.merges[0]
     right = type(merge).value
     monkeypatch.setattr(type(merge), "value", lambda self: right(self) * 1.001)
     found = read(several, tmp_path, X)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from structrep.algebra.geometry import Rigour
 from structrep.algebra.kernels import channel_mix, peak
 from structrep.errors import Inexact
 
@@ -22,7 +23,27 @@ CANCELLATION = 64.0  # a pad may cost six bits of the bias that it stands for, a
 ROUNDING = 64 * torch.finfo(torch.float64).eps  # two routes to one number, relative to its size
 
 
-def fill_before(first: ConvMap, second: ConvMap) -> Tensor:
+def composed_fill(first: ConvMap, second: ConvMap, rigour: Rigour) -> Tensor:
+    """What the composite is to read outside.
+
+    Args:
+        rigour: what to do where the border law forbids it, as for `ConvMap.then`.
+
+    Raises:
+        Inexact: nothing that it could read there would do.
+    """
+    try:
+        return _fill_before(first, second)
+    except Inexact:
+        solved = _solved_fill(first, second) if rigour != "exact" else None
+        transposed = first.geometry.transposed or second.geometry.transposed
+        copied = {first.border, second.border} != {"constant"}
+        if solved is None and (rigour != "inside" or transposed or copied):
+            raise
+        return first.fill if solved is None else solved
+
+
+def _fill_before(first: ConvMap, second: ConvMap) -> Tensor:
     """What the composite is to read outside; raises unless the first map makes of that what the second reads.
 
     Decided from geometry, bias and fill alone: a tap whose coefficient happens to be zero counts as a tap.
@@ -71,7 +92,7 @@ def fill_before(first: ConvMap, second: ConvMap) -> Tensor:
     return fill
 
 
-def solved_fill(first: ConvMap, second: ConvMap) -> Tensor | None:
+def _solved_fill(first: ConvMap, second: ConvMap) -> Tensor | None:
     """What the first map would have to read outside to give what the second reads there; None if nothing does."""
     f, g = first.geometry, second.geometry
     odd = f.transposed or g.transposed or f.pads or second.border != "constant"

@@ -33,12 +33,12 @@ from functools import reduce
 from typing import get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from structrep.algebra.border import common_border, fill_before, solved_fill
-from structrep.algebra.geometry import CONV, CONV_TRANSPOSE, Border, Geometry, Ints, Rigour
-from structrep.algebra.kernels import channel_mix, compose_kernels, peak, regroup, swapped
+from structrep.algebra.border import common_border, composed_fill
+from structrep.algebra.evaluation import evaluate
+from structrep.algebra.geometry import Border, Geometry, Ints, Rigour
+from structrep.algebra.kernels import channel_mix, check_finite, compose_kernels, peak, place
 from structrep.errors import Incompatible, Inexact, Unreadable
 
 
@@ -74,7 +74,6 @@ class ConvMap:
         border: Border = "constant",
         transposed: bool = False,
     ) -> None:
-        taps = tuple(kernel.shape[2:])
         if not 2 <= kernel.ndim <= 5:
             raise ValueError(f"a kernel of shape {tuple(kernel.shape)}: (O, I / groups, *K) has 0 to 3 spatial dims")
         if border not in get_args(Border):
@@ -83,20 +82,7 @@ class ConvMap:
             raise Unreadable(f"a kernel of {kernel.dtype}: the coefficients of a map are real, so it stays as it is")
         if 0 in kernel.shape[:2]:
             raise Unreadable(f"a kernel of shape {tuple(kernel.shape)} is empty, so there is nothing to merge")
-
-        def each(value: int | Sequence[int]) -> Ints:
-            return (value,) * len(taps) if isinstance(value, int) else tuple(value)
-
-        geometry = Geometry(
-            kernel.shape[1] * groups,
-            kernel.shape[0],
-            taps,
-            each(stride),
-            each(dilation),
-            ((pad, pad),) * len(taps) if isinstance(pad, int) else tuple((int(lo), int(hi)) for lo, hi in pad),
-            groups,
-            transposed,
-        )
+        geometry = Geometry.of(kernel.shape, stride, dilation, pad, groups, transposed)
         if bias is not None and bias.shape != (geometry.out_channels,):
             raise ValueError(f"a bias of shape {tuple(bias.shape)} for {geometry.out_channels} output channels")
         if isinstance(fill, Tensor) and fill.shape not in ((), (geometry.in_channels,)):
@@ -115,26 +101,13 @@ class ConvMap:
         self.fill = kernel.new_zeros(geometry.in_channels)
         if geometry.pads and border == "constant":
             self.fill += torch.as_tensor(fill, dtype=torch.float64, device=kernel.device).detach()
-        for name, numbers in (("kernel", self.kernel), ("bias", self.bias), ("fill", self.fill)):
-            # A finite sum has finite terms, and is quicker to have.
-            if not math.isfinite(float(numbers.sum())) and not bool(numbers.isfinite().all()):
-                raise Inexact(
-                    f"the {name} of {self} holds {float(numbers[~numbers.isfinite()][0])}: only finite numbers can be "
-                    f"merged; look for weights, norm statistics or pad values that are none"
-                )
+        check_finite(self, kernel=self.kernel, bias=self.bias, fill=self.fill)
 
     @classmethod
-    def _of(
-        cls,
-        geometry: Geometry,
-        kernel: Tensor,
-        bias: Tensor | None,
-        fill: Tensor | float = 0.0,
-        border: Border = "constant",
-    ) -> ConvMap:
+    def _of(cls, geometry: Geometry, kernel: Tensor, bias: Tensor, fill: Tensor, border: Border) -> ConvMap:
         """The map of new coefficients, float64, which it keeps without a copy."""
         made = cls.__new__(cls)
-        made._hold(geometry, kernel.detach(), None if bias is None else bias.detach(), fill, border)
+        made._hold(geometry, kernel.detach(), bias.detach(), fill, border)
         return made
 
     @classmethod
@@ -180,7 +153,7 @@ class ConvMap:
             return NotImplemented
         frame = self.geometry + other.geometry
         outside = common_border(self, other)
-        kernel = self._framed(frame) + other._framed(frame)
+        kernel = place(self.kernel, self.geometry, frame) + place(other.kernel, other.geometry, frame)
         return ConvMap._of(frame, kernel, self.bias + other.bias, outside.fill, outside.border)
 
     __radd__ = __add__
@@ -211,16 +184,10 @@ class ConvMap:
             Inexact: the border law forbids it, and there is no such constant, or none that float64 can tell.
         """
         geometry = self.geometry >> other.geometry
-        try:
-            fill = fill_before(self, other)
-        except Inexact:
-            solved = solved_fill(self, other) if rigour != "exact" else None
-            transposed = self.geometry.transposed or other.geometry.transposed
-            copied = {self.border, other.border} != {"constant"}
-            if solved is None and (rigour != "inside" or transposed or copied):
-                raise
-            fill = self.fill if solved is None else solved
-        return self._then(other, geometry, fill)
+        fill = composed_fill(self, other, rigour)
+        kernel = compose_kernels(self.kernel, other.kernel, self.geometry, other.geometry, geometry)
+        bias = other.bias + channel_mix(other.kernel, self.bias, other.geometry.groups)
+        return ConvMap._of(geometry, kernel, bias, fill, (self if self.geometry.pads else other).border)
 
     def __rrshift__(self, other: int) -> ConvMap:
         return self if other == 1 else NotImplemented
@@ -255,7 +222,7 @@ class ConvMap:
             common_border(self, other)
         except (Incompatible, Inexact):
             return math.inf
-        kernels = self._framed(frame) - other._framed(frame)
+        kernels = place(self.kernel, self.geometry, frame) - place(other.kernel, other.geometry, frame)
         return max(peak(kernels), peak(self.bias - other.bias))
 
     @property
@@ -287,7 +254,7 @@ class ConvMap:
         """
         if self.geometry + frame != frame:
             raise Incompatible(f"the frame {frame} does not hold {self.geometry}; their sum would")
-        return ConvMap._of(frame, self._framed(frame), self.bias, self.fill, self.border)
+        return ConvMap._of(frame, place(self.kernel, self.geometry, frame), self.bias, self.fill, self.border)
 
     def widened(self, overhang: Ints) -> ConvMap:
         """See `Geometry.widened`."""
@@ -316,77 +283,12 @@ class ConvMap:
         """Apply to x: (N, I, *spatial) -> (N, O, *out); without spatial dims (..., I) -> (..., O). Computed in
         float64, on the CPU, and given back where x is; raises where torch does: no output pixel, or a reflect or
         circular pad wider than x."""
-        return self._applied(x.to(self.kernel)).to(x.device)
-
-    def _applied(self, x: Tensor) -> Tensor:
-        g = self.geometry
-        if not g.dims:
-            return F.linear(x, self.regrouped(1).kernel, self.bias)
-        pads = [max(0, side) for sides in reversed(g.pad) for side in sides]
-        crops = [min(0, side) for sides in reversed(g.pad) for side in sides]
-        if g.transposed:
-            weight = swapped(self.kernel, g.groups)
-            full = CONV_TRANSPOSE[g.dims](x, weight, None, g.stride, 0, 0, g.groups, g.dilation)  # type: ignore[misc]
-            return F.pad(F.pad(full, [-side for side in crops]), [-side for side in pads]) + self.bias.reshape(
-                -1, *[1] * g.dims
-            )
-        if self.border == "constant":
-            inside = F.pad(torch.ones_like(x, dtype=torch.bool), pads)
-            x = torch.where(inside, F.pad(x, pads), self.fill.reshape(-1, *[1] * g.dims))
-        else:
-            x = F.pad(x, pads, mode=self.border)
-        x = F.pad(x, crops)  # last: what is read outside is made of all of x, cropped pixels too
-        conv = CONV[g.dims]
-        return conv(x, self.kernel, self.bias, g.stride, 0, g.dilation, g.groups)  # type: ignore[misc]
+        value = evaluate(x.to(self.kernel), self.geometry, self.kernel, self.bias, self.border, self.fill)
+        return value.to(x.device)
 
     def __repr__(self) -> str:
-        g = self.geometry
-        taps = "x".join(map(str, g.kernel)) or "linear"
-        words = [f"{g.in_channels} -> {g.out_channels}, {taps}"]
-        words += [f"stride {g.stride}"] if set(g.stride) - {1} else []
-        words += [f"pad {g.pad}"] if g.pads or any(side for sides in g.pad for side in sides) else []
-        words += [f"dilation {g.dilation}"] if set(g.dilation) - {1} else []
-        words += [f"groups {g.groups}"] if g.groups > 1 else []
-        words += ["transposed"] if g.transposed else []
-        words += [self.border] if self.border != "constant" else []
-        return f"ConvMap({', '.join(words)})"
-
-    # --- how --------------------------------------------------------------------------------------
-
-    def _framed(self, frame: Geometry) -> Tensor:
-        """Kernel with its taps at their places in `frame`: (O, I / frame.groups, *frame.kernel)."""
-        mine = self.geometry
-        kernel = regroup(self.kernel, mine.groups, frame.groups)
-        if (mine.kernel, mine.pad) == (frame.kernel, frame.pad):
-            return kernel
-        places = [slice(None), slice(None)]
-        for (lo, _), (frame_lo, _), reach, step, dilation in zip(
-            mine.pad, frame.pad, mine.reach, frame.dilation, mine.dilation, strict=True
-        ):
-            first = (frame_lo - lo) // step
-            places.append(slice(first, first + reach // step + 1, max(1, dilation // step)))
-        out = kernel.new_zeros(*kernel.shape[:2], *frame.kernel)
-        out[tuple(places)] = kernel
-        return out
-
-    def _then(self, other: ConvMap, geometry: Geometry, fill: Tensor) -> ConvMap:
-        """Composition without the border check; pads of `other` move to the input."""
-        f, g = self.geometry, other.geometry
-        bias = other.bias + channel_mix(other.kernel, self.bias, g.groups)
-        if g.diagonal:
-            kernel = self.kernel * other.kernel.reshape(-1, *[1] * (self.kernel.ndim - 1))
-        elif f.diagonal:
-            scale = self.kernel.reshape(g.groups, 1, -1, *[1] * g.dims)
-            kernel = (other.kernel.reshape(g.groups, -1, *other.kernel.shape[1:]) * scale).reshape(other.kernel.shape)
-        else:
-            kernel = compose_kernels(
-                regroup(self.kernel, f.groups, geometry.groups),
-                regroup(other.kernel, g.groups, geometry.groups),
-                f,
-                g,
-                geometry,
-            )
-        return ConvMap._of(geometry, kernel, bias, fill, (self if f.pads else other).border)
+        border = f", {self.border}" if self.border != "constant" else ""
+        return f"ConvMap({self.geometry.summary}{border})"
 
 
 def concat(maps: Iterable[ConvMap]) -> ConvMap:
@@ -403,7 +305,9 @@ def concat(maps: Iterable[ConvMap]) -> ConvMap:
 
     def pair(first: ConvMap, second: ConvMap) -> ConvMap:
         frame = first.geometry.concat(second.geometry)
-        kernels = [m._framed(replace(frame, out_channels=m.geometry.out_channels)) for m in (first, second)]
+        kernels = [
+            place(m.kernel, m.geometry, replace(frame, out_channels=m.geometry.out_channels)) for m in (first, second)
+        ]
         outside = common_border(first, second)
         bias = torch.cat([first.bias, second.bias])
         return ConvMap._of(frame, torch.cat(kernels), bias, outside.fill, outside.border)

@@ -53,6 +53,36 @@ class Geometry:
         for name, value in (("stride", stride), ("dilation", dilation), ("pad", pad)):
             object.__setattr__(self, name, value)
 
+    @classmethod
+    def of(
+        cls,
+        shape: Sequence[int],
+        stride: int | Sequence[int],
+        dilation: int | Sequence[int],
+        pad: int | Sequence[tuple[int, int]],
+        groups: int,
+        transposed: bool,
+    ) -> Geometry:
+        """The geometry of a kernel of a shape, (O, I / groups, *K); one number stands for all spatial dims."""
+        out, inner, *taps = shape
+
+        def each(value: int | Sequence[int]) -> Ints:
+            return (value,) * len(taps) if isinstance(value, int) else tuple(value)
+
+        pads = ((pad, pad),) * len(taps) if isinstance(pad, int) else tuple((int(lo), int(hi)) for lo, hi in pad)
+        return cls(inner * groups, out, tuple(taps), each(stride), each(dilation), pads, groups, transposed)
+
+    @property
+    def summary(self) -> str:
+        """Channels and taps, and what else is not as usual."""
+        words = [f"{self.in_channels} -> {self.out_channels}, {'x'.join(map(str, self.kernel)) or 'linear'}"]
+        words += [f"stride {self.stride}"] if set(self.stride) - {1} else []
+        words += [f"pad {self.pad}"] if any(side for sides in self.pad for side in sides) else []
+        words += [f"dilation {self.dilation}"] if set(self.dilation) - {1} else []
+        words += [f"groups {self.groups}"] if self.groups > 1 else []
+        words += ["transposed"] if self.transposed else []
+        return ", ".join(words)
+
     @property
     def dims(self) -> int:
         return len(self.kernel)

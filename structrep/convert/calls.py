@@ -11,6 +11,7 @@ from structrep.algebra import ConvMap, precision
 from structrep.blocks.places import expand_layers
 from structrep.convert.options import Cost, Names, Norms, Options, Rules
 from structrep.convert.plan import IN_TORCH, Plan
+from structrep.convert.selection import select
 from structrep.errors import BadInput, Refusal, Unmerged, Unreadable, listed
 from structrep.graph.observed import Observed
 from structrep.guard.ready import check_ready
@@ -101,7 +102,7 @@ def planned(model: nn.Module, example_inputs: Example | None, options: Options) 
         borders = options.inexact_borders
         found = find(model, example_inputs, registry, borders, maps, refused, blocks, observed, kept(model))
     measured = None if options.cost == "counted" else IN_TORCH if options.cost == "measured" else options.cost
-    plan = Plan(model, found, options.reserve, measured, given)
+    plan = Plan(model, select(found, options.reserve), measured, given)
     if example_inputs is None or measured is None:
         return plan
     with process.same_chance():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
@@ -12,14 +11,11 @@ from weakref import WeakValueDictionary
 from torch import nn
 
 from structrep import process
-from structrep.algebra import precision
-from structrep.deployed.layers import Sizes
+from structrep.convert.selection import Selection
 from structrep.errors import (
     BadInput,
-    ExampleOnly,
     MergeDropped,
     NothingMerged,
-    Refusal,
     Slower,
     StructrepError,
     Unmerged,
@@ -28,31 +24,24 @@ from structrep.errors import (
     warn,
 )
 from structrep.files import save_bytes, writer
-from structrep.graph.names import layers_of
-from structrep.match.find import again
-from structrep.match.findings import Findings
-from structrep.match.merge import Merge, Missed, together
-from structrep.match.residuals import carry
+from structrep.match.merge import Merge
 from structrep.match.why import refusal, why
 from structrep.modules.arguments import Example
 from structrep.modules.copies import make_eager, own_copy
 from structrep.modules.source import without_source
 from structrep.modules.wrappers import finish, settle
 from structrep.prove.measured import Measured
-from structrep.prove.region import border, prove
 from structrep.prove.verify import verify
 from structrep.records.base import as_html, as_text
 from structrep.records.latency import LatencyRecord, milliseconds
-from structrep.records.plan import Explanation, MergeRecord, PlanRecord, RefusalRecord, Way, plan_tables
+from structrep.records.plan import Explanation, MergeRecord, PlanRecord, RefusalRecord, plan_tables
 from structrep.records.verification import Verification
 from structrep.report.drawing import Drawing
 from structrep.report.page import demand_plots, page
 from structrep.rewrite.diff import diff
-from structrep.rewrite.draft import Draft
 from structrep.rewrite.edit import Edit
 from structrep.rewrite.norms import forget_norms, give_norms_back
-from structrep.rewrite.units import fallen
-from structrep.terms.term import Term, geometry
+from structrep.terms.term import Term
 
 IN_TORCH = Measured()  # what cost="measured" is, so that timings are kept from one plan to the next
 # deploy models by id, of which nobody expects that there is anything to merge
@@ -63,57 +52,38 @@ class Plan:
     """All merges and refusals for one model. Nothing is changed before `apply`."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        findings: Findings,
-        reserve: tuple[str, ...] = (),
-        measured: Measured | None = None,
-        given: nn.Module | None = None,
+        self, model: nn.Module, selection: Selection, measured: Measured | None = None, given: nn.Module | None = None
     ) -> None:
         self._model = model
         # the user's, if that has wrappers inside, of which the plan knows nothing
         self._given = model if given is None else given
-        self._reserve, self._measured = reserve, measured
+        self._selection, self._measured = selection, measured
         self.latency: LatencyRecord | None = None  # of the whole model, if merges were chosen by measurement
-        carry(findings, reserve)
-        self._draft = Draft(findings.traced, findings.replicas, findings.merges, findings.borders.flagged)
-        narrowed: set[tuple[str, str]] = set()
-        while left := _unwritten(self._draft, findings, narrowed):
-            findings = again(findings, *left)  # what stands apart from them may merge still
-            carry(findings, reserve)
-            self._draft = Draft(findings.traced, findings.replicas, findings.merges, findings.borders.flagged)
-        self._findings = findings
-        self._missed = list(findings.missed)
-        for merge, reason in self._draft.refused:
-            self._refuse(merge, reason)
         self._applied = self._is_proved = False
         self._state = _state(self._given)
 
     @property
     def merges(self) -> tuple[MergeRecord, ...]:
-        seconds = self._measured.seconds if self._measured else lambda merge: None
-        group_of = {merge: group for group in together(self._draft.merges) for merge in group}
-        way = self._draft.way
-        return tuple(_record(one, where, group_of[one], seconds(one), way(one)) for where, one in self.merged.items())
+        return self._selection.records(self._measured.seconds if self._measured else lambda merge: None)
 
     @property
     def refusals(self) -> tuple[RefusalRecord, ...]:
-        return tuple(map(refusal, self._missed))
+        return tuple(map(refusal, self._selection.missed))
 
     @property
     def terms(self) -> tuple[Term, ...]:
         """What is merged, as expressions over layers, in the order of `merges`."""
-        return tuple(merge.term for merge in self._draft.merges)
+        return tuple(merge.term for merge in self._selection.merges)
 
     @property
     def merged(self) -> dict[str, Merge]:
         """The merges by the paths that their layers will have."""
-        return {self._draft.where(merge): merge for merge in self._draft.merges}
+        return self._selection.merged
 
     @property
     def inexact(self) -> bool:
         """Whether some merge differs from the model at the border, as the user allowed."""
-        return any(merge.fit.rigour == "inside" for merge in self._draft.merges)
+        return self._selection.inexact
 
     @property
     def record(self) -> PlanRecord:
@@ -144,8 +114,7 @@ class Plan:
             )
         chosen = self
         while slower := self._measured.slower(chosen.merged.values()):
-            findings = again(chosen._findings, slower=slower)
-            chosen = Plan(self._model, findings, self._reserve, self._measured, self._given)
+            chosen = Plan(self._model, chosen._selection.faster(slower), self._measured, self._given)
         forms = {"merged": chosen.apply(), "all merged": self.apply(), "as it is": own_copy(self._model)}
         if chosen is self:
             del forms["all merged"]
@@ -155,19 +124,12 @@ class Plan:
         if best == "as it is":
             merged, before = (milliseconds(latency.models[form].median) for form in ("merged", best))
             slow = Slower(f"the whole model takes {before} as it is, and {merged} merged: measured here")
-            chosen._leave(dict.fromkeys(chosen._draft.merges, slow))
+            chosen._selection = chosen._selection.without(dict.fromkeys(chosen._selection.merges, slow))
         return chosen
 
     def prove(self) -> None:
         """Prove every merge on its own region in float64; one that fails is taken out, and listed as refused."""
-        wrong: dict[Merge, Refusal] = {}
-        with process.same_chance(), precision.whole():
-            for group in together(self._draft.merges):
-                try:
-                    prove(group)
-                except Refusal as reason:
-                    wrong |= dict.fromkeys(group, reason)
-        self._leave(wrong)
+        self._selection = self._selection.proved()
         self._is_proved = True
 
     def proved(self) -> Plan:
@@ -176,12 +138,11 @@ class Plan:
         if self._is_proved:
             return self
         found = copy.copy(self)
-        found._missed = [*self._missed]
         found.prove()
-        kept = set(found._draft.merges)
+        kept = set(found._selection.merges)
         for where, merge in self.merged.items():
             if merge not in kept:
-                reason = next(miss.reason for miss in found._missed if miss.of is merge)
+                reason = next(miss.reason for miss in found._selection.missed if miss.of is merge)
                 warn(f"{where} ({' + '.join(merge.rules)}) is not merged, as planned: {reason}", MergeDropped)
         return found
 
@@ -222,11 +183,11 @@ class Plan:
             settle(self._given)
         model = self._given if inplace else own_copy(self._model)
         with process.alone():  # a draft has one model at a time
-            deploy = self._draft.apply(model, release=inplace)
+            deploy = self._selection.draft.apply(model, release=inplace)
         if inplace:
             make_eager(deploy, {id(module): module for module in deploy.modules()})
         finish(deploy)
-        if self._findings.blocks:
+        if self._selection.findings.blocks:
             give_norms_back(deploy)
         else:
             forget_norms(deploy)
@@ -242,7 +203,7 @@ class Plan:
             Unmerged, VerificationError, BadInput: as for `structrep.reparameterize`.
         """
         chosen = self.proved() if verify else self
-        if left := [path for path in self._findings.blocks if path not in chosen.merged]:
+        if left := [path for path in self._selection.findings.blocks if path not in chosen.merged]:
             name = type(self._model).__name__
             raise Unmerged(f"of the blocks in {name} these cannot be merged: {', '.join(left)}{chosen.record.reasons}")
         if not chosen.merged and _made.get(id(self._model)) is not self._model:
@@ -257,7 +218,7 @@ class Plan:
 
     def diff(self) -> str:
         """The edited forwards as a unified diff with files and lines, which `git apply` takes; "" if there are none."""
-        return diff(self._model, (one for one in self._draft.forwards.values() if isinstance(one, Edit)))
+        return diff(self._model, (one for one in self._selection.draft.forwards.values() if isinstance(one, Edit)))
 
     def why(self, first: str, second: str) -> Explanation:
         """Why two layers, by their names, did not merge; or that they do.
@@ -265,7 +226,7 @@ class Plan:
         Raises:
             BadInput: the model has no module of that name.
         """
-        return why(self._findings, list(self.merged.items()), first, second)
+        return why(self._selection.findings, list(self.merged.items()), first, second)
 
     def report(self, path: str | os.PathLike[str], example_inputs: Example | None = None, force: bool = False) -> None:
         """Write a page that shows what is merged, what is refused and why, and how the two models compare: HTML, in one
@@ -309,7 +270,7 @@ class Plan:
 
     def drawing(self, deploy: nn.Module | None = None, example_inputs: Example | None = None) -> Drawing:
         """What pictures are drawn with; of the deploy model too, if it is given."""
-        return Drawing(self.record, self._findings.replicas, self._draft.merges, deploy, example_inputs)
+        return Drawing(self.record, self._selection.findings.replicas, self._selection.merges, deploy, example_inputs)
 
     def _repr_html_(self) -> str:
         return as_html(*plan_tables(self.record))
@@ -318,23 +279,8 @@ class Plan:
         return as_text(*plan_tables(self.record))
 
     def __repr__(self) -> str:
-        return (
-            f"<Plan for {type(self._model).__name__}: {len(self._draft.merges)} merges, {len(self._missed)} refusals>"
-        )
-
-    def _leave(self, merges: Mapping[Merge, Refusal]) -> None:
-        lost = fallen(self._draft.merges, merges)
-        for merge, reason in lost.items():
-            self._refuse(merge, reason, self._draft.where(merge))
-        if lost:
-            left = [merge for merge in self._draft.merges if merge not in lost]
-            self._draft = Draft(self._draft.traced, self._draft.replicas, left, self._draft.flagged)
-            for merge, reason in self._draft.refused:
-                self._refuse(merge, reason)
-
-    def _refuse(self, merge: Merge, reason: Refusal, where: str = "") -> None:
-        where = where or merge.owner.path or "(root)"
-        self._missed.append(Missed(where, merge.rules[-1], str(merge.term), reason, layers_of(merge.nodes), merge))
+        merges, refusals = len(self._selection.merges), len(self._selection.missed)
+        return f"<Plan for {type(self._model).__name__}: {merges} merges, {refusals} refusals>"
 
 
 def _state(model: nn.Module) -> list[tuple[str, int, int]]:
@@ -350,48 +296,3 @@ def _demand(found: Verification) -> None:
         raise VerificationError(
             f"the deploy model differs from the training-time model by more than rounding{where}\n{found}"
         )
-
-
-def _record(
-    merge: Merge, where: str, group: Sequence[Merge], seconds: tuple[float, float] | None, way: Way
-) -> MergeRecord:
-    shape, (before, after) = geometry(merge.term), merge.fit.costs
-    taps = "x".join(map(str, shape.kernel))
-    sizes = ""
-    if merge.sizes is not None:
-        sizes = f"holds for inputs of {Sizes(*merge.sizes).extra_repr()}"
-    return MergeRecord(
-        where=where,
-        rules=merge.rules,
-        sources=merge.sources,
-        before=str(merge.term),
-        after=f"conv {taps}" if taps else "linear",
-        multiply_adds=(before.multiply_adds, after.multiply_adds),
-        parameters=(before.parameters, after.parameters),
-        largest=merge.fit.largest,
-        border=str(border(merge, group)) if merge.fit.rigour == "inside" else merge.fit.remedy,
-        sizes=sizes,
-        notes=merge.fit.notes,
-        seconds=seconds,
-        edit=way,
-    )
-
-
-def _unwritten(
-    draft: Draft, findings: Findings, narrowed: set[tuple[str, str]]
-) -> tuple[dict[tuple[str, str], Refusal], dict[Merge, Refusal]] | None:
-    """The methods and the merges, not known yet, that have to be left; None if all could be written.
-
-    Args:
-        narrowed: methods that do what they do for the example alone. The first time such a one fails, the merge alone
-            is left, for what takes less of it may be an edit; the next time, all that has to be written in it.
-    """
-    # with a scale that is given to it a merge may fail, and be right without
-    refused = ((one, why) for one, why in draft.refused if isinstance(why, ExampleOnly) and not one.absorbed)
-    merges = {one: why for one, why in refused if (one.base, one.root) not in findings.slower}
-    methods = {where: why for where, why in draft.unwritable.items() if where not in findings.unwritable}
-    if merges:
-        first = {where for where, why in methods.items() if isinstance(why, ExampleOnly)} - narrowed
-        narrowed |= first
-        methods = {where: why for where, why in methods.items() if where not in first}
-    return (methods, merges) if methods or merges else None

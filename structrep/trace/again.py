@@ -17,7 +17,9 @@ from structrep.modules.copies import shallow_copy
 from structrep.trace.folding import fold_constants
 from structrep.trace.follow import follow, unchanged
 from structrep.trace.held import untraced
-from structrep.trace.tracer import CallTracer, Root, Slot
+from structrep.trace.inputs import Slot
+from structrep.trace.policy import Policy
+from structrep.trace.tracer import CallTracer, Root
 
 
 def follow_method(module: nn.Module, path: str, method: str, flags: Mapping[str, Any]) -> Method | None:
@@ -27,15 +29,16 @@ def follow_method(module: nn.Module, path: str, method: str, flags: Mapping[str,
     paths = {part: ".".join(filter(None, (path, name))) for name, part in twin.named_modules()}
     scratch = untraced(twin, paths)
     tracer = follow(scratch, twin, paths, None, method, flags)
-    if tracer.stopped is not None or next(tracer.calls[0].observed(), None) is not None:
+    calls = tracer.recorder.calls
+    if tracer.recorder.stopped is not None or next(calls[0].observed(), None) is not None:
         return None
     held = {
         str(node.target)
         for node in tracer.graph.nodes
-        if node.op == "get_attr" and any(CALL.of(user) is tracer.calls[0] for user in node.users)
+        if node.op == "get_attr" and any(CALL.of(user) is calls[0] for user in node.users)
     }
-    asked = {where for where, question in tracer.questions.parts.all() if not question.apart}
-    return Method(tracer.calls, held | scratch.reached.keys(), asked)
+    asked = {where for where, question in tracer.parts.all() if not question.apart}
+    return Method(calls, held | scratch.reached.keys(), asked)
 
 
 def retrace(traced: Traced, call: Call, answers: Mapping[tuple[str, str], Any]) -> tuple[Traced, Call] | None:
@@ -51,29 +54,31 @@ def retrace(traced: Traced, call: Call, answers: Mapping[tuple[str, str], Any]) 
     twin = shallow_copy(call.module)
     paths = {part: ".".join(filter(None, (call.path, name))) for name, part in twin.named_modules()}
     again = untraced(_placed(twin, call.path), paths)
-    tracer = CallTracer(twin, call.method, paths, again, of.opaque, of.whole, set(), set(), answers, call.contexts)
     count = itertools.count()
-    tracer.arguments = pytree.tree_map(
+    arguments = pytree.tree_map(
         lambda leaf: Slot(f"input_{next(count)}") if isinstance(leaf, fx.Proxy) else leaf, (call.args, call.kwargs)
     )
-    if is_traced(tracer.arguments):
+    if is_traced(arguments):
         return None
+    policy = Policy(twin, of.opaque, of.whole)
+    tracer = CallTracer(twin, call.method, arguments, paths, again, policy, answers=answers, contexts=call.contexts)
     try:
         with torch.no_grad(), unchanged(twin), tracer.watching():
             tracer.trace(Root(twin))
     except Exception:  # whatever the forward does when it is told otherwise
         return None
-    if tracer.refused is not None:
+    if tracer.recorder.refused is not None:
         return None
     fold_constants(tracer)
-    again.traces.append(Trace(call.path, tracer.graph, tracer.calls[0], tracer.calls, of.opaque, of.whole))
-    for one in tracer.calls:
+    calls = tracer.recorder.calls
+    again.traces.append(Trace(call.path, tracer.graph, calls[0], calls, of.opaque, of.whole))
+    for one in calls:
         again.calls[one.module, one.method].append(one)
     known = {(one.path, one.method): one.inlined for calls in traced.calls.values() for one in calls}
-    for one in tracer.calls:
+    for one in calls:
         one.inlined = known.get((one.path, one.method), False)
-    again.origins, again.written = tracer.constants.origins, tracer.constants.written
-    return again, tracer.calls[0]
+    again.origins, again.written = tracer.origins.known, tracer.origins.written
+    return again, calls[0]
 
 
 def _placed(module: nn.Module, path: str) -> nn.Module:

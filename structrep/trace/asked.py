@@ -69,15 +69,16 @@ class Asked:
     """The questions of a trace about parts.
 
     Args:
-        paths: of modules, by id.
+        paths: of the modules of the model.
         current: the call that runs.
         reach: is told of each tensor that a walk hands out.
     """
 
     def __init__(
-        self, paths: Mapping[int, str], current: Callable[[], Any], reach: Callable[[str, Any, Any], Any]
+        self, paths: Mapping[nn.Module, str], current: Callable[[], Any], reach: Callable[[str, Any], None]
     ) -> None:
-        self.paths, self.current, self.reach = paths, current, reach
+        self.paths = {id(module): path for module, path in paths.items()}  # whose hash may ask them for attributes
+        self.current, self.reach = current, reach
         self.questions: dict[tuple[str, int, str], Question] = {}  # by path, call and what
         self.got: dict[tuple[Any, ...], Got] = {}
         self.own: set[tuple[int, str]] = set()  # attributes that calls look up in their own modules
@@ -145,7 +146,7 @@ class Asked:
         for place, one in enumerate(plain(*args, **kwargs)):
             if place == 1:
                 ask()
-            self.reach("", one[1] if isinstance(one, tuple) else one, None)
+            self.reach("", one[1] if isinstance(one, tuple) else one)
             yield one
         ask()
 

@@ -18,8 +18,8 @@ from structrep.graph.facts import FORMULA, KIND, RECOMPUTE, SAME_KIND, UNSTEADY,
 from structrep.graph.queries import asks_kind
 from structrep.graph.run import computed
 from structrep.terms.layer import Formula
-from structrep.trace.constants import nearest_to
 from structrep.trace.held import owner_of
+from structrep.trace.origins import nearest_to
 from structrep.trace.tracer import CallTracer
 
 

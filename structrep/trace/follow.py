@@ -26,8 +26,10 @@ from structrep.modules.states import Holdings
 from structrep.read.modules import PROBED, knows
 from structrep.trace.folding import fold_constants
 from structrep.trace.held import untraced
+from structrep.trace.inputs import bind
 from structrep.trace.observing import Unanswered
 from structrep.trace.patches import NotKept, stopping_function
+from structrep.trace.policy import Policy
 from structrep.trace.tracer import CallTracer, Root
 
 
@@ -110,22 +112,23 @@ class Below:
             self._apart(module, method)
             return
         tracer = follow(self.traced, module, self.paths, given, method)
-        if tracer.stopped is not None:
+        if tracer.recorder.stopped is not None:
             self._apart(module, method)
             return
-        root = tracer.calls[0]
-        self.traced.traces.append(Trace(path, tracer.graph, root, tracer.calls, tracer.opaque, tracer.whole))
+        calls, policy = tracer.recorder.calls, tracer.policy
+        root = calls[0]
+        self.traced.traces.append(Trace(path, tracer.graph, root, calls, policy.opaque, policy.whole))
         if given is None and module is not self.traced.model:
             self.traced.guessed.add(root)
-        self.seen.update(call.module for call in tracer.calls if call.module not in tracer.hooked)
-        for call in tracer.calls[1:]:
+        self.seen.update(call.module for call in calls if call.module not in policy.hooked)
+        for call in calls[1:]:
             if isinstance(call.module, torch.jit.ScriptModule) and not knows(call.module):
                 self.traced.untraced[call.path] = _scripted(call.module)
-            if call.leaf and call.module in tracer.hooked:
+            if call.leaf and call.module in policy.hooked:
                 self.left[call.module] = None
-            elif call.leaf and type(call.module) in tracer.opaque:
+            elif call.leaf and type(call.module) in policy.opaque:
                 self._apart(call.module, "forward")
-        self.left |= dict.fromkeys(_never_called(module, tracer.called))
+        self.left |= dict.fromkeys(_never_called(module, tracer.recorder.called))
 
     def trace_rest(self, layers: Iterable[nn.Module] = ()) -> None:
         """Trace what nothing that was followed calls, each part in the ways that it was seen to be called, if any."""
@@ -213,26 +216,27 @@ def follow(
     followed: set[FunctionType] = set()
     assumed: dict[type, tuple[str, Untraceable]] = {}  # types that were followed on one of several ways
     while True:
-        tracer = CallTracer(module, method, paths, traced, opaque, whole.keys(), followed, assumed.keys())
+        policy = Policy(module, opaque, whole.keys(), followed, assumed.keys())
         holdings = Holdings(module)
         state = holdings.state()
-        if traced.watched:
-            tracer.holdings, tracer.state = holdings, state
-        inputs = tracer.bind(given, flags or {})
-        tracer.observer.run = Partial(inputs) if inputs else None
+        arguments, values = bind(module, method, given, flags or {}, paths)
+        run = Partial(values) if values else None
+        watched = holdings if traced.watched else None
+        tracer = CallTracer(module, method, arguments, paths, traced, policy, run=run, holdings=watched)
+        recorder = tracer.recorder
         try:
             with torch.no_grad(), unchanged(module), tracer.watching():
                 tracer.trace(Root(module))
-            if tracer.refused is not None:
-                raise tracer.refused  # caught by the forward itself, which would do something else with a real value
+            if recorder.refused is not None:
+                raise recorder.refused  # caught by the forward itself, which would do something else with a real value
         except StructrepError:
             raise
         except Exception as error:
             _note_reach(traced, tracer)
-            if not tracer.calls:
+            if not recorder.calls:
                 raise
-            call = tracer.stopped or tracer.calls[0]
-            tracer.stopped = call
+            call = recorder.stopped or recorder.calls[0]
+            recorder.stopped = call
             if isinstance(error, NotKept) and error.function in whole:
                 followed.add(error.function)
                 del whole[error.function]
@@ -243,15 +247,15 @@ def follow(
                 whole[function] = (call.path, reason)
                 continue
             what = f"{type(call.module).__name__}.{call.method}"
-            if isinstance(tracer.refused, Unanswered) and type(call.module) not in assumed:
-                reason = Untraceable(f"{what} is followed where this does not hold: {tracer.refused}")
+            if isinstance(recorder.refused, Unanswered) and type(call.module) not in assumed:
+                reason = Untraceable(f"{what} is followed where this does not hold: {recorder.refused}")
                 assumed[type(call.module)] = call.path, reason
                 continue
             reason = Untraceable(f"{what} cannot be followed: {said(error)}")
             assumed.pop(type(call.module), None)
             traced.untraced.setdefault(call.path, reason)
             if call.module is module or type(call.module) in opaque:
-                tracer.stopped = tracer.calls[0]
+                recorder.stopped = recorder.calls[0]
                 _note_questions(traced, tracer)
                 return tracer
             opaque = opaque | {type(call.module)}
@@ -259,27 +263,27 @@ def follow(
         traced.unfollowed.update(whole)
         traced.assumed.update(assumed.values())
         traced.changed |= holdings.state() != state
-        if inputs:
+        if values:
             with unchanged(module):
-                infer_shapes(tracer.graph, inputs)
+                infer_shapes(tracer.graph, values)
         fold_constants(tracer)
-        traced.origins.update(tracer.constants.origins)
-        traced.written |= tracer.constants.written
+        traced.origins.update(tracer.origins.known)
+        traced.written |= tracer.origins.written
         _note_reach(traced, tracer)
         _note_questions(traced, tracer)
         return tracer
 
 
 def _note_questions(traced: Traced, tracer: CallTracer) -> None:
-    for path, question in tracer.questions.parts.all():
+    for path, question in tracer.parts.all():
         traced.asked[path].append(question)
 
 
 def _note_reach(traced: Traced, tracer: CallTracer) -> None:
     """Note who reaches into whom."""
     touched = {tracer.names[one] for one in tracer.constants.touched if one in tracer.names}
-    for path, calls in tracer.reached.items():
-        used = {one for one in calls if path in touched or tracer.fetched[path, one] > tracer.asked[path, one]}
+    for path, calls in tracer.reach.calls.items():
+        used = tracer.reach.users(path, touched)
         if used:
             traced.reached.setdefault(path, set()).update(used)
         traced.told.setdefault(path, set()).update(calls - used)

@@ -13,8 +13,8 @@ import contextlib
 import operator
 import random
 import sys
-from collections.abc import Callable, Iterator, Mapping, Set
-from types import FrameType, FunctionType
+from collections.abc import Callable, Iterator, Mapping
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,12 +29,12 @@ from structrep.graph.reads import Read
 from structrep.graph.run import Failed, Partial
 from structrep.graph.shapes import _of_module, rank
 from structrep.trace.conditions import length, sized, spared
+from structrep.trace.frames import outside
 from structrep.trace.held import owner_of
 from structrep.trace.patches import plain_function
 from structrep.trace.questions import INPUTS
 
 if TYPE_CHECKING:
-    from structrep.graph.calls import Call
     from structrep.trace.tracer import CallTracer
 
 _ENGINE = ("structrep.trace.", "structrep.process", "structrep.graph.", fx.proxy.__name__)
@@ -51,14 +51,13 @@ class Observer:
     """Answers the questions of one trace.
 
     Args:
-        followed: functions that cannot be kept whole.
-        assumed: types of modules that are followed where conditions do not hold of which nothing tells whether they do.
+        run: of the example.
     """
 
-    def __init__(self, tracer: CallTracer, followed: Set[FunctionType], assumed: Set[type]) -> None:
-        self.tracer, self.followed, self.assumed = tracer, followed, assumed
+    def __init__(self, tracer: CallTracer, run: Partial | None) -> None:
+        self.tracer, self.recorder, self.run = tracer, tracer.recorder, run
+        self.followed, self.assumed = tracer.policy.followed, tracer.policy.assumed
         self.guesses = 0
-        self.run: Partial | None = None  # of the example
         self.busy = False  # whether code runs as it does outside of the trace
 
     def condition(self, asked: fx.Proxy) -> bool:
@@ -95,13 +94,13 @@ class Observer:
 
     def _told(self, asked: fx.Proxy, kind: Callable[[Any], Any], what: str) -> Any:
         frame = self._frame()
-        call = self.tracer.stack[-1] if self.tracer.stack else None
+        call = self.recorder.current
         if frame is None or call is None or len(call.answers) > MOST:
-            raise self.tracer.refuse(TraceError(what))
+            raise self.recorder.refuse(TraceError(what))
         where = answer(frame.f_code, frame.f_lasti, frame.f_lineno, None)
         function = plain_function(frame, call.bytecode)
         if function is not None and function not in self.followed:
-            raise self.tracer.refuse(TraceError(f"{what}: {where}"))
+            raise self.recorder.refuse(TraceError(f"{what}: {where}"))
         owner = owner_of(self.tracer.module)
         known = Known(owner.device if owner is not None else None, self._likely_dims)
         try:
@@ -110,7 +109,7 @@ class Observer:
             if kind is not bool or type(call.module) not in self.assumed or self.guesses > MOST_ASSUMED:
                 remedy = REMEDY if self.run is None else str(reason)
                 refusal = Unanswered if kind is bool else TraceError
-                raise self.tracer.refuse(refusal(f"{what}: {where}; {remedy}")) from reason
+                raise self.recorder.refuse(refusal(f"{what}: {where}; {remedy}")) from reason
             self.guesses += 1
             told = False
         if not known.loose:  # weights fix it, for a value of so many dims
@@ -168,31 +167,28 @@ class Observer:
     @contextlib.contextmanager
     def _apart(self) -> Iterator[None]:
         """Run code as it runs outside of the trace: nobody notes what it does, and it draws no numbers of others."""
-        tracer = self.tracer
-        stack, entered, drawn = tracer.stack, tracer.contexts.entered, random.getstate()
+        recorder, contexts = self.recorder, self.tracer.contexts
+        stack, entered, drawn = recorder.stack, contexts.entered, random.getstate()
         numpy: Any = sys.modules.get("numpy.random")
         of_numpy = numpy.get_state() if numpy is not None else None
-        tracer.stack, self.busy = [], True
+        recorder.stack, self.busy = [], True
         try:
             with torch.random.fork_rng(), torch._C.DisableTorchFunction():
                 yield
         finally:
-            tracer.stack, tracer.contexts.entered, self.busy = stack, entered, False
+            recorder.stack, contexts.entered, self.busy = stack, entered, False
             random.setstate(drawn)
             if of_numpy is not None:
                 numpy.set_state(of_numpy)
 
     def _frame(self) -> FrameType | None:
         """The code that asks."""
-        frame: FrameType | None = sys._getframe(1)
-        while frame is not None and str(frame.f_globals.get("__name__")).startswith(_ENGINE):
-            frame = frame.f_back
-        return frame
+        return outside(sys._getframe(1), _ENGINE)
 
     def _note(self, frame: FrameType | None, told: Any, *, asserted: bool = False) -> None:
-        if frame is not None and self.tracer.stack:
+        if frame is not None and (call := self.recorder.current) is not None:
             made = answer(frame.f_code, frame.f_lasti, frame.f_lineno, told, asserted=asserted)
-            self.tracer.stack[-1].answers.append(made)
+            call.answers.append(made)
 
     def _assert(self, holds: fx.Proxy, said: str) -> fx.Node:
         return self.tracer.create_proxy("call_function", torch._assert, (holds, said), {}).node
@@ -221,7 +217,7 @@ class Observer:
 
     def _note_dtype(self, asked: fx.Proxy, told: bool) -> bool:
         """Note a condition on the dtype of an input, and assert what it is taken to be."""
-        call: Call = self.tracer.stack[-1]
+        call = self.recorder.stack[-1]
         place = sum(isinstance(read.holder, fx.Node) for read in call.reads.values())
         key = f"{call.path}.{call.method}", f"dtype {place}"
         call.reads[key] = Read(asked.node, "", told)

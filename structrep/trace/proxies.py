@@ -58,7 +58,7 @@ class TracedValue(fx.Proxy):
         return complex(self.tracer.observer.number(self, complex))
 
     def _refuse(self, error: Exception) -> Exception:
-        return self.tracer.refuse(error)
+        return self.tracer.recorder.refuse(error)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ("data", "real", "imag"):

@@ -1,0 +1,33 @@
+"""Whose code a frame runs: a user's, torch's, or the engine's own."""
+
+from __future__ import annotations
+
+import functools
+from types import FrameType
+from typing import Any
+
+
+def is_engine(frame: FrameType) -> bool:
+    """Whether a frame is the engine's own; modules that come along are models like others."""
+    return _of_engine(frame.f_globals.get("__name__"))
+
+
+def is_library(frame: FrameType) -> bool:
+    """Whether a frame is torch's or the engine's."""
+    return _of_library(frame.f_globals.get("__name__"))
+
+
+def outside(frame: FrameType | None, names: tuple[str, ...]) -> FrameType | None:
+    """The innermost frame of a module whose name begins with none of these."""
+    while frame is not None and str(frame.f_globals.get("__name__")).startswith(names):
+        frame = frame.f_back
+    return frame
+
+
+def _of_engine(name: Any) -> bool:
+    return str(name).startswith("structrep.") and not str(name).startswith(("structrep.blocks", "structrep.deployed"))
+
+
+@functools.lru_cache(4096)  # asked at every attribute
+def _of_library(name: Any) -> bool:
+    return str(name).partition(".")[0] == "torch" or _of_engine(name)

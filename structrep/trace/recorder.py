@@ -1,0 +1,187 @@
+"""The calls of a trace: what each was given, did and gave, and whether it changed anything that outlives it."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import random
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from types import FunctionType
+from typing import Any
+
+from torch import Tensor, nn
+
+from structrep.graph.calls import Call
+from structrep.graph.contexts import Contexts
+from structrep.graph.facts import KEPT
+from structrep.graph.structures import alike, held, holds_still, is_traced, proxies, snapshot
+from structrep.modules import parametrized
+from structrep.modules.positions import branches
+from structrep.modules.source import written_first
+from structrep.modules.states import Holdings
+from structrep.read.modules import settings as settings_of
+from structrep.trace.origins import Origins
+from structrep.trace.proxies import TracedValue
+
+
+class Recorder:
+    """Records calls, nested as they run.
+
+    Args:
+        paths: of the modules whose calls are recorded.
+        contexts: that code has entered.
+        origins: of the constants of the trace.
+        holdings: objects of which it is noted which call changes them, if any.
+    """
+
+    def __init__(
+        self, paths: Mapping[nn.Module, str], contexts: Contexts, origins: Origins, holdings: Holdings | None
+    ) -> None:
+        self.paths, self.contexts, self.origins, self.holdings = paths, contexts, origins, holdings
+        self.state = holdings.state() if holdings is not None else ()
+        self.calls: list[Call] = []
+        self.called: set[nn.Module] = set()  # also those whose calls are constants
+        self.stack: list[Call] = []
+        self.stopped: Call | None = None  # the innermost call that an error came out of
+        self.refused: Exception | None = None  # the first question that had no answer
+
+    @property
+    def current(self) -> Call | None:
+        """The call that runs."""
+        return self.stack[-1] if self.stack else None
+
+    def refuse(self, error: Exception) -> Exception:
+        """An error that stops the trace, also where the forward catches it."""
+        if self.refused is None and self.stack:
+            self.refused, self.stopped = error, self.stack[-1]
+        return error
+
+    @contextlib.contextmanager
+    def methods(self, modules: list[nn.Module]) -> Iterator[None]:
+        """Record calls of methods too: forward_features and its like are then rewritten where they stand."""
+        watched: list[tuple[nn.Module, str]] = []
+        for module in modules:
+            for base in type(module).__mro__[: type(module).__mro__.index(nn.Module)]:
+                for name, function in vars(base).items():
+                    plain = isinstance(function, FunctionType) and not name.startswith("__") and name != "forward"
+                    if plain and name not in module.__dict__ and not hasattr(nn.Module, name):
+                        module.__dict__[name] = functools.partial(
+                            self._call_method, module, name, getattr(module, name)
+                        )
+                        watched.append((module, name))
+        try:
+            yield
+        finally:
+            for module, name in watched:
+                module.__dict__.pop(name, None)
+
+    def _call_method(self, m: nn.Module, name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if not self.stack or not is_traced((args, kwargs)):
+            return function(*args, **kwargs)
+        return self.record(m, function, args, kwargs, False, name, function)
+
+    def record(
+        self, m: nn.Module, run: Callable[..., Any], args: Any, kwargs: Any, leaf: bool, method: str, function: Any
+    ) -> Any:
+        """What a call gives.
+
+        Args:
+            run: makes it: what is recorded, or a node for it.
+            leaf: whether that is one node.
+            method, function: what is called, by name and bound.
+
+        Raises:
+            RuntimeError: it gives another thing at every call.
+        """
+        parent = self.current
+        self._note_changes(parent)
+        call = Call(m, self.paths[m], parent, snapshot(args), snapshot(kwargs), leaf, method, function)
+        call.settings = settings_of(m) if leaf else {}
+        call.at = self.place() if parent else None
+        call.contexts = self.contexts.now
+        if parent:
+            parent.steps.append(call)
+        self.calls.append(call)
+        self.called.add(m)
+        self.stack.append(call)
+        attributes = {} if leaf else snapshot(m.__dict__)
+        holders = [] if leaf else held((args, kwargs))
+        drawn = None if leaf else _chance()  # a leaf only makes a node
+        try:
+            result = run(*args, **kwargs)
+            if isinstance(result, Iterator):
+                raise RuntimeError("it gives an iterator, whose code runs later")
+            if not leaf and _chance() != drawn:
+                raise RuntimeError("it draws new random numbers at every call")
+        except Exception:
+            self.stopped = self.stopped or call
+            raise
+        finally:
+            self.stack.pop()
+        self._note_changes(call)
+        call.result = snapshot(result)
+        given = zip(proxies((call.args, call.kwargs)), proxies((args, kwargs)), strict=False)
+        call.written = [(old.node, new.node) for old, new in given if old.node is not new.node]
+        constant = not any(map(is_traced, (args, kwargs, result)))
+        dropped = parent and constant and parent.steps[-1] is call and self.calls[-1] is call
+        if parent and dropped:
+            del parent.steps[-1], self.calls[-1]  # its origin says how it came about
+        if not leaf:
+            self._note_kept(call, attributes)
+        own = {} if leaf else m.__dict__
+        now = {key: value for key, value in own.items() if not self._settles(m, key, attributes.get(key), value)}
+        before = {key: value for key, value in attributes.items() if key in now or key not in own}
+        call.mutates |= not alike((call.args, call.kwargs, before), (args, kwargs, now))
+        call.mutates |= not all(holds_still(one, held_before) for one, held_before in holders)
+        if parent and dropped:
+            parent.mutates |= call.mutates
+        return result
+
+    def place(self) -> int | None:
+        """The instruction at which the code of the call that runs stands; None if that has called other code of the
+        user's that may go several ways."""
+        code = self.stack[-1].bytecode
+        frame = inspect.currentframe()
+        while frame is not None:
+            if frame.f_code is code:
+                return frame.f_lasti
+            engine = str(frame.f_globals.get("__name__", "")).startswith(("torch.", "structrep."))
+            if not engine and branches(frame.f_code):
+                return None
+            frame = frame.f_back
+        return None
+
+    def _settles(self, m: nn.Module, key: str, before: Any, value: Any) -> bool:
+        """Whether an attribute was given what a call computes of the model's tensors alone, the same at every call."""
+        if not isinstance(value, Tensor) or value is before:
+            return False
+        if key not in parametrized.computed(m) and not written_first(type(m), key):
+            return False
+        formula = self.origins.formula(value)
+        return formula is not None and all(t is not before for t in formula.tensors)
+
+    def _note_changes(self, call: Call | None) -> None:
+        """Note whether a call has changed what an object holds, since the last call began or ended."""
+        if self.holdings is not None:
+            before, self.state = self.state, self.holdings.state()
+            if call is not None and self.state != before:
+                call.mutates = True
+
+    def _note_kept(self, call: Call, before: dict[str, Any]) -> None:
+        """Mark the traced values that a call has left in its module: they are looked at later."""
+        kept = {key: value for key, value in call.module.__dict__.items() if before.get(key) is not value}
+        for proxy in proxies(kept):
+            if isinstance(proxy, TracedValue):
+                KEPT.note(proxy.node, True)
+                call.mutates = True
+
+
+def _chance() -> tuple[Any, ...]:
+    """The state of Python's own random numbers, and of numpy's."""
+    numpy: Any = sys.modules.get("numpy.random")
+    if numpy is None:
+        return (random.getstate(),)
+    _, keys, *rest = numpy.get_state()
+    return random.getstate(), keys.tobytes(), *rest
