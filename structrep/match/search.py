@@ -48,12 +48,13 @@ def search(findings: Findings, trace: Trace) -> Search:
     while True:
         made = Search(findings, trace, readings, given, Refusals(refusals.missed))
         made.run()
-        left = [one for one in given if not one.takers <= made.merged]
+        merged = made.merged
+        left = [one for one in given if not one.takers <= merged]
         if not left:
             return made
         given = [one for one in given if one not in left]
         for one in left:
-            kept = next((miss for node, miss in made.refusals.missed if node in one.takers - made.merged), None)
+            kept = next((miss for node, miss in made.refusals.missed if node in one.takers - merged), None)
             if kept is not None:
                 told = replace(kept, where=path_of(one.node) or "(root)", layers=(*kept.layers, layer_of(one.node)))
                 refusals.add(one.node, told)
