@@ -20,11 +20,9 @@ ORDER = re.findall(r"^\| `(\w+)/?` \|", PAGE.read_text(encoding="utf-8"), re.M)
 LONGEST, LARGEST = 500, 250  # lines of a module, and of a class
 # To be taken apart: nothing new may be as long, and none of these may grow.
 LONG = {
-    "match.search": 720,
     "rewrite.forward": 910,
 }
 LARGE = {
-    "Search": 590,
     "Draft": 404,
     "Forward": 730,
 }

@@ -10,12 +10,11 @@ from structrep.algebra import ConvMap
 from structrep.errors import Refusal
 from structrep.graph.calls import Trace
 from structrep.graph.observed import Observed
-from structrep.guard.other_forwards import Borders
 from structrep.guard.ready import check_ready
-from structrep.guard.sharing import Replicas
 from structrep.match.findings import Findings
 from structrep.match.merge import Merge, Missed
-from structrep.match.search import Search
+from structrep.match.search import Search, search
+from structrep.match.sum_order import reorder
 from structrep.modules.arguments import Example
 from structrep.registry import Registry
 from structrep.trace.follow import trace
@@ -46,8 +45,7 @@ def find(
     """
     check_ready(model)
     traced = trace(model, example_inputs, probed or {}, observed=observed)
-    findings = Findings(traced, tuple(inexact_borders), tuple(beforehand), blocks, kept=kept or {})
-    return _search(findings, registry)
+    return _search(Findings(traced, registry, tuple(inexact_borders), tuple(beforehand), blocks, kept=kept or {}))
 
 
 def again(
@@ -56,10 +54,10 @@ def again(
     slower: Mapping[Merge, Refusal] | None = None,
 ) -> Findings:
     """What is found if some methods more, by path and name, are left as they are written, and some merges not done."""
-    (registry, *_) = (search.registry for search in found.searches)
     left = {(merge.base, merge.root): reason for merge, reason in (slower or {}).items()}
     findings = Findings(
         found.traced,
+        found.registry,
         found.inexact_borders,
         found.beforehand,
         found.blocks,
@@ -67,10 +65,10 @@ def again(
         {**found.slower, **left},
         found.kept,
     )
-    return _search(findings, registry)
+    return _search(findings)
 
 
-def _search(findings: Findings, registry: Registry) -> Findings:
+def _search(findings: Findings) -> Findings:
     for path, reason in findings.traced.untraced.items():
         findings.missed.append(Missed(path or "(root)", "-", "left as it is", reason))
     for path, reason in findings.traced.assumed.items():
@@ -78,34 +76,28 @@ def _search(findings: Findings, registry: Registry) -> Findings:
     for function, (path, reason) in findings.traced.unfollowed.items():
         findings.missed.append(Missed(path or "(root)", "-", f"{function.__name__}() as it is", reason))
     for one in findings.traced.traces:
-        search, merges = _best_order(findings, one, registry)
-        search.keep(merges)
-        findings.searches.append(search)
+        found = _best_order(findings, one)
+        findings.searches.append(found)
+        findings.merges += found.merges
+        findings.missed += found.refused()
     findings.missed += findings.beforehand
-    findings.forget()
     return findings
 
 
-def _best_order(findings: Findings, one: Trace, registry: Registry) -> tuple[Search, list[Merge]]:
-    """The merges of a graph, and of sums in another order where more merges so."""
+def _best_order(findings: Findings, one: Trace) -> Search:
+    """The search of a graph, with sums in another order where more merges so."""
 
-    def searched() -> tuple[Search, list[Merge]]:
-        search = Search(findings, one, registry)
-        return search, search.run()
+    def taken(found: Search) -> int:
+        return sum(len(merge.nodes) for merge in found.merges)
 
-    def anew() -> tuple[Search, list[Merge]]:
-        findings.replicas, findings.borders = Replicas(findings.traced), Borders(findings.traced)
-        return searched()
-
-    def taken(merges: list[Merge]) -> int:
-        return sum(len(merge.nodes) for merge in merges)
-
-    search, merges = searched()
-    undo = search.reorder(merges)
+    first = search(findings, one)
+    undo = reorder(one, first.merged, first.merges_sum)
     if undo is None:
-        return search, merges
-    other, more = anew()
-    if taken(more) > taken(merges):
-        return other, more
+        return first
+    findings.look_again()
+    other = search(findings, one)
+    if taken(other) > taken(first):
+        return other
     undo()
-    return anew()
+    findings.look_again()
+    return search(findings, one)

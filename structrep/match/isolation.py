@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Set
 
 import torch
 from torch import fx, nn
@@ -11,14 +11,14 @@ from structrep.errors import Unreadable
 from structrep.graph.constants import constant
 from structrep.graph.dtypes import CASTS
 from structrep.graph.facts import CALL, UNFOLLOWED, VALUE
+from structrep.graph.names import layer_of
 from structrep.graph.queries import only_asserted
 from structrep.graph.shapes import torch_name
 from structrep.match.shared_scales import readers_of
 from structrep.modules.parametrized import hooks
 from structrep.read.nodes import called
-from structrep.terms.layer import Layer, Reading, Same
+from structrep.terms.layer import Layer, Readings, Same
 
-Readings = Mapping[fx.Node, Reading]
 _KERNELS = {f"conv{kind}{dims}d" for kind in ("", "_transpose") for dims in (1, 2, 3)} | {"linear"}
 # What moves, averages or casts numbers, through which one still sees what stands behind.
 _MOVES = {
@@ -31,7 +31,21 @@ _MOVING = (nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle, nn.Chan
 _POOLS = (nn.modules.pooling._AdaptiveAvgPoolNd, nn.modules.pooling._AvgPoolNd)
 
 
-def isolation(node: fx.Node, source: fx.Node, readings: Readings) -> str:
+def isolated(readings: Readings, covered: Set[fx.Node], told: Set[str]) -> Iterator[tuple[fx.Node, str]]:
+    """The norms that stay, and what each stands between.
+
+    Args:
+        covered: nodes that are part of a merge.
+        told: paths of layers of which it is said already why they stay.
+    """
+    for node, reading in readings.items():
+        if not isinstance(reading, Layer) or reading.kind != "norm" or node in covered or layer_of(node) in told:
+            continue
+        assert reading.source is not None
+        yield node, _isolation(node, reading.source, readings)
+
+
+def _isolation(node: fx.Node, source: fx.Node, readings: Readings) -> str:
     """Why a norm of what `source` gives stays: what it stands between, and what the layers beside it are."""
     ours, everyone = (readers_of(one, readings) for one in (node, source))
     others = [user for user in everyone if user is not node and not only_asserted(user)]

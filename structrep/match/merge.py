@@ -2,45 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import networkx as nx
 from torch import fx
 
-from structrep.algebra import ConvMap, Ints, Rigour
-from structrep.errors import Refusal, Unreadable
+from structrep.algebra import ConvMap, Ints
+from structrep.errors import Refusal
 from structrep.graph.calls import Call, Trace
-from structrep.graph.contexts import Context
-from structrep.graph.facts import CONTEXTS, INDEX, SHAPE
+from structrep.graph.facts import SHAPE
 from structrep.match import sum_order
+from structrep.match.fit import Fit
 from structrep.match.shared_scales import Absorption
+from structrep.match.stretch import Segment, Stretch
 from structrep.match.sum_order import Reordered
-from structrep.terms.cost import Cost
 from structrep.terms.term import Term, geometry
 from structrep.terms.value import sized, value
-
-
-@dataclass(frozen=True, eq=False)
-class Segment:
-    """The stretch from one node to the nearest that all its linear paths come through."""
-
-    base: fx.Node
-    root: fx.Node
-    term: Term
-    nodes: tuple[fx.Node, ...]  # all between, root included, base not
-    absorbed: tuple[Absorption, ...] = ()  # scales that the term does a part of
-
-
-@dataclass(frozen=True)
-class Fit:
-    """How a merged map fits into a layer of the dtype that it will have."""
-
-    costs: tuple[Cost, Cost]  # before and after, but for what the border takes
-    rigour: Rigour
-    remedy: str  # what a layer of its own does for the border
-    largest: tuple[float, float]  # largest coefficient of a kernel before, of any after
-    notes: tuple[str, ...]  # what is to be told of the numbers
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +37,7 @@ class Merge:
     rules: tuple[str, ...]
     sources: tuple[str, ...]
     term: Term
-    segments: tuple[Segment, ...]  # from base to root
+    stretch: Stretch
     owner: Call  # the innermost call that holds all of it
     trace: Trace
     fit: Fit
@@ -68,20 +46,24 @@ class Merge:
 
     @property
     def base(self) -> fx.Node:
-        return self.segments[0].base
+        return self.stretch.base
 
     @property
     def root(self) -> fx.Node:
-        return self.segments[-1].root
+        return self.stretch.root
 
     @property
-    def nodes(self) -> list[fx.Node]:
-        return nodes_of(self.segments)
+    def nodes(self) -> tuple[fx.Node, ...]:
+        return self.stretch.nodes
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        return self.stretch.segments
 
     @property
     def absorbed(self) -> set[Absorption]:
         """Scales that this merge does a part of; all merges that do the rest stand and fall with it."""
-        return {one for segment in self.segments for one in segment.absorbed}
+        return self.stretch.absorbed
 
     @property
     def reordered(self) -> set[Reordered]:
@@ -127,20 +109,3 @@ class Missed:
     reason: Refusal
     layers: tuple[str, ...] = ()  # paths of the layers that it is about
     of: Merge | None = None  # what was planned first
-
-
-def nodes_of(stretch: Iterable[Segment]) -> list[fx.Node]:
-    return [node for segment in stretch for node in segment.nodes]
-
-
-def check_contexts(changed: Set[fx.Node]) -> None:
-    """Raise if what is merged runs in several contexts; modules that are swapped are cast wherever they stand."""
-    swapped = all(node.op == "call_module" for node in changed)
-    around: dict[tuple[Context, ...], fx.Node] = {}
-    for node in sorted(changed, key=lambda n: int(INDEX.of(n))):
-        if odd := [one.code for one in CONTEXTS.of(node) if not one.known]:
-            raise Unreadable(f"{node.name} runs in {odd[0]}, which may change what any operation does")
-        around.setdefault(tuple(one for one in CONTEXTS.of(node) if not (swapped and one.casts)), node)
-    if len(around) > 1:
-        told = (f"{node.name} in {' in '.join(one.code for one in found) or 'none'}" for found, node in around.items())
-        raise Unreadable(f"one layer runs in one context, and {', '.join(told)}")

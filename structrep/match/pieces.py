@@ -8,19 +8,17 @@ C h w numbers together as one to (..., C h w) does; so the convolution is a matr
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import replace
 
 from torch import fx
 
 from structrep.algebra import ConvMap, Geometry, Ints
 from structrep.graph.shapes import torch_name
-from structrep.terms.layer import Layer, Reading, Same, Total
+from structrep.terms.layer import Layer, Readings, Same, Total
 from structrep.terms.layers import diagonal_layer
 from structrep.terms.term import ONE, Term, leaf, seq, signed, total
 
 MOST = 64  # nodes between the reshapes that make pieces and fold them together
-Readings = Mapping[fx.Node, Reading]
 
 
 def frame(node: fx.Node) -> Ints:

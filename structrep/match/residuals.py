@@ -19,13 +19,19 @@ from torch import fx, nn
 from structrep.algebra import ConvMap, Ints
 from structrep.errors import Incompatible, Mutated, Refusal, Shared, Unreadable
 from structrep.graph.aliases import aliases, writers
+from structrep.graph.calls import Trace
 from structrep.graph.facts import CALL, INDEX, KEPT
 from structrep.graph.names import path_of
 from structrep.graph.queries import asks_kind, only_asserted
 from structrep.graph.shapes import torch_name
+from structrep.guard.other_forwards import Borders
 from structrep.match.findings import Findings
-from structrep.match.merge import Carried, Merge, Missed, Segment
+from structrep.match.fit import fit
+from structrep.match.legality import Legality, owner_of
+from structrep.match.merge import Carried, Merge, Missed
 from structrep.match.search import Search
+from structrep.match.segments import Segments
+from structrep.match.stretch import Segment, Stretch
 from structrep.modules.parametrized import hooks
 from structrep.terms import cost
 from structrep.terms.layer import Total
@@ -90,14 +96,14 @@ def _block(search: Search, node: fx.Node, sum_: Total) -> _Block:
     if one != 1.0 or other != 1.0 or sum_.through:
         raise Incompatible("only a plain sum of two values is a residual")
     for main, skip in ((first, second), (second, first)):
-        added = tuple(reversed(list(search.walk(skip, None))))
+        added = tuple(reversed(list(search.segments.walk(skip, None))))
         base = added[0].base if added else skip
-        found = _steps(search, main, base)
+        found = _steps(search.segments, main, base)
         if found is None:
             continue
         steps, acts = found
         made, through = _range(base)
-        block = _Block(search, node, Carried(base, node, through), steps, added)
+        block = _Block(search.trace, search.legality, node, Carried(base, node, through), steps, added)
         for act in acts:
             kind = _activation(act)
             if made not in _UNCHANGED.get(kind, ()):
@@ -105,19 +111,19 @@ def _block(search: Search, node: fx.Node, sum_: Total) -> _Block:
                     f"what is added would pass {kind} on its way, which leaves it as it is only if it is one's own "
                     f"output, and it is that of {base.name}"
                 )
-        _check_uses(block, acts)
+        _check_uses(block, acts, search.findings.borders)
         return block
     raise Incompatible("no activation stands between its layers, or they do not start where what is added does")
 
 
 def _steps(
-    search: Search, node: fx.Node, base: fx.Node
+    segments: Segments, node: fx.Node, base: fx.Node
 ) -> tuple[tuple[tuple[Segment, ...], ...], list[fx.Node]] | None:
     """Layers and activations from a base to a node; None if there are others between."""
     steps: list[tuple[Segment, ...]] = []
     acts: list[fx.Node] = []
     while True:
-        step = tuple(reversed(list(search.walk(node, None))))
+        step = tuple(reversed(list(segments.walk(node, None))))
         if not any(layer.weight is not None for segment in step for layer in segment.term.leaves()):
             return None
         steps.insert(0, step)
@@ -129,7 +135,7 @@ def _steps(
         node = step[0].base.all_input_nodes[0]
 
 
-def _check_uses(block: _Block, acts: list[fx.Node]) -> None:
+def _check_uses(block: _Block, acts: list[fx.Node], borders: Borders) -> None:
     """Raise where a value that will be another is of use elsewhere."""
     changed = block.inside.union(acts)
     for value_ in changed - {block.node}:
@@ -139,8 +145,7 @@ def _check_uses(block: _Block, acts: list[fx.Node]) -> None:
     base = block.carried.base
     if any(INDEX.of(writer) > INDEX.of(base) for writer in writers(aliases(base))):
         raise Mutated(f"what is added, {base.name}, is written to after it was made")
-    search = block.search
-    search.findings.borders.check(changed, block.node, search.owner(changed))
+    borders.check(changed, block.node, owner_of(changed))
 
 
 def _activation(node: fx.Node) -> str:
@@ -167,7 +172,8 @@ def _range(node: fx.Node) -> tuple[str, tuple[fx.Node, ...]]:
 class _Block:
     """A residual block: layers with activations between them, and what is added."""
 
-    search: Search
+    trace: Trace
+    legality: Legality
     node: fx.Node  # the addition
     carried: Carried
     steps: tuple[tuple[Segment, ...], ...]  # the layers between activations
@@ -237,12 +243,12 @@ class _Block:
         if last and any(layer.weight is not None for layer in skip.leaves()):
             before += cost.of_term(skip)
         costs = before, cost.of_map(geometry(wide))
-        fit = self.search.fit(value(wide), list(step), costs, at_any_price=True)
-        if fit.remedy:
-            raise Unreadable(f"{term} takes {fit.remedy}, which the residual would take too")
-        self.search.check(list(segments))
-        owner = self.search.owner({node for segment in segments for node in segment.nodes})
-        return Merge((RULE,), (SOURCE,), wide, segments, owner, self.search.trace, fit, self.carried)
+        fitted = fit(value(wide), Stretch(step), costs, at_any_price=True)
+        if fitted.remedy:
+            raise Unreadable(f"{term} takes {fitted.remedy}, which the residual would take too")
+        stretch = Stretch(segments)
+        self.legality.check(stretch)
+        return Merge((RULE,), (SOURCE,), wide, stretch, owner_of(stretch.nodes), self.trace, fitted, self.carried)
 
 
 def _first(count: int) -> Callable[[int], slice]:

@@ -2,7 +2,7 @@
 
 * A norm that several convolutions read (queries, keys and values of one norm) goes into each of them.
 * A norm behind a concatenation goes into the branches, each taking its own channels.
-* What is done with pieces of a fixed size (`frames`) goes into a matrix on all their numbers: a norm of their channels
+* What is done with pieces of a fixed size (`pieces`) goes into a matrix on all their numbers: a norm of their channels
   behind it, convolutions beside it.
 * What a layer norm, an RMS norm or a group norm ends with, its weight and bias, goes into what reads it.
 * Between a scale and a layer that takes it, dims may be moved (Linear -> permute -> batch norm; layer norm -> window
@@ -27,11 +27,9 @@ from structrep.graph.facts import INDEX, KEPT
 from structrep.graph.queries import asks_shape, only_asserted
 from structrep.graph.shapes import rank
 from structrep.match.pieces import Pieces, frame, is_matrix, pieces, spread, takes_together
-from structrep.terms.layer import Layer, Reading, Same, Stack, Total
+from structrep.terms.layer import Layer, Readings, Same, Stack, Total
 from structrep.terms.layers import diagonal_layer
 from structrep.terms.term import Term, signed, total
-
-Readings = Mapping[fx.Node, Reading]
 
 
 @dataclass(frozen=True, eq=False)

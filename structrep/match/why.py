@@ -12,10 +12,11 @@ from structrep.errors import BadInput, Refusal
 from structrep.graph.facts import CALL, INDEX, VALUE
 from structrep.match.findings import Findings
 from structrep.match.isolation import named
-from structrep.match.merge import Merge, Missed, Segment
+from structrep.match.merge import Merge, Missed
 from structrep.match.search import Search
+from structrep.match.stretch import Stretch
 from structrep.records.plan import Explanation, RefusalRecord
-from structrep.terms.term import Term, seq
+from structrep.terms.term import Term
 
 
 def why(findings: Findings, merges: Iterable[tuple[str, Merge]], first: str, second: str) -> Explanation:
@@ -47,7 +48,7 @@ def why(findings: Findings, merges: Iterable[tuple[str, Merge]], first: str, sec
     for search, ones, others in together:
         answer, term = _between(search, ones, others)
     misses = {} if term is None else {
-        rule.name: rule.pattern.miss(term) for rule in together[-1][0].registry
+        rule.name: rule.pattern.miss(term) for rule in findings.registry
         if not rule.law and rule.pattern.match(term) is None
     }  # fmt: skip
     return Explanation(first=first, second=second, answer=answer, refusals=told, misses=misses)
@@ -65,7 +66,7 @@ def _nodes(search: Search, path: str) -> list[fx.Node]:
     """The nodes that a module made, in order."""
     return [
         node
-        for node in search.nodes
+        for node in search.trace.nodes
         if CALL.of(node) is not None and f"{CALL.of(node).path}.".startswith(f"{path}.") and node.op != "get_attr"
     ]
 
@@ -102,7 +103,7 @@ def _not_seen(findings: Findings, lost: list[str]) -> str:
 
 def _between(search: Search, ones: list[fx.Node], others: list[fx.Node]) -> tuple[str, Term | None]:
     """What keeps two parts of one graph apart, and the term that holds both, if there is one."""
-    graph = nx.DiGraph((source, node) for node in search.nodes for source in node.all_input_nodes)
+    graph = nx.DiGraph((source, node) for node in search.trace.nodes for source in node.all_input_nodes)
     if INDEX.of(ones[0]) > INDEX.of(others[0]):
         ones, others = others, ones
     early, late = ones[-1], others[-1]
@@ -116,7 +117,7 @@ def _chain(search: Search, graph: nx.DiGraph, early: fx.Node, late: fx.Node) -> 
     unread = _unread(search, way)
     if unread:
         return f"{_told(unread)} between them, which is no linear map that structrep reads", None
-    stretch = search.stretch(early, late)
+    stretch = search.segments.stretch(early, late)
     if stretch is None:
         return "what lies between them does not all come through one value, so it is no map of one input", None
     return _stretch(search, stretch)
@@ -124,7 +125,7 @@ def _chain(search: Search, graph: nx.DiGraph, early: fx.Node, late: fx.Node) -> 
 
 def _parallel(search: Search, graph: nx.DiGraph, early: fx.Node, late: fx.Node) -> tuple[str, Term | None]:
     meeting = next(
-        (node for node in search.nodes if graph.has_node(node) and _reaches(graph, (early, late), node)), None
+        (node for node in search.trace.nodes if graph.has_node(node) and _reaches(graph, (early, late), node)), None
     )
     if meeting is None or meeting.op == "output":
         return "they are on paths that never meet: nothing adds or stacks what they give", None
@@ -134,28 +135,28 @@ def _parallel(search: Search, graph: nx.DiGraph, early: fx.Node, late: fx.Node) 
         return f"their paths meet in {named(meeting)}, which neither adds nor stacks them", None
     if unread:
         return f"{_told(unread)} between them and {named(meeting)}, where their paths meet, and is no linear map", None
-    segment = search.segment(meeting)
+    segment = search.segments.segment(meeting)
     if segment is None or not {early, late} <= set(segment.nodes):
         return f"their paths meet in {named(meeting)}, but do not start from one value", None
-    return _stretch(search, [segment])
+    return _stretch(search, Stretch((segment,)))
 
 
 def _unread(search: Search, way: set[fx.Node]) -> list[fx.Node]:
     """What of some nodes is no linear map, in order."""
-    return [node for node in search.nodes if node in way and node not in search.readings and not VALUE.known(node)]
+    return [
+        node for node in search.trace.nodes if node in way and node not in search.readings and not VALUE.known(node)
+    ]
 
 
 def _reaches(graph: nx.DiGraph, sources: Iterable[fx.Node], node: fx.Node) -> bool:
     return all(source is not node and nx.has_path(graph, source, node) for source in sources)
 
 
-def _stretch(search: Search, stretch: list[Segment]) -> tuple[str, Term]:
+def _stretch(search: Search, stretch: Stretch) -> tuple[str, Term]:
     """What forbids a stretch to be one layer."""
-    term = seq([segment.term for segment in stretch])
-    leak = search.leak(stretch)
+    term, leak = stretch.term, stretch.leak()
     if leak is not None:
-        inside = {node for segment in stretch for node in segment.nodes}
-        users = sorted({named(user) for user in leak.users if user not in inside})
+        users = sorted({named(user) for user in leak.users if user not in stretch.nodes})
         return f"{named(leak)} would vanish, but {' and '.join(users) or 'its module'} uses what it gives too", term
     try:
         search.demand(stretch)

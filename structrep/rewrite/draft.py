@@ -27,7 +27,8 @@ from structrep.graph.calls import Call, Traced
 from structrep.graph.facts import ASSIGNED, CALL, FORMULA, VALUE
 from structrep.guard.callers import Callers
 from structrep.guard.sharing import Replicas, site
-from structrep.match.merge import Merge, Segment
+from structrep.match.merge import Merge
+from structrep.match.stretch import Segment
 from structrep.modules.uses import Use
 from structrep.read.lower import lower
 from structrep.read.nodes import hands_on

@@ -15,7 +15,8 @@ from structrep.graph.calls import Call
 from structrep.graph.facts import CALL, VALUE
 from structrep.graph.queries import only_asserted
 from structrep.graph.structures import proxies
-from structrep.match.merge import Merge, Segment, together
+from structrep.match.merge import Merge, together
+from structrep.match.stretch import Segment
 from structrep.modules.parametrized import computed, hooks
 from structrep.modules.wrappers import stands_in
 from structrep.read.modules import knows

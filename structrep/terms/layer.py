@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -108,3 +108,4 @@ class Same:
 
 
 Reading = Layer | Total | Stack | Same
+Readings = Mapping[fx.Node, Reading]  # what the nodes of a graph are
