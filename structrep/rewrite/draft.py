@@ -34,7 +34,7 @@ from structrep.read.nodes import hands_on
 from structrep.records.plan import Way
 from structrep.rewrite.edit import Edit
 from structrep.rewrite.edits import Edits
-from structrep.rewrite.forward import Forward
+from structrep.rewrite.forward import Forward, written_anew
 from structrep.rewrite.leftovers import Leftovers
 from structrep.rewrite.norms import end
 from structrep.rewrite.refill import _kernels, _nothing, _refill
@@ -241,7 +241,7 @@ class Draft:
                 failed.update(dict.fromkeys(self.owned[owner], reason))
         for owner in self._idle_sums() - self.edits.owners.keys():
             with contextlib.suppress(Refusal):
-                self.forwards[owner] = Forward(self.traced, self.edits, owner, set())
+                self.forwards[owner] = written_anew(self.traced, self.edits, owner, set())
         self.at_rest = {owner: forward.holding(owner.module) for owner, forward in self.forwards.items()}
         return failed
 
@@ -280,7 +280,7 @@ class Draft:
     def _written_anew(self, owner: Call, written_out: set[Call]) -> Forward:
         if (doubt := self.callers.doubt(*site(owner))) is not None:
             raise Unreadable(doubt)
-        forward = Forward(self.traced, self.edits, owner, written_out)
+        forward = written_anew(self.traced, self.edits, owner, written_out)
         self._check_choice(owner, forward)
         return forward
 

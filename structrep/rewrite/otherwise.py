@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
@@ -9,12 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from structrep.errors import Unreadable
 from structrep.graph.calls import Call, Traced
-from structrep.graph.facts import ASKED, CALL, CONTEXTS, VALUE
+from structrep.graph.facts import ASKED, CALL, CONTEXTS, FORMULA, VALUE
 from structrep.graph.operations import writes
 from structrep.graph.shapes import torch_name
 from structrep.graph.structures import proxies
+from structrep.rewrite.edits import Edits
+from structrep.trace.again import retrace
 
+Key = tuple[str, str]  # of a question, in `Call.reads`
 Where = tuple[Any, tuple[Any, ...]]  # a node, the id of a constant or a call, and the way to one of its arguments
 
 
@@ -63,6 +68,70 @@ def inside(call: Call, written_out: Set[tuple[str, str]]) -> Iterator[Call]:
             step.method != "forward" or step.leaf or (step.path, step.method) in written_out
         ):
             yield from inside(step, written_out)
+
+
+class Otherwise:
+    """A forward as it is when it is told otherwise.
+
+    Args:
+        out: methods that are written out in it.
+        answers: what it was told otherwise already.
+    """
+
+    def __init__(self, traced: Traced, call: Call, out: Set[Key], answers: Mapping[Key, Any]) -> None:
+        self.traced, self.call, self.out, self.answers = traced, call, out, answers
+
+    def told(self, answers: Mapping[Key, Any]) -> tuple[Traced, Call] | None:
+        """The forward followed once more with other answers; None if that cannot be."""
+        return retrace(self.traced, self.call, {**self.answers, **answers})
+
+    def slots(self, again: tuple[Traced, Call] | None) -> list[Slot] | None:
+        """The arguments that differ in the forward as it is now; None if more does, or it was not followed again."""
+        if again is None:
+            return None
+        calls = list(inside(again[1], self.out))
+        asked = {key for call in inside(self.call, self.out) for key in call.reads}
+        if any(not call.reads.keys() <= asked or call.mutates for call in calls):
+            return None
+        try:
+            return Comparison((self.traced, self.call), again, self.out).slots
+        except Different:
+            return None
+
+    def edits(self, edits: Edits, again: tuple[Traced, Call], where: str) -> Edits:
+        """The edits of the forward as it is when told otherwise.
+
+        Args:
+            where: how that is, as a message says it.
+
+        Raises:
+            Unreadable: it would not do the same with what is merged.
+        """
+        same = counterparts((self.traced, self.call), again)
+        self._check_merged(edits, again, {new: old for old, new in same.items()}, where)
+        return edits.carried(same)
+
+    def _check_merged(
+        self, edits: Edits, again: tuple[Traced, Call], back: Mapping[fx.Node, fx.Node], where: str
+    ) -> None:
+        """Raise where what it does only when told otherwise is about what is merged."""
+        shown = self.call.shown
+        for node in (one for one in again[1].nodes() if one not in back):
+            if copied(node) is not None:
+                continue  # what is made of it matters
+            if writes(node):
+                raise Unreadable(f"{shown} writes in place {where}")
+            formulas = [FORMULA.of(n).tensors for n in node.all_input_nodes if FORMULA.get(n)]
+            made_of = [*itertools.chain(*formulas), *(VALUE.get(n) for n in node.all_input_nodes)]
+            held = {again[0].names.get(id(tensor)) for tensor in made_of}
+            if str(node.target) in edits.layers if node.op == "call_module" else held & edits.homes.keys():
+                raise Unreadable(f"{shown} does not use {node.name} as it is merged {where}")
+            if gone := {n for n in node.all_input_nodes if back.get(n) in edits.vanishing}:
+                raise Unreadable(f"{shown} uses {next(iter(gone)).name}, which would be gone, {where}")
+        given = {proxy.node for proxy in proxies(self.call.result)}
+        for proxy in proxies(again[1].result):
+            if back.get(proxy.node) in edits.vanishing - given:
+                raise Unreadable(f"{shown} gives back {proxy.node.name}, which would be gone, {where}")
 
 
 class Comparison:
