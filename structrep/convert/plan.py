@@ -51,6 +51,7 @@ from structrep.rewrite.diff import diff
 from structrep.rewrite.draft import Draft
 from structrep.rewrite.edit import Edit
 from structrep.rewrite.norms import forget_norms, give_norms_back
+from structrep.rewrite.surgery import Surgery
 from structrep.rewrite.units import fallen
 from structrep.terms.term import Term, geometry
 
@@ -76,11 +77,11 @@ class Plan:
         self._reserve, self._measured = reserve, measured
         self.latency: LatencyRecord | None = None  # of the whole model, if merges were chosen by measurement
         carry(findings, reserve)
-        self._draft = Draft(findings.traced, findings.replicas, findings.merges, findings.borders.flagged)
+        self._draft = Draft.of(findings.traced, findings.replicas, findings.merges, findings.borders.flagged)
         while (alone := _alone(self._draft, findings)) or self._draft.unwritable.keys() - findings.unwritable.keys():
             findings = again(findings, self._draft.unwritable, alone)  # what stands apart from them may merge still
             carry(findings, reserve)
-            self._draft = Draft(findings.traced, findings.replicas, findings.merges, findings.borders.flagged)
+            self._draft = Draft.of(findings.traced, findings.replicas, findings.merges, findings.borders.flagged)
         self._findings = findings
         self._missed = list(findings.missed)
         for merge, reason in self._draft.refused:
@@ -220,8 +221,8 @@ class Plan:
         if inplace:
             settle(self._given)
         model = self._given if inplace else own_copy(self._model)
-        with process.alone():  # a draft has one model at a time
-            deploy = self._draft.apply(model, release=inplace)
+        with process.alone():  # forwards are asked what the names of their modules stand for
+            deploy = Surgery(self._draft, model).perform(release=inplace)
         if inplace:
             make_eager(deploy, {id(module): module for module in deploy.modules()})
         finish(deploy)
@@ -326,8 +327,7 @@ class Plan:
         for merge, reason in lost.items():
             self._refuse(merge, reason, self._draft.where(merge))
         if lost:
-            left = [merge for merge in self._draft.merges if merge not in lost]
-            self._draft = Draft(self._draft.traced, self._draft.replicas, left, self._draft.flagged)
+            self._draft = self._draft.without(lost)
             for merge, reason in self._draft.refused:
                 self._refuse(merge, reason)
 

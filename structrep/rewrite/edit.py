@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Set
 from typing import Any
 
 from torch import fx, nn
@@ -42,7 +42,7 @@ class Edit:
     """
 
     def __init__(
-        self, traced: Traced, edits: Edits, call: Call, written_out: set[Call], misuses: Iterable[Use] = ()
+        self, traced: Traced, edits: Edits, call: Call, written_out: Set[Call], misuses: Iterable[Use] = ()
     ) -> None:
         self.traced, self.edits, self.call = traced, edits, call
         self.constants: dict[str, Any] = {}
