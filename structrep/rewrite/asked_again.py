@@ -19,7 +19,7 @@ from structrep.modules import positions
 from structrep.rewrite import guards
 from structrep.rewrite.edits import Edits
 from structrep.rewrite.guards import Guard
-from structrep.rewrite.otherwise import Key, Otherwise, Where, alternatives, inside, steps
+from structrep.rewrite.otherwise import Key, Otherwise, Where, alternatives
 from structrep.rewrite.spelling import Spelling
 from structrep.trace.questions import INPUTS
 
@@ -39,7 +39,7 @@ class AskedAgain:
 
     def __init__(self, otherwise: Otherwise, edits: Edits, spelling: Spelling) -> None:
         self.otherwise, self.edits, self.spelling = otherwise, edits, spelling
-        self.traced, self.call, self.out = otherwise.traced, otherwise.call, otherwise.out
+        self.followed, self.call = otherwise.followed, otherwise.followed.call
         self.texts: dict[Where, _Text] = {}
         self.guards: list[Guard] = []
 
@@ -66,8 +66,7 @@ class AskedAgain:
 
     def note(self, reads: Iterable[tuple[Key, Read]]) -> list[tuple[Key, Read]]:
         """Note what is asked for again; gives the questions on whose answers more hangs."""
-        staying = set(steps(self.call, self.out))
-        calls = list(inside(self.call, self.out))
+        staying, calls = set(self.followed.steps()), list(self.followed.calls())
         done = {
             call: [(step, at) for step in call.steps if step in staying and (at := _at(step)) is not None]
             for call in calls
@@ -143,12 +142,13 @@ class AskedAgain:
         # Most flags change what is computed: to find out is dear, and a guard costs nothing.
         if not read.counts or matters:
             return None
-        similar, done = self._similar(key, read), list(steps(self.call, self.out))
-        if similar in self.traced.handed:
-            return _at_places(self.traced.handed[similar], dict(enumerate(done)))
+        handed = self.followed.traced.handed
+        similar, done = self._similar(key, read), list(self.followed.steps())
+        if similar in handed:
+            return _at_places(handed[similar], dict(enumerate(done)))
         found = self._handed(read.told, [key])
         if not any(isinstance(where, int) for where, _ in found or ()):  # a constant of this forward alone
-            self.traced.handed[similar] = _at_places(found, {step: place for place, step in enumerate(done)})
+            handed[similar] = _at_places(found, {step: place for place, step in enumerate(done)})
         return found
 
     def _handed(self, told: Any, keys: list[Key]) -> set[Where] | None:
@@ -184,7 +184,7 @@ class AskedAgain:
                 len(step.all_input_nodes),
                 str(step.kwargs.keys()),
             )
-            for step in steps(self.call, self.out)
+            for step in self.followed.steps()
         )
         alone = tuple(len(proxy.node.users) == 1 for proxy in proxies((self.call.args, self.call.kwargs)))
         told = tuple((text, repr(one.told)) for (_, text), one in self.call.reads.items())

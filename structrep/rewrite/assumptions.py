@@ -10,13 +10,14 @@ from typing import Any
 from torch import fx, nn
 
 from structrep.errors import Unreadable
-from structrep.graph.calls import Call, Entry, Traced
+from structrep.graph.calls import Entry
 from structrep.graph.facts import FORMULA, VALUE
 from structrep.graph.reads import MISSING, Read
 from structrep.rewrite import guards
 from structrep.rewrite.edits import Edits
+from structrep.rewrite.followed import Followed
 from structrep.rewrite.guards import Guard
-from structrep.rewrite.otherwise import Key, inside, steps
+from structrep.rewrite.otherwise import Key
 from structrep.rewrite.spelling import Spelling
 from structrep.trace.class_reads import class_reads
 from structrep.trace.instructions import namespace_reads
@@ -26,16 +27,14 @@ from structrep.trace.questions import WHOLE
 class Assumptions:
     """What a forward has asked for beside its arguments, and the tensors that are merged.
 
-    Args:
-        out: methods that are written out in it.
-
     Attributes:
         guards: that the answers are still the same.
         merged: plain tensors that are merged, by holder and a name there under which they are kept to compare with.
     """
 
-    def __init__(self, traced: Traced, edits: Edits, call: Call, out: set[Key], spelling: Spelling) -> None:
-        self.traced, self.edits, self.call, self.out, self.spelling = traced, edits, call, out, spelling
+    def __init__(self, followed: Followed, edits: Edits, spelling: Spelling) -> None:
+        self.followed, self.edits, self.spelling = followed, edits, spelling
+        self.traced, self.call = followed.traced, followed.call
         self.guards: list[Guard] = []
         self.merged: dict[tuple[str, str], Entry] = {}
 
@@ -48,7 +47,7 @@ class Assumptions:
         Raises:
             Unreadable: one of them no guard can ask again.
         """
-        calls = inside(self.call, self.out)
+        calls = self.followed.calls()
         asked = {key: read for call in calls for key, read in call.reads.items() if key not in answers}
         for (path, _), read in asked.items():
             _check_stable(path, read)
@@ -83,7 +82,7 @@ class Assumptions:
         Raises:
             Unreadable: the answer may be another at every call.
         """
-        for one in inside(self.call, self.out):
+        for one in self.followed.calls():
             function = one.code
             if isinstance(function, FunctionType) and not one.leaf:
                 codes: list[Any] = [(code, space, None) for code, space in one.codes.items()]
@@ -96,7 +95,7 @@ class Assumptions:
 
     def add_merged(self) -> None:
         """Guard tensors that are merged to be what they were, or to be gone: nothing else would see them set."""
-        for node in (step for step in steps(self.call, self.out) if isinstance(step, fx.Node)):
+        for node in (step for step in self.followed.steps() if isinstance(step, fx.Node)):
             merged = node in self.edits.dead or node in self.edits.ended
             for given in (n for n in node.all_input_nodes if n.op == "get_attr") if merged else ():
                 formula = FORMULA.get(given)

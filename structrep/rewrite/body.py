@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from structrep.errors import Unreadable
 from structrep.graph.aliases import aliases, writers
-from structrep.graph.calls import Call, Traced
+from structrep.graph.calls import Call
 from structrep.graph.facts import ASKED, AUTOCAST, CONSTANT, CONTEXTS, HELD, KEPT, VALUE
 from structrep.graph.operations import writes
 from structrep.graph.queries import asks_kind, counts_sizes, only_asserted
@@ -22,6 +22,7 @@ from structrep.rewrite.asked_again import AskedAgain
 from structrep.rewrite.blocks import Blocks, indented
 from structrep.rewrite.constants import Constants
 from structrep.rewrite.edits import Edits
+from structrep.rewrite.followed import Followed
 from structrep.rewrite.otherwise import Key
 from structrep.rewrite.spelling import Spelling
 from structrep.rewrite.structures import built, places
@@ -34,7 +35,6 @@ class Body:
     """The graph of a forward, in which nodes that edits touch are others; untouched children stay calls of children.
 
     Args:
-        out: methods that are written out in it.
         settled: questions about inputs that need not be asserted.
         graph, given: with its parameters: the graph, and what comes in through them.
 
@@ -44,22 +44,20 @@ class Body:
 
     def __init__(
         self,
-        traced: Traced,
+        followed: Followed,
         edits: Edits,
-        call: Call,
-        out: Set[Key],
         spelling: Spelling,
         asked_again: AskedAgain,
         settled: Set[Key],
         graph: fx.Graph,
         given: Mapping[fx.Node, fx.Node],
     ) -> None:
-        self.edits, self.call, self.out, self.settled = edits, call, out, settled
+        self.followed, self.call, self.edits, self.settled = followed, followed.call, edits, settled
         self.spelling, self.asked_again = spelling, asked_again
         self.graph = graph
         self.env: dict[fx.Node, Any] = dict(given)
-        self.blocks = Blocks(graph, call)
-        self.constants = Constants(graph, traced, spelling, asked_again, self.blocks)
+        self.blocks = Blocks(graph, followed.call)
+        self.constants = Constants(graph, followed.traced, spelling, asked_again, self.blocks)
 
     def write(self) -> None:
         """Write the graph.
@@ -91,7 +89,7 @@ class Body:
         for step in call.steps:
             if isinstance(step, fx.Node):
                 self._write_node(step)
-            elif (step.path, step.method) in self.out or step.leaf or step.method != "forward":
+            elif self.followed.writes_out(step):
                 self._write(step)
             else:
                 self._write_call(step)

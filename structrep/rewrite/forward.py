@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import operator
 import textwrap
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import CodeType, MappingProxyType
 from typing import Any
@@ -20,16 +20,18 @@ from torch import Tensor, fx, nn
 from structrep.deployed.answers import NAMES
 from structrep.deployed.methods import Method
 from structrep.errors import Unreadable
-from structrep.graph.calls import Call, Entry, Traced
+from structrep.graph.calls import Call, Entry
 from structrep.graph.reads import Read
+from structrep.guard.sharing import site
 from structrep.rewrite import guards
 from structrep.rewrite.asked_again import AskedAgain
 from structrep.rewrite.assumptions import Assumptions
 from structrep.rewrite.body import Body
 from structrep.rewrite.edits import Edits
+from structrep.rewrite.followed import Followed
 from structrep.rewrite.guards import Guard
 from structrep.rewrite.observed import demand_same_for_all
-from structrep.rewrite.otherwise import Key, Otherwise, inside
+from structrep.rewrite.otherwise import Key, Otherwise
 from structrep.rewrite.parameters import Parameters
 from structrep.rewrite.spelling import Spelling
 
@@ -106,31 +108,23 @@ class Forward:
         return known
 
 
-def written_anew(
-    traced: Traced,
-    edits: Edits,
-    call: Call,
-    written_out: Set[Call],
-    answers: Mapping[Key, Any] = MappingProxyType({}),
-) -> Forward:
-    """The forward of a call's module, cut out of the flat graph, with the edits made.
+def written_anew(followed: Followed, edits: Edits, answers: Mapping[Key, Any] = MappingProxyType({})) -> Forward:
+    """A forward cut out of the flat graph, with the edits made.
 
     Args:
-        written_out: calls that are written out in it.
         answers: what it was told otherwise than the forward that it is another way of.
 
     Raises:
         Unreadable: it takes values from elsewhere than its arguments, or cannot be written as code.
     """
-    out = {(one.path, one.method) for one in written_out}
-    demand_same_for_all(call, out, edits.vanishing)
+    demand_same_for_all(followed, edits.vanishing)
     graph = fx.Graph()
-    parameters = Parameters(call)
-    parameters.write(graph, traced.observed)
-    spelling = Spelling(traced.model, call, edits)
-    otherwise = Otherwise(traced, call, out, answers)
+    parameters = Parameters(followed.call)
+    parameters.write(graph, followed.traced.observed)
+    spelling = Spelling(followed, edits)
+    otherwise = Otherwise(followed, answers)
     asked_again = AskedAgain(otherwise, edits, spelling)
-    assumptions = Assumptions(traced, edits, call, out, spelling)
+    assumptions = Assumptions(followed, edits, spelling)
     ways = Ways(otherwise, edits, spelling, asked_again, parameters.given)
     reads = assumptions.questions(answers)
     left = asked_again.note((key, read) for key, read in reads.items() if not read.where_am_i)
@@ -142,9 +136,11 @@ def written_anew(
             ways.add(key, read)
     assumptions.add_names()
     assumptions.add_merged()
-    body = Body(traced, edits, call, out, spelling, asked_again, ways.settled, graph, parameters.given)
+    body = Body(followed, edits, spelling, asked_again, ways.settled, graph, parameters.given)
     body.write()
-    made = Forward(call, body, parameters.guards, assumptions.guards, ways.found, spelling.names, assumptions.merged)
+    made = Forward(
+        followed.call, body, parameters.guards, assumptions.guards, ways.found, spelling.names, assumptions.merged
+    )
     made.method()
     return made
 
@@ -169,7 +165,7 @@ class Ways:
         given: Mapping[fx.Node, fx.Node],
     ) -> None:
         self.otherwise, self.edits, self.spelling = otherwise, edits, spelling
-        self.asked_again, self.given = asked_again, given
+        self.asked_again, self.given, self.shown = asked_again, given, otherwise.followed.call.shown
         self.found: list[tuple[str, Forward | list[Guard]]] = []
         self.settled = set(otherwise.answers)
         self.excluded: dict[Key, Any] = {}  # answers that ways before have taken care of
@@ -194,19 +190,18 @@ class Ways:
             self.settled.add(key)
         except Unreadable:
             if read.text == "torch.jit.is_scripting()":  # that is not how it is run, but for who asks for it
-                self.found.append((condition, [guards.never(read.text, self.otherwise.call.shown)]))
+                self.found.append((condition, [guards.never(read.text, self.shown)]))
             elif not of_input:
                 raise
         self.excluded[key] = read.told
 
-    def _written(self, key: Key, read: Read, again: tuple[Traced, Call] | None) -> Forward:
-        shown, out = self.otherwise.call.shown, self.otherwise.out
+    def _written(self, key: Key, read: Read, again: Followed | None) -> Forward:
         if again is None:
-            raise Unreadable(f"{shown} asks {read.text}, and cannot be followed where that is {not read.told}")
-        written_out = {one for one in inside(again[1], out) if (one.path, one.method) in out}
+            raise Unreadable(f"{self.shown} asks {read.text}, and cannot be followed where that is {not read.told}")
+        again = Followed.of(again.traced, again.call, [one for one in again.calls() if site(one) in again.out])
         answers = {**self.otherwise.answers, **self.excluded, key: not read.told}
         where = f"where {read.text or 'the dtype of its input'} is {not read.told}"
-        return written_anew(again[0], self.otherwise.edits(self.edits, again, where), again[1], written_out, answers)
+        return written_anew(again, self.otherwise.edits(self.edits, again, where), answers)
 
     def _comparison(self, node: fx.Node) -> str | None:
         """A comparison of dtypes as code, of an argument of this forward; None if what is compared is made here."""

@@ -11,26 +11,24 @@ from torch import Tensor, nn
 
 from structrep.deployed.answers import Cells, Space
 from structrep.errors import Unreadable
-from structrep.graph.calls import Call
 from structrep.graph.reads import Read
 from structrep.modules.source import functions_in
 from structrep.rewrite.edits import Edits
+from structrep.rewrite.followed import Followed
 
 
 class Spelling:
     """The names of things in the code of one method.
 
     Args:
-        model: the whole model, as it was traced.
-        call: of the method.
         edits: which say what becomes of tensors.
 
     Attributes:
         names: names of what is outside of the module, and what they stand for.
     """
 
-    def __init__(self, model: nn.Module, call: Call, edits: Edits) -> None:
-        self.model, self.call, self.edits = model, call, edits
+    def __init__(self, followed: Followed, edits: Edits) -> None:
+        self.model, self.call, self.edits = followed.traced.model, followed.call, edits
         self.names: dict[str, Any] = {}
 
     def question(self, path: str, read: Read) -> str:

@@ -13,6 +13,7 @@ from structrep.guard.sharing import Replicas, site
 from structrep.match.merge import Merge
 from structrep.modules.uses import Use
 from structrep.rewrite.edit import Edit
+from structrep.rewrite.followed import Followed
 from structrep.rewrite.forward import Forward, written_anew
 from structrep.rewrite.leftovers import Leftovers
 from structrep.rewrite.placement import Placement
@@ -56,7 +57,7 @@ class Writer:
                 failed.update(dict.fromkeys(placement.owned[owner], reason))
         for owner in placement.idle_sums():
             with contextlib.suppress(Refusal):
-                written[owner] = written_anew(self.traced, placement.edits, owner, set())
+                written[owner] = written_anew(Followed.of(self.traced, owner, ()), placement.edits)
         return written, failed
 
     def _slot(self, placement: Placement, owner: Call, written_out: Set[Call]) -> Slot | None:
@@ -96,7 +97,7 @@ class Writer:
     def _anew(self, placement: Placement, owner: Call, written_out: Set[Call]) -> Forward:
         if (doubt := self.callers.doubt(*site(owner))) is not None:
             raise Unreadable(doubt)
-        forward = written_anew(self.traced, placement.edits, owner, written_out)
+        forward = written_anew(Followed.of(self.traced, owner, written_out), placement.edits)
         self._check_choice(placement.owned[owner], owner, forward)
         return forward
 
