@@ -20,7 +20,7 @@ from structrep.modules.source import written_in
 from structrep.read.nodes import read_node
 from structrep.rewrite.asked_again import AskedAgain
 from structrep.rewrite.blocks import Blocks, indented
-from structrep.rewrite.constants import Constants
+from structrep.rewrite.constants import ConstantLoader
 from structrep.rewrite.edits import Edits
 from structrep.rewrite.followed import Followed
 from structrep.rewrite.otherwise import Key
@@ -57,7 +57,7 @@ class Body:
         self.graph = graph
         self.env: dict[fx.Node, Any] = dict(given)
         self.blocks = Blocks(graph, followed.call)
-        self.constants = Constants(graph, followed.traced, spelling, asked_again, self.blocks)
+        self.constants = ConstantLoader(graph, followed.traced, spelling, asked_again, self.blocks)
 
     def write(self) -> None:
         """Write the graph.

@@ -15,8 +15,8 @@ from structrep.rewrite.blocks import Blocks
 from structrep.rewrite.spelling import Spelling
 
 
-class Constants:
-    """The tensors that do not depend on the input, in a graph that is written.
+class ConstantLoader:
+    """The loader of tensors that do not depend on the input, into a graph that is written.
 
     Args:
         asked_again: what they are computed with is asked for again there.

@@ -25,9 +25,9 @@ from structrep.rewrite.edit import Edit
 from structrep.rewrite.forward import Forward
 from structrep.rewrite.guards import Guard
 from structrep.rewrite.placement import Placement
+from structrep.rewrite.rewriter import Rewriter, Rewritten
 from structrep.rewrite.units import fallen
 from structrep.rewrite.untaken import Untaken
-from structrep.rewrite.writer import Writer, Written
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +50,7 @@ class Draft:
     refused: list[tuple[Merge, Refusal]]
     unwritable: Mapping[tuple[str, str], Refusal]
     unedited: Mapping[tuple[str, str], Refusal]
-    forwards: Mapping[Call, Written]
+    forwards: Mapping[Call, Rewritten]
     at_rest: Mapping[Call, set[Guard]]
 
     @classmethod
@@ -63,21 +63,23 @@ class Draft:
             flagged: calls that may do otherwise with a merge by a flag of theirs, by its root.
         """
         untaken = Untaken(traced, replicas.asking, flagged)
-        writer = Writer(traced, replicas, untaken)
+        rewriter = Rewriter(traced, replicas, untaken)
         left = list(merges)
         refused: list[tuple[Merge, Refusal]] = []
         with process.alone():  # forwards are asked what the names of their modules stand for
             while True:
                 placement = Placement(traced, untaken, left)
                 placement.decide()
-                forwards, failed = writer.write(placement)
+                forwards, failed = rewriter.write(placement)
                 if not failed:
                     break
                 lost = fallen(left, failed)
                 refused += lost.items()
                 left = [merge for merge in left if merge not in lost]
             at_rest = {owner: forward.holding(owner.module) for owner, forward in forwards.items()}
-        return cls(traced, replicas, flagged, placement, refused, writer.unwritable, writer.unedited, forwards, at_rest)
+        return cls(
+            traced, replicas, flagged, placement, refused, rewriter.unwritable, rewriter.unedited, forwards, at_rest
+        )
 
     def without(self, merges: Container[Merge]) -> Draft:
         """The draft of all merges but some."""

@@ -1,4 +1,4 @@
-"""The methods that merges change, each in the cheapest way that is right: as it is, edited, or written anew."""
+"""How the methods change that merges are written in."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from structrep.rewrite.units import units
 from structrep.rewrite.untaken import Untaken
 from structrep.rewrite.untouched import Untouched
 
-Written: TypeAlias = Forward | Edit | Slot | Untouched
+Rewritten: TypeAlias = Forward | Edit | Slot | Untouched
 
 
-class Writer:
-    """The writer of changed methods.
+class Rewriter:
+    """The rewriter of methods, in the cheapest way that is right for each: as it is, edited, or written anew.
 
     Attributes:
         unwritable: methods that cannot be written anew, by path and name, and why.
@@ -39,9 +39,9 @@ class Writer:
         self.unwritable: dict[tuple[str, str], Refusal] = {}
         self.unedited: dict[tuple[str, str], Refusal] = {}
 
-    def write(self, placement: Placement) -> tuple[dict[Call, Written], dict[Merge, Refusal]]:
+    def write(self, placement: Placement) -> tuple[dict[Call, Rewritten], dict[Merge, Refusal]]:
         """The methods that change, by their calls; and the merges of those that cannot be written, with the reasons."""
-        written: dict[Call, Written] = {}
+        written: dict[Call, Rewritten] = {}
         failed: dict[Merge, Refusal] = {}
         for owner, written_out in placement.edits.owners.items():
             try:
