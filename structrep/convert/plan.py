@@ -41,6 +41,7 @@ from structrep.report.page import demand_plots, page
 from structrep.rewrite.diff import diff
 from structrep.rewrite.edit import Edit
 from structrep.rewrite.norms import forget_norms, give_norms_back
+from structrep.rewrite.surgery import Surgery
 from structrep.terms.term import Term
 
 IN_TORCH = Measured()  # what cost="measured" is, so that timings are kept from one plan to the next
@@ -182,8 +183,8 @@ class Plan:
         if inplace:
             settle(self._given)
         model = self._given if inplace else own_copy(self._model)
-        with process.alone():  # a draft has one model at a time
-            deploy = self._selection.draft.apply(model, release=inplace)
+        with process.alone():  # forwards are asked what the names of their modules stand for
+            deploy = Surgery(self._selection.draft, model).perform(release=inplace)
         if inplace:
             make_eager(deploy, {id(module): module for module in deploy.modules()})
         finish(deploy)

@@ -40,7 +40,7 @@ class Selection:
     missed: tuple[Missed, ...]
 
     @property
-    def merges(self) -> list[Merge]:
+    def merges(self) -> Sequence[Merge]:
         return self.draft.merges
 
     @property
@@ -84,8 +84,7 @@ class Selection:
         if not lost:
             return self
         missed = [_missed(merge, reason, self.draft.where(merge)) for merge, reason in lost.items()]
-        left = [merge for merge in self.merges if merge not in lost]
-        draft = Draft(self.draft.traced, self.draft.replicas, left, self.draft.flagged)
+        draft = self.draft.without(lost)
         return replace(self, draft=draft, missed=(*self.missed, *missed, *_unwritten(draft)))
 
 
@@ -100,7 +99,7 @@ def select(findings: Findings, reserve: tuple[str, ...]) -> Selection:
 
 def _drafted(findings: Findings, reserve: tuple[str, ...]) -> Draft:
     carry(findings, reserve)
-    return Draft(findings.traced, findings.replicas, findings.merges, findings.borders.flagged)
+    return Draft.of(findings.traced, findings.replicas, findings.merges, findings.borders.flagged)
 
 
 def _left(
@@ -114,7 +113,7 @@ def _left(
     """
     # with a scale that is given to it a merge may fail, and be right without
     refused = ((one, why) for one, why in draft.refused if isinstance(why, ExampleOnly) and not one.absorbed)
-    merges = {one: why for one, why in refused if (one.base, one.root) not in findings.slower}
+    merges: dict[Merge, Refusal] = {one: why for one, why in refused if (one.base, one.root) not in findings.slower}
     methods = {where: why for where, why in draft.unwritable.items() if where not in findings.unwritable}
     if merges:
         first = {where for where, why in methods.items() if isinstance(why, ExampleOnly)} - narrowed

@@ -5,7 +5,6 @@ None is a step of a graph, but each changes what steps do: whether they have a g
 
 from __future__ import annotations
 
-import ast
 import sys
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -123,41 +122,3 @@ def _exchange(cls: Any, name: str, hook: Callable[..., Any]) -> None:
         return hook(plain, manager, *args, **kwargs)
 
     process.change(cls, name, process.here(watching, plain))
-
-
-def enter(code: str) -> None:
-    """Stands in a graph where a context is entered."""
-
-
-def leave() -> None:
-    """Stands in a graph where the last context is left."""
-
-
-def blocks(body: str) -> str:
-    """The code of a graph, with blocks for the contexts that are entered and left in it."""
-    lines: list[str] = []
-    depth = 0
-    for line in body.splitlines():
-        name, given = _called(line)
-        if name == enter.__name__:
-            lines.append(f"{'    ' * depth}with {given}:")
-            depth += 1
-        elif name == leave.__name__:
-            depth -= 1
-            if lines[-1].lstrip().startswith("with "):
-                lines.pop()  # nothing is left inside
-        else:
-            lines.append("    " * depth + line)
-    return "\n".join(lines)
-
-
-def _called(line: str) -> tuple[str, str]:
-    """Which of the two functions above a line of a graph's code calls, if any, and with what."""
-    before = f"{__name__.replace('.', '_')}_"
-    if before not in line:
-        return "", ""
-    found = ast.parse(line).body[0]
-    if not isinstance(found, ast.Assign) or not isinstance(found.value, ast.Call):
-        return "", ""
-    given = [ast.literal_eval(one) for one in found.value.args]
-    return ast.unparse(found.value.func).removeprefix(before), given[0] if given else ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Set
 from typing import Any
 
 from torch import fx, nn
@@ -22,6 +22,7 @@ from structrep.rewrite import guards
 from structrep.rewrite.conditions import answer
 from structrep.rewrite.edits import Edits
 from structrep.rewrite.expressions import edited
+from structrep.rewrite.followed import Followed
 from structrep.rewrite.gone_by import GoneBy
 from structrep.rewrite.guards import Guard
 from structrep.rewrite.steps import Steps
@@ -42,12 +43,11 @@ class Edit:
     """
 
     def __init__(
-        self, traced: Traced, edits: Edits, call: Call, written_out: set[Call], misuses: Iterable[Use] = ()
+        self, traced: Traced, edits: Edits, call: Call, written_out: Set[Call], misuses: Iterable[Use] = ()
     ) -> None:
         self.traced, self.edits, self.call = traced, edits, call
         self.constants: dict[str, Any] = {}
         self.merged: dict[Any, Any] = {}
-        self.out = {(one.path, one.method) for one in written_out}
         self._check_method()
         answers = tuple((test, known[1]) for test in self._tests() if (known := self._answer(test)) is not None)
         steps = Steps(edits, call, self.code, self.tree, self.space, list(misuses), answers)
@@ -55,7 +55,8 @@ class Edit:
         found = self.edited = edited(self.code, steps.wanted())
         self._check_source(found)
         self.mentions = {f"{call.path}.{path}" if call.path else path for path in self._mentioned(found.mentions)}
-        went_by = GoneBy(traced, call, self.function, found, self.out, self.mentions, self._answer)
+        followed = Followed.of(traced, call, written_out)
+        went_by = GoneBy(followed, self.function, found, self.mentions, self._answer)
         went_by.note()
         went_by.guard_tensors(steps.gone)
         self.reads, self.asked = went_by.reads, went_by.asked

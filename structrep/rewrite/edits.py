@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 from torch import fx
 
@@ -35,6 +36,23 @@ class Edits:
     def changed(self) -> set[fx.Node]:
         """The nodes that are not written as they are."""
         return {*self.dead, *self.replaced, *self.bypassed, *self.refilled, *self.ended, *self.vanishing}
+
+    def carried(self, same: Mapping[fx.Node, fx.Node]) -> Edits:
+        """These edits in one forward that was followed again.
+
+        Args:
+            same: what does there what these nodes do.
+        """
+        return replace(
+            self,
+            dead={same[n] for n in self.dead if n in same},
+            replaced={same[n]: (same[b], path) for n, (b, path) in self.replaced.items() if n in same and b in same},
+            bypassed={same[n]: same[b] for n, b in self.bypassed.items() if n in same and b in same},
+            refilled={same[n]: (same[b], path) for n, (b, path) in self.refilled.items() if n in same and b in same},
+            ended={same[n] for n in self.ended if n in same},
+            owners={},
+            vanishing={same[n] for n in self.vanishing if n in same},
+        )
 
     def first_left(self, call: Call) -> str:
         """As code, the first of the parameters that the module of a call is left with.

@@ -13,14 +13,14 @@ from typing import Any
 from torch import fx, nn
 
 from structrep.errors import Unreadable
-from structrep.graph.calls import Call, Traced
+from structrep.graph.calls import Call
 from structrep.graph.facts import VALUE
 from structrep.graph.reads import Read
 from structrep.modules.positions import parts_of, place
 from structrep.modules.presence import path_to
 from structrep.rewrite import guards
+from structrep.rewrite.followed import Followed
 from structrep.rewrite.guards import Guard
-from structrep.rewrite.otherwise import inside
 from structrep.rewrite.wanted import Edited
 from structrep.trace.instructions import namespace_reads
 
@@ -33,22 +33,19 @@ class GoneBy:
     Args:
         function: what runs.
         found: the edit.
-        out: paths and names of the methods that are written out in it.
         mentions: paths of what the rest of the method asks its module for.
         answer: of a condition that is known, how it is spelt and the answer.
     """
 
     def __init__(
         self,
-        traced: Traced,
-        call: Call,
+        followed: Followed,
         function: FunctionType,
         found: Edited,
-        out: set[tuple[str, str]],
         mentions: set[str],
         answer: Callable[[ast.AST], tuple[str, bool] | None],
     ) -> None:
-        self.traced, self.call, self.found, self.out = traced, call, found, out
+        self.followed, self.call, self.found = followed, followed.call, found
         self.mentions, self.answer = mentions, answer
         self.code, self.space = function.__code__, function.__globals__
         self.reads: list[Guard] = []
@@ -82,7 +79,7 @@ class GoneBy:
     def _check_observed(self) -> None:
         """Raise if vanishing text was told what holds for the example alone."""
         told = [one for call in self._vanished_calls() for one in call.observed()]
-        for one in inside(self.call, self.out):
+        for one in self.followed.calls():
             here = one is self.call
             told += [
                 (one, answer) for answer in one.answers
@@ -123,7 +120,7 @@ class GoneBy:
         """Guard tensors of the module itself that are merged to be None, as they are then, or there where the text
         still asks for them: they may be set later."""
         held = (given for node in gone for given in node.all_input_nodes if VALUE.known(given))
-        paths = dict.fromkeys(self.traced.names.get(id(VALUE.of(given)), "") for given in held)
+        paths = dict.fromkeys(self.followed.traced.names.get(id(VALUE.of(given)), "") for given in held)
         for holder, _, name in (path.rpartition(".") for path in paths if path):
             if holder == self.call.path and not isinstance(self.call.module, _OF_LAYERS):
                 made = guards.kept if ".".join(filter(None, (holder, name))) in self.mentions else guards.gone

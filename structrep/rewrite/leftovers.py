@@ -17,8 +17,8 @@ from structrep.match.merge import Merge
 from structrep.modules.parametrized import computed, made_of, settle
 from structrep.rewrite.edit import Edit
 from structrep.rewrite.edits import Edits
-from structrep.rewrite.norms import _shown_still
-from structrep.rewrite.refill import _all_dead
+from structrep.rewrite.norms import shown_still
+from structrep.rewrite.refill import all_dead
 
 
 class Leftovers:
@@ -89,7 +89,6 @@ class Leftovers:
             with contextlib.suppress(AttributeError):  # buried with its module
                 if self._at(name.rpartition(".")[0]) not in kept:
                     self._drop_tensor(name)
-        del self.model  # a plan does not keep what it made
 
     def _mentioned(self, paths: set[str], dead: set[nn.Module]) -> set[nn.Module]:
         """The dead modules that edited text still asks for on some path, with all that is in them."""
@@ -180,7 +179,7 @@ class Leftovers:
         for name, child in list(module._modules.items()):
             if child is None:
                 continue
-            if _all_dead(child, dead):
+            if all_dead(child, dead):
                 module._modules[name] = nn.Identity() if holds_order else None
             else:
                 self._bury_below(child, dead)
@@ -188,7 +187,7 @@ class Leftovers:
     def _drop_tensor(self, path: str) -> None:
         parent, _, name = path.rpartition(".")
         module = self._at(parent)
-        with _shown_still(module):
+        with shown_still(module):
             for store in (module._parameters, module._buffers):
                 if name in store:
                     store[name] = None

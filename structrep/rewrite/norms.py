@@ -14,7 +14,7 @@ from structrep.modules.parametrized import computed, settle
 
 def end(norm: nn.Module) -> None:
     """Take from a norm of each value its weight and bias."""
-    with _shown_still(norm):
+    with shown_still(norm):
         names = computed(norm)
         settle(norm)
         norm._parameters |= dict.fromkeys((*norm._parameters, *names))
@@ -22,7 +22,7 @@ def end(norm: nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def _shown_still(module: nn.Module) -> Iterator[None]:
+def shown_still(module: nn.Module) -> Iterator[None]:
     """Take tensors from a module whose text may be about them, as that of transformers' LlamaRMSNorm."""
     shown = module.extra_repr()
     yield

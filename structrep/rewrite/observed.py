@@ -14,22 +14,22 @@ from structrep.graph.calls import Call
 from structrep.graph.facts import RELIED, VALUE
 from structrep.graph.structures import holds_tensor, proxies
 from structrep.modules.positions import branches, definition, place
-from structrep.rewrite.otherwise import inside, steps
+from structrep.rewrite.followed import Followed
 
 
-def demand_same_for_all(call: Call, out: Set[tuple[str, str]], gone: Set[fx.Node]) -> None:
+def demand_same_for_all(followed: Followed, gone: Set[fx.Node]) -> None:
     """Raise where a forward does what it does for the example alone, or what no code of our own can say.
 
     Args:
-        out: methods that are written out in it.
         gone: values that will not be there.
 
     Raises:
         Unreadable: it runs what only the user's code can name.
         ExampleOnly: it does so by what it, or what is written out in it, was told, was given, or is given back.
     """
+    call = followed.call
     own = call.path, call.method
-    for one in inside(call, out):
+    for one in followed.calls():
         if any(isinstance(step, fx.Node) and isinstance(step.target, torch.jit.ScriptFunction) for step in one.steps):
             raise Unreadable(
                 f"{one.path or 'the model'} calls a function of TorchScript, which has no name in written code"
@@ -38,7 +38,7 @@ def demand_same_for_all(call: Call, out: Set[tuple[str, str]], gone: Set[fx.Node
         for told in one.answers:
             if not told.asserted or lost:  # of what is gone nothing is asserted
                 raise _alone(one, told, (one.path, one.method))
-    for step in steps(call, out):
+    for step in followed.steps():
         found = next(step.observed(), None) if isinstance(step, Call) else None
         if isinstance(step, Call) and found is not None and _gives_others(step):
             raise _alone(*found, own)

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Set
+import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from structrep.graph.calls import Call, Traced
-from structrep.graph.facts import ASKED, CALL, CONTEXTS, VALUE
+from structrep.errors import Unreadable
+from structrep.graph.calls import Call
+from structrep.graph.facts import CALL, CONTEXTS, FORMULA, VALUE
 from structrep.graph.operations import writes
 from structrep.graph.shapes import torch_name
 from structrep.graph.structures import proxies
+from structrep.rewrite.edits import Edits
+from structrep.rewrite.followed import Followed
+from structrep.trace.again import retrace
 
+Key = tuple[str, str]  # of a question, in `Call.reads`
 Where = tuple[Any, tuple[Any, ...]]  # a node, the id of a constant or a call, and the way to one of its arguments
 
 
@@ -43,26 +49,65 @@ def alternatives(told: Any) -> list[Any]:
     return []
 
 
-def steps(call: Call, written_out: Set[tuple[str, str]]) -> Iterator[fx.Node | Call]:
-    """What a call does, as its forward would be written: nodes, and calls that stay calls."""
-    for step in call.steps:
-        if isinstance(step, fx.Node):
-            if not ASKED.known(step):
-                yield step
-        elif step.leaf or step.method != "forward" or (step.path, step.method) in written_out:
-            yield from steps(step, written_out)
-        else:
-            yield step
+class Otherwise:
+    """A forward as it is when it is told otherwise.
 
+    Args:
+        answers: what it was told otherwise already.
+    """
 
-def inside(call: Call, written_out: Set[tuple[str, str]]) -> Iterator[Call]:
-    """The calls that are written out where a forward is written: itself, its methods, and what they write out."""
-    yield call
-    for step in call.steps:
-        if isinstance(step, Call) and (
-            step.method != "forward" or step.leaf or (step.path, step.method) in written_out
-        ):
-            yield from inside(step, written_out)
+    def __init__(self, followed: Followed, answers: Mapping[Key, Any]) -> None:
+        self.followed, self.answers = followed, answers
+
+    def told(self, answers: Mapping[Key, Any]) -> Followed | None:
+        """The forward followed once more with other answers; None if that cannot be."""
+        again = retrace(self.followed.traced, self.followed.call, {**self.answers, **answers})
+        return None if again is None else Followed(*again, self.followed.out)
+
+    def slots(self, again: Followed | None) -> list[Slot] | None:
+        """The arguments that differ in the forward as it is now; None if more does, or it was not followed again."""
+        if again is None:
+            return None
+        asked = {key for call in self.followed.calls() for key in call.reads}
+        if any(not call.reads.keys() <= asked or call.mutates for call in again.calls()):
+            return None
+        try:
+            return Comparison(self.followed, again).slots
+        except Different:
+            return None
+
+    def edits(self, edits: Edits, again: Followed, where: str) -> Edits:
+        """The edits of the forward as it is when told otherwise.
+
+        Args:
+            where: how that is, as a message says it.
+
+        Raises:
+            Unreadable: it would not do the same with what is merged.
+        """
+        same = counterparts(self.followed, again)
+        self._check_merged(edits, again, {new: old for old, new in same.items()}, where)
+        return edits.carried(same)
+
+    def _check_merged(self, edits: Edits, again: Followed, back: Mapping[fx.Node, fx.Node], where: str) -> None:
+        """Raise where what it does only when told otherwise is about what is merged."""
+        shown = self.followed.call.shown
+        for node in (one for one in again.call.nodes() if one not in back):
+            if copied(node) is not None:
+                continue  # what is made of it matters
+            if writes(node):
+                raise Unreadable(f"{shown} writes in place {where}")
+            formulas = [FORMULA.of(n).tensors for n in node.all_input_nodes if FORMULA.get(n)]
+            made_of = [*itertools.chain(*formulas), *(VALUE.get(n) for n in node.all_input_nodes)]
+            held = {again.traced.names.get(id(tensor)) for tensor in made_of}
+            if str(node.target) in edits.layers if node.op == "call_module" else held & edits.homes.keys():
+                raise Unreadable(f"{shown} does not use {node.name} as it is merged {where}")
+            if gone := {n for n in node.all_input_nodes if back.get(n) in edits.vanishing}:
+                raise Unreadable(f"{shown} uses {next(iter(gone)).name}, which would be gone, {where}")
+        given = {proxy.node for proxy in proxies(self.followed.call.result)}
+        for proxy in proxies(again.call.result):
+            if back.get(proxy.node) in edits.vanishing - given:
+                raise Unreadable(f"{shown} gives back {proxy.node.name}, which would be gone, {where}")
 
 
 class Comparison:
@@ -78,16 +123,17 @@ class Comparison:
         Different: more is.
     """
 
-    def __init__(self, before: tuple[Traced, Call], after: tuple[Traced, Call], out: Set[tuple[str, str]]) -> None:
-        self.origins = before[0].origins, after[0].origins
-        self.names: tuple[dict[int, Any], ...] = tuple({**one.entries, **one.names} for one, _ in (before, after))
+    def __init__(self, before: Followed, after: Followed) -> None:
+        traces = before.traced, after.traced
+        self.origins = traces[0].origins, traces[1].origins
+        self.names: tuple[dict[int, Any], ...] = tuple({**one.entries, **one.names} for one in traces)
         self.slots: list[Slot] = []
         self.nodes: dict[fx.Node, fx.Node] = {}
         self.constants: dict[tuple[int, int], None] = {}
-        first, second = before[1], after[1]
+        first, second = before.call, after.call
         given = [proxies((call.args, call.kwargs)) for call in (first, second)]
         self.nodes |= {proxy.node: same.node for proxy, same in zip(*given, strict=True)}
-        entries = list(steps(first, out)), list(steps(second, out))
+        entries = list(before.steps()), list(after.steps())
         if len(entries[0]) != len(entries[1]):
             raise Different
         for one, other in zip(*entries, strict=True):
@@ -182,14 +228,15 @@ def _same_operation(one: fx.Node, other: fx.Node) -> bool:
     return "call_module" not in (one.op, other.op) and names[0] == names[1] and any(written) and alone
 
 
-def counterparts(before: tuple[Traced, Call], after: tuple[Traced, Call]) -> dict[fx.Node, fx.Node]:
+def counterparts(before: Followed, after: Followed) -> dict[fx.Node, fx.Node]:
     """The nodes of a call that was followed otherwise which do what nodes of the call as it was followed do: those, by
     these."""
     known: dict[Any, int] = {}
     first, second = _Numbers(before, known), _Numbers(after, known)
-    same = {first.number(node): node for node in before[1].nodes()}
-    found = {same[number]: node for node in after[1].nodes() if (number := second.number(node)) in same}
-    given = zip(*(proxies((call.args, call.kwargs)) for _, call in (before, after)), strict=True)
+    same = {first.number(node): node for node in before.call.nodes()}
+    found = {same[number]: node for node in after.call.nodes() if (number := second.number(node)) in same}
+    calls = before.call, after.call
+    given = zip(*(proxies((call.args, call.kwargs)) for call in calls), strict=True)
     return found | {one.node: other.node for one, other in given}
 
 
@@ -204,8 +251,8 @@ def copied(node: fx.Node) -> Tensor | None:
 class _Numbers:
     """What each node of a call computes, as a number that is the same in another trace."""
 
-    def __init__(self, of: tuple[Traced, Call], known: dict[Any, int]) -> None:
-        self.traced, call = of
+    def __init__(self, of: Followed, known: dict[Any, int]) -> None:
+        self.traced, call = of.traced, of.call
         self.known = known
         self.counts: dict[Any, int] = {}
         self.numbers: dict[fx.Node, Any] = {

@@ -14,7 +14,7 @@ from structrep.rewrite.units import Unit
 from structrep.terms.layer import Layer
 
 
-def _nothing(unit: Unit) -> nn.Module:
+def nothing(unit: Unit) -> nn.Module:
     """What stands in the place of a layer whose work another one does now."""
     layer = unit.segments[0].term.layer
     if layer is None or layer.kind != "norm" or layer.dims is not None or layer.node is None:
@@ -22,22 +22,22 @@ def _nothing(unit: Unit) -> nn.Module:
     return Features2d() if rank(layer.node) == 2 else nn.Identity()
 
 
-def _kernels(layer: Layer) -> tuple[Tensor, ...]:
+def kernels_of(layer: Layer) -> tuple[Tensor, ...]:
     """The stored tensors that a layer's kernel comes from."""
     if layer.formula is not None:
         return layer.formula.parameters
     return () if layer.weight is None else (layer.weight,)
 
 
-def _all_dead(module: nn.Module, dead: set[nn.Module]) -> bool:
+def all_dead(module: nn.Module, dead: set[nn.Module]) -> bool:
     if module in dead:
         return True
     children = list(module.children())
     container = getattr(type(module), "forward", None) is nn.Module.forward  # a ScriptModule's class has none
-    return container and bool(children) and all(_all_dead(child, dead) for child in children)
+    return container and bool(children) and all(all_dead(child, dead) for child in children)
 
 
-def _refill(module: nn.Module, map_: ConvMap, like: Tensor, *, bias: bool, requires_grad: bool) -> bool:
+def refill(module: nn.Module, map_: ConvMap, like: Tensor, *, bias: bool, requires_grad: bool) -> bool:
     """Give a plain layer new coefficients where it stands, in place of those that it has or computes; False if the map
     does not have its geometry."""
     kind, g = torch_kind(module), map_.geometry

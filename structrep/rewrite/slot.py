@@ -61,11 +61,12 @@ def slot(forward: Forward, name: str, dead: Set[nn.Module]) -> Slot | None:
     except Exception:  # whatever the user's own code raises, with a value that is none
         return None
     idle = set[fx.Node]()
-    for old, new in forward.env.items():
-        source = hands_on(old) if old not in forward.edits.changed and isinstance(new, fx.Node) else None
-        if source is not None and forward.env.get(source) in new.all_input_nodes[:1]:
+    env, changed = forward.body.env, forward.body.edits.changed
+    for old, new in env.items():
+        source = hands_on(old) if old not in changed and isinstance(new, fx.Node) else None
+        if source is not None and env.get(source) in new.all_input_nodes[:1]:
             idle.add(new)
-    return Slot(forward) if _Same(idle).all(_result(forward.graph), _result(graph)) else None
+    return Slot(forward) if _Same(idle).all(_result(forward.body.graph), _result(graph)) else None
 
 
 def _is_setting(read: Read) -> bool:

@@ -78,7 +78,7 @@ def units(merge: Merge) -> list[Unit]:
     return [unit for unit in result if unit.block or any(not _stays(s) for s in unit.segments)]
 
 
-def _scales(merge: Merge) -> list[Unit]:
+def scales(merge: Merge) -> list[Unit]:
     """The scales that a merge does a part of, which vanish."""
     return [Unit((Segment(one.source, one.node, ONE, one.nodes),)) for one in merge.absorbed if not one.ends]
 

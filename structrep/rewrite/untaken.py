@@ -6,8 +6,8 @@ import ast
 import inspect
 import itertools
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import fx, nn
@@ -16,6 +16,7 @@ from structrep.graph.calls import Call, Traced
 from structrep.graph.facts import AT, CALL
 from structrep.graph.shapes import torch_name
 from structrep.graph.structures import proxies
+from structrep.guard.asked import Asking
 from structrep.match.merge import Merge
 from structrep.modules.paths import strays
 from structrep.modules.positions import branches, parts_of, place, span
@@ -23,11 +24,35 @@ from structrep.modules.uses import Place, Use, place_of, uses
 from structrep.read.nodes import hands_on
 
 
-class Untaken:
-    """The paths of a model's code that its traces have not taken."""
+@dataclass(frozen=True)
+class Risks:
+    """The calls whose code may do something else with what a merge makes another.
 
-    def __init__(self, traced: Traced) -> None:
-        self.traced = traced
+    Args:
+        strays: those that may read it, or give another to what is merged.
+        misuses: those that may use some of it alone.
+        guarded: those that are right for what their modules are set to alone.
+    """
+
+    strays: Set[Call]
+    misuses: Mapping[Call, list[Use]]
+    guarded: Set[Call]
+
+    @property
+    def calls(self) -> set[Call]:
+        return {*self.strays, *self.misuses, *self.guarded}
+
+
+class Untaken:
+    """The paths of a model's code that its traces have not taken.
+
+    Args:
+        flagged: calls whose flags may do something else with a merge, by its root.
+    """
+
+    def __init__(self, traced: Traced, asking: Asking, flagged: Mapping[fx.Node, set[Call]]) -> None:
+        self.traced, self.asking, self.flagged = traced, asking, flagged
+        self.found: dict[Merge, Risks] = {}
         self.uses: dict[tuple[nn.Module, str], list[Use]] = {}  # of parts, by the code of a method
         self.alike: dict[Any, tuple[dict[nn.Module, str], list[Use]]] = {}  # and of modules that have the same parts
         self.sites: dict[nn.Module, set[Place]] = defaultdict(
@@ -39,13 +64,22 @@ class Untaken:
             for node in (*given, *call.held):
                 self.given[node].add(call)
 
-    def strays(self, merge: Merge) -> set[Call]:
+    def risks(self, merge: Merge) -> Risks:
+        """What code may do otherwise with a merge."""
+        if merge not in self.found:
+            misuses = self._misuses(merge)
+            guarded = {*_told_to_do_nothing(merge.nodes), *self.asking.otherwise(merge.nodes)}
+            guarded |= self.flagged.get(merge.root, set())
+            self.found[merge] = Risks(self._strays(merge), misuses, guarded)
+        return self.found[merge]
+
+    def _strays(self, merge: Merge) -> set[Call]:
         """The calls whose code may read a value that will be another, or give another to what is merged."""
         gone = {node for node in merge.nodes if node is not merge.root}
         gone = gone.union(*(one.changed for one in merge.absorbed))
         return {call for node in gone for call in self._seen_by(node) if _strays(node, call)}
 
-    def misuses(self, merge: Merge) -> dict[Call, list[Use]]:
+    def _misuses(self, merge: Merge) -> dict[Call, list[Use]]:
         """What the code of calls, on a path that was not taken, may do with some of what is merged without the rest."""
         nodes = {*merge.nodes, *(one.node for one in merge.absorbed)}
         made = [CALL.of(node) for node in nodes]
@@ -115,7 +149,7 @@ class Untaken:
         return found
 
 
-def told_to_do_nothing(nodes: Sequence[fx.Node]) -> Iterator[Call]:
+def _told_to_do_nothing(nodes: Sequence[fx.Node]) -> Iterator[Call]:
     """The calls that do nothing between layers for a number, a factor of 1, that their code does not spell out."""
     inert = [node.op != "call_module" and hands_on(node) is not None for node in nodes]
     while inert and inert[-1]:  # behind all of them it may do something

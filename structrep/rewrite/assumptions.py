@@ -1,0 +1,119 @@
+"""What a forward that is written anew takes to be as it was when it was traced, and guards that ask for it."""
+
+from __future__ import annotations
+
+from collections.abc import Container
+from dataclasses import replace
+from types import FunctionType
+from typing import Any
+
+from torch import fx, nn
+
+from structrep.errors import Unreadable
+from structrep.graph.calls import Entry
+from structrep.graph.facts import FORMULA, VALUE
+from structrep.graph.reads import MISSING, Read
+from structrep.rewrite import guards
+from structrep.rewrite.edits import Edits
+from structrep.rewrite.followed import Followed
+from structrep.rewrite.guards import Guard
+from structrep.rewrite.otherwise import Key
+from structrep.rewrite.spelling import Spelling
+from structrep.trace.class_reads import class_reads
+from structrep.trace.instructions import namespace_reads
+from structrep.trace.questions import WHOLE
+
+
+class Assumptions:
+    """What a forward has asked for beside its arguments, and the tensors that are merged.
+
+    Attributes:
+        guards: that the answers are still the same.
+        merged: plain tensors that are merged, by holder and a name there under which they are kept to compare with.
+    """
+
+    def __init__(self, followed: Followed, edits: Edits, spelling: Spelling) -> None:
+        self.followed, self.edits, self.spelling = followed, edits, spelling
+        self.traced, self.call = followed.traced, followed.call
+        self.guards: list[Guard] = []
+        self.merged: dict[tuple[str, str], Entry] = {}
+
+    def questions(self, answers: Container[Key]) -> dict[Key, Read]:
+        """What it asked for as it was traced.
+
+        Args:
+            answers: questions that are left out.
+
+        Raises:
+            Unreadable: one of them no guard can ask again.
+        """
+        calls = self.followed.calls()
+        asked = {key: read for call in calls for key, read in call.reads.items() if key not in answers}
+        for (path, _), read in asked.items():
+            _check_stable(path, read)
+            if read.text == WHOLE:
+                raise Unreadable(f"{self.call.shown} looks at all attributes of {path or 'the model'} at once")
+        return asked
+
+    def add(self, path: str, read: Read) -> None:
+        """Guard an answer, if it matters.
+
+        Args:
+            path: of the module or tensor that was asked.
+        """
+        if read.told is MISSING:
+            holder, _, name = self.spelling.question(path, read).rpartition(".")
+            self.guards.append(guards.missing(f"{holder}.{name}", holder, name, self.call.shown))
+            return
+        if path in self.edits.homes and (read.of_numbers or read.text.endswith(".shape")):
+            return  # of a tensor that is merged, which is no more set
+        asked = self.spelling.question(path, read)
+        held = isinstance(read.holder, nn.Module) and read.text[1:] in read.holder.__dict__
+        named = asked.replace("structrep_is(", "isinstance(") if isinstance(read.holder, nn.Module) else read.of(path)
+        made = guards.guard(asked, named, read.told, self.call.shown, scripted=held)
+        if made is not None and read.of_numbers:
+            made = replace(made, unlike=f"not structrep_is_exporting() and ({made.unlike})")
+        if made is not None:
+            self.guards.append(made)
+
+    def add_names(self) -> None:
+        """Guard what its code asks namespaces, closures and classes for, which nothing could note as it ran.
+
+        Raises:
+            Unreadable: the answer may be another at every call.
+        """
+        for one in self.followed.calls():
+            function = one.code
+            if isinstance(function, FunctionType) and not one.leaf:
+                codes: list[Any] = [(code, space, None) for code, space in one.codes.items()]
+                own = (function.__code__, function.__globals__, function)
+                for read in namespace_reads([own, *codes], self.traced.unfollowed):
+                    _check_stable(one.path, read)
+                    self.add("", read)
+                for read in class_reads([function.__code__, *one.codes], one.module):
+                    self.add(one.path, read)
+
+    def add_merged(self) -> None:
+        """Guard tensors that are merged to be what they were, or to be gone: nothing else would see them set."""
+        for node in (step for step in self.followed.steps() if isinstance(step, fx.Node)):
+            merged = node in self.edits.dead or node in self.edits.ended
+            for given in (n for n in node.all_input_nodes if n.op == "get_attr") if merged else ():
+                formula = FORMULA.get(given)
+                for tensor in formula.tensors if formula else (VALUE.get(given),):
+                    self._add_tensor(tensor)
+
+    def _add_tensor(self, tensor: Any) -> None:
+        entry, path = self.traced.plain(tensor), self.traced.names.get(id(tensor), "")
+        if entry is not None:
+            alias = entry.alias
+            while self.merged.setdefault((entry.holder, alias), entry) != entry:  # another of this name
+                alias += "_"
+            spelt = self.spelling.part(entry.holder)
+            self.guards.append(guards.same(f"{spelt}{entry.text}", f"{spelt}.{alias}", self.call.shown))
+        elif path and path.startswith(f"{self.call.path}." if self.call.path else ""):
+            self.guards.append(guards.gone(self.spelling.part(path), self.call.shown))
+
+
+def _check_stable(path: str, read: Read) -> None:
+    if read.unstable:
+        raise Unreadable(f"{path or 'the model'} asks {read.text}, whose answer may be another at every call")

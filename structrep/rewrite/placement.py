@@ -1,0 +1,233 @@
+"""Where merged layers are put, and what that changes in the forwards around."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterator, Sequence
+from inspect import signature
+
+from torch import fx
+
+from structrep.blocks import STAND_INS
+from structrep.graph.calls import Call, Traced
+from structrep.graph.facts import ASSIGNED, CALL, FORMULA, VALUE
+from structrep.match.merge import Merge
+from structrep.match.stretch import Segment
+from structrep.read.nodes import hands_on
+from structrep.rewrite.edits import Edits
+from structrep.rewrite.units import SUMS, Unit, handed_back, host_of, scales, units
+from structrep.rewrite.untaken import Untaken
+from structrep.terms.term import ONE, geometry
+
+
+class Placement:
+    """Where the merged layers are put, what gives way to them, and which forwards change for it.
+
+    Attributes:
+        hosts: the unit whose place each merged layer takes.
+        homes: for those that take no module's place, the path of a module and a name there, "" for the module itself.
+        idle: units that are modules, and do nothing then.
+        ended: calls of norms that give up their weight and bias.
+        anew: calls whose forwards change in more than expressions.
+        owned: the merges for which the forward of a call changes.
+        edits: what changes in forwards.
+    """
+
+    def __init__(self, traced: Traced, untaken: Untaken, merges: Sequence[Merge]) -> None:
+        self.traced, self.untaken, self.merges = traced, untaken, merges
+        self.hosts: dict[Merge, Unit] = {}
+        self.homes: dict[Merge, tuple[str, str]] = {}
+        self.idle: list[Unit] = []
+        self.ended: set[Call] = set()
+        self.anew: set[Call] = set()
+        self.owned: dict[Call, set[Merge]] = {}
+        self.edits = Edits()
+
+    def decide(self) -> None:
+        """Find a place for each merge."""
+        for merge in self.merges:
+            self._decide(merge)
+        self._change_untaken()
+        swapped = {unit.module.module for unit in (*self.hosts.values(), *self.idle) if unit.module is not None}
+        for owner in [one for one in self.edits.owners if any(call.module in swapped for call in one.chain())]:
+            del self.edits.owners[owner]  # whose whole module is replaced
+            self.owned.pop(owner, None)
+        nodes = (node for merge in self.merges for node in _all_nodes(merge))
+        self.edits.layers = {str(node.target) for node in nodes if node.op == "call_module"}
+        self.edits.homes = {name: home for merge in self.merges for name, home in self._tensors(merge)}
+
+    def where(self, merge: Merge) -> str:
+        """The path that the merged layer will have."""
+        module = self.hosts[merge].module
+        path = module.path if module is not None else ".".join(part for part in self.homes[merge] if part)
+        return path or "(root)"
+
+    def idle_sums(self) -> set[Call]:
+        """Blocks whose forward adds a merged layer to 0, as those of their class with more branches do, whose forwards
+        are written anew: so are theirs, and launch nothing for it."""
+        same: dict[fx.Node, None] = {}  # as a merged layer, but for nothing
+        pending = [user for merge in self.merges for node in merge.nodes for user in node.users]
+        while pending:
+            node = pending.pop()
+            if node not in same and hands_on(node) is not None:
+                same[node] = None
+                pending += node.users
+        owners = {next(CALL.of(n).homes()) for n in same if n.op == "call_function" and n.target in SUMS}
+        swapped = {unit.module for unit in (*self.hosts.values(), *self.idle)}
+        classes = {type(owner.module) for owner in self.edits.owners}
+        return {
+            call
+            for call in owners - self.edits.owners.keys()
+            if type(call.module) in classes
+            and len(self.traced.calls[call.module, call.method]) == 1
+            and len(call.args) == len(signature(call.function).parameters) == 1
+            and isinstance(call.args[0], fx.Proxy)
+            and swapped.isdisjoint(call.chain())
+        }
+
+    def _decide(self, merge: Merge) -> None:
+        parts = units(merge)
+        host = self.hosts[merge] = host_of(parts)
+        self.edits.reordered |= merge.reordered
+        self.edits.vanishing.update(node for node in merge.nodes if node is not merge.root)
+        self.edits.vanishing.update(node for one in merge.absorbed for node in one.changed)
+        for unit in [*parts, *scales(merge)]:
+            if unit.module is None:
+                self._change_text(unit, merge)
+            elif unit is not host:
+                self.idle.append(unit)
+                self._change_told(unit.module, merge)
+        for node in merge.nodes:
+            if ASSIGNED.get(node):  # by a forward that need not do so any more
+                self.anew.add(self._change(_lone(node), merge))
+        for call in handed_back(merge, self.untaken.given):
+            for depth, owner in enumerate(around := list(call.chain())):
+                if merge in self.owned.get(owner, ()):
+                    self.edits.owners[owner].update(around[:depth])
+        for node in (one.node for one in merge.absorbed if one.ends):
+            if node.op == "call_module":
+                self.ended.add(CALL.of(node))
+                self._change_told(CALL.of(node), merge)
+            else:
+                self.edits.ended.add(node)
+                self._change(_lone(node), merge)
+
+    def _change_text(self, unit: Unit, merge: Merge) -> None:
+        """Have the forward changed that a unit is written in, which gives its place to the merged layer or vanishes."""
+        host = unit is self.hosts[merge]
+        refilled = self._refillable(unit, merge) if host else None
+        owner = self._change(unit, merge)
+        self.edits.units[unit.root] = owner, unit.nodes
+        if refilled is not None:
+            self.anew.add(owner)
+            self.homes[merge] = (refilled, "")
+            self.edits.refilled[unit.root] = (unit.base, refilled)
+            return
+        self.edits.dead.update(unit.nodes)
+        if host:
+            name = self._new_name(owner, merge)
+            self.homes[merge] = (owner.path, name)
+            self.edits.replaced[unit.root] = (unit.base, f"{owner.path}.{name}" if owner.path else name)
+        else:
+            self.edits.bypassed[unit.root] = unit.base
+
+    def _change(self, unit: Unit, merge: Merge) -> Call:
+        """Have the forward changed that a unit is written in: that of the innermost call that holds it, which it
+        gives."""
+        chains = [list(CALL.of(node).homes()) for node in unit.nodes]
+        owner: Call = next(call for call in chains[0] if all(call in chain for chain in chains))
+        inner = self.edits.owners.setdefault(owner, set())
+        for node in unit.nodes:
+            inner.update(itertools.takewhile(lambda call: call is not owner, CALL.of(node).chain()))
+        self.owned.setdefault(owner, set()).add(merge)
+        return owner
+
+    def _change_told(self, call: Call, merge: Merge) -> None:
+        """Have forwards written anew that ask for the dtype or device of what vanishes."""
+        for name in (*call.module._parameters, *call.module._buffers):
+            for asker in self.traced.told.get(f"{call.path}.{name}", ()):
+                owner = next(asker.homes())
+                self.edits.owners.setdefault(owner, set())
+                self.owned.setdefault(owner, set()).add(merge)
+                self.anew.add(owner)
+
+    def _change_untaken(self) -> None:
+        """Have forwards changed whose code, on a path that was not taken, reads a value that will be another, or gives
+        another to what is merged: what the path hangs on is then guarded."""
+        written = self.edits.owners.keys() | set().union(*self.edits.owners.values())
+        for merge in self.merges:
+            for call in self.untaken.risks(merge).calls:
+                owner = next(call.homes())
+                if call not in written and owner not in written:
+                    inner = self.edits.owners.setdefault(owner, set())
+                    around = list(call.chain())
+                    inner.update(around[: around.index(owner)])
+                if owner in self.edits.owners:
+                    self.owned.setdefault(owner, set()).add(merge)
+
+    def _tensors(self, merge: Merge) -> Iterator[tuple[str, str]]:
+        """The tensors that a merge takes, by path, and the path of the layer that has them, with a + where that is more
+        than one layer."""
+        where = self.where(merge)
+        home = "" if where == "(root)" else where
+        single = merge.sizes is None and not merge.fit.remedy
+        for node in _all_nodes(merge):
+            held = [VALUE.of(n) for n in node.all_input_nodes if VALUE.known(n)]
+            if node.op == "call_module":
+                held += CALL.of(node).module.parameters()
+                held += CALL.of(node).module.buffers()
+            for name in (self.traced.names.get(id(tensor)) for tensor in held):
+                if name is not None:
+                    yield name, home if single else f"{home}+"
+
+    def _new_name(self, owner: Call, merge: Merge) -> str:
+        stem = "reparam_conv" if any(layer.dims for layer in merge.term.leaves()) else "reparam_linear"
+        used = {name for path, name in self.homes.values() if path == owner.path}
+        return next(
+            name
+            for name in itertools.chain((stem,), (f"{stem}_{i}" for i in itertools.count(1)))
+            if name not in used and getattr(owner.module, name, None) is None
+        )
+
+    def _refillable(self, unit: Unit, merge: Merge) -> str | None:
+        """The path of a convolution with a forward of its own, such as one that pads by itself, that may keep its
+        place: the merged layer differs from what its forward calls in nothing but the numbers."""
+        call, node = CALL.of(unit.root), unit.root
+        layer, merged = unit.segments[0].term.layer, geometry(merge.term)
+        module = call.module
+        written = len(unit.nodes) == 1 and node.op == "call_function" and call.method == "forward"
+        if merge.fit.remedy or merge.sizes is not None:
+            return None  # what does that is a layer of its own
+        if not written or not isinstance(module, STAND_INS) or not {"weight", "bias"} <= module._parameters.keys():
+            return None
+        if layer is None or layer.formula or layer.weight is not module._parameters["weight"]:
+            return None
+        once = len(self.traced.calls[module, "forward"]) == 1 and self._is_alone(node)
+        return call.path if once and layer.shape(merged.in_channels, merged.dims) == merged else None
+
+    def _is_alone(self, node: fx.Node) -> bool:
+        """Whether the parameters that a node is given are of use to nothing else, not even to make constants of."""
+        held = [n for n in node.all_input_nodes if n.op == "get_attr"]
+        own = {id(VALUE.of(n)) for n in held}
+        bias = CALL.of(node).module._parameters["bias"]
+        if bias is not None and id(bias) not in own:
+            return False  # it has another use
+        return all(len(n.users) == 1 for n in held) and own.isdisjoint(self._computed_from)
+
+    @functools.cached_property
+    def _computed_from(self) -> set[int]:
+        """The tensors that constants are computed from, by id."""
+        made = (FORMULA.of(n) for trace in self.traced.traces for n in trace.nodes if FORMULA.get(n))
+        return {id(tensor) for formula in made for tensor in formula.tensors}
+
+
+def _lone(node: fx.Node) -> Unit:
+    return Unit((Segment(node, node, ONE, (node,)),))
+
+
+def _all_nodes(merge: Merge) -> Iterator[fx.Node]:
+    """The nodes of a merge, and of the scales that it does a part of."""
+    yield from merge.nodes
+    for one in merge.absorbed:
+        yield from one.nodes

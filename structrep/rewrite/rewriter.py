@@ -1,0 +1,113 @@
+"""How the methods change that merges are written in."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Set
+from typing import TypeAlias
+
+from structrep.errors import ExampleOnly, Refusal, Unreadable
+from structrep.graph.calls import Call, Traced
+from structrep.guard.callers import Callers
+from structrep.guard.sharing import Replicas, site
+from structrep.match.merge import Merge
+from structrep.modules.uses import Use
+from structrep.rewrite.edit import Edit
+from structrep.rewrite.followed import Followed
+from structrep.rewrite.forward import Forward, written_anew
+from structrep.rewrite.leftovers import Leftovers
+from structrep.rewrite.placement import Placement
+from structrep.rewrite.slot import Slot, is_asked_for, slot
+from structrep.rewrite.units import units
+from structrep.rewrite.untaken import Untaken
+from structrep.rewrite.untouched import Untouched
+
+Rewritten: TypeAlias = Forward | Edit | Slot | Untouched
+
+
+class Rewriter:
+    """The rewriter of methods, in the cheapest way that is right for each: as it is, edited, or written anew.
+
+    Attributes:
+        unwritable: methods that cannot be written anew, by path and name, and why.
+        unedited: those whose text cannot be edited, and why.
+    """
+
+    def __init__(self, traced: Traced, replicas: Replicas, untaken: Untaken) -> None:
+        self.traced, self.replicas, self.untaken = traced, replicas, untaken
+        self.callers = Callers(traced)
+        self.unwritable: dict[tuple[str, str], Refusal] = {}
+        self.unedited: dict[tuple[str, str], Refusal] = {}
+
+    def write(self, placement: Placement) -> tuple[dict[Call, Rewritten], dict[Merge, Refusal]]:
+        """The methods that change, by their calls; and the merges of those that cannot be written, with the reasons."""
+        written: dict[Call, Rewritten] = {}
+        failed: dict[Merge, Refusal] = {}
+        for owner, written_out in placement.edits.owners.items():
+            try:
+                written[owner] = (
+                    self._slot(placement, owner, written_out)
+                    or self._edited(placement, owner, written_out)
+                    or self._anew(placement, owner, written_out)
+                )
+            except Refusal as reason:
+                if (text := self.unedited.get(site(owner))) is not None:
+                    reason.args = (f"{reason}; nor can its text be edited: {text}", *reason.args[1:])
+                self.unwritable[reason.where if isinstance(reason, ExampleOnly) else site(owner)] = reason
+                failed.update(dict.fromkeys(placement.owned[owner], reason))
+        for owner in placement.idle_sums():
+            with contextlib.suppress(Refusal):
+                written[owner] = written_anew(Followed.of(self.traced, owner, ()), placement.edits)
+        return written, failed
+
+    def _slot(self, placement: Placement, owner: Call, written_out: Set[Call]) -> Slot | None:
+        """The slot that a method has for the one layer that is new in its module."""
+        homes = [placement.homes.get(merge, ("", "")) for merge in placement.owned[owner]]
+        names = [name for path, name in homes if path == owner.path and name]
+        if len(names) != 1 or not is_asked_for(owner, names[0]):
+            return None
+        with contextlib.suppress(Unreadable):
+            forward = self._anew(placement, owner, written_out)
+            left = Leftovers(self.traced, self.replicas, placement.edits, {}, placement.merges)
+            return slot(forward, names[0], {call.module for call in left.dead_calls()})
+        return None
+
+    def _edited(self, placement: Placement, owner: Call, written_out: Set[Call]) -> Edit | Untouched | None:
+        """The method with its own text edited; None if that is not all that changes, or would not be right."""
+        if owner in placement.anew or self.callers.doubt(*site(owner)) is not None:
+            return None
+        edits, misuses = placement.edits, list[Use]()
+        for merge in placement.owned[owner]:
+            if any(unit.module is not None for unit in units(merge)):  # which is another one on all paths
+                risks = self.untaken.risks(merge)
+                if any(next(call.homes()) is owner for call in risks.guarded):
+                    return None
+                misuses += [
+                    use for call, found in risks.misuses.items() if next(call.homes()) is owner for use in found
+                ]
+        nodes = list(owner.nodes())
+        try:
+            if any(node in edits.ended for node in nodes) and edits.dead.isdisjoint(nodes):
+                return Untouched(self.traced, edits, owner)
+            return Edit(self.traced, edits, owner, written_out, misuses)
+        except Unreadable as reason:
+            self.unedited[site(owner)] = reason
+            return None
+
+    def _anew(self, placement: Placement, owner: Call, written_out: Set[Call]) -> Forward:
+        if (doubt := self.callers.doubt(*site(owner))) is not None:
+            raise Unreadable(doubt)
+        forward = written_anew(Followed.of(self.traced, owner, written_out), placement.edits)
+        self._check_choice(placement.owned[owner], owner, forward)
+        return forward
+
+    def _check_choice(self, merges: Set[Merge], owner: Call, forward: Forward) -> None:
+        """Raise where it cannot be told, and so not be guarded, what code picks parts by."""
+        told = [one for one in forward.reads if not one.asked.endswith(" is None)")]  # whether a part is there
+        if told or forward.ways or forward.guards:
+            return
+        for merge in merges:
+            for call, (use, *_) in self.untaken.risks(merge).misuses.items():
+                if owner in call.homes():
+                    where = f"line {use.line} of {use.code.co_filename}"
+                    raise Unreadable(f"{where} may use what is merged otherwise, and what that hangs on is not known")
