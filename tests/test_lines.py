@@ -203,3 +203,71 @@ def test_a_flag_above_casts_stays():
     ours, theirs = deploy(TOKENS, output_hidden_states=True), model(TOKENS, output_hidden_states=True)
     for one, other in zip((ours[0], *ours[1]), (theirs[0], *theirs[1]), strict=True):
         assert relative_error(one, other) < 1e-12
+
+
+class NormOfEither(nn.Module):
+    """As speechbrain's norms: for features that stand last, or behind the batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.n = nn.BatchNorm1d(8)
+
+    def forward(self, x):
+        if x.ndim == 3:
+            x = x.transpose(-1, 1)
+        x = self.n(x)
+        return x.transpose(1, -1)
+
+
+class NormOfRows(NormOfEither):
+    def forward(self, x):
+        if len(x.shape) != 2:
+            return x
+        return self.n(x)
+
+
+class NormOfAnother(NormOfEither):
+    """What is asked is no argument as it was given."""
+
+    def forward(self, x):
+        x = x.transpose(-1, 1)
+        if x.dim() != 3:
+            x = x.transpose(-1, 1)
+        return self.n(x).transpose(1, -1)
+
+
+class ThenNormed(nn.Module):
+    def __init__(self, norm):
+        super().__init__()
+        self.l, self.n = nn.Linear(8, 8), norm()
+
+    def forward(self, x):
+        return self.n(self.l(x))
+
+
+@pytest.mark.parametrize(
+    ("norm", "x", "other", "asked"),
+    [
+        (NormOfEither, TOKENS, TOKENS[0], "`x.ndim == 3` is True"),
+        (NormOfRows, TOKENS[0], TOKENS, "`len(x.shape) != 2` is False"),
+    ],
+)
+def test_a_condition_on_the_rank_of_an_argument_is_guarded_where_a_merge_needs_it(norm, x, other, asked):
+    torch.manual_seed(0)
+    model = settled(ThenNormed(norm))
+    plan = structrep.plan(model, x)
+    assert len(plan.merges) == 1
+    deploy = plan.reparameterize(x)
+    assert relative_error(deploy(x), model(x)) < 1e-12
+    with pytest.raises(ValueError, match="was reparameterized for inputs of which") as raised:
+        deploy(other)
+    assert asked in str(raised.value)
+    assert not structrep.plan(model).merges  # without inputs nothing tells
+
+
+def test_a_condition_on_the_rank_of_what_was_computed_keeps_a_merge_out():
+    torch.manual_seed(0)
+    model = settled(ThenNormed(NormOfAnother))
+    plan = structrep.plan(model, TOKENS)
+    assert not plan.merges
+    assert any("`x.dim() != 3`" in refusal.reason for refusal in plan.refusals)

@@ -1,4 +1,4 @@
-"""Conditions on what a module is set to."""
+"""Conditions on what a module is set to, and on how many dims a method is given."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ import ast
 import contextlib
 import functools
 from collections import Counter
+from collections.abc import Mapping
 from types import CodeType, ModuleType
 from typing import Any
 
 from torch import nn
 
-_PLAIN = (ast.Attribute, ast.Constant, ast.Compare, ast.BoolOp, ast.UnaryOp, ast.Not, ast.boolop, ast.cmpop,
+_LOGIC = (ast.Constant, ast.Tuple, ast.Compare, ast.BoolOp, ast.UnaryOp, ast.Not, ast.boolop, ast.cmpop,
           ast.expr_context)  # fmt: skip
+_PLAIN = (ast.Attribute, *_LOGIC)
 
 
 def answer(test: ast.AST, tree: ast.FunctionDef, space: dict[str, Any], module: nn.Module) -> tuple[str, bool] | None:
@@ -30,6 +32,56 @@ def answer(test: ast.AST, tree: ast.FunctionDef, space: dict[str, Any], module: 
             if decides is None or told == decides:
                 return spelt, told
     return None
+
+
+def of_rank(test: ast.expr, tree: ast.FunctionDef, ranks: Mapping[str, int]) -> tuple[str, bool] | None:
+    """A condition on how many dims the method's arguments have, as they are given, and its answer; None if it goes by
+    anything else.
+
+    Args:
+        ranks: of the arguments, by name.
+    """
+    spelt = ast.unparse(test)
+    asked = _Ranks(ranks)
+    logic = ast.fix_missing_locations(ast.Expression(asked.visit(ast.parse(spelt, mode="eval").body)))
+    if not asked.found or not asked.alone or _is_set(asked.found, test, tree):
+        return None
+    return spelt, bool(eval(compile(logic, "<condition>", "eval"), {}))
+
+
+def _is_set(names: set[str], test: ast.expr, tree: ast.FunctionDef) -> bool:
+    """Whether a condition may see other values by some names than a method was given by them."""
+    around = [one for one in ast.walk(tree) if one is not tree and test in set(ast.walk(one))]
+    loops = {n for one in around if isinstance(one, (ast.For, ast.AsyncFor, ast.While)) for n in ast.walk(one)}
+    stored = (
+        n for n in ast.walk(tree) if isinstance(n, ast.Name) and n.id in names and not isinstance(n.ctx, ast.Load)
+    )
+    at = test.lineno, test.col_offset
+    inner = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, ast.ClassDef)
+    return any(isinstance(one, inner) for one in around) or any(
+        (n.lineno, n.col_offset) < at or n in loops for n in stored
+    )
+
+
+class _Ranks(ast.NodeTransformer):
+    """Puts the ranks of arguments in the place of questions for them."""
+
+    def __init__(self, ranks: Mapping[str, int]) -> None:
+        self.ranks, self.alone, self.found = ranks, True, set[str]()
+
+    def visit(self, node: ast.AST) -> Any:
+        match node:
+            case (
+                ast.Attribute(value=ast.Name(id=name), attr="ndim")
+                | ast.Call(func=ast.Attribute(value=ast.Name(id=name), attr="dim" | "ndimension"), args=[], keywords=[])
+                | ast.Call(func=ast.Name(id="len"), args=[ast.Attribute(value=ast.Name(id=name), attr="shape")])
+            ) if name in self.ranks:
+                self.found.add(name)
+                return ast.Constant(self.ranks[name])
+            case _ if isinstance(node, _LOGIC):
+                return self.generic_visit(node)
+        self.alone = False
+        return node
 
 
 @functools.lru_cache(4096)  # blocks of a class ask the same

@@ -13,13 +13,13 @@ from structrep.deployed.answers import NAMES
 from structrep.deployed.edited import EditedMethod, compiled, layers, original, same
 from structrep.errors import Unreadable
 from structrep.graph.calls import Call, Traced
-from structrep.graph.facts import FORMULA, VALUE
+from structrep.graph.facts import FORMULA, SHAPE, VALUE
 from structrep.modules.mentions import mentions
 from structrep.modules.positions import definition, imported
 from structrep.modules.source import functions, written_in
 from structrep.modules.uses import Use
 from structrep.rewrite import guards
-from structrep.rewrite.conditions import answer
+from structrep.rewrite.conditions import answer, of_rank
 from structrep.rewrite.edits import Edits
 from structrep.rewrite.expressions import edited
 from structrep.rewrite.followed import Followed
@@ -49,14 +49,15 @@ class Edit:
         self.constants: dict[str, Any] = {}
         self.merged: dict[Any, Any] = {}
         self._check_method()
-        answers = tuple((test, known[1]) for test in self._tests() if (known := self._answer(test)) is not None)
+        known = ((test, self._answer(test) or self._of_rank(test)) for test in self._tests())
+        answers = tuple((test, told[1]) for test, told in known if told is not None)
         steps = Steps(edits, call, self.code, self.tree, self.space, list(misuses), answers)
         self._check_changes(steps.gone)
         found = self.edited = edited(self.code, steps.wanted())
         self._check_source(found)
         self.mentions = {f"{call.path}.{path}" if call.path else path for path in self._mentioned(found.mentions)}
         followed = Followed.of(traced, call, written_out)
-        went_by = GoneBy(followed, self.function, found, self.mentions, self._answer)
+        went_by = GoneBy(followed, self.function, found, self.mentions, self._answer, self._of_rank)
         went_by.note()
         went_by.guard_tensors(steps.gone)
         self.reads, self.asked = went_by.reads, went_by.asked
@@ -157,6 +158,11 @@ class Edit:
 
     def _answer(self, test: ast.AST) -> tuple[str, bool] | None:
         return answer(test, self.tree, self.space, self.call.module)
+
+    def _of_rank(self, test: ast.expr) -> tuple[str, bool] | None:
+        given = {name: one.node for name, one in self.call.arguments().items() if isinstance(one, fx.Proxy)}
+        ranks = {name: len(SHAPE.of(node)) for name, node in given.items() if SHAPE.known(node)}
+        return of_rank(test, self.tree, ranks)
 
     def _first_statement(self) -> tuple[int, int]:
         """Where guards stand: the place in the edited lines of the first statement, and its indentation."""

@@ -44,9 +44,10 @@ class GoneBy:
         found: Edited,
         mentions: set[str],
         answer: Callable[[ast.AST], tuple[str, bool] | None],
+        of_rank: Callable[[ast.expr], tuple[str, bool] | None],
     ) -> None:
         self.followed, self.call, self.found = followed, followed.call, found
-        self.mentions, self.answer = mentions, answer
+        self.mentions, self.answer, self.of_rank = mentions, answer, of_rank
         self.code, self.space = function.__code__, function.__globals__
         self.reads: list[Guard] = []
         self.asked: list[Guard] = []  # of parts that vanish: for as long as nothing is applied
@@ -79,11 +80,13 @@ class GoneBy:
     def _check_observed(self) -> None:
         """Raise if vanishing text was told what holds for the example alone."""
         told = [one for call in self._vanished_calls() for one in call.observed()]
+        guarded = {node for test in self.found.assumed if self.of_rank(test) is not None for node in ast.walk(test)}
+        gone = self.found.vanished - guarded
         for one in self.followed.calls():
             here = one is self.call
             told += [
                 (one, answer) for answer in one.answers
-                if not here or answer.code is not self.code or place(self.code, answer.at) in self.found.vanished
+                if not here or answer.code is not self.code or place(self.code, answer.at) in gone
             ]  # fmt: skip
         for asker, answer in told:
             raise Unreadable(f"{asker.shown} asks {answer}, which holds for the example alone")
@@ -171,8 +174,11 @@ class GoneBy:
         made = guards.guard(read.of(spelt), read.of(spelt), read.told, self.call.shown, scripted=True)
         return [replace(made, scripted=True)] if made is not None else []
 
-    def _assumed(self, test: ast.AST) -> Iterator[Guard]:
+    def _assumed(self, test: ast.expr) -> Iterator[Guard]:
         """A guard for a condition that is taken to have the answer that it has."""
+        if (asked := self.of_rank(test)) is not None:
+            yield guards.dims(*asked, self.call.shown)
+            return
         found = self.answer(test)
         if found is None:
             return

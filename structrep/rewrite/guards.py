@@ -34,9 +34,12 @@ class Guard:
     scripted: bool
     message: tuple[str, str]  # what is said before and after what is found
     later: bool = False  # whether it is of the deploy model alone: what is merged is gone from there
+    of_inputs: bool = False  # whether it asks for what a method is given, not for its module
 
     def passes(self, module: nn.Module, names: Mapping[str, Any]) -> bool:
         """Whether a module would pass."""
+        if self.of_inputs:
+            return True
         try:
             return not eval(self.unlike, {**names, "self": module})
         except Exception:  # what is asked for is not there
@@ -93,6 +96,14 @@ def tensor(name: str) -> Guard:
     """A guard for an argument that was a tensor, of a forward that asks what it is."""
     before = f"this forward was reparameterized for a tensor as {name} and was called with {name}="
     return Guard(name, "a tensor", f"not isinstance({name}, torch.Tensor)", True, (before, ""))
+
+
+def dims(condition: str, told: bool, method: str) -> Guard:
+    """A guard for an answer that hangs on how many dims a method is given."""
+    before = f"{method} was reparameterized for inputs of which `{condition}` is {told}, and it is "
+    after = " of these: convert the model again with such example inputs"
+    unlike = f"not ({condition})" if told else condition
+    return Guard(f"({condition})", str(told), unlike, True, (before, after), of_inputs=True)
 
 
 def alike(asked: str, other: str, method: str) -> Guard:

@@ -46,7 +46,7 @@ class Steps:
         tree: ast.FunctionDef,
         space: dict[str, Any],
         misuses: list[Use],
-        answers: tuple[tuple[ast.AST, bool], ...],
+        answers: tuple[tuple[ast.expr, bool], ...],
     ) -> None:
         self.edits, self.call, self.code, self.tree, self.space = edits, call, code, tree, space
         self.misuses, self.answers = misuses, answers

@@ -56,7 +56,7 @@ class Wanted:
     libraries: frozenset[str]
     settings: frozenset[str]
     changed: frozenset[int]
-    answers: tuple[tuple[ast.AST, bool], ...]
+    answers: tuple[tuple[ast.expr, bool], ...]
     misused: frozenset[ast.AST]
     takers: tuple[tuple[ast.AST, int], ...]
     calm: frozenset[str]
@@ -83,5 +83,5 @@ class Edited:
     line: int
     vanished: frozenset[ast.AST]
     mentions: frozenset[str]
-    assumed: tuple[ast.AST, ...]
+    assumed: tuple[ast.expr, ...]
     sums: int
