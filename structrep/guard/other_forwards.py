@@ -22,7 +22,7 @@ from torch import fx, nn
 
 from structrep.errors import Shared
 from structrep.graph.calls import Call, Method, Traced
-from structrep.graph.facts import CALL
+from structrep.graph.facts import CALL, INDEX
 from structrep.graph.names import path_of
 from structrep.modules.call_sites import methods_called
 from structrep.modules.mentions import mentions
@@ -77,8 +77,8 @@ class Borders:
         held = {str(n.target) for node in inside for n in node.all_input_nodes if n.op == "get_attr"}
         for around in owner.chain() if held else ():
             self._check_parameters(around, held)
-        for node in inside:
-            for call in self.given.get(node, ()):
+        for node in sorted(inside & self.given.keys(), key=INDEX.of):  # the same reason every time
+            for call in self.given[node]:
                 if call is owner or owner not in call.chain() or (node is root and not call.leaf):
                     continue
                 if call.method != "forward":
