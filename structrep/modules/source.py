@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
 import linecache
 import textwrap
@@ -112,8 +113,14 @@ def names_reached(module: nn.Module) -> frozenset[str]:
 
 def words(cls: type) -> frozenset[str]:
     """All attributes that the code of a class asks anything for."""
-    trees = (syntax(inspect.unwrap(function)) for function in functions(cls).values())
-    nodes = (node for tree in trees if tree is not None for node in ast.walk(tree))
+    return frozenset().union(*map(words_of, functions(cls).values()))
+
+
+@functools.lru_cache(4096)
+def words_of(function: FunctionType) -> frozenset[str]:
+    """All attributes that the code of a function asks anything for."""
+    tree = syntax(inspect.unwrap(function))
+    nodes = ast.walk(tree) if tree is not None else ()
     return frozenset(node.attr for node in nodes if isinstance(node, ast.Attribute))
 
 

@@ -19,7 +19,7 @@ from structrep.rewrite.followed import Followed
 from structrep.rewrite.guards import Guard
 from structrep.rewrite.otherwise import Key
 from structrep.rewrite.spelling import Spelling
-from structrep.trace.class_reads import class_reads
+from structrep.trace.class_reads import class_reads, methods_of, settings_given
 from structrep.trace.instructions import namespace_reads
 from structrep.trace.questions import WHOLE
 
@@ -86,11 +86,13 @@ class Assumptions:
             function = one.code
             if isinstance(function, FunctionType) and not one.leaf:
                 codes: list[Any] = [(code, space, None) for code, space in one.codes.items()]
-                own = (function.__code__, function.__globals__, function)
-                for read in namespace_reads([own, *codes], self.traced.unfollowed):
+                methods = [function, *methods_of([function.__code__, *one.codes], one.module)]
+                own = [(method.__code__, method.__globals__, method) for method in methods]
+                for read in namespace_reads([*own, *codes], self.traced.unfollowed):
                     _check_stable(one.path, read)
                     self.add("", read)
-                for read in class_reads([function.__code__, *one.codes], one.module):
+                own_codes = [*(method.__code__ for method in methods), *one.codes]
+                for read in (*class_reads(own_codes, one.module), *settings_given(own_codes, one.module)):
                     self.add(one.path, read)
 
     def add_merged(self) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import re
 from collections.abc import Callable, Iterable, Iterator, Set
 from typing import Any
 
@@ -29,7 +28,6 @@ from structrep.rewrite.steps import Steps
 from structrep.rewrite.wanted import Edited
 
 _LIBRARIES = {"torch", "math", "numpy", "operator", "functools", "itertools"}
-_ITSELF = r"\bself\b(?=\.)"  # in guards, what a method calls its module
 
 
 class Edit:
@@ -86,8 +84,7 @@ class Edit:
         lines = list(self.edited.after)
         if code := guards.code(guarded):
             at, indent = self._first_statement()
-            itself = self.tree.args.args[0].arg
-            lines[at:at] = [f"{' ' * indent}{re.sub(_ITSELF, itself, line)}\n" for line in code]
+            lines[at:at] = [f"{' ' * indent}{line}\n" for line in guards.by_name(code, self.tree.args.args[0].arg)]
         return lines
 
     def holding(self, module: nn.Module) -> set[Guard]:

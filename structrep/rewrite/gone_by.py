@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import ast
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from types import FunctionType
 from typing import Any
@@ -14,7 +14,7 @@ from torch import fx, nn
 
 from structrep.errors import Unreadable
 from structrep.graph.calls import Call
-from structrep.graph.facts import VALUE
+from structrep.graph.facts import INDEX, VALUE
 from structrep.graph.reads import Read
 from structrep.modules.positions import parts_of, place
 from structrep.modules.presence import path_to
@@ -102,8 +102,7 @@ class GoneBy:
             held = self.space.get(helper.func.id) if isinstance(helper.func, ast.Name) else None
             if isinstance(held, FunctionType):
                 self._check_names(held)
-                defaults = (*(held.__defaults__ or ()), *(held.__kwdefaults__ or {}).values())
-                if any(isinstance(one, (list, dict, set)) for one in defaults):
+                if _may_change((held.__defaults__, tuple((held.__kwdefaults__ or {}).values()))):
                     raise Unreadable(f"{self.call.shown} goes by a default of {held.__name__}, which may change")
         return bool(helpers)
 
@@ -116,13 +115,15 @@ class GoneBy:
     def _check_names(self, function: FunctionType) -> None:
         """Raise if a function goes by what may be set outside of it."""
         for read in namespace_reads([(function.__code__, function.__globals__, function)]):
-            if guards.unlike("it", read.told) is not None:
+            of_function = read.text.endswith(".__defaults__") and not _may_change((read.told,))
+            if guards.unlike("it", read.told) is not None and not of_function:
                 raise Unreadable(f"{self.call.shown} goes by {read.text}, which may be set to something else")
 
     def guard_tensors(self, gone: set[fx.Node]) -> None:
         """Guard tensors of the module itself that are merged to be None, as they are then, or there where the text
         still asks for them: they may be set later."""
-        held = (given for node in gone for given in node.all_input_nodes if VALUE.known(given))
+        merged = sorted(gone, key=INDEX.of)  # guards in one order, every time
+        held = (given for node in merged for given in node.all_input_nodes if VALUE.known(given))
         paths = dict.fromkeys(self.followed.traced.names.get(id(VALUE.of(given)), "") for given in held)
         for holder, _, name in (path.rpartition(".") for path in paths if path):
             if holder == self.call.path and not isinstance(self.call.module, _OF_LAYERS):
@@ -193,3 +194,8 @@ class GoneBy:
 def _plain(layer: nn.Module) -> Any:
     """The class of torch's that a layer is one of."""
     return next(one for one in type(layer).__mro__ if one.__module__.startswith("torch.nn."))
+
+
+def _may_change(defaults: Iterable[tuple[Any, ...] | None]) -> bool:
+    """Whether some default may become another without being set."""
+    return any(isinstance(one, (list, dict, set)) for some in defaults for one in some or ())

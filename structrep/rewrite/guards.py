@@ -6,6 +6,7 @@ behind `if not torch.jit.is_scripting()`.
 
 from __future__ import annotations
 
+import ast
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -145,6 +146,17 @@ def code(guards: Iterable[Guard]) -> list[str]:
     scripted = [line for one in once if one.scripted for line in one.lines()]
     others = [f"    {line}" for one in once if not one.scripted for line in one.lines()]
     return scripted + (["if not structrep_is_scripting():", *others] if others else [])
+
+
+def by_name(lines: list[str], itself: str) -> list[str]:
+    """Code for a method that calls its module by another name than `self`."""
+    if itself == "self" or not lines:
+        return lines
+    tree = ast.parse("\n".join(lines))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and node.id == "self":
+            node.id = itself
+    return ast.unparse(tree).split("\n")
 
 
 def unlike(asked: str, told: Any) -> str | None:

@@ -156,12 +156,13 @@ class Leftovers:
         homes = {".".join(path[:depth]) for path in parts for depth in range(1, len(path))}
         called = {module for module, _ in self.traced.calls}
         homes -= {holder for forward in self.forwards.values() for holder, _ in forward.merged}
-        holders = ((path, self.traced.model.get_submodule(path)) for path in homes)
-        return {
-            self._at(path)
-            for path, module in holders
-            if called.isdisjoint(module.modules()) and {f"{path}.{n}" for n, _ in module.named_parameters()} <= dead
-        }
+        found = set()
+        for path in homes:
+            module = self.traced.model.get_submodule(path)
+            if called.isdisjoint(module.modules()) and {f"{path}.{n}" for n, _ in module.named_parameters()} <= dead:
+                with contextlib.suppress(AttributeError):  # gone with the layer whose numbers it was to compute
+                    found.add(self._at(path))
+        return found
 
     def dead_calls(self) -> list[Call]:
         """Calls in which everything is dead."""

@@ -14,8 +14,10 @@ from structrep.graph.calls import Call, Traced
 from structrep.graph.facts import ASSIGNED, CALL, FORMULA, VALUE
 from structrep.match.merge import Merge
 from structrep.match.stretch import Segment
+from structrep.modules.source import words
 from structrep.read.nodes import hands_on
 from structrep.rewrite.edits import Edits
+from structrep.rewrite.slot import is_asked_for
 from structrep.rewrite.units import SUMS, Unit, handed_back, host_of, scales, units
 from structrep.rewrite.untaken import Untaken
 from structrep.terms.term import ONE, geometry
@@ -182,12 +184,16 @@ class Placement:
                     yield name, home if single else f"{home}+"
 
     def _new_name(self, owner: Call, merge: Merge) -> str:
+        """A name for a layer that is new: one that the method asks for itself, else one that the class's code does not
+        know, which might ask whether it is there."""
         stem = "reparam_conv" if any(layer.dims for layer in merge.term.leaves()) else "reparam_linear"
         used = {name for path, name in self.homes.values() if path == owner.path}
         return next(
             name
             for name in itertools.chain((stem,), (f"{stem}_{i}" for i in itertools.count(1)))
-            if name not in used and getattr(owner.module, name, None) is None
+            if name not in used
+            and getattr(owner.module, name, None) is None
+            and (is_asked_for(owner, name) or name not in words(type(owner.module)))
         )
 
     def _refillable(self, unit: Unit, merge: Merge) -> str | None:

@@ -5,20 +5,25 @@ forward with the merge would."""
 from __future__ import annotations
 
 import ast
+import inspect
 from collections.abc import Set
+from types import FunctionType, NoneType
 from typing import Any
 
 from torch import fx, nn
 
 from structrep.deployed.methods import Whole
 from structrep.graph.calls import Call
-from structrep.graph.reads import Read
+from structrep.graph.reads import PLACEHOLDER, Read
 from structrep.graph.structures import is_traced
+from structrep.modules.mentions import mentions
 from structrep.modules.positions import definition
 from structrep.modules.presence import path_to
 from structrep.read.nodes import hands_on
+from structrep.rewrite import guards
 from structrep.rewrite.forward import Forward
 from structrep.rewrite.guards import Guard
+from structrep.trace.instructions import namespace_reads
 
 
 class Slot:
@@ -50,8 +55,18 @@ def slot(forward: Forward, name: str, dead: Set[nn.Module]) -> Slot | None:
         dead: the modules that nothing calls any more.
     """
     module = forward.call.module
-    if forward.guards or any(map(_is_setting, forward.call.reads.values())):
+    own = [call for call in forward.call.all_calls() if call.module is module]
+    if forward.guards or not all(_is_of_parts(read) for call in own for read in call.reads.values()):
         return None  # which the layer's own way does not ask for
+    codes = [
+        (code.__code__, code.__globals__, code)
+        for code in (call.code for call in own)
+        if isinstance(code, FunctionType)
+    ]
+    if any(guards.unlike("it", read.told) is not None for read in namespace_reads(codes)):
+        return None
+    if any(_is_setting(module, path.partition(".")[0]) for path in mentions(type(module), forward.call.method) or "*"):
+        return None  # which that way may ask for alone
     parts = {key: None if part in dead else part for key, part in module._modules.items()}
     twin: nn.Module = object.__new__(type(module))
     twin.__dict__ = {**{k: v for k, v in vars(module).items() if k != name}, "_modules": {**parts, name: nn.Identity()}}
@@ -69,10 +84,18 @@ def slot(forward: Forward, name: str, dead: Set[nn.Module]) -> Slot | None:
     return Slot(forward) if _Same(idle).all(_result(forward.body.graph), _result(graph)) else None
 
 
-def _is_setting(read: Read) -> bool:
-    """Whether a question is about what a module is set to, and not whether it has a part."""
-    plain = isinstance(read.holder, nn.Module) and read.text.startswith(".") and read.told is not None
-    return plain and read.text != ".training"
+def _is_of_parts(read: Read) -> bool:
+    """Whether a question is about parts of a module: whether there is one, which class it has, how many there are."""
+    if not isinstance(read.holder, nn.Module):
+        return False
+    there = read.text.endswith(" is None)") or (read.text.startswith(".") and read.told is None)
+    return there or read.text == ".training" or read.text.startswith((f"structrep_is({PLACEHOLDER}", "len("))
+
+
+def _is_setting(module: nn.Module, name: str) -> bool:
+    """Whether a module has something by a name that is neither a part, a tensor, a method nor None."""
+    held = module._modules.keys() | module._parameters.keys() | module._buffers.keys() | {"training"}
+    return name not in held and not isinstance(inspect.getattr_static(module, name, None), (FunctionType, NoneType))
 
 
 def _result(graph: fx.Graph) -> Any:

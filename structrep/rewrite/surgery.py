@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 
 from torch import fx, nn
 
 from structrep.deployed.layers import Sizes
-from structrep.deployed.methods import install, regraph
+from structrep.deployed.methods import Method, install, regraph
 from structrep.errors import StructrepError
 from structrep.match.merge import Merge
+from structrep.modules.source import functions, words_of
 from structrep.read.lower import lower
 from structrep.rewrite.draft import Draft
 from structrep.rewrite.edit import Edit
@@ -18,6 +20,8 @@ from structrep.rewrite.norms import end
 from structrep.rewrite.refill import kernels_of, nothing, refill
 from structrep.rewrite.slot import Slot
 from structrep.rewrite.untouched import Untouched
+
+_CONVERTS = re.compile("convert|deploy|equivalent|fuse|merge|reparam")  # in the names that published converters have
 
 
 class Surgery:
@@ -137,8 +141,24 @@ class Surgery:
             stays = lambda one, now=now, before=before: one in now or not (one.later or one in before)  # noqa: E731
             if not isinstance(forward, (Slot, Untouched)) and not (isinstance(forward, Edit) and forward.same):
                 install(module, forward.method(stays))
+                self._stop_converters(owner.path, module)
             if isinstance(module, fx.GraphModule):
                 regraph(module)
+
+    def _stop_converters(self, path: str, module: nn.Module) -> None:
+        """Have methods that convert the module themselves say that there is nothing left to convert: without the
+        branches they would die, or give zeros."""
+        base: type = getattr(type(module), "__structrep_base__", type(module))
+        had = self.draft.traced.model.get_submodule(path)._modules
+        gone = {name for name, part in had.items() if part is not None and module._modules.get(name) is None}
+        for name, function in functions(base).items():
+            if _CONVERTS.search(name) and (parts := sorted(gone & words_of(function))):
+                said = (
+                    f"{base.__name__}.{name}() is for the training-time model: structrep has merged {', '.join(parts)} "
+                    f"already, and there is nothing left to convert"
+                )
+                source = f"def {name}(self, *args, **kwargs):\n    raise RuntimeError({said!r})\n"
+                install(module, Method.of(name, source, {}))
 
     def _at(self, path: str) -> nn.Module:
         return self.model.get_submodule(path)

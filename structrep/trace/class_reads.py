@@ -1,8 +1,11 @@
-"""What methods ask the class of their module for, by their instructions."""
+"""What methods ask for by their module: its class for what it is set to, and other methods for what they give."""
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import dis
+import functools
 import inspect
 import itertools
 from collections.abc import Iterable, Iterator
@@ -11,7 +14,7 @@ from types import CodeType, FunctionType, MethodType
 from torch import nn
 
 from structrep.graph.reads import MISSING, PLACEHOLDER, Read
-from structrep.modules.source import functions, functions_in
+from structrep.modules.source import attribute_of, functions, functions_in, read_function, written_in
 from structrep.trace.instructions import instructions_of
 
 
@@ -20,7 +23,8 @@ def is_type(one: dis.Instruction) -> bool:
 
 
 def class_reads(codes: Iterable[CodeType], module: nn.Module) -> Iterator[Read]:
-    """What methods of a module ask its class for: `type(self).name`, or `cls.name` in a class method."""
+    """What methods of a module ask its class for: `type(self).name`, `hasattr(type(self), "name")`, or `cls.name` in a
+    class method."""
     codes = list(codes)
     own = {function.__code__ for f in functions(type(module)).values() for function in functions_in(f)}
     for code in (one for one in codes if one in own and one.co_argcount):
@@ -29,6 +33,11 @@ def class_reads(codes: Iterable[CodeType], module: nn.Module) -> Iterator[Read]:
             for asks, given, call, then in zip(plain, plain[1:], plain[2:], plain[3:], strict=False):
                 if is_type(asks) and given.argval == code.co_varnames[0] and call.opname == "CALL":
                     yield from _of_its_class(then, module)
+            for asks, _, given, call, named in zip(plain, plain[1:], plain[2:], plain[3:], plain[4:], strict=False):
+                name, itself = named.argval, given.argval == code.co_varnames[0] and call.opname == "CALL"
+                if asks.argval in ("hasattr", "getattr") and itself and isinstance(name, str):
+                    told = hasattr(type(module), name)
+                    yield Read(module, f"hasattr(type({PLACEHOLDER}), {name!r})", told, counts=False)
     for name in sorted({name for code in codes for name in code.co_names}):
         method = inspect.getattr_static(type(module), name, None)
         of_class = method.__func__.__code__ if isinstance(method, classmethod) else None
@@ -36,6 +45,51 @@ def class_reads(codes: Iterable[CodeType], module: nn.Module) -> Iterator[Read]:
         for given, then in itertools.pairwise(steps):
             if given.opname.startswith("LOAD_FAST") and given.arg == 0:  # what it is given first
                 yield from _of_its_class(then, module)
+
+
+def methods_of(codes: Iterable[CodeType], module: nn.Module) -> Iterator[FunctionType]:
+    """The methods of a module that code calls for what they give, one by another: not those that only do something."""
+    pending, seen = _written(codes, module), set[FunctionType]()
+    for function in pending:
+        for name, _ in _calls(function):
+            for one in functions_in(inspect.getattr_static(type(module), name, None)):
+                if one not in seen and written_in(one).partition(".")[0] not in ("torch", "structrep"):
+                    seen.add(one)
+                    pending.append(one)
+                    yield one
+
+
+def settings_given(codes: Iterable[CodeType], module: nn.Module) -> Iterator[Read]:
+    """What code asks of what a method of its module gives, as of a configuration: `self.config().low`."""
+    for name, asked in (call for function in _written(codes, module) for call in _calls(function)):
+        with contextlib.suppress(Exception):  # whatever code of the user's raises
+            if asked:
+                told = getattr(getattr(module, name)(), asked)
+                yield Read(module, f".{name}().{asked}", told, counts=False)
+
+
+def _written(codes: Iterable[CodeType], module: nn.Module) -> list[FunctionType]:
+    """The methods of a module's class that have some code."""
+    wanted = set(codes)
+    return [one for one in functions(type(module)).values() if inspect.unwrap(one).__code__ in wanted]
+
+
+@functools.lru_cache(4096)
+def _calls(function: FunctionType) -> tuple[tuple[str, str], ...]:
+    """The calls of methods of the same module in a method, but for those whose results nothing looks at: their names,
+    and which attribute of what they give without being given anything is asked for."""
+    read = read_function(function)
+    if read is None:
+        return ()
+    tree, itself = read
+    around = {inner: node for node in ast.walk(tree) for inner in ast.iter_child_nodes(node)}
+    found = []
+    for call, outer in around.items():
+        if isinstance(call, ast.Call) and attribute_of(call.func, itself) and not isinstance(outer, ast.Expr):
+            assert isinstance(call.func, ast.Attribute)
+            plain = isinstance(outer, ast.Attribute) and not (call.args or call.keywords)
+            found.append((call.func.attr, outer.attr if plain and isinstance(outer, ast.Attribute) else ""))
+    return tuple(found)
 
 
 def _of_its_class(step: dis.Instruction, module: nn.Module) -> Iterator[Read]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import random
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from types import FrameType, FunctionType
+from types import CodeType, FrameType, FunctionType
 from typing import Any
 
 import torch
@@ -40,6 +41,8 @@ class Environment:
     def watch(self, model: nn.Module) -> None:
         """Note what is asked as long as the process is ours, by whatever names a model's code knows those functions."""
         hooks = self.hooks
+        if "torch._dynamo" not in sys.modules and any("_dynamo" in code.co_names for code in _codes(model)):
+            importlib.import_module("torch._dynamo")  # as the first call would
         for owner, name, plain, text in list(_questions()):
             if isinstance(plain, FunctionType):
                 original = FunctionType(plain.__code__, plain.__globals__, plain.__name__, plain.__defaults__)
@@ -127,6 +130,10 @@ class Environment:
         return get
 
 
+def _codes(model: nn.Module) -> Iterator[CodeType]:
+    return (one.__code__ for cls in set(map(type, model.modules())) for one in functions(cls).values())
+
+
 def _questions() -> Iterator[tuple[Any, str, Any, str]]:
     """What can be asked of how a forward is run: who answers, under which name, with what, and as which text."""
     of_torch = {
@@ -134,6 +141,7 @@ def _questions() -> Iterator[tuple[Any, str, Any, str]]:
         "torch.onnx": ("is_in_onnx_export",),
         "torch.compiler": ("is_compiling", "is_exporting", "is_dynamo_compiling"),
         "torch.cuda": ("is_available",),
+        "torch._dynamo": ("is_compiling",),
         "torch": (
             *("is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled", "is_autocast_cpu_enabled"),
             *("are_deterministic_algorithms_enabled", "get_num_threads", "get_float32_matmul_precision"),

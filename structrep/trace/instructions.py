@@ -6,6 +6,7 @@ import contextlib
 import dis
 import functools
 import inspect
+import itertools
 import operator
 from collections.abc import Container, Iterable, Iterator, Mapping
 from contextvars import ContextVar
@@ -93,7 +94,7 @@ def namespace_reads(
             followed = isinstance(value, FunctionType) and value not in whole
             if followed and written_in(value).partition(".")[0] not in ("torch", "structrep"):
                 pending.append((value.__code__, value.__globals__, value))
-                if any(isinstance(one, (list, dict, set)) for one in value.__defaults__ or ()):
+                if any(one is not None for one in value.__defaults__ or ()):
                     yield Read(holder, f"{text}.__defaults__", value.__defaults__, counts=False)
             called = inspect.getattr_static(type(value), "__call__", None) if is_object(value) else None
             if isinstance(called, FunctionType):  # an object that is called like a function
@@ -147,6 +148,10 @@ def _asked_by(code: CodeType, space: dict[str, Any], function: FunctionType | No
                 )
             asks = isinstance(value, (ModuleType, type)) or is_object(value)
             asks |= isinstance(value, FunctionType) and name in vars(value)
+            if (given := _given(instructions, ahead, value)) is not None:
+                further, value, ahead = given
+                text += further
+                continue
             if not attribute or not asks or not isinstance(name, str) or isinstance(value, nn.Module):
                 break
             try:
@@ -156,3 +161,21 @@ def _asked_by(code: CodeType, space: dict[str, Any], function: FunctionType | No
             text, ahead = f"{text}.{name}", ahead + 1
         if not steady:
             yield text, value, holder
+
+
+def _given(instructions: tuple[dis.Instruction, ...], place: int, value: Any) -> tuple[str, Any, int] | None:
+    """A call of a function of the user's for constants, of whose result something is asked next, as of a configuration:
+    its text, what it gives, and where the question is. None if there is no such call."""
+    singleton = isinstance(value, type) and "__new__" in vars(value)
+    if not (singleton or isinstance(value, (FunctionType, MethodType, functools._lru_cache_wrapper))):
+        return None
+    if written_in(value).partition(".")[0] in LIBRARIES:
+        return None
+    given = list(itertools.takewhile(_is_constant, instructions[place:]))
+    steps = [one for one in instructions[place + len(given) : place + len(given) + 3] if one.opname != "PRECALL"]
+    if len(steps) < 2 or steps[0].opname != "CALL" or steps[0].arg != len(given) or steps[1].opname != "LOAD_ATTR":
+        return None
+    args = [one.argval for one in given]
+    with contextlib.suppress(Exception):  # whatever code of the user's raises
+        return f"({', '.join(map(repr, args))})", value(*args), instructions.index(steps[1], place)
+    return None
