@@ -29,7 +29,7 @@ from structrep.match.why import refusal, why
 from structrep.modules.arguments import Example
 from structrep.modules.copies import make_eager, own_copy
 from structrep.modules.source import without_source
-from structrep.modules.wrappers import finish, settle
+from structrep.modules.wrappers import adapters, finish, settle
 from structrep.prove.measured import Measured
 from structrep.prove.verify import verify
 from structrep.records.base import as_html, as_text
@@ -183,11 +183,12 @@ class Plan:
         if inplace:
             settle(self._given)
         model = self._given if inplace else own_copy(self._model)
+        had = adapters(model)
         with process.alone():  # forwards are asked what the names of their modules stand for
             deploy = Surgery(self._selection.draft, model).perform(release=inplace)
         if inplace:
             make_eager(deploy, {id(module): module for module in deploy.modules()})
-        finish(deploy)
+        finish(deploy, had)
         if self._selection.findings.blocks:
             give_norms_back(deploy)
         else:

@@ -89,11 +89,20 @@ def kept(model: nn.Module) -> dict[str, str]:
     return found
 
 
-def finish(model: nn.Module) -> None:
-    """Have a model without adapters say so."""
+def adapters(model: nn.Module) -> int:
+    """How many layers of peft's a model has."""
+    return sum(map(stands_in, model.modules()))
+
+
+def finish(model: nn.Module, had: int) -> None:
+    """Have a model say that it has no adapters of which it could be asked to let go: those that stay are a part of it.
+
+    Args:
+        had: how many layers of peft's it had before merges were made.
+    """
     if _peft() is None or vars(model).keys().isdisjoint(("peft_config", "_hf_peft_config_loaded")):
         return  # it never had any; of transformers' classes each has the second name
-    if not any(map(stands_in, model.modules())):
+    if (left := adapters(model)) == 0 or left < had:
         vars(model).pop("peft_config", None)
         vars(model).pop("_hf_peft_config_loaded", None)
     config: Any = getattr(model, "config", None)
