@@ -38,7 +38,17 @@ from structrep.cli.arguments import (
 )
 from structrep.convert.options import Options
 from structrep.deliver import checkpoint
-from structrep.deliver.formats import PROGRAMS, checksum, demand, encoded, program, provenance, read
+from structrep.deliver.formats import (
+    FORMS,
+    PROGRAMS,
+    RUNTIMES,
+    checksum,
+    demand,
+    encoded,
+    program,
+    provenance,
+    read,
+)
 from structrep.errors import BadInput, said
 from structrep.prove.latency import latency
 from structrep.prove.run import dtype_of
@@ -131,8 +141,7 @@ def convert(
         Path,
         typer.Option(
             metavar="FILE",
-            help="Where the deploy model goes: its state dict, .safetensors or .pt; a program of torch.export, .pt2; "
-            "or an ONNX program, .onnx. The last two need --shape.",
+            help=f"Where the deploy model goes: {FORMS}",
             show_default=False,
         ),
     ],
@@ -237,14 +246,14 @@ def verify(
         if not shape:
             raise BadInput("the models are compared on an example input: give its --shape, 1x3x224x224 say")
         Options.of(**settings)
-        if file is not None and file.suffix == ".onnx":
+        if file is not None and (runtime := RUNTIMES.get(file.suffix)):
             asked = {
                 "--device": device not in (None, "cpu"), "--dtype": dtype, "--autocast": autocast,
                 "--channels-last": channels_last, "--tf32": tf32,
             }  # fmt: skip
             if given_for_torch := [option for option, value in asked.items() if value]:
                 raise BadInput(
-                    f"{file} is a program that onnxruntime runs on the CPU, in the dtype it was written in, so "
+                    f"{file} is a program that {runtime} runs on the CPU, in the dtype it was written in, so "
                     f"{given_for_torch[0]} says nothing of it: leave that out, or verify a .pt2 file"
                 )
             device = "cpu"

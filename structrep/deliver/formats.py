@@ -181,6 +181,11 @@ _ENCODERS: dict[str, Callable[[nn.Module, Example | None, str], bytes]] = {
 }
 SUFFIXES = tuple(_ENCODERS)
 PROGRAMS = (".pt2", ".onnx")  # which run by themselves
+RUNTIMES = {".onnx": "onnxruntime"}  # of programs that others than torch run: on the CPU, in the dtype they have
+FORMS = (
+    "its state dict, .safetensors or .pt; a program of torch.export, .pt2; or an ONNX program, .onnx. "
+    "The last two need --shape."
+)
 
 
 class OnnxModel(nn.Module):

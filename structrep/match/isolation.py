@@ -120,7 +120,7 @@ def _moves(node: fx.Node, readings: Readings) -> bool:
     """Whether a node moves, pads, averages or casts numbers and does nothing else to them."""
     reading = readings.get(node)
     if isinstance(reading, Layer):
-        return reading.kind in ("pool", "pad", "view", "slice")
+        return reading.moves or reading.kind == "pool"
     if node.op == "call_module":
         return isinstance(CALL.of(node).module, (*_MOVING, *_POOLS))
     if node.target is getattr:

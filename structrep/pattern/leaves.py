@@ -37,16 +37,23 @@ def line(kernel: tuple[int, ...]) -> bool:
 
 @dataclass(eq=False)
 class Leaf(One):
-    """Any single layer."""
+    """Any single layer, or one of a kind.
+
+    Args:
+        kind: as `terms.layer.Layer` has it: "slice", say.
+    """
+
+    kind: str | None = None
 
     def accept(self, term: Term) -> Captures | None:
-        return {} if term.op == "leaf" else None
+        known = term.op == "leaf" and term.layer is not None and self.kind in (None, term.layer.kind)
+        return {} if known else None
 
     def fits_plain_conv(self) -> bool:
-        return True
+        return self.kind in (None, "conv", "linear")
 
     def __str__(self) -> str:
-        return label("layer", self)
+        return label(self.kind or "layer", self)
 
 
 @dataclass(eq=False)
@@ -97,31 +104,20 @@ def _is_depthwise(layer: Layer) -> bool:
 
 
 @dataclass(eq=False)
-class Unrolled(One):
+class Unrolled(Leaf):
     """A convolution of pieces of a fixed size, as a matrix on all their numbers."""
 
-    def accept(self, term: Term) -> Captures | None:
-        return {} if term.op == "leaf" and term.layer is not None and term.layer.kind == "unrolled" else None
-
-    def fits_plain_conv(self) -> bool:
-        return False
+    kind: str | None = "unrolled"
 
     def __str__(self) -> str:
         return label("unrolled conv", self)
 
 
 @dataclass(eq=False)
-class Pool(One):
+class Pool(Leaf):
     """An average pool."""
 
-    def accept(self, term: Term) -> Captures | None:
-        return {} if term.op == "leaf" and term.layer is not None and term.layer.kind == "pool" else None
-
-    def fits_plain_conv(self) -> bool:
-        return False
-
-    def __str__(self) -> str:
-        return label("pool", self)
+    kind: str | None = "pool"
 
 
 @dataclass(eq=False)
@@ -140,17 +136,10 @@ class Scalar(One):
 
 
 @dataclass(eq=False)
-class Norm(One):
+class Norm(Leaf):
     """A batch norm with fixed statistics."""
 
-    def accept(self, term: Term) -> Captures | None:
-        return {} if term.op == "leaf" and term.layer is not None and term.layer.kind == "norm" else None
-
-    def fits_plain_conv(self) -> bool:
-        return False
-
-    def __str__(self) -> str:
-        return label("norm", self)
+    kind: str | None = "norm"
 
 
 @dataclass(eq=False)

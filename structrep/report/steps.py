@@ -22,7 +22,6 @@ from structrep.records.plan import MergeRecord, RefusalRecord
 from structrep.terms.layer import Layer, Reading, Same, Stack, Total
 
 MOST = 40  # boxes in one picture
-_TOLD = ("conv", "linear", "norm", "affine", "pool", "pad", "slice", "unrolled")  # kinds of layers that have a name
 
 
 @dataclass(frozen=True)
@@ -135,7 +134,7 @@ def _step(
     call: Call = CALL.of(node)
     name = type(call.module).__name__ if node.op == "call_module" else named(node).strip("_")
     text, kind, count = name, name, 1
-    if isinstance(reading, Layer) and reading.kind in _TOLD:
+    if isinstance(reading, Layer) and reading.kind != "view":
         text, kind = str(reading), reading.kind
     elif isinstance(reading, Total):
         minus = any(sign < 0 for _, sign in reading.parts)

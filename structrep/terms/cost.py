@@ -89,4 +89,4 @@ def of_term(term: Term) -> Cost:
 def _work(layer: Layer, shape: Geometry) -> float:
     if layer.kind == "unrolled" and layer.weight is not None:
         return layer.weight.numel() * (shape.out_channels // len(layer.weight))  # what the convolution takes
-    return 0 if layer.kind in ("pad", "slice", "view") else of_layer(shape)
+    return 0 if layer.moves else of_layer(shape)

@@ -44,7 +44,7 @@ class Layer:
     """A map of one input.
 
     Args:
-        kind: "conv", "linear", "norm", "affine", "pool", "pad", "slice" or "view".
+        kind: "conv", "linear", "norm", "affine", "pool", "pad", "slice", "view" or "unrolled".
         load: the map itself, given the channel count of its input and the number of spatial dims.
         shape: its geometry, given the same; touches no weight.
         in_channels, out_channels, dims: None where open.
@@ -57,6 +57,8 @@ class Layer:
         sized: whether it is that map for inputs of any size, for those that differ from the example by multiples of its
             stride, or for the example's alone.
         probed: whether it was found out by what it does, not read.
+        moves: whether it moves, drops and pads numbers, and computes none.
+        keeps_channels: whether it gives as many channels as it is given, where that is open.
         dead: counts channels of a norm whose variance is lost in its eps, whose scale says nothing of the data.
     """
 
@@ -75,6 +77,8 @@ class Layer:
     through: tuple[fx.Node, ...] = ()
     sized: Literal["any", "period", "size"] = "any"
     probed: bool = False
+    moves: bool = False
+    keeps_channels: bool = True
     dead: Callable[[], int] = lambda: 0
 
     def __str__(self) -> str:

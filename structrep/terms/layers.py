@@ -225,7 +225,7 @@ def view_layer() -> Layer:
             raise Unreadable(f"a view that folds the dims before the last, of values with {d} spatial ones")
         return Geometry(c, c, groups=c)
 
-    return Layer("view", lambda c, d: ConvMap.identity(c, 0), shape, dims=0)
+    return Layer("view", lambda c, d: ConvMap.identity(c, 0), shape, dims=0, moves=True)
 
 
 def crop_layer(index: tuple[Any, ...]) -> Layer | None:
@@ -272,7 +272,10 @@ def slice_layer(dim: int, select: Callable[[int], slice], channels: int | None =
         rows = torch.eye(c, dtype=torch.float64)[list(kept(c, d))]
         return ConvMap(rows.reshape(-1, c, *[1] * d))
 
-    return Layer("slice", load, lambda c, d: Geometry(c, len(kept(c, d)), (1,) * d), channels)
+    def shape(c: int, d: int) -> Geometry:
+        return Geometry(c, len(kept(c, d)), (1,) * d)
+
+    return Layer("slice", load, shape, channels, moves=True, keeps_channels=False)
 
 
 def _tap_layer(kind: str, shape: Callable[[int, int], Geometry], border: Border, value: Tensor | float) -> Layer:
@@ -281,7 +284,7 @@ def _tap_layer(kind: str, shape: Callable[[int, int], Geometry], border: Border,
         fill = value.expand(c) if isinstance(value, Tensor) else value
         return ConvMap(torch.ones(c, 1, *g.kernel, dtype=torch.float64), pad=g.pad, groups=c, fill=fill, border=border)
 
-    return Layer(kind, load, shape)
+    return Layer(kind, load, shape, moves=True)
 
 
 def scale_layer(scale: Tensor | float = 1.0, shift: Tensor | float = 0.0) -> Layer | None:

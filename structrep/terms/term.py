@@ -230,5 +230,5 @@ def channels_at(term: Term, at: dict[int, int]) -> int | None:
 def _keeps_channels(term: Term) -> bool:
     if term.op == "leaf":
         assert term.layer is not None
-        return term.layer.in_channels is None and term.layer.out_channels is None and term.layer.kind != "slice"
+        return term.layer.in_channels is None and term.layer.out_channels is None and term.layer.keeps_channels
     return term.op != "concat" and all(_keeps_channels(part) for part in term.parts)
