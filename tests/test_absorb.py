@@ -643,3 +643,28 @@ def test_a_norm_that_was_probed_is_no_norm_of_each_value_too():
     plan = structrep.plan(model, X, probe="1")
     assert [merge.rules for merge in plan.merges] == [("fold_prenorm",)]
     assert relative_error(plan.reparameterize(X)(X), model(X)) < 1e-12
+
+
+class ByAPartsParameters(nn.Module):
+    """A norm that is written, of a part that is never called: its scale goes into the next layer, once."""
+
+    def __init__(self, holder):
+        super().__init__()
+        self.c, self.d = nn.Linear(4, 8), nn.Linear(8, 4)
+        norm = nn.LayerNorm(8)
+        self.n = norm if holder is nn.LayerNorm else holder()
+        self.n.weight = nn.Parameter(torch.rand_like(norm.weight) + 0.5)
+        self.n.bias = nn.Parameter(torch.randn_like(norm.bias))
+
+    def forward(self, x):
+        return self.d(F.layer_norm(self.c(x), (8,), self.n.weight, self.n.bias))
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["without inputs", "with inputs"])
+@pytest.mark.parametrize("holder", [nn.LayerNorm, nn.Module])
+def test_a_norm_that_is_given_the_parameters_of_a_part(holder, given):
+    torch.manual_seed(0)
+    model, x = settled(ByAPartsParameters(holder)), torch.randn(2, 4, dtype=torch.float64)
+    plan = structrep.plan(model, *((x,) if given else ()))
+    assert len(plan.merges) == 1
+    assert relative_error(plan.reparameterize()(x), model(x)) < 1e-12

@@ -43,9 +43,10 @@ class Untouched:
             for given in node.all_input_nodes:
                 if VALUE.known(given):
                     path = traced.names.get(id(VALUE.of(given)), "")
-                    if FORMULA.get(given) or not path.startswith(prefix):
-                        raise Unreadable("a norm has parameters that are computed")
-                    held.add(path.removeprefix(prefix))
+                    name = path.removeprefix(prefix)
+                    if FORMULA.get(given) or not path.startswith(prefix) or "." in name:
+                        raise Unreadable("a norm has parameters that are computed, or another module's")
+                    held.add(name)
         tree, parents, _ = read
         itself = tree.args.args[0].arg if tree.args.args else ""
         for one in ast.walk(tree):
