@@ -29,6 +29,8 @@ from structrep.rewrite.wanted import Edited
 
 _LIBRARIES = {"torch", "math", "numpy", "operator", "functools", "itertools"}
 
+_USED = {"ValueError", "bool", "getattr", "hasattr", "len", "str"}  # by the code of guards
+
 
 class Edit:
     """The edit of one method, for what is merged of its steps.
@@ -59,6 +61,8 @@ class Edit:
         went_by.note()
         went_by.guard_tensors(steps.gone)
         self.reads, self.asked = went_by.reads, went_by.asked
+        if self.reads and (others := sorted(_USED & self.space.keys())):
+            raise Unreadable(f"{self.call.shown} needs a guard, and {others[0]} is something else in its file")
         self.method()
 
     @property
