@@ -1,6 +1,7 @@
 """Paths that hang on what a call gives: a method, a function, a configuration, a default. What is set later is an error
 that names it, never silently another path."""
 
+import copy
 import functools
 import sys
 
@@ -205,3 +206,76 @@ def test_a_parametrized_weight_that_is_read_elsewhere(inputs):
     plan = structrep.plan(model, *inputs)
     assert len(plan.merges) == 1
     assert relative_error(plan.reparameterize(*inputs)(X), model(X)) < 1e-12
+
+
+SCALE = torch.tensor(2.0, dtype=torch.float64)
+SCALES = [torch.tensor(2.0, dtype=torch.float64)]
+
+
+class OfAFile(Model):
+    def forward(self, x):
+        return self.n(self.c(x) * SCALE)
+
+
+class InAList(Model):
+    def forward(self, x):
+        return self.n(self.c(x) * SCALES[0])
+
+
+class OfAClass(Model):
+    scale = torch.tensor(2.0, dtype=torch.float64)
+
+    def forward(self, x):
+        return self.n(self.c(x) * self.scale)
+
+
+class OfTheModule(Model):
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.tensor(2.0, dtype=torch.float64)
+
+    def forward(self, x):
+        return self.n(self.c(x) * self.scale)
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["without inputs", "with inputs"])
+@pytest.mark.parametrize("cls", [OfAFile, InAList, OfAClass])
+def test_a_tensor_that_no_module_holds_is_no_constant(cls, given, monkeypatch):
+    torch.manual_seed(0)
+    model, inputs = settled(cls()), (X,) if given else ()
+    plan = structrep.plan(model, *inputs)
+    assert not plan.merges
+    deploy, other = plan.reparameterize(*inputs), torch.tensor(3.0, dtype=torch.float64)
+    monkeypatch.setitem(globals(), "SCALE", other)
+    monkeypatch.setitem(SCALES, 0, other)
+    monkeypatch.setattr(OfAClass, "scale", other)
+    assert relative_error(deploy(X), model(X)) < 1e-12
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["without inputs", "with inputs"])
+@pytest.mark.parametrize("copied", [False, True], ids=["", "copied"])
+def test_a_plain_tensor_of_a_module_that_is_written_to_is_guarded(given, copied):
+    torch.manual_seed(0)
+    model, inputs = settled(OfTheModule()), (X,) if given else ()
+    plan = structrep.plan(model, *inputs)
+    assert len(plan.merges) == 1
+    deploy = plan.reparameterize(*inputs)
+    deploy = copy.deepcopy(deploy) if copied else deploy
+    assert relative_error(deploy(X), model(X)) < 1e-12
+    deploy.scale.mul_(3)
+    with pytest.raises(ValueError, match=r"self\.scale that was merged"):
+        deploy(X)
+
+
+class ByAName(Model):
+    def forward(self, x):
+        settings = config()
+        y = self.c(x)
+        return y if settings.low else self.n(y)
+
+
+def test_a_configuration_by_a_name_of_its_own_is_guarded(monkeypatch):
+    deploy = structrep.reparameterize(settled(ByAName()), X)
+    monkeypatch.setattr(Config, "low", True)
+    with pytest.raises(ValueError, match=r"config\(\)\.low is True now"):
+        deploy(X)

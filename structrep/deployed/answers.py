@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._jit_internal import is_scripting
+from torch.utils import weak
 
 from structrep.modules.source import functions_in, written_in
 
@@ -22,6 +23,16 @@ def numbers(tensor: Tensor) -> Any:
         return tensor.tolist()
     bits = tensor.detach().contiguous().flatten().view(torch.uint8).long()
     return int((bits * (torch.arange(len(bits), device=bits.device) * 2654435761 + 1)).sum())
+
+
+_VERSIONS: Any = weak.WeakIdKeyDictionary()  # of tensors, when they were first asked for; of a copy, as it came
+
+
+def written(tensor: Any) -> bool:
+    """Whether a tensor was written to since it was asked for first."""
+    if torch.compiler.is_compiling() or not isinstance(tensor, Tensor) or tensor.is_inference():
+        return False  # which counts no writes
+    return bool(_VERSIONS.setdefault(tensor, tensor._version) != tensor._version)
 
 
 def is_numpys(value: Any) -> bool:
@@ -161,5 +172,6 @@ NAMES: dict[str, Any] = {
     "structrep_is_exporting": getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling),
     "structrep_is": is_a,
     "structrep_numbers": numbers,
+    "structrep_written": written,
     "structrep_cell": cell,
 }

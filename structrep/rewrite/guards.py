@@ -116,9 +116,8 @@ def alike(asked: str, other: str, method: str) -> Guard:
 def same(asked: str, kept: str, method: str) -> Guard:
     """A guard for a tensor that was merged."""
     before = f"{method} was reparameterized for the {asked} that was merged, and {asked} is "
-    return Guard(
-        asked, "merged", f"{asked} is not {kept}", False, (before, " now: convert the model again after setting it")
-    )
+    after = " now: convert the model again after setting it"
+    return Guard(asked, "merged", f"{asked} is not {kept} or structrep_written({asked})", False, (before, after))
 
 
 def gone(asked: str, method: str) -> Guard:

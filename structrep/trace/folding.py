@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Container
 from typing import Any
 
 import torch
@@ -32,10 +31,10 @@ def fold_constants(tracer: CallTracer) -> None:
     asks = any(asks_kind(node) or node.target == "type_as" for node in tracer.graph.nodes)
     for node in tracer.graph.nodes:
         if owner is None or not asks:
-            _fold(node, tracer.constants.unsteady)
+            _fold(node, tracer)
             continue
         if not asks_kind(node):
-            _fold(node, tracer.constants.unsteady)
+            _fold(node, tracer)
         elif node.args[1] == "device" or KIND.of(node.args[0]) is owner.dtype:
             VALUE.note(node, getattr(owner, node.args[1]))
         dtypes.note(node, owner.dtype)
@@ -43,12 +42,15 @@ def fold_constants(tracer: CallTracer) -> None:
             SAME_KIND.note(node, KIND.of(node.args[1]) is owner.dtype)
 
 
-def _fold(node: fx.Node, unsteady: Container[Any]) -> None:
+def _fold(node: fx.Node, tracer: CallTracer) -> None:
     """Note the value of a node whose inputs' values are known."""
     if node.op == "get_attr" and isinstance(VALUE.get(node), Tensor):
-        formula = FORMULA.get(node)
+        formula, unsteady = FORMULA.get(node), tracer.constants.unsteady
         made = (VALUE.of(node), *(formula.tensors if formula else ()))
-        UNSTEADY.note(node, any(storage(one) in unsteady for one in made))
+        given = formula.tensors if formula else (VALUE.of(node),)
+        # what no module holds, a name of a file or of a class, may be another tensor at the next call
+        outside = any(id(one) not in tracer.names and id(one) not in tracer.constants.entries for one in given)
+        UNSTEADY.note(node, outside or any(storage(one) in unsteady for one in made))
     if node.op not in ("call_function", "call_method"):
         return
     inputs = node.all_input_nodes

@@ -151,6 +151,8 @@ def _asked_by(code: CodeType, space: dict[str, Any], function: FunctionType | No
             if (given := _given(instructions, ahead, value)) is not None:
                 further, value, ahead = given
                 text += further
+                for name in _asked_later(instructions, instructions[ahead]):
+                    yield f"{text}.{name}", getattr(value, name, None), holder
                 continue
             if not attribute or not asks or not isinstance(name, str) or isinstance(value, nn.Module):
                 break
@@ -164,8 +166,8 @@ def _asked_by(code: CodeType, space: dict[str, Any], function: FunctionType | No
 
 
 def _given(instructions: tuple[dis.Instruction, ...], place: int, value: Any) -> tuple[str, Any, int] | None:
-    """A call of a function of the user's for constants, of whose result something is asked next, as of a configuration:
-    its text, what it gives, and where the question is. None if there is no such call."""
+    """A call of a function of the user's for constants, of whose result something is asked, as of a configuration: its
+    text, what it gives, and where that is in hand. None if there is no such call."""
     singleton = isinstance(value, type) and "__new__" in vars(value)
     if not (singleton or isinstance(value, (FunctionType, MethodType, functools._lru_cache_wrapper))):
         return None
@@ -173,9 +175,24 @@ def _given(instructions: tuple[dis.Instruction, ...], place: int, value: Any) ->
         return None
     given = list(itertools.takewhile(_is_constant, instructions[place:]))
     steps = [one for one in instructions[place + len(given) : place + len(given) + 3] if one.opname != "PRECALL"]
-    if len(steps) < 2 or steps[0].opname != "CALL" or steps[0].arg != len(given) or steps[1].opname != "LOAD_ATTR":
+    if len(steps) < 2 or steps[0].opname != "CALL" or steps[0].arg != len(given):
+        return None
+    if steps[1].opname != "LOAD_ATTR" and not _asked_later(instructions, steps[1]):
         return None
     args = [one.argval for one in given]
     with contextlib.suppress(Exception):  # whatever code of the user's raises
         return f"({', '.join(map(repr, args))})", value(*args), instructions.index(steps[1], place)
     return None
+
+
+def _asked_later(instructions: tuple[dis.Instruction, ...], stored: dis.Instruction) -> list[str]:
+    """What a value is asked for that is given a name, of a method's own, which has no other value."""
+    kept = [one for one in instructions if one.opname == "STORE_FAST" and one.argval == stored.argval]
+    if stored.opname != "STORE_FAST" or len(kept) > 1:
+        return []
+    pairs = itertools.pairwise(instructions)
+    return [
+        then.argval
+        for one, then in pairs
+        if one.opname.startswith("LOAD_FAST") and one.argval == stored.argval and then.opname == "LOAD_ATTR"
+    ]
