@@ -247,7 +247,7 @@ def test_a_tensor_that_no_module_holds_is_no_constant(cls, given, monkeypatch):
     assert not plan.merges
     deploy, other = plan.reparameterize(*inputs), torch.tensor(3.0, dtype=torch.float64)
     monkeypatch.setitem(globals(), "SCALE", other)
-    monkeypatch.setitem(SCALES, 0, other)
+    monkeypatch.setitem(globals(), "SCALES", [other])
     monkeypatch.setattr(OfAClass, "scale", other)
     assert relative_error(deploy(X), model(X)) < 1e-12
 
