@@ -243,3 +243,19 @@ def test_gradients_switched_off_by_what_torch_itself_calls():
     plan = structrep.plan(model)
     assert not plan.merges
     assert model(X).requires_grad
+
+
+class RunsItselfUnderAutocast(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.c, self.n = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.n(self.c(x))
+
+
+def test_a_norm_under_the_models_own_autocast_stays_with_that_reason():
+    plan = structrep.plan(RunsItselfUnderAutocast().eval())
+    assert not plan.merges
+    assert ["runs under autocast" in refusal.reason for refusal in plan.refusals] == [True]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
 
 from torch import fx
@@ -36,6 +37,19 @@ def read(nodes: Iterable[fx.Node], refusals: Refusals) -> dict[fx.Node, Reading]
         elif node.op == "call_module" and hooks(CALL.of(node).module):
             refusals.note([node], "-", "layer with a hook", Hooked(about_hooks(CALL.of(node).module)))
     return readings
+
+
+def refuse_autocast(trace: Trace, refusals: Refusals) -> None:
+    """Note of each norm that the model's own code runs under autocast that it stays for that."""
+    for node in trace.nodes:
+        if AUTOCAST.get(node) and not VALUE.known(node):
+            with contextlib.suppress(Unreadable):
+                reading = read_node(node)
+                if isinstance(reading, Layer) and reading.kind == "norm":
+                    reason = Unreadable(
+                        "it runs under autocast, which chooses dtypes as the model runs: call it outside"
+                    )
+                    refusals.note([node], "-", "norm", reason)
 
 
 def endings(nodes: Iterable[fx.Node], readings: Readings) -> dict[fx.Node, Layer]:

@@ -22,7 +22,7 @@ from structrep.match.isolation import isolated
 from structrep.match.legality import Legality, owner_of
 from structrep.match.maps import MergedMaps
 from structrep.match.merge import Merge, Missed
-from structrep.match.readings import endings, read, readable
+from structrep.match.readings import endings, read, readable, refuse_autocast
 from structrep.match.refusals import Refusals
 from structrep.match.segments import Segments
 from structrep.match.shared_scales import Absorption, absorptions
@@ -37,6 +37,7 @@ from structrep.terms.value import value
 def search(findings: Findings, trace: Trace) -> Search:
     """Search a graph; again without the scales that were not absorbed by all that they were given to."""
     nodes, refusals = readable(trace, findings.replicas), Refusals()
+    refuse_autocast(trace, refusals)
     readings = read(nodes, refusals)
     given: list[Absorption] = []
     for found in absorptions(readings, endings(nodes, readings)) if not findings.blocks else ():

@@ -156,7 +156,8 @@ def expand(
         except (TypeError, ValueError) as error:
             reason = str(error)
         if reason and path in _asked(where):
-            raise BadInput(f"{path} cannot become a {block} block: {reason}")
+            there = f": {_expanded(model, blocks_there)}" if path in blocks_there else ""
+            raise BadInput(f"{path} cannot become a {block} block: {reason}{there}")
         spared[reason] += bool(reason)
     new = dict(made)
     for path, one in made.items():
