@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from structrep.blocks import STAND_INS
 from structrep.errors import Shared
 from structrep.graph.calls import Call, Traced
-from structrep.graph.facts import ASSIGNED, CALL, COMPUTED, FORMULA, SHAPE, VALUE
+from structrep.graph.facts import ASSIGNED, CALL, COMPUTED, FORMULA, INDEX, SHAPE, VALUE
 from structrep.graph.names import is_lone_layer, path_of
 from structrep.guard.asked import Asking
 from structrep.modules.asks import CLASS, TYPE
@@ -64,13 +64,14 @@ class Replicas:
         bodies = self.bodies(owner)
         if len(bodies) > 1 and not self.alike(bodies):
             raise Shared(f"{owner.path or 'the model'} is called {len(bodies)} times, and not always in the same way")
-        touched = {call for node in inside for call in CALL.of(node).chain() if owner in call.chain()}
+        nodes = sorted(inside, key=INDEX.of)  # the same reason every time
+        touched = dict.fromkeys(call for node in nodes for call in CALL.of(node).chain() if owner in call.chain())
         anew = written_in_forwards(inside)
         self._check_computed(inside)
         for call in touched:
-            self._check_asked(call, touched, anew, stays=is_lone_layer(inside))
-        for call in touched - {owner}:
-            self._check_reach(call, touched, anew, inside)
+            self._check_asked(call, touched.keys(), anew, stays=is_lone_layer(inside))
+        for call in (one for one in touched if one is not owner):
+            self._check_reach(call, touched.keys(), anew, inside)
             if call.inlined:
                 continue  # written out in its caller
             calls = self.traced.calls[call.module, call.method]
@@ -84,7 +85,7 @@ class Replicas:
                     f"{call.path or 'the model'} is used {len(calls)} times: merged here, its other uses would change"
                 )
 
-    def _check_reach(self, call: Call, touched: set[Call], anew: set[tuple[str, str]], inside: set[fx.Node]) -> None:
+    def _check_reach(self, call: Call, touched: Set[Call], anew: set[tuple[str, str]], inside: set[fx.Node]) -> None:
         """Raise where code that will stay uses what a merge takes from a module, other than by calling it.
 
         Args:
@@ -107,7 +108,7 @@ class Replicas:
             if name in names and path != parent and (not path or f"{parent}.".startswith(f"{path}.")):
                 raise Shared(f"{path or 'the model'}, whose forward cannot be followed, mentions .{name} of a child")
 
-    def _check_asked(self, call: Call, touched: set[Call], anew: set[tuple[str, str]], stays: bool) -> None:
+    def _check_asked(self, call: Call, touched: Set[Call], anew: set[tuple[str, str]], stays: bool) -> None:
         """Raise where a question about a module that a merge changes has another answer then.
 
         Args:
@@ -152,7 +153,7 @@ class Replicas:
         return self.prints[call]
 
 
-def _moves_alone(layer: Call, touched: set[Call]) -> bool:
+def _moves_alone(layer: Call, touched: Set[Call]) -> bool:
     """Whether a layer is the only one of a merge with a stride and a padding, which the merged one has then."""
     return not any(one is not layer and one.leaf and hasattr(one.module, "stride") for one in touched)
 
