@@ -304,6 +304,44 @@ def test_a_tensor_that_is_asked_for_stays_and_is_guarded():
     assert "self.scale is None now" in differs(model, deploy, X)
 
 
+def test_a_setting_that_computes_in_place_is_of_no_matter():
+    def forward(self, x):
+        y = self.n(self.a(x))
+        return (y.mul_(self.scale) if self.flag else y * self.scale).tanh()
+
+    model, deploy = converted(forward, "edit")
+    assert text_of(deploy)[-1] == "return (y).tanh()"
+    model.flag = deploy.flag = True
+    assert differs(model, deploy, X) is None
+
+
+def test_a_setting_that_computes_something_else_in_place_is_guarded():
+    def forward(self, x):
+        y = self.n(self.a(x))
+        return (y.add_(self.scale) if self.flag else y * self.scale).tanh()
+
+    model = made(forward)
+    deploy = structrep.reparameterize(model)
+    model.flag = deploy.flag = True
+    assert "flag" in (differs(model, deploy, X) or "flag")
+
+
+def test_a_list_that_is_filled_is_no_write():
+    def forward(self, x):
+        found = []
+        y = self.a(x)
+        y = self.n(y) + self.b(x)
+        found.append(y)
+        if self.flag:
+            found.append(x)
+        return torch.cat(found, 1)
+
+    model, deploy = converted(forward, "edit")
+    assert "found.append(y)" in text_of(deploy)
+    model.flag = deploy.flag = True
+    assert differs(model, deploy, X) is None
+
+
 def test_a_name_that_the_class_finds_itself():
     class Finding(Two):
         def __getattr__(self, name):
@@ -325,7 +363,7 @@ def test_a_module_by_another_name():
             out = out + me.many[place](x)
         return out.tanh()
 
-    model, deploy = converted(forward, "rewrite")
+    model, deploy = converted(forward, "edit")
     model.rounds = deploy.rounds = 2
     assert "rounds" in differs(model, deploy, X)
 

@@ -21,6 +21,7 @@ from structrep.modules.presence import path_to
 from structrep.rewrite import guards
 from structrep.rewrite.followed import Followed
 from structrep.rewrite.guards import Guard
+from structrep.rewrite.syntax import in_place_alike
 from structrep.rewrite.wanted import Edited
 from structrep.trace.instructions import namespace_reads
 
@@ -61,19 +62,21 @@ class GoneBy:
         self._check_observed()
         helped = self._check_helpers()
         vanished, assumed = self.found.vanished, {node for test in self.found.assumed for node in ast.walk(test)}
+        choices = (one for one in vanished if isinstance(one, ast.IfExp) and in_place_alike(one))
+        assumed |= {node for one in choices for node in ast.walk(one.test)}  # whose answer is of no matter
         counted = any(isinstance(one, ast.Name) and one.id == "len" for one in vanished)
         for (path, _), read in self.call.reads.items():
             asked = [place(code, at) if code is self.code else None for code, at, _ in read.places]
             computed = helped or isinstance(read.holder, nn.Module)  # by a property, say
             if any((one in vanished and one not in assumed) if one is not None else computed for one in asked):
-                self._demand_none(path, read, counted)
+                self._note(path, read, counted)
         self.reads += [made for test in self.found.assumed for made in self._assumed(test)]
         for one in self._vanished_calls():
             for (path, _), read in one.reads.items():
                 if any(f"{path}.".startswith(f"{part.path}.") for part in self._parts_around(one)):
                     self.asked += self._guard(path, read, asked_still=False)
                 else:
-                    self._demand_none(path, read, counted=True)
+                    self._note(path, read, counted=True)
             if isinstance(one.code, FunctionType) and not one.leaf:
                 self._check_names(one.code)
 
@@ -143,16 +146,21 @@ class GoneBy:
         method = path_to(call.func, self.code.co_varnames[0])
         return isinstance(held, FunctionType) or (method is not None and method not in dict(parts_of(self.call.module)))
 
-    def _demand_none(self, path: str, read: Read, counted: bool) -> None:
-        """Raise if something hangs on an answer that a merge does not settle: a forward written anew guards it.
+    def _note(self, path: str, read: Read, counted: bool) -> None:
+        """Guard an answer that a merge does not settle.
 
         Args:
             counted: whether code may count the parts of a container, instead of going through them.
+
+        Raises:
+            Unreadable: the method's own file has no words for that; a forward that is written anew has.
         """
         if isinstance(read.holder, (nn.ModuleList, nn.ModuleDict, nn.Sequential)) and not counted:
             return
-        if self._guard(path, read):
-            raise Unreadable(f"{self.call.shown} goes by {read.of(path or 'the model')}, which may be set")
+        for made in self._guard(path, read):
+            if "structrep_" in made.unlike:
+                raise Unreadable(f"{self.call.shown} goes by {read.of(path or 'the model')}, which may be set")
+            self.reads.append(made)
 
     def _guard(self, path: str, read: Read, asked_still: bool = True) -> list[Guard]:
         """A guard for an answer, if something hangs on it that a merge does not settle.

@@ -9,7 +9,7 @@ from structrep.errors import Unreadable
 from structrep.modules.boxes import FILLS
 from structrep.modules.definitions import Definition, Reaching
 from structrep.modules.presence import path_to
-from structrep.rewrite.syntax import COMPREHENSIONS, Syntax, names_in
+from structrep.rewrite.syntax import COMPREHENSIONS, Syntax, in_place_alike, names_in
 
 _KINDS = {"ndim", "dtype", "device", "dim", "is_cuda", "requires_grad"}  # what a merge changes of no value
 
@@ -156,6 +156,8 @@ class Judge:
 
     def _check_effects(self, asked: set[ast.AST]) -> None:
         """Raise if what is no longer run may do more than compute, or goes by what no guard can ask for."""
+        choices = [one for one in self.vanished if isinstance(one, ast.IfExp) and in_place_alike(one)]
+        same = {node for one in choices for node in ast.walk(one)}  # in place, or not: both ways vanish
         for node in self.vanished | asked:
             line = f"line {getattr(node, 'lineno', 0)}"
             if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and self._is_outside(node):
@@ -168,7 +170,7 @@ class Judge:
             ):
                 raise Unreadable(f"{line} does more than what is merged")
             plain = isinstance(node, ast.Call) and not self.syntax.only_computes(node)
-            if plain and not self.syntax.is_unreachable(node):
+            if plain and node not in same and not self.syntax.is_unreachable(node):
                 raise Unreadable(f"{line} may do more than what is merged")
         self._check_settings(asked)
 

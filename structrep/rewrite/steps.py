@@ -23,6 +23,7 @@ from structrep.modules.source import functions, syntax, written_in
 from structrep.modules.uses import Place, Use, place_of
 from structrep.read.nodes import hands_on
 from structrep.rewrite.edits import Edits
+from structrep.rewrite.syntax import in_place_alike
 from structrep.rewrite.wanted import Piece, Wanted
 
 _CASTS = {"to", "type", "type_as", *CASTS}
@@ -59,7 +60,7 @@ class Steps:
         roots: dict[fx.Node, ast.AST | None] = {}
         for step in self.call.steps:
             at = step.at if isinstance(step, Call) else AT.of(step)
-            text = place(self.code, at) if at is not None else None
+            text = _whole(self.code, place(self.code, at)) if at is not None else None
             nodes = [step] if isinstance(step, fx.Node) else list(step.nodes())
             roots |= {node: text for node in nodes if node in self.units}
             if text is not None:
@@ -248,3 +249,11 @@ def _is_computed(module: nn.Module, name: str) -> bool:
 def _looks_itself(module: nn.Module) -> bool:
     """Whether its class has its own way to find attributes."""
     return type(module).__getattr__ is not nn.Module.__getattr__
+
+
+def _whole(code: CodeType, text: ast.AST | None) -> ast.AST | None:
+    """A text, or the conditional expression that does the same in place by a setting: both ways go, or none."""
+    found = definition(code)
+    around = found[1].get(text) if found is not None and text is not None else None
+    alike = isinstance(around, ast.IfExp) and text is not around.test and in_place_alike(around)
+    return around if alike else text

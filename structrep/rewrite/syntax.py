@@ -11,6 +11,7 @@ from types import CodeType
 from torch import Tensor
 
 from structrep.errors import Unreadable
+from structrep.modules.boxes import FILLS
 from structrep.modules.definitions import Definition, Reaching
 from structrep.modules.positions import definition
 from structrep.modules.presence import path_to, presence
@@ -91,6 +92,8 @@ class Writes:
         path = path_to(call.func, self.syntax.itself)
         if path is not None:
             return path in self.syntax.wanted.calm
+        if isinstance(call.func, ast.Attribute) and call.func.attr in FILLS and self._is_box(call.func.value):
+            return True
         name = call.func.attr if isinstance(call.func, ast.Attribute) else "_"
         root = next(iter(names_in(call.func)), "")
         return (
@@ -99,6 +102,19 @@ class Writes:
             and root != "operator"
             and self.syntax.only_computes(call)
         )
+
+    def _is_box(self, value: ast.expr) -> bool:
+        """Whether a name is of a list, a set or a dict that the method has made: to fill that writes to no tensor."""
+        if not isinstance(value, ast.Name):
+            return False
+        given = [
+            one.value if isinstance(one, ast.Assign) and one.targets == [name] else None
+            for name in ast.walk(self.syntax.tree)
+            if isinstance(name, ast.Name) and name.id == value.id and isinstance(name.ctx, ast.Store)
+            for one in [self.syntax.parents[name]]
+        ]
+        boxes = (ast.List, ast.Set, ast.Dict, ast.ListComp, ast.SetComp, ast.DictComp)
+        return bool(given) and all(isinstance(one, boxes) for one in given)
 
 
 class Syntax:
@@ -301,3 +317,19 @@ class Syntax:
 def names_in(node: ast.AST) -> set[str]:
     """The names in an expression."""
     return {one.id for one in ast.walk(node) if isinstance(one, ast.Name)}
+
+
+_IN_PLACE = {"add_": ast.Add, "sub_": ast.Sub, "mul_": ast.Mult, "div_": ast.Div}
+
+
+def in_place_alike(choice: ast.IfExp) -> bool:
+    """Whether the two expressions of a conditional one are the same, but that one computes in place:
+    `x.mul_(g) if self.inplace else x * g`."""
+    spelt = []
+    for one in (choice.body, choice.orelse):
+        if isinstance(one, ast.BinOp):
+            spelt.append((type(one.op), ast.dump(one.left), ast.dump(one.right)))
+        elif isinstance(one, ast.Call) and isinstance(one.func, ast.Attribute) and len(one.args) == 1:
+            operation = _IN_PLACE.get(one.func.attr if one.func.attr.endswith("_") else f"{one.func.attr}_")
+            spelt.append((operation, ast.dump(one.func.value), ast.dump(one.args[0])))  # type: ignore[arg-type]
+    return len(spelt) == 2 and spelt[0] == spelt[1] and spelt[0][0] is not None
