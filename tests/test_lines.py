@@ -271,3 +271,30 @@ def test_a_condition_on_the_rank_of_what_was_computed_keeps_a_merge_out():
     plan = structrep.plan(model, TOKENS)
     assert not plan.merges
     assert any("`x.dim() != 3`" in refusal.reason for refusal in plan.refusals)
+
+
+class Grows(nn.Sequential):
+    """A container with an `append` of its own, as speechbrain's, beside code that fills a list."""
+
+    def append(self, layer, name):
+        self.add_module(name, layer)
+        return self.forward(torch.zeros(1, 3, 9, 9, dtype=torch.float64)).shape
+
+
+class FillsAList(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.part = Grows(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+
+    def forward(self, x):
+        found = []
+        for _ in range(2 if str(x) != "never" else 3):  # which cannot be followed
+            found.append(self.part(x))
+        return torch.cat(found)
+
+
+def test_a_list_that_is_filled_calls_no_method_of_that_name():
+    model = settled(FillsAList())
+    deploy = structrep.reparameterize(model, IMAGE)
+    assert isinstance(deploy.part[1], nn.Identity)
+    assert relative_error(deploy(IMAGE), model(IMAGE)) < 1e-12

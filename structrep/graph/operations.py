@@ -267,7 +267,7 @@ def gives(target: Target, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str
 @functools.cache
 def _given(target: Target) -> str:
     overloads = _overloads(target)
-    function = getattr(torch.Tensor, target, None) if isinstance(target, str) else target
+    function = inspect.unwrap(getattr(torch.Tensor, target, None) if isinstance(target, str) else target)
     if isinstance(function, FunctionType):
         hint = str(inspect.signature(function).return_annotation)
         known = _defaults(function)

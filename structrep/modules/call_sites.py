@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from structrep.modules.boxes import FILLS
 from structrep.modules.mentions import mentions
 from structrep.modules.source import attribute_of, functions, read_function, syntax, written_in
 
@@ -52,7 +53,7 @@ def methods_called(cls: type) -> frozenset[str]:
     known = functions(cls)
     own = {"forward", *(mentions(cls, "forward") or ())} & known.keys() if "forward" in known else set()
     calls = (call for name in own for call in _own_calls(known[name]) or ())
-    return frozenset(call.last for call in calls if call.last and call.places != ())
+    return frozenset(call.last for call in calls if call.last and call.last not in FILLS and call.places != ())
 
 
 def asks_what(function: Callable[..., Any], parameter: str) -> bool | None:
