@@ -6,7 +6,7 @@ import functools
 import inspect
 import linecache
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from types import CodeType, FunctionType
 from typing import Any
@@ -206,8 +206,10 @@ class Traced:
     asked: dict[str, list[Question]] = field(default_factory=lambda: defaultdict(list))  # path of a part -> about it
     told: dict[str, set[Call]] = field(default_factory=dict)  # and by those that ask no more than a dtype or a device
     handed: dict[Any, Any] = field(default_factory=dict)  # what was found to hang on answers, for calls that are alike
-    watched: bool = False  # whether it is noted which call changes what an object holds
-    changed: bool = False  # whether any does, where that is not noted
+    # which objects change as a method runs, by its path and name (`states.Holdings.changes`); and which of them were
+    # looked at after each call, to know which call changes them
+    changes: dict[tuple[str, str], frozenset[int]] = field(default_factory=dict)
+    watched: Mapping[tuple[str, str], frozenset[int]] | None = None
 
     def plain(self, tensor: Any) -> Entry | None:
         """Where a tensor stands that is an attribute of a module, or in one, and neither parameter nor buffer."""

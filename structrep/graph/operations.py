@@ -267,8 +267,8 @@ def gives(target: Target, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str
 @functools.cache
 def _given(target: Target) -> str:
     overloads = _overloads(target)
-    function = inspect.unwrap(getattr(torch.Tensor, target, None) if isinstance(target, str) else target)
-    if isinstance(function, FunctionType):
+    function = getattr(torch.Tensor, target, None) if isinstance(target, str) else target
+    if isinstance(function, FunctionType) and inspect.unwrap(function) is function:  # no method that a trace exchanges
         hint = str(inspect.signature(function).return_annotation)
         known = _defaults(function)
         if any(name in known for name in _MORE) or hint in ("Tensor", "torch.Tensor", str(torch.Tensor)):

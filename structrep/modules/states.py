@@ -11,7 +11,7 @@ import functools
 import itertools
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from types import BuiltinFunctionType, CellType, CodeType, FunctionType, GeneratorType, MethodType, ModuleType
 from typing import Any
 
@@ -97,18 +97,34 @@ class Holdings:
         given = (function.__defaults__ or (), (function.__kwdefaults__ or {}).values(), vars(function).values())
         self.pending += [*(cell.cell_contents for cell in own), *itertools.chain(*given)]
 
-    def state(self) -> tuple[Any, ...]:
-        """What they hold now; two that are equal hold the same."""
+    def state(self, places: Container[int] | None = None) -> tuple[Any, ...]:
+        """What they hold now; two that are equal hold the same.
+
+        Args:
+            places: which of them to look at; all, if none is named.
+        """
         parts = _Parts()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Python will not copy iterators for ever
-            return (
-                *(parts.of(one) for one in self.objects.values()),
-                *(parts.kept(space.get(name)) for space, names in self.spaces for name in names),
-                *(parts.kept(cell.cell_contents) if is_full(cell) else None for cell in self.cells),
-                *(parts.of([one.__defaults__, one.__kwdefaults__]) for one in self.made),
-                *(parts.of_class(cls) for cls in self.classes),
-            )
+            looks = enumerate(self._looks(parts))
+            return tuple(look() for place, look in looks if places is None or place in places)
+
+    def changes(self, before: tuple[Any, ...]) -> frozenset[int]:
+        """The places of those that hold something else than they did."""
+        both = itertools.zip_longest(before, self.state())
+        return frozenset(place for place, (one, other) in enumerate(both) if one != other)
+
+    def _looks(self, parts: _Parts) -> Iterator[Callable[[], Any]]:
+        for one in self.objects.values():
+            yield functools.partial(parts.of, one)
+        for space, names in self.spaces:
+            yield from (functools.partial(lambda held, name: parts.kept(held.get(name)), space, name) for name in names)
+        for cell in self.cells:
+            yield functools.partial(lambda cell: parts.kept(cell.cell_contents) if is_full(cell) else None, cell)
+        for made in self.made:
+            yield functools.partial(lambda made: parts.of([made.__defaults__, made.__kwdefaults__]), made)
+        for cls in self.classes:
+            yield functools.partial(parts.of_class, cls)
 
 
 def _is_plain(value: Any) -> bool:

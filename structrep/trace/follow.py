@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from types import FunctionType
@@ -52,8 +53,8 @@ def trace(
     """
     with process.alone():
         given = model, example_inputs, probed or {}, list(layers), observed or Observed()
-        traced = _trace(*given, watched=False)  # to look for who changes something is dear, and few do
-        return _trace(*given, watched=True) if traced.changed else traced
+        traced = _trace(*given, watched=None)  # to look for who changes something is dear, and few do
+        return _trace(*given, watched=traced.changes) if traced.changes else traced
 
 
 def _trace(
@@ -63,7 +64,7 @@ def _trace(
     layers: Iterable[str],
     observed: Observed,
     *,
-    watched: bool,
+    watched: Mapping[tuple[str, str], frozenset[int]] | None,
 ) -> Traced:
     twin = shallow_copy(model)
     for path, map_ in probed.items():
@@ -221,8 +222,9 @@ def follow(
         state = holdings.state()
         arguments, values = bind(module, method, given, flags or {}, paths)
         run = Partial(values) if values else None
-        watched = holdings if traced.watched else None
-        tracer = CallTracer(module, method, arguments, paths, traced, policy, run=run, holdings=watched)
+        places = (traced.watched or {}).get((paths[module], method))
+        look = functools.partial(holdings.state, places) if places else None
+        tracer = CallTracer(module, method, arguments, paths, traced, policy, run=run, look=look)
         recorder = tracer.recorder
         try:
             with torch.no_grad(), unchanged(module), tracer.watching():
@@ -262,7 +264,9 @@ def follow(
             continue
         traced.unfollowed.update(whole)
         traced.assumed.update(assumed.values())
-        traced.changed |= holdings.state() != state
+        if changed := holdings.changes(state):
+            key = paths[module], method
+            traced.changes[key] = traced.changes.get(key, frozenset()) | changed
         if values:
             with unchanged(module):
                 infer_shapes(tracer.graph, values)

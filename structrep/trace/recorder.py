@@ -20,7 +20,6 @@ from structrep.graph.structures import alike, held, holds_still, is_traced, prox
 from structrep.modules import parametrized
 from structrep.modules.positions import branches
 from structrep.modules.source import written_first
-from structrep.modules.states import Holdings
 from structrep.read.modules import settings as settings_of
 from structrep.trace.origins import Origins
 from structrep.trace.proxies import TracedValue
@@ -33,14 +32,18 @@ class Recorder:
         paths: of the modules whose calls are recorded.
         contexts: that code has entered.
         origins: of the constants of the trace.
-        holdings: objects of which it is noted which call changes them, if any.
+        look: gives what objects hold of which it is noted which call changes them, if there are any.
     """
 
     def __init__(
-        self, paths: Mapping[nn.Module, str], contexts: Contexts, origins: Origins, holdings: Holdings | None
+        self,
+        paths: Mapping[nn.Module, str],
+        contexts: Contexts,
+        origins: Origins,
+        look: Callable[[], tuple[Any, ...]] | None,
     ) -> None:
-        self.paths, self.contexts, self.origins, self.holdings = paths, contexts, origins, holdings
-        self.state = holdings.state() if holdings is not None else ()
+        self.paths, self.contexts, self.origins, self.look = paths, contexts, origins, look
+        self.state = look() if look is not None else ()
         self.calls: list[Call] = []
         self.called: set[nn.Module] = set()  # also those whose calls are constants
         self.stack: list[Call] = []
@@ -164,8 +167,8 @@ class Recorder:
 
     def _note_changes(self, call: Call | None) -> None:
         """Note whether a call has changed what an object holds, since the last call began or ended."""
-        if self.holdings is not None:
-            before, self.state = self.state, self.holdings.state()
+        if self.look is not None:
+            before, self.state = self.state, self.look()
             if call is not None and self.state != before:
                 call.mutates = True
 

@@ -43,7 +43,6 @@ from structrep.graph.run import Partial
 from structrep.graph.structures import is_traced, mapped, proxies
 from structrep.modules import parametrized
 from structrep.modules.copies import is_compiled
-from structrep.modules.states import Holdings
 from structrep.read.endings import ends
 from structrep.read.modules import knows
 from structrep.terms.layer import Computed
@@ -84,7 +83,7 @@ class CallTracer(process.Tracer):
         answers: what questions are answered otherwise than it is, by `Call.reads`' keys.
         contexts: that the call is made in.
         run: of the example.
-        holdings: objects of which it is noted which call changes them.
+        look: gives what objects hold of which it is noted which call changes them.
     """
 
     def __init__(
@@ -99,13 +98,13 @@ class CallTracer(process.Tracer):
         answers: Mapping[tuple[str, str], Any] | None = None,
         contexts: tuple[Context, ...] = (),
         run: Partial | None = None,
-        holdings: Holdings | None = None,
+        look: Callable[[], tuple[Any, ...]] | None = None,
     ) -> None:
         super().__init__()
         self.module, self.method, self.arguments = module, method, arguments
         self.paths, self.names, self.policy = paths, held.names, policy
         self.contexts, self.origins = Contexts(contexts), Origins()
-        self.recorder = Recorder(paths, self.contexts, self.origins, holdings)
+        self.recorder = Recorder(paths, self.contexts, self.origins, look)
         self.reach = Reach(held.names, paths, self.recorder)
         self.questions = Questions(lambda: self.recorder.current, answers)
         self.parts = Asked(paths, self.questions.current, self.reach.look_up)
