@@ -57,7 +57,7 @@ class Constants(TorchFunctionMode):
     Args:
         recorder, reach, origins, questions: are told of it.
         entries: plain tensors in what modules hold, by id.
-        parameters: of the module that is traced.
+        parameters, buffers: of the module that is traced.
     """
 
     def __init__(
@@ -68,11 +68,13 @@ class Constants(TorchFunctionMode):
         questions: Questions,
         entries: Mapping[int, Entry],
         parameters: Iterable[Tensor],
+        buffers: Iterable[Tensor],
     ) -> None:
         super().__init__()
         self.recorder, self.reach, self.origins, self.questions = recorder, reach, origins, questions
         self.names, self.entries = reach.names, entries
         self.stored = {storage(p) for p in parameters if p.numel()}
+        self.held = self.stored | {storage(b) for b in buffers if b.numel()}
         self.unsteady: set[int] = set()  # storages that are other numbers at every call
         self.assigned: dict[int, tuple[Tensor, Call]] = {}  # id of a parameter -> what was assigned to its data, where
         self.touched: set[int] = set()  # ids of what was computed with
@@ -112,6 +114,10 @@ class Constants(TorchFunctionMode):
         if isinstance(result, Tensor) and not written and not itself:
             self.origins.known[id(result)] = Origin(result, func, args, kwargs, self.recorder.contexts.now)
         return result
+
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether a module has a tensor, or one that it is a view of."""
+        return id(tensor) in self.names or id(tensor) in self.entries or storage(tensor) in self.held
 
     def note_written(self, tensor: Tensor, name: str) -> None:
         """Note that a forward writes to a tensor.

@@ -49,7 +49,7 @@ def _fold(node: fx.Node, tracer: CallTracer) -> None:
         made = (VALUE.of(node), *(formula.tensors if formula else ()))
         given = formula.tensors if formula else (VALUE.of(node),)
         # what no module holds, a name of a file or of a class, may be another tensor at the next call
-        outside = any(id(one) not in tracer.names and id(one) not in tracer.constants.entries for one in given)
+        outside = not all(map(tracer.constants.holds, given))
         UNSTEADY.note(node, outside or any(storage(one) in unsteady for one in made))
     if node.op not in ("call_function", "call_method"):
         return

@@ -216,9 +216,9 @@ def follow(
     whole: dict[FunctionType, tuple[str, Untraceable]] = {}
     followed: set[FunctionType] = set()
     assumed: dict[type, tuple[str, Untraceable]] = {}  # types that were followed on one of several ways
+    holdings = Holdings(module)
     while True:
         policy = Policy(module, opaque, whole.keys(), followed, assumed.keys())
-        holdings = Holdings(module)
         state = holdings.state()
         arguments, values = bind(module, method, given, flags or {}, paths)
         run = Partial(values) if values else None

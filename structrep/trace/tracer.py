@@ -110,9 +110,8 @@ class CallTracer(process.Tracer):
         self.parts = Asked(paths, self.questions.current, self.reach.look_up)
         self.environment = Environment(self.questions)
         self.attributes = Attributes(self.questions, self.parts, self.environment.hooks)
-        self.constants = Constants(
-            self.recorder, self.reach, self.origins, self.questions, held.entries, module.parameters()
-        )
+        watched = self.recorder, self.reach, self.origins, self.questions
+        self.constants = Constants(*watched, held.entries, module.parameters(), module.buffers())
         self.observer = Observer(self, run)
         self.count = 0
         self.tensor_nodes: dict[int, fx.Node] = {}
