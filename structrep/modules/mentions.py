@@ -42,7 +42,9 @@ def taken_apart(module: nn.Module) -> set[str]:
     """The parts of a module that its class's code does anything else with than call them or ask whether they are there:
     it may run what is inside them one by one."""
     found: set[str] = set()
-    for name, function in functions(type(module)).items():
+    cls = type(module)
+    own = functions(getattr(cls, "__structrep_base__", cls))  # of a deploy model: converters that are none any more
+    for name, function in (*own.items(), *functions(cls).items()):
         if name != "__init__":
             apart = _own_parts(function)
             if apart is None:

@@ -184,8 +184,8 @@ class Part:
         """Its parts, as many as fit into a picture: the largest are opened as long as they and their like can be; if
         there are too many in the first place, stretches of them."""
         found = self._at(self.depth + 1)
-        if _boxes(found) > MOST:
-            return self._stretches(found)
+        if _boxes(found) > MOST and len(stretches := self._stretches(found)) > 1:
+            return stretches
         while (largest := max((part.size for part in found.values()), default=0)) > 1:
             opened: dict[Hashable, Part] = {}
             for key, part in found.items():
