@@ -48,13 +48,14 @@ def keep_whole(functions: Iterable[FunctionType], record: Record) -> None:
         exchange(function, _hook(function, record))
 
 
-def keep_scripted(record: Record) -> None:
+def keep_scripted(record: Callable[..., Any]) -> None:
     """Make single nodes of the calls of functions of TorchScript on traced values."""
     plain = torch.jit.ScriptFunction.__call__
 
     def call(function: Any, *args: Any, **kwargs: Any) -> Any:
-        traced = is_traced((args, kwargs))
-        return record("call_function", function, args, kwargs) if traced else plain(function, *args, **kwargs)
+        if not is_traced((args, kwargs)):
+            return plain(function, *args, **kwargs)
+        return record("call_function", function, args, kwargs, name=function.name)  # torch 2.6 knows no `__name__`
 
     process.change(torch.jit.ScriptFunction, "__call__", process.here(call, plain))
 
