@@ -19,7 +19,7 @@ class Edits:
     dead: set[fx.Node] = field(default_factory=set)
     replaced: dict[fx.Node, tuple[fx.Node, str]] = field(default_factory=dict)  # root -> base and path of the new layer
     bypassed: dict[fx.Node, fx.Node] = field(default_factory=dict)  # root -> base
-    units: dict[fx.Node, tuple[Call, list[fx.Node]]] = field(
+    units: dict[fx.Node, tuple[Call, tuple[fx.Node, ...]]] = field(
         default_factory=dict
     )  # root of either -> in whose forward,
     # and all that vanishes with it

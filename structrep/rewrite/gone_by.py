@@ -36,6 +36,7 @@ class GoneBy:
         found: the edit.
         mentions: paths of what the rest of the method asks its module for.
         answer: of a condition that is known, how it is spelt and the answer.
+        of_rank: the same of a condition on how many dims an argument has.
     """
 
     def __init__(

@@ -16,7 +16,7 @@ from structrep.graph.facts import CALL, VALUE
 from structrep.graph.queries import only_asserted
 from structrep.graph.structures import proxies
 from structrep.match.merge import Merge, together
-from structrep.match.stretch import Segment
+from structrep.match.stretch import Segment, Stretch
 from structrep.modules.parametrized import computed, hooks
 from structrep.modules.wrappers import stands_in
 from structrep.read.modules import knows
@@ -27,24 +27,11 @@ from structrep.terms.term import ONE
 SUMS = (operator.add, operator.iadd)
 
 
-@dataclass(frozen=True)
-class Unit:
+@dataclass(frozen=True, eq=False)
+class Unit(Stretch):
     """The part of a merge that is replaced as one: a node, an addition with its branches, or a block."""
 
-    segments: tuple[Segment, ...]
     block: Call | None = None  # a block that stands for a plain layer
-
-    @property
-    def base(self) -> fx.Node:
-        return self.segments[0].base
-
-    @property
-    def root(self) -> fx.Node:
-        return self.segments[-1].root
-
-    @property
-    def nodes(self) -> list[fx.Node]:
-        return [node for segment in self.segments for node in segment.nodes]
 
     @property
     def module(self) -> Call | None:
