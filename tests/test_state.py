@@ -13,6 +13,8 @@ from torch import nn
 import structrep
 from tests.models import relative_error, settled
 
+# torch 2.6 sets no proxy as a buffer: a forward that does is refused there
+SETS_PROXIES = "__torch_function__" in inspect.getsource(nn.Module.__setattr__)
 X = torch.randn(2, 4, 7, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 START = 3.0  # what counters hold; a factor of 1 would hide them
 LIST, DICT, DEQUE = [START], {"k": START}, collections.deque([START])
@@ -256,8 +258,10 @@ def test_a_buffer_that_adds_up(inputs):
 
     torch.manual_seed(0)
     model = settled(Sums())
-    deploy = structrep.reparameterize(model, *inputs)
-    assert isinstance(deploy.n, nn.Identity)
+    plan = structrep.plan(model, *inputs)
+    assert len(plan.merges) == SETS_PROXIES
+    deploy = plan.apply()
+    assert isinstance(deploy.n, nn.Identity) == SETS_PROXIES
     assert relative_error(counted(deploy), counted(model)) < 1e-12
     assert relative_error(deploy.total, model.total) < 1e-12
 
@@ -287,7 +291,7 @@ def test_a_buffer_that_is_given_a_value(forward):
     model.register_buffer("last", torch.zeros(2, 8, 7, 6))
     settled(model)
     plan = structrep.plan(model)
-    assert len(plan.merges) == (forward is set_behind)
+    assert len(plan.merges) == (forward is set_behind and SETS_PROXIES)
     deploy = plan.apply()
     assert relative_error(counted(deploy), counted(model)) < 1e-12
     assert relative_error(deploy.last, model.last) < 1e-12
