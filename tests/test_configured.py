@@ -320,5 +320,5 @@ def test_a_child_that_may_use_its_layer_otherwise_by_a_setting_is_guarded_itself
     deploy = plan.apply()
     assert relative_error(deploy(x), model(x)) < 1e-14
     deploy.linear.bound = 0.1
-    with pytest.raises(ValueError, match="self.bound is not None"):
+    with pytest.raises(ValueError, match=r"self\.bound is not None"):
         deploy(x)
