@@ -242,6 +242,9 @@ def follow(
                 tracer.trace(Root(module))
             if recorder.refused is not None:
                 raise recorder.refused  # caught by the forward itself, which would do something else with a real value
+            recorder.stopped = recorder.catcher
+            if recorder.stopped is not None:
+                raise RuntimeError("it catches an error of a part that had begun")
         except StructrepError:
             raise
         except Exception as error:
