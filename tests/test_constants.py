@@ -151,3 +151,31 @@ def test_a_constant_that_is_merged_and_given_back_stays(how):
     expected, (given,) = model(x)
     assert relative_error(found, expected) < 1e-13
     assert torch.equal(shift, given)
+
+
+class ByAView(nn.Module):
+    """As relative positions in timm's halo attention: the kernel is a parameter turned around, which computes nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.rel = nn.Parameter(torch.randn(5, 4))
+
+    def kernel(self):
+        return self.rel.transpose(-1, -2)
+
+    def forward(self, x):
+        return (x @ self.kernel()).relu()
+
+
+class ByAProduct(ByAView):
+    def kernel(self):
+        return self.rel.transpose(-1, -2) * 2
+
+
+@pytest.mark.parametrize(("cls", "merges"), [(ByAView, 0), (ByAProduct, 1)])
+def test_a_view_of_a_parameter_is_no_kernel_that_is_computed(cls, merges):
+    model, x = settled(cls()), torch.randn(2, 3, 4, dtype=torch.float64)
+    plan = structrep.plan(model, x)
+    assert len(plan.merges) == merges
+    assert not plan.refusals
+    assert relative_error(plan.apply()(x), model(x)) < 1e-14

@@ -329,3 +329,25 @@ def test_a_norm_goes_into_its_own_parts_layer_before_it_goes_into_anothers():
     for one in (model, deploy):
         one.whole = False
     assert relative_error(deploy(x), model(x)) < 1e-14
+
+
+class CallsForward(nn.Module):
+    """As HRNet's: a part is run by its forward, beside a sum."""
+
+    def __init__(self):
+        super().__init__()
+        self.down = nn.ModuleList([nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)) for _ in range(2)])
+
+    def forward(self, x):
+        y = None
+        for i in range(3):
+            y = x if y is None else x.relu() + self.down[i - 1].forward(y)
+        return y
+
+
+def test_a_part_that_is_run_by_its_forward_is_a_part():
+    torch.manual_seed(0)
+    model, x = settled(CallsForward()), IMAGE
+    plan = structrep.plan(model)
+    assert [(merge.where, merge.edit) for merge in plan.merges] == [("down.0.0", "swap"), ("down.1.0", "swap")]
+    assert relative_error(plan.apply()(x), model(x)) < 1e-14

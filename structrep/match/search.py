@@ -293,4 +293,4 @@ class Search:
 
 
 def _says_something(term: Term) -> bool:
-    return term.op != "leaf" or (term.layer is not None and term.layer.formula is not None)
+    return term.op != "leaf" or (term.layer is not None and term.layer.computes)

@@ -62,9 +62,16 @@ def strays(
     site = None if made is None else at.get(made, at.get(made[::2]))
     if None in takers or (site is None and not names):
         return True
+    if takers == {site} and not returned and _is_forward(site):
+        return False  # which it has never left
     walk = _Walk(tree, parents, site, takers, dict(parts), single, counted)
     walk.run(names)
     return walk.exposed or len(walk.returns) > 1 or bool(walk.returns) != returned or walk.met != takers
+
+
+def _is_forward(node: ast.AST | None) -> bool:
+    """Whether code calls a forward by that name: `self.parts[0].forward(x)`."""
+    return isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "forward"
 
 
 @functools.lru_cache(4096)

@@ -81,6 +81,15 @@ class Layer:
     keeps_channels: bool = True
     dead: Callable[[], int] = lambda: 0
 
+    @property
+    def computes(self) -> bool:
+        """Whether its kernel is computed of parameters, and no mere view of one."""
+        if self.formula is None or self.weight is None or len(self.formula.tensors) != 1:
+            return self.formula is not None
+        (tensor,) = self.formula.tensors
+        shared = tensor.untyped_storage().data_ptr() == self.weight.untyped_storage().data_ptr()
+        return not shared or tensor.numel() != self.weight.numel()
+
     def __str__(self) -> str:
         if self.weight is None:
             return self.kind

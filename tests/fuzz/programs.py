@@ -22,6 +22,17 @@ from tests.models import settled
 
 MODES = ("zeros", "zeros", "zeros", "reflect", "replicate", "circular")
 PADS = ("constant", "constant", "reflect", "replicate", "circular")
+# what code is given two values and one of its settings by, and gives one of them back
+PICKS = ("{y} if {t} else {x}", "pick({x}, {y}, {t})", "({x}, {y})[int({t})]", "next(taps({x}, {y}, {t}))",
+         "dict(a={x}, b={y})['b' if {t} else 'a']", "(lambda one, other: other if {t} else one)({x}, {y})")  # fmt: skip
+HELPERS = """def pick(one, other, flag):
+    return other if flag else one
+
+
+def taps(one, other, flag):
+    if flag:
+        yield other
+    yield one"""
 CURVES = ("torch.relu({})", "torch.tanh({})", "F.gelu({})", "{}.sigmoid()", "{}.abs()")
 
 
@@ -35,14 +46,18 @@ class Text:
     lines: list[str] = field(default_factory=list)
     held: dict[str, nn.Module | Tensor] = field(default_factory=dict)
     values: dict[str, Tensor] = field(default_factory=dict)
+    settings: dict[str, tuple[Any, Any]] = field(default_factory=dict)  # attributes: what they are, and may be later
+    flags: list[str] = field(default_factory=list)  # arguments that are False by default
     result: str = ""
 
     def __str__(self) -> str:
-        body = "\n".join(f"        {line}" for line in (*self.lines, f"return {self.result}"))
-        layers = "\n".join(f"        self.{line}" for line in self.layers)
+        body = textwrap.indent("\n".join((*self.lines, f"return {self.result}")), " " * 8)
+        set_ = (f"{name} = {now!r}" for name, (now, _) in self.settings.items())
+        layers = "\n".join(f"        self.{line}" for line in (*set_, *self.layers))
+        given = ", ".join((*self.arguments, *(f"{flag}=False" for flag in self.flags)))
         return (
             f"class {self.name}(nn.Module):\n    def __init__(self):\n        super().__init__()\n{layers}\n\n"
-            f"    def forward(self, {', '.join(self.arguments)}):\n{body}\n"
+            f"    def forward(self, {given}):\n{body}\n"
         )
 
 
@@ -54,6 +69,8 @@ class Program:
     seed: int
     shapes: list[tuple[int, ...]]
     peak: float  # largest magnitude of any value on the way
+    settings: list[tuple[str, str, Any]]  # of which class, by which name, and what else they may be
+    flags: list[str]
 
     def make(self) -> nn.Module:
         """The model, with weights as training leaves them."""
@@ -83,6 +100,7 @@ class Writer:
         self.draw, self.dims, self.text, self.blocks = draw, dims, text, blocks
         self.peak = 0.0
         self.namespace: dict[str, Any] = {"torch": torch, "nn": nn, "F": F}
+        exec(HELPERS, self.namespace)
 
     # --- drawing ---
 
@@ -121,11 +139,12 @@ class Writer:
         line = expression if writes else f"{name} = {expression}"
         scope = {key: value.clone() for key, value in self.text.values.items()}
         itself = type("Self", (), {})()
-        vars(itself).update(self.text.held)
+        vars(itself).update(self.text.held, **{key: now for key, (now, _) in self.text.settings.items()})
+        names = self.namespace | {"self": itself} | dict.fromkeys(self.text.flags, False)
         try:
             with torch.no_grad():
-                exec(line, self.namespace | {"self": itself}, scope)
-        except (RuntimeError, ValueError, IndexError, TypeError):
+                exec(line, names | scope, scope)
+        except (RuntimeError, ValueError, IndexError, TypeError, NotImplementedError):
             return False
         found = scope[name]
         size_ok = found.ndim == self.dims + 2 and 0 < found.numel() < 20_000
@@ -135,6 +154,30 @@ class Writer:
         self.text.values[name] = found
         self.text.lines.append(line)
         return True
+
+    def setting(self, now: Any, later: Any) -> str:
+        """An attribute of the module; gives its name."""
+        name = f"s{len(self.text.settings)}"
+        self.text.settings[name] = (now, later)
+        return f"self.{name}"
+
+    def test(self) -> str:
+        """A condition that does not hold now, and may later: for a setting, a flag, a shape."""
+        kind = self.one("setting", "setting", "number", "entry", "flag", "shape", "dims")
+        if kind == "flag":
+            if not self.text.flags:
+                self.text.flags.append("flag")
+            return "flag"
+        if kind == "setting":
+            return self.setting(False, True)
+        if kind == "number":
+            return f"{self.setting(1, 3)} > 2"
+        if kind == "entry":
+            return f"{self.setting({'k': False}, {'k': True})}['k']"
+        x = self.value()
+        if kind == "dims":
+            return f"{x}.ndim == {self.dims + 3}"
+        return f"{x}.shape[{self.number(1, self.dims + 1)}] > {max(self.text.values[x].shape) + self.number(0, 1)}"
 
     # --- steps ---
 
@@ -282,6 +325,37 @@ class Writer:
         names = [name for name, held in self.text.held.items() if isinstance(held, nn.Module)]
         return bool(names) and self.step(f"self.{self.one(*names)}({self.value()})")
 
+    def picked(self) -> bool:
+        x, y = self.value(), self.value()
+        alike = self.text.values[x].shape == self.text.values[y].shape
+        return alike and self.step(self.one(*PICKS).format(x=x, y=y, t=self.test()))
+
+    def perhaps(self) -> bool:
+        """A layer that keeps shapes, run where a condition holds or does not."""
+        x, d = self.value(), self.dims
+        layer = self.one(
+            f"nn.BatchNorm{d}d({self.channels(x)})", f"nn.Conv{d}d({self.channels(x)}, {self.channels(x)}, 1)"
+        )
+        name, test = self.hold(layer), self.one("not {}", "{}").format(self.test())
+        return self.step(f"if {test}:\n    {x} = self.{name}({x})", writes=x)
+
+    def early(self) -> bool:
+        """A value given back where a condition holds, which does not."""
+        self.text.lines.append(f"if {self.test()}:\n    return {self.value()}")
+        return True
+
+    def in_turn(self) -> bool:
+        """Layers in a list, all of them or as many as a setting says."""
+        x, d, name = self.value(), self.dims, f"v{len(self.text.lines)}"
+        n = self.channels(x)
+        held = self.hold(f"nn.ModuleList([nn.Conv{d}d({n}, {n}, 1), nn.BatchNorm{d}d({n}), nn.Conv{d}d({n}, {n}, 1)])")
+        some = self.one("", "[: {}]", "[{} :]").format(self.setting(2, 1))
+        loop = f"for layer in self.{held}{some}:\n    {name} = layer({name})"
+        return self.step(f"{name} = {x}\n{loop}", writes=name)
+
+    def by_a_setting(self) -> bool:
+        return self.step(f"{self.value()} * {self.setting(2.0, 3.0)}")
+
     def block(self) -> bool:
         """A module of its own, on a value with the channels that it takes."""
         if not self.blocks:
@@ -296,7 +370,8 @@ class Writer:
             self.conv, self.conv, self.plain_conv, self.plain_conv, self.transposed, self.functional_conv, self.norm,
             self.norm, self.scale, self.pool, self.pad, self.nothing, self.curve, self.total, self.total, self.total,
             self.stacked, self.part, self.in_place, self.again, self.block, self.norm_of_each, self.linear, self.linear,
-            self.moved, self.moved, self.scale_of_last,
+            self.moved, self.moved, self.scale_of_last, self.picked, self.perhaps, self.early, self.in_turn,
+            self.by_a_setting,
         ]  # fmt: skip
         for _ in range(steps):
             self.one(*kinds)()
@@ -340,5 +415,6 @@ def programs(draw: Any, steps: int = 12) -> Program:
     if draw(st.booleans()):
         blocks.append(_written(draw, "Block", dims, inputs[:1], draw(st.integers(1, 5)), [])[0])
     text, peak = _written(draw, "Net", dims, inputs, draw(st.integers(1, steps)), blocks)
-    whole = "\n\n".join(map(str, (*blocks, text)))
-    return Program(textwrap.dedent(whole), seed, shapes, peak)
+    whole = "\n\n\n".join((HELPERS, *map(str, (*blocks, text))))
+    settings = [(one.name, name, later) for one in (*blocks, text) for name, (_, later) in one.settings.items()]
+    return Program(whole, seed, shapes, peak, settings, text.flags)

@@ -16,18 +16,41 @@ import structrep
 from tests.fuzz.programs import Program, programs
 
 COUNT = int(os.environ.get("N", "0"))
+TOLD = object()
 EXACT = 1e-11  # of the largest value on the way
 
 
-def ran(model, inputs):
-    """All outputs, and the inputs as they are afterwards; None if the model takes no such inputs."""
+def ran(model, inputs, **flags):
+    """All outputs, and the inputs as they are afterwards; None if the model takes no such inputs, or says that it was
+    not made for what it is set to, or given."""
     given_ = [x.clone() for x in inputs]
     try:
         with torch.no_grad():
-            found = model(*given_)
-    except (RuntimeError, ValueError):
+            found = model(*given_, **flags)
+    except ValueError as error:
+        return TOLD if "reparameterized for" in str(error) else None
+    except RuntimeError:
         return None
     return [*pytree.tree_leaves(found), *given_]
+
+
+def changed(model, kind, name, later):
+    """A copy in which modules of a class have another setting."""
+    copied = copy.deepcopy(model)
+    for part in copied.modules():
+        if any(cls.__name__ == kind for cls in type(part).__mro__):
+            setattr(part, name, later)
+    return copied
+
+
+def compare(program, plan, before, after):
+    """Raise unless outputs are the same but for rounding."""
+    peak = max([program.peak, *(float(t.abs().max()) for t in before if t.numel())])
+    assert len(before) == len(after)
+    for one, two in zip(before, after, strict=True):
+        assert one.shape == two.shape
+        gap = float((one - two).abs().max()) if one.numel() else 0.0
+        assert gap <= EXACT * peak, f"off by {gap:.1e}, values are up to {peak:.1e}; {plan}"
 
 
 def check(program: Program) -> int:
@@ -49,12 +72,19 @@ def check(program: Program) -> int:
                 continue
             if after is None and more and any(merge.sizes for merge in plan.merges):
                 continue  # it says that it does not hold for these sizes
-            assert after is not None, "the deploy model takes less than the original"
-            peak = max([program.peak, *(float(t.abs().max()) for t in before if t.numel())])
-            for one, two in zip(before, after, strict=True):
-                assert one.shape == two.shape
-                gap = float((one - two).abs().max()) if one.numel() else 0.0
-                assert gap <= EXACT * peak, f"off by {gap:.1e}, values are up to {peak:.1e}; {plan}"
+            assert after not in (None, TOLD), "the deploy model takes less than the original"
+            compare(program, plan, before, after)
+        for kind, name, later in program.settings:
+            both = [changed(one, kind, name, later) for one in (model, deploy)]
+            before, after = (ran(one, inputs) for one in both)
+            if before is not None and after is not TOLD:
+                assert after is not None, f"{name} = {later}: the deploy model takes less than the original"
+                compare(program, plan, before, after)
+        for flag in program.flags:
+            before, after = (ran(copy.deepcopy(one), inputs, **{flag: True}) for one in (model, deploy))
+            if before is not None and after is not TOLD:
+                assert after is not None, f"{flag}=True: the deploy model takes less than the original"
+                compare(program, plan, before, after)
     after = model.state_dict()
     assert after.keys() == state.keys()
     assert all(torch.equal(after[key], state[key]) for key in state)
