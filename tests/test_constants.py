@@ -154,7 +154,7 @@ def test_a_constant_that_is_merged_and_given_back_stays(how):
 
 
 class ByAView(nn.Module):
-    """As relative positions of halo attention in timm: the kernel is a parameter turned around, which computes nothing."""
+    """As relative positions in halo attention: the kernel is a parameter turned around, which computes nothing."""
 
     def __init__(self):
         super().__init__()
