@@ -351,3 +351,46 @@ def test_a_part_that_is_run_by_its_forward_is_a_part():
     plan = structrep.plan(model)
     assert [(merge.where, merge.edit) for merge in plan.merges] == [("down.0.0", "swap"), ("down.1.0", "swap")]
     assert relative_error(plan.apply()(x), model(x)) < 1e-14
+
+
+class Attends(nn.Module):
+    """As timm's multiscale attention: the shape of what it is given is taken apart, and so is what its layer gives."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.more = nn.Linear(8, 8), None
+
+    def forward(self, x):
+        b, n, _ = x.shape
+        y = self.qkv(x).reshape(b, n, 2, 4)
+        if self.more is not None:
+            y = self.more(y)
+        return y.flatten(2)
+
+
+class Expands(nn.Module):
+    """As Hiera's: on a way by a setting, what a norm gives goes to another layer too."""
+
+    def __init__(self, expands):
+        super().__init__()
+        self.norm, self.proj, self.attn, self.expands = nn.LayerNorm(8), nn.Linear(8, 8), Attends(), expands
+
+    def forward(self, x):
+        normed = self.norm(x)
+        if self.expands:
+            x = self.proj(normed)
+        return x + self.attn(normed)
+
+
+def test_a_way_by_a_setting_that_takes_a_norm_too_is_guarded_in_the_text():
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 8, dtype=torch.float64)
+    both, one = settled(Expands(True)), settled(Expands(False))
+    assert [merge.edit for merge in structrep.plan(both, x).merges] == ["swap", "swap"]
+    plan = structrep.plan(one, x)
+    assert [(merge.where, merge.edit) for merge in plan.merges] == [("attn.qkv", "edit")]
+    deploy = plan.apply()
+    assert relative_error(deploy(x), one(x)) < 1e-14
+    deploy.expands = True
+    with pytest.raises(ValueError, match=r"self\.expands"):
+        deploy(x)

@@ -22,6 +22,7 @@ _HARMLESS = {"isinstance", "hasattr", "type", "print", "is_tensor", "callable", 
 _PASSES = (ast.Tuple, ast.List, ast.Set, ast.Dict, ast.Starred, ast.keyword, ast.Attribute, ast.Subscript,
            ast.ListComp, ast.GeneratorExp, ast.comprehension)  # fmt: skip
 _SHOWN = (ast.Dict, ast.List, ast.Tuple)
+_KINDS = {"ndim", "dtype", "device", "is_cuda", "requires_grad"}
 _GOING_THROUGH = HANDING_ON | {"range", "len", "children", "named_children", "values", "items", "keys", "zip"}
 _CHANGES = {"pop", "popleft", "remove", "insert", "rotate", "reverse", "sort", "clear"}
 NOT, MAYBE, SURELY = range(3)  # whether something holds the value
@@ -293,6 +294,8 @@ class _Walk:
                 self.met.add(node)
                 self.exposed |= not surely
                 return NOT
+            if itself and self._asks(node):
+                return NOT
             if itself and self._takes_some(node, inner):
                 self.exposed = True
                 return NOT
@@ -318,6 +321,15 @@ class _Walk:
                 self.exposed = True
                 return NOT
         return SURELY if surely else MAYBE
+
+    def _asks(self, node: ast.AST) -> bool:
+        """Whether code asks a value what a merge changes of none, or was seen to take its shape apart."""
+        if not isinstance(node, ast.Attribute):
+            return False
+        around = self.parents[node]
+        unpacked = node.attr == "shape" and isinstance(around, ast.Assign) and self.takers.intersection(around.targets)
+        self.met |= unpacked or set()
+        return bool(unpacked) or node.attr in _KINDS
 
     def _takes_some(self, node: ast.AST, inner: ast.AST) -> bool:
         """Whether code makes another tensor of one without a call, or writes to it: `y[:, 0]`, `y.T`, `a, b = y`."""

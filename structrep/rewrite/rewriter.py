@@ -8,6 +8,7 @@ from typing import TypeAlias
 
 from structrep.errors import ExampleOnly, Refusal, Unreadable
 from structrep.graph.calls import Call, Traced
+from structrep.graph.facts import CALL
 from structrep.guard.callers import Callers
 from structrep.guard.sharing import Replicas, site
 from structrep.match.merge import Merge
@@ -85,7 +86,7 @@ class Rewriter:
                 misuses += [
                     use for call, found in risks.misuses.items() if next(call.homes()) is owner for use in found
                 ]
-        nodes = list(owner.nodes())
+        nodes = [node for node in owner.nodes() if next(CALL.of(node).homes()) is owner]
         try:
             if any(node in edits.ended for node in nodes) and edits.dead.isdisjoint(nodes):
                 return Untouched(self.traced, edits, owner)
