@@ -1,0 +1,151 @@
+"""Layers whose numbers the forward around them computes, and assigns, at every call."""
+
+import pytest
+import torch
+from torch import nn
+
+import structrep
+from tests.foreign.span import SPAN, Conv3XC
+from tests.support.models import relative_error, settled
+
+X = torch.randn(2, 3, 9, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_span_in_eval_mode(inplace):
+    model = SPAN().double().eval()
+    model.train()
+    trained = model(X)
+    model.eval()
+    plan = structrep.plan(model)
+    assert [merge.rules for merge in plan.merges] == [
+        ("conv3xc_computed", "fold_prenorm"),
+        ("conv3xc_computed",),
+        ("conv3xc_computed",),
+    ]
+    assert plan.merges[0].parameters[0] > plan.merges[0].parameters[1]
+    deploy = structrep.reparameterize(model, X, inplace=inplace)
+    assert relative_error(deploy(X), trained) < 1e-12
+    blocks = ("head", "body", "tail")
+    assert set(deploy.state_dict()) == {f"{b}.eval_conv.{n}" for b in blocks for n in ("weight", "bias")}
+    assert isinstance(deploy.body, Conv3XC)
+    assert not structrep.plan(deploy).merges
+
+
+def test_span_in_training_mode():
+    model = SPAN().double()
+    model.head.training = True
+    model.body.eval()
+    rules = [merge.rules for merge in structrep.plan(model).merges]
+    assert rules == [("conv3xc", "fold_prenorm"), ("conv3xc_computed",), ("conv3xc",)]
+    assert relative_error(structrep.reparameterize(model)(X), model(X)) < 1e-12
+
+
+class Assigns(nn.Module):
+    """A convolution and a norm whose forward assigns what the convolution's numbers are."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.w, self.how = nn.Parameter(torch.randn(4, 3, 3, 3)), how
+        self.average = torch.zeros(4, 3, 3, 3, dtype=torch.float64)
+        self.conv, self.norm = nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        if self.how == "after":
+            y = self.conv(x)
+            self.conv.weight.data = self.w * 2
+            return self.norm(y)
+        if self.how == "between":
+            self.conv.weight.data = self.w * 2
+            y = self.conv(x)
+            self.conv.weight.data = self.w * 3
+            return self.norm(y)
+        if self.how == "average":
+            self.average = 0.5 * self.average + self.w
+            self.conv.weight.data = self.average * 1.0
+        elif self.how == "seen":
+            self.conv.weight.data = self.w * 2
+            return self.norm(self.conv(x)).relu() * self.conv.weight.sum()
+        else:
+            self.conv.weight.data = self.w * 2
+        return self.norm(self.conv(x))
+
+
+def test_what_is_assigned_is_computed_once():
+    model = settled(Assigns("once"))
+    deploy = structrep.reparameterize(model)
+    assert relative_error(deploy(X), model(X)) < 1e-12
+    assert type(deploy.norm) is nn.Identity
+    assert deploy.w is None
+
+
+@pytest.mark.parametrize("how", ["after", "between", "average", "seen"])
+def test_what_is_assigned_otherwise_stays(how):
+    model, twin = settled(Assigns(how)), settled(Assigns(how))
+    twin.load_state_dict(model.state_dict())
+    deploy = structrep.reparameterize(model)
+    for _ in range(2):
+        assert relative_error(deploy(X), twin(X)) < 1e-12
+
+
+def test_a_block_that_is_called_twice():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = Conv3XC(3, 3)
+
+        def forward(self, x):
+            return self.block(self.block(x).relu())
+
+    model = Twice().double().eval()
+    deploy = structrep.reparameterize(model)
+    assert relative_error(deploy(X), model(X)) < 1e-12
+
+
+ORDERS = {
+    "before": "s.b.weight.data = s.a.weight * 2; s.a.weight.data = s.w * 3; return s.bn(s.b(x)) + s.a(x).relu()",
+    "swap": "s.a.weight.data, s.b.weight.data = s.b.weight.data, s.a.weight.data; return s.bn(s.b(s.a(x)))",
+    "decay": "s.a.weight.data = s.a.weight * 0.5; return s.bn(s.a(x))",
+    "own": "s.w.data = s.w * 0.5; return s.bn(F.conv2d(x, s.w))",
+    "late": "y = F.conv2d(x, s.k if s.k is not None else s.w); s.k = s.w * 2; return s.bn(y)",
+    "first": "s.k = s.w * 2 if s.k is None else s.k * 0.5; return s.bn(F.conv2d(x, s.k))",
+    "both": "s.w.data = s.w * s.s; s.a.weight.data = s.w * 1.0; return s.bn(s.a(x))",
+    "chain": "s.a.weight.data = s.w * 3; s.b.weight.data = s.a.weight * 2; return s.bn(s.b(x)) + s.a(x).relu()",
+    "shared": "return s.bn(F.conv2d(x, s.a.weight)) + s.a(x).relu()",
+    "view": "s.a.weight.data.mul_(0.5); return s.bn(s.a(x))",
+}
+
+
+def ordered(how):
+    """A module whose forward is a line of text."""
+    scope = {"F": torch.nn.functional}
+    exec(f"def forward(s, x):\n    {ORDERS[how]}", scope)
+
+    class Ordered(nn.Module):
+        forward = scope["forward"]
+
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(4, 4, 1, bias=False), nn.Conv2d(4, 4, 1, bias=False)
+            self.w, self.s, self.bn = (
+                nn.Parameter(torch.randn(4, 4, 1, 1)),
+                nn.Parameter(torch.rand(1)),
+                nn.BatchNorm2d(4),
+            )
+            self.k = None
+
+    torch.manual_seed(0)
+    return settled(Ordered())
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("how", ORDERS)
+def test_what_a_forward_does_at_its_next_call_stays(how, inplace):
+    model, twin = ordered(how), ordered(how)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    deploy = structrep.reparameterize(model, inplace=inplace)
+    if not inplace:
+        assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    x = torch.randn(2, 4, 3, 3, dtype=torch.float64)
+    for _ in range(3):
+        assert relative_error(deploy(x), twin(x)) < 1e-12
