@@ -16,7 +16,8 @@ from torch import Tensor, fx, nn
 import structrep
 from structrep import process
 from structrep.deployed.methods import _CLASSES
-from tests.support.models import relative_error, settled
+from tests.support.models import settled
+from tests.support.truth import relative_error
 
 X = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 

@@ -14,7 +14,8 @@ from structrep import Registry, Rule, registry
 from structrep.read.modules import _MODULES
 from structrep.testing import check_rule
 from tests.support import ROOT
-from tests.support.models import relative_error, settled
+from tests.support.models import settled
+from tests.support.truth import relative_error
 
 PLUGIN = ROOT / "examples" / "plugin"
 

@@ -10,7 +10,8 @@ from torch import nn
 import structrep
 from structrep.registry import default
 from tests.support import pretend_device
-from tests.support.models import example_input, relative_error, settled
+from tests.support.models import example_input, settled
+from tests.support.truth import relative_error
 
 FAMILIES = [rule for rule in default if not rule.law]
 MODELS = ["repvgg_a0", "fastvit_t8", "repghostnet_050", "test_vit"]

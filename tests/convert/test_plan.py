@@ -11,7 +11,8 @@ import structrep
 from structrep.errors import BadInput, TrainingMode, Unmerged
 from structrep.integrations.shared import merge
 from structrep.read.modules import _MODULES
-from tests.support.models import relative_error, settled
+from tests.support.models import settled
+from tests.support.truth import relative_error
 
 X = torch.randn(2, 4, 6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 

@@ -22,7 +22,8 @@ import structrep
 from structrep.blocks import RepVGGBlock2d
 from structrep.deliver import checkpoint
 from structrep.errors import BadInput
-from tests.support.models import relative_error, settled
+from tests.support.models import settled
+from tests.support.truth import relative_error
 
 X = torch.randn(2, 3, 9, 8, generator=torch.Generator().manual_seed(0))
 

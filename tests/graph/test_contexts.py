@@ -9,7 +9,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import structrep
-from tests.support.models import relative_error, settled
+from tests.support.models import settled
+from tests.support.truth import relative_error
 
 X = torch.randn(2, 4, 7, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 

@@ -21,7 +21,8 @@ from structrep.errors import BadInput
 from structrep.prove.run import observe
 from structrep.records.verification import Verification
 from tests.needs.integrations.test_transformers import rt_detr
-from tests.support.models import relative_error, settled
+from tests.support.models import settled
+from tests.support.truth import relative_error
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 SOBEL = torch.tensor([[-1.0, 0, 1], [-2, 0, 2], [-1, 0, 1]]).expand(4, 1, 3, 3) / 3

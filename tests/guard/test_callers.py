@@ -11,7 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 import structrep
 from structrep.errors import BadInput
-from tests.support.models import relative_error, settled
+from tests.support.models import settled
+from tests.support.truth import relative_error
 
 X = torch.randn(2, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 UNKNOWN = "not known: example inputs would tell"

@@ -6,7 +6,8 @@ from torch import nn
 
 import structrep
 from tests.foreign.span import SPAN, Conv3XC
-from tests.support.models import relative_error, settled
+from tests.support.models import settled
+from tests.support.truth import relative_error
 
 X = torch.randn(2, 3, 9, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 

@@ -13,7 +13,8 @@ from torch import nn
 import structrep
 from structrep.errors import BadInput
 from structrep.prove.run import tensors
-from tests.support.models import relative_error, settled
+from tests.support.models import settled
+from tests.support.truth import relative_error
 
 X = torch.randn(2, 4, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 import structrep
-from tests.support.models import relative_error, settled
+from tests.support.models import settled
+from tests.support.truth import relative_error
 
 
 class Adapted(nn.Module):

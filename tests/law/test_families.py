@@ -15,7 +15,8 @@ from tests.foreign.cases import BLOCKS, NETWORKS, Case
 from tests.foreign.expandnet import HalfLinear, NonLinear, expand_cl
 from tests.foreign.networks import TwoInputs
 from tests.foreign.repvgg import Stacked
-from tests.support.truth import EXACT, call, distance, equal, executed, fingerprint, flat, noise, randomised
+from tests.support.models import noise, randomised
+from tests.support.truth import EXACT, call, distance, equal, executed, fingerprint, flat
 
 ALL = [*BLOCKS, *NETWORKS]
 

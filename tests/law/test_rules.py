@@ -9,7 +9,8 @@ from structrep import ConvMap, Registry, Rule
 from structrep.errors import InvalidRule, UnknownRule
 from structrep.pattern import Affine, Conv, Identity, Many, Norm, Optional, Seq, Sum, conv_norm, pointwise, spatial
 from structrep.registry import default
-from tests.support.models import Branches, example_input, relative_error, settled
+from tests.support.models import Branches, example_input, settled
+from tests.support.truth import relative_error
 
 FAMILIES = [rule for rule in default if not rule.law]
 

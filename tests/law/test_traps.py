@@ -18,8 +18,9 @@ import structrep
 from structrep import errors
 from tests.foreign import repvgg
 from tests.support import traps
+from tests.support.models import noise, randomised
 from tests.support.traps import Written, bn, conv
-from tests.support.truth import EXACT, call, distance, equal, executed, fingerprint, flat, noise, randomised
+from tests.support.truth import EXACT, call, distance, equal, executed, fingerprint, flat
 
 X = noise(2, 4, 5, 6)
 TINY = noise(1, 4, 1, 1)

@@ -10,7 +10,8 @@ from torch import nn
 import structrep
 from structrep.algebra import ConvMap
 from structrep.errors import BadInput, Inexact
-from tests.support.models import relative_error, settled
+from tests.support.models import settled
+from tests.support.truth import relative_error
 
 X = torch.randn(2, 4, 7, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 

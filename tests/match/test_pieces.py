@@ -8,7 +8,8 @@ from torch import nn
 
 import structrep
 from tests.foreign.repmlp import RepMLPBlock
-from tests.support.models import relative_error, settled
+from tests.support.models import settled
+from tests.support.truth import relative_error
 
 
 @pytest.mark.parametrize(

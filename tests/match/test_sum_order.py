@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 import structrep
-from tests.support.models import relative_error, settled
+from tests.support.models import settled
+from tests.support.truth import relative_error
 
 
 def conv(padding_mode="zeros", stride=1):

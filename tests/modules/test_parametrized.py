@@ -14,7 +14,7 @@ from torch.nn.utils import spectral_norm as old_spectral_norm
 from torch.nn.utils import weight_norm as old_weight_norm
 
 import structrep
-from tests.support.models import relative_error
+from tests.support.truth import relative_error
 
 SLACK = 8  # of the model's own rounding
 

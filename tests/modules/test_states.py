@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 import structrep
-from tests.support.models import relative_error, settled
+from tests.support.models import settled
+from tests.support.truth import relative_error
 
 # torch 2.6 sets no proxy as a buffer: a forward that does is refused there
 SETS_PROXIES = "__torch_function__" in inspect.getsource(nn.Module.__setattr__)

@@ -14,7 +14,8 @@ from torch.ao.quantization.quantize_fx import fuse_fx
 from torch.fx.experimental.optimization import fuse
 
 import structrep
-from tests.support.models import relative_error, settled
+from tests.support.models import settled
+from tests.support.truth import relative_error
 
 IMAGE = torch.randn(2, 4, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 TOKENS = torch.randn(2, 6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

@@ -7,7 +7,8 @@ import torchvision
 from torch import nn
 
 import structrep
-from tests.support.models import relative_error, settled
+from tests.support.models import settled
+from tests.support.truth import relative_error
 
 
 def count(model: nn.Module) -> tuple[int, int]:

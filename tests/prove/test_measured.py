@@ -12,7 +12,8 @@ from structrep.blocks import LargeKernelBlock2d, RepVGGBlock2d
 from structrep.errors import BadInput, Slower
 from structrep.prove.latency import WARM, in_turn
 from structrep.prove.measured import Measured
-from tests.support.models import relative_error, settled
+from tests.support.models import settled
+from tests.support.truth import relative_error
 
 X = torch.randn(1, 4, 20, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 MILLISECOND = 1e-3

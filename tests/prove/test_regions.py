@@ -16,7 +16,8 @@ from structrep.match.shared_scales import Absorption, absorptions
 from structrep.match.sum_order import _write
 from structrep.terms.layers import diagonal_layer
 from structrep.terms.term import signed, total
-from tests.support.models import relative_error, settled
+from tests.support.models import settled
+from tests.support.truth import relative_error
 
 X = torch.randn(2, 4, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 TOKENS = torch.randn(2, 5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

@@ -10,7 +10,8 @@ from torch import nn
 import structrep
 from structrep import ConvMap
 from structrep.errors import BadInput, Inexact, InvalidReader, Refusal, Unreadable
-from tests.support.models import relative_error, settled
+from tests.support.models import settled
+from tests.support.truth import relative_error
 
 
 class Opaque(nn.Module):

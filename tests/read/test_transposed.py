@@ -15,7 +15,8 @@ from structrep.algebra import ConvMap, concat, swapped
 from structrep.errors import Incompatible, Inexact, Unreadable
 from structrep.read.lower import lower
 from structrep.read.modules import read_module
-from tests.support.models import Branches, relative_error, settled
+from tests.support.models import Branches, settled
+from tests.support.truth import relative_error
 
 EXACT = 1e-12
 

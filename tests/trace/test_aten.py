@@ -14,7 +14,8 @@ from torch.utils import _pytree as pytree
 import structrep
 from structrep.registry import default
 from structrep.trace.aten import in_torch
-from tests.support.models import example_input, relative_error, settled
+from tests.support.models import example_input, settled
+from tests.support.truth import relative_error
 
 FAMILIES = [rule for rule in default if not rule.law]
 

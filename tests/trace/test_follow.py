@@ -14,7 +14,8 @@ from torch import fx, nn
 import structrep
 from structrep.graph.facts import SHAPE
 from structrep.graph.run import infer_shapes
-from tests.support.models import relative_error, settled
+from tests.support.models import settled
+from tests.support.truth import relative_error
 
 
 def same_padding(x, conv):

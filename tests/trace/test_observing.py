@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import structrep
-from tests.support.models import relative_error, settled
+from tests.support.models import settled
+from tests.support.truth import relative_error
 
 GENERATOR = torch.Generator().manual_seed(0)
 

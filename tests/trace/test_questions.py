@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 import structrep
-from tests.support.models import relative_error, settled
+from tests.support.models import settled
+from tests.support.truth import relative_error
 
 X = torch.randn(2, 4, 7, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 VARIABLE = contextvars.ContextVar("variable", default=False)

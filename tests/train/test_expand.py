@@ -16,7 +16,8 @@ import structrep
 from structrep.blocks.places import NormInBlock, plain_name
 from structrep.errors import BadInput
 from structrep.train.expand import FAMILIES
-from tests.support.models import relative_error, settled
+from tests.support.models import settled
+from tests.support.truth import relative_error
 
 SMALL = {
     "expandnet": {"rate": 2},

@@ -12,7 +12,7 @@ import torch.distributed.checkpoint as dcp
 import structrep
 from tests.needs.distributed.training import ACCUMULATED, OPTIONS, Plain, batch, even, expanded, loss_of, train
 from tests.support import ROOT
-from tests.support.models import relative_error
+from tests.support.truth import relative_error
 
 X, _ = batch(0, 0)
 SHARDS = hasattr(torch.cpu.Stream, "record_event")

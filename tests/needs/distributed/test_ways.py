@@ -13,7 +13,8 @@ import structrep
 from structrep.errors import Uninitialized
 from structrep.train.expand import FAMILIES
 from tests.needs.distributed.training import OPTIONS, Plain, batch, expanded, loss_of
-from tests.support.models import relative_error, settled
+from tests.support.models import settled
+from tests.support.truth import relative_error
 
 X, _ = batch(0, 0)
 BLOCKS = pytest.mark.parametrize("block", OPTIONS)

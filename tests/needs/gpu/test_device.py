@@ -15,7 +15,8 @@ import structrep
 from structrep.algebra import precision
 from structrep.registry import default
 from tests.needs.gpu.near import Error
-from tests.support.models import example_input, relative_error, settled
+from tests.support.models import example_input, settled
+from tests.support.truth import relative_error
 
 pytestmark = pytest.mark.gpu
 

@@ -30,7 +30,7 @@ from structrep.errors import BadInput
 from structrep.integrations.lightning import ReparameterizeOnExport
 from structrep.integrations.transformers import ReparameterizeOnExport as TrainerExport
 from tests.support import ROOT
-from tests.support.models import relative_error
+from tests.support.truth import relative_error
 
 EXAMPLES = ROOT / "examples"
 GRAY = torch.rand(16, 1, 32, 32, generator=torch.Generator().manual_seed(0))

@@ -13,7 +13,7 @@ from torch import nn
 
 import structrep
 from structrep.prove.run import tensors
-from tests.support.models import relative_error
+from tests.support.truth import relative_error
 
 DETECTOR = dict(
     encoder_hidden_dim=32, d_model=32, encoder_ffn_dim=64, decoder_ffn_dim=64, decoder_layers=2, num_queries=20,
