@@ -57,32 +57,34 @@ def test_weights_that_are_infinite(number):
     assert unchanged(model, state)
 
 
-@pytest.mark.parametrize("model", [
-    nn.Sequential(), nn.ModuleList(), nn.Identity(), nn.Module(), nn.ParameterList([torch.ones(2)]), nn.ReLU(),
-    nn.Sequential(nn.Sequential(), nn.Identity()),
-])  # fmt: skip
-def test_models_with_nothing_in_them(model):
-    deploy = structrep.reparameterize(model.eval())
-    assert type(deploy) is type(model)
-    assert not structrep.plan(model).merges
-
-
-@pytest.mark.parametrize("what", [None, 1, "resnet18", nn.Conv2d, torch.ones(3), {"a": nn.ReLU()}, [nn.ReLU()]])
+@pytest.mark.parametrize("what", [None, 1, "resnet18", nn.Conv2d, torch.ones(3), {"a": nn.ReLU()}, [nn.ReLU()], abs])
 def test_what_is_no_model(what):
     with pytest.raises(BadInput, match=r"no torch.nn.Module instance"):
         structrep.reparameterize(what)
 
 
-@pytest.mark.parametrize("inputs", [
-    torch.ones(2, 3), torch.ones(2, 4, 8, 8), torch.ones(2, 3, 1, 1, 1), (torch.ones(1, 3, 8, 8),) * 2,
-    {"y": torch.ones(1, 3, 8, 8)}, torch.ones(1, 3, 8, 8, dtype=torch.int64), torch.ones(0), 3, "x", None.__class__,
-])  # fmt: skip
+INPUTS = [
+    torch.ones(2, 3), torch.ones(2, 4, 8, 8), torch.ones(2, 3, 1, 1, 1), (torch.ones(1, 3, 8, 8),) * 2, (X, X),
+    {"y": torch.ones(1, 3, 8, 8)}, {"input": X, "more": 1}, torch.ones(1, 3, 8, 8, dtype=torch.int64), torch.ones(0),
+    torch.ones(4), (torch.ones(0),), 3, "x", (), (None,), None.__class__,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("inputs", INPUTS)
 def test_inputs_that_the_model_does_not_take(inputs):
     model = block()
     state = copy.deepcopy(model.state_dict())
-    with pytest.raises(StructrepError):
-        structrep.reparameterize(model, inputs)
-    assert unchanged(model, state)
+    for inplace in (False, True):
+        with pytest.raises(BadInput):
+            structrep.reparameterize(model, inputs, inplace=inplace)
+        assert unchanged(model, state)
+
+
+def test_inputs_that_the_model_does_not_take_are_named():
+    with pytest.raises(BadInput, match=r"\(1, 5, 6, 6\)"):
+        structrep.plan(block(), torch.ones(1, 5, 6, 6, dtype=torch.float64))
+    with pytest.raises(BadInput, match=r"str.*tensor"):
+        structrep.plan(block(), "an image")
 
 
 def test_an_empty_batch_and_an_empty_image():

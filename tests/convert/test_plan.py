@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import structrep
-from structrep.errors import BadInput, TrainingMode, Unmerged
+from structrep.errors import BadInput, Unmerged
 from structrep.integrations.shared import merge
 from structrep.read.modules import _MODULES
 from tests.support.models import settled
@@ -114,18 +114,3 @@ def test_of_a_deploy_model_it_is_not(inplace):
         warnings.simplefilter("error")
         deploy = structrep.reparameterize(model, inplace=inplace)
         structrep.reparameterize(structrep.reparameterize(deploy, X))
-
-
-def test_forwards_in_training_mode_are_told_of():
-    model = nn.Sequential(nn.BatchNorm2d(4))
-    with pytest.raises(TrainingMode, match=r"call model.eval\(\) first$"):
-        structrep.plan(model)
-    for _ in range(3):
-        model(X.float())
-    with pytest.raises(
-        TrainingMode, match=r"0\.num_batches_tracked has counted 3: if these were not all of its training"
-    ):
-        structrep.plan(model)
-    model[0].num_batches_tracked = None
-    with pytest.raises(TrainingMode, match=r"call model.eval\(\) first$"):
-        structrep.plan(model)

@@ -18,6 +18,7 @@ from tests.foreign.cases import NETWORKS
 from tests.match.test_shared_scales import Attention, Mixed
 from tests.read.test_transposed import Up
 from tests.support.models import settled
+from tests.support.truth import CLOSE, relative_error, says
 from tests.trace.test_follow import PadsItself
 
 
@@ -114,3 +115,28 @@ def test_the_checksum_is_of_names_dtypes_shapes_and_numbers():
     assert checksum(model) == digest.hexdigest() == kept
     model.e[0] = 1
     assert checksum(model) != kept
+
+
+class Sized(nn.Module):
+    """Two branches whose sizes agree for even inputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.pool = nn.Conv2d(4, 4, 3, 2, 1), nn.AvgPool2d(2, 2, ceil_mode=True)
+
+    def forward(self, x):
+        return self.conv(x) + self.pool(x)
+
+
+@pytest.mark.parametrize("make", [
+    lambda: nn.Sequential(nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 3, padding=1)), Sized,
+    lambda: nn.Sequential(nn.Flatten(), nn.Linear(256, 4), nn.BatchNorm1d(4)),
+])  # fmt: skip
+def test_layers_of_a_deploy_model_can_be_scripted_and_traced_by_others(make):
+    torch.manual_seed(0)
+    model, x = settled(make()), torch.randn(1, 4, 8, 8, dtype=torch.float64)
+    deploy = says(structrep.plan(model, x), 1).reparameterize(x)
+    truth = model(x)
+    assert relative_error(torch.fx.symbolic_trace(deploy)(x), truth) < CLOSE
+    if not isinstance(model, Sized):  # whose forward is written anew, in terms that scripts do not know
+        assert relative_error(torch.jit.script(deploy)(x), truth) < CLOSE

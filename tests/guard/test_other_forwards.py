@@ -1,13 +1,16 @@
 """Other forwards of a model give what they gave, also where they look at what forward merges across."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import structrep
-from tests.support.models import settled
-from tests.support.truth import relative_error
+from tests.support.models import conv, settled
+from tests.support.truth import CLOSE, SAME, check, relative_error
 
 X = torch.randn(2, 4, 6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
@@ -260,3 +263,155 @@ def test_nothing_is_launched_for_a_sum_with_zero():
     assert relative_error(found, model(x)) < 1e-14
     alone = structrep.reparameterize(model[0])
     assert type(alone) is SumFromZero, "no forward is written anew for the sum alone"
+
+
+# --- by whatever way another forward comes to a layer --------------------------------------------------------
+
+
+class Normed(nn.Module):
+    """A convolution and a norm, between which something looks."""
+
+    def __init__(self):
+        super().__init__()
+        self.c, self.n = conv(), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        return self.n(self.c(x))
+
+
+class ByHelper(Normed):
+    def _stem(self, x):
+        return self.c(x)
+
+    def forward_features(self, x):
+        return self._stem(x)
+
+
+class Decorated(Normed):
+    @torch.no_grad()
+    def forward_features(self, x):
+        return self.c(x)
+
+
+class ByGetattr(Normed):
+    def forward_features(self, x):
+        return getattr(self, "c")(x)  # noqa: B009
+
+
+class ByChildren(Normed):
+    def forward_features(self, x):
+        found = []
+        for module in self.children():
+            x = module(x)
+            found.append(x)
+        return found[0]
+
+
+class ByForward(Normed):
+    def forward_features(self, x):
+        return self.c.forward(x)
+
+
+class ByWeight(Normed):
+    def forward_features(self, x):
+        return F.conv2d(x, self.c.weight, self.c.bias, padding=1)
+
+
+def outside(module, x):
+    return module.c(x)
+
+
+class ByFunction(Normed):
+    def forward_features(self, x):
+        return outside(self, x)
+
+
+class ByIndex(nn.Sequential):
+    def __init__(self):
+        super().__init__(conv(), nn.BatchNorm2d(4))
+
+    def forward_features(self, x):
+        return self[0](x)
+
+
+class NormAlone(Normed):
+    def forward_features(self, y):
+        return self.n(y)
+
+
+class Weights(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.v, self.w = nn.Parameter(torch.randn(4, 4, 1, 1)), nn.Parameter(torch.randn(4, 4, 3, 3))
+
+    def forward(self, x):
+        return F.conv2d(F.conv2d(x, self.v), self.w, padding=1)
+
+    def forward_features(self, x):
+        return F.conv2d(x, self.v)
+
+
+WAYS_THERE = [ByHelper, Decorated, ByGetattr, ByChildren, ByForward, ByWeight, ByFunction, ByIndex, NormAlone, Weights]
+
+
+@pytest.mark.parametrize("cls", WAYS_THERE)
+def test_what_another_forward_uses_stays(cls):
+    check(cls(), X, merges=0, refused="Shared", method="forward_features")
+    check(cls(), X, merges=0, refused="Shared")
+
+
+class TwoNames(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+        self.layers = nn.ModuleList([self.conv, self.norm])
+
+    def forward_features(self, x):
+        return self.layers[0](x)
+
+    def forward(self, x):
+        return self.norm(self.conv(x))
+
+
+def test_a_layer_with_two_names_in_another_forward():
+    check(TwoNames(), X, merges=0, refused="Shared", method="forward_features", within=SAME)
+
+
+class Switched(nn.Module):
+    """A forward of another name that looks at what its part gives by a way that no attribute of the part tells of."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.body, self.norm, self.tail, self.way = Body(), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), way
+        self.config = self.body.config
+
+    def forward(self, x):
+        return self.tail(self.norm(self.body(x)).relu())
+
+    def forward_body(self, x):
+        if self.way == "hook":
+            seen = []
+            handle = self.body.register_forward_hook(lambda module, given, y: seen.append(y))
+            self.norm(self.body(x))
+            handle.remove()
+            return seen[0]
+        self.config.early = True
+        y = self.body(x)
+        self.config.early = False
+        return y
+
+
+class Body(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.config = nn.Conv2d(4, 4, 3, padding=1), SimpleNamespace(early=False)
+
+    def forward(self, x):
+        y = self.conv(x)
+        return y if self.config.early else y * 1.0
+
+
+@pytest.mark.parametrize("way", ["hook", "config"])
+def test_other_forwards_are_followed_into_what_they_run(way):
+    check(Switched(way), X, merges=0, refused="Shared", within=CLOSE)
+    check(Switched(way), X, merges=0, refused="Shared", method="forward_body", within=CLOSE)

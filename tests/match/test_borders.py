@@ -11,7 +11,7 @@ import structrep
 from structrep.algebra import ConvMap
 from structrep.errors import BadInput, Inexact
 from tests.support.models import settled
-from tests.support.truth import relative_error
+from tests.support.truth import relative_error, says
 
 X = torch.randn(2, 4, 7, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
@@ -261,3 +261,8 @@ def test_a_border_that_may_differ_may_do_so_in_a_sum():
     structrep.assert_merged(deploy)
     x = torch.randn(1, 4, 9, 9, dtype=torch.float64)
     assert relative_error(deploy(x)[..., 1:-1, 1:-1], model(x)[..., 1:-1, 1:-1]) < 1e-13
+
+
+def test_a_bias_before_a_transposed_convolution_is_no_border():
+    model = settled(nn.Sequential(nn.Conv2d(4, 8, 1), nn.ConvTranspose2d(8, 4, 4, 2, 1)))
+    says(structrep.plan(model, inexact_borders="*"), 0, "Inexact")

@@ -8,6 +8,7 @@ from torch import nn
 
 import structrep
 from tests.support.models import settled
+from tests.support.truth import says
 
 X = torch.randn(2, 4, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 NONE = "there is no convolution or Linear beside it"
@@ -125,3 +126,19 @@ def test_a_norm_of_each_batch_behind_a_merge():
     model = nn.Sequential(nn.Conv2d(4, 8, 1), nn.BatchNorm2d(8), nn.BatchNorm2d(8, track_running_stats=False))
     plan = structrep.plan(settled(model))
     assert ([merge.where for merge in plan.merges], [r.kind for r in plan.refusals]) == (["0"], ["Unreadable"])
+
+
+class PreActivation(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.drop, self.conv = nn.BatchNorm2d(4), nn.Dropout(), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x):
+        y = x.sigmoid()
+        return y + self.conv(self.drop(self.norm(y)).relu())
+
+
+def test_a_norm_that_stays_says_what_it_stands_between():
+    (refusal,) = says(structrep.plan(settled(PreActivation())), 0, "Isolated").refusals
+    assert refusal.layers == ("norm",)
+    assert "it scales what sigmoid gives, which add reads too, for relu" in refusal.reason

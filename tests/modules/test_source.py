@@ -11,8 +11,8 @@ from torch import nn
 
 import structrep
 from structrep.errors import BadInput
-from tests.support.models import settled
-from tests.support.truth import relative_error
+from tests.support.models import noise, settled
+from tests.support.truth import CLOSE, check, relative_error
 
 X = torch.randn(1, 3, 5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
@@ -291,3 +291,24 @@ def test_weights_made_in_inference_mode():
     assert len(structrep.plan(model).merges) == 2
     with torch.no_grad():
         assert relative_error(deploy(X), model(X)) < 1e-12
+
+
+# --- names ------------------------------------------------------------------------------------------------------
+
+
+conv = {"a": {}}  # a name that forwards use for something else
+
+
+class LocalName(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Conv2d(4, 4, 1) for _ in range(2))
+
+    def forward(self, x):
+        for conv in self.layers:
+            x = conv(x)
+        return x
+
+
+def test_a_local_name_that_is_a_dict_outside():
+    check(LocalName(), noise(1, 4, 3, 3), merges=1, within=CLOSE)

@@ -413,3 +413,12 @@ def test_dims_that_are_folded_between_a_linear_and_its_norm():
     assert not isinstance(deploy.n, nn.BatchNorm1d)
     assert deploy(x).shape == (12, 4)
     assert torch.allclose(deploy(x), model(x), atol=1e-12)
+
+
+def test_an_output_that_is_made_of_pads_alone_is_no_proof_against_a_merge():
+    torch.manual_seed(0)
+    model = settled(nn.Sequential(nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1, stride=2, padding=1, bias=False)))
+    plan = structrep.plan(model)
+    assert plan.merges
+    plan.prove()
+    assert plan.merges

@@ -10,7 +10,10 @@ from torch import nn
 import structrep
 from structrep import VerificationError
 from structrep.blocks import RepVGGBlock2d
-from tests.support.models import settled
+from structrep.errors import BadInput
+from tests.foreign import repvgg
+from tests.support.models import noise, randomised, settled
+from tests.support.truth import says
 
 
 class Net(nn.Module):
@@ -149,3 +152,61 @@ def test_numbers_that_half_precision_cannot_hold_are_refused(net):
     assert "conv" not in [merge.where for merge in plan.merges]
     (refusal,) = [refusal for refusal in plan.refusals if refusal.kind == "Overflow"]
     assert "65504" in refusal.reason.replace(",", "") or "6.55e+04" in refusal.reason
+
+
+# --- what it is asked of ------------------------------------------------------------------------------------
+
+
+def test_verify_finds_a_wrong_model():
+    model, x = randomised(repvgg.Official(4, 4)).float(), noise(2, 4, 5, 6).float()
+    deploy = says(structrep.plan(model), 1).reparameterize()
+    with torch.no_grad():
+        next(deploy.parameters())[0, 0, 0, 0] += 1e-2
+    assert not structrep.verify(model, deploy, x).ok
+
+
+class Sizes(nn.Module):
+    def forward(self, x):
+        return x.shape[0]
+
+
+def test_verify_says_so_where_there_is_nothing_to_compare():
+    with pytest.raises(BadInput, match="no tensor that could be compared"):
+        structrep.verify(Sizes(), Sizes(), torch.ones(1, 2))
+
+
+class Noisy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        return self.norm(self.conv(x)) + torch.randn_like(x)
+
+
+def test_verify_of_a_model_that_draws_random_numbers():
+    model, x = settled(Noisy()).float(), torch.randn(1, 4, 3, 3)
+    deploy = says(structrep.plan(model, x), 1).reparameterize(x)
+    deploy.conv.weight.data *= 1.5
+    assert not structrep.verify(model, deploy, x).ok
+
+
+class Complex(nn.Module):
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x):
+        return torch.complex(x, self.factor * x)
+
+
+def test_verify_of_complex_values():
+    x = torch.randn(1, 4)
+    assert structrep.verify(Complex(1.0), Complex(1.0), x).ok
+    assert not structrep.verify(Complex(1.0), Complex(2.0), x).ok
+
+
+def test_channels_last_in_three_dims():
+    model, x = settled(nn.Sequential(nn.Conv3d(2, 3, 3), nn.BatchNorm3d(3))).float(), torch.randn(1, 2, 5, 5, 5)
+    deploy = says(structrep.plan(model), 1).reparameterize()
+    assert structrep.verify(model, deploy, x, channels_last=True).ok

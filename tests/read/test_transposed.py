@@ -15,8 +15,8 @@ from structrep.algebra import ConvMap, concat, swapped
 from structrep.errors import Incompatible, Inexact, Unreadable
 from structrep.read.lower import lower
 from structrep.read.modules import read_module
-from tests.support.models import Branches, settled
-from tests.support.truth import relative_error
+from tests.support.models import Branches, bn, noise, settled
+from tests.support.truth import check, relative_error
 
 EXACT = 1e-12
 
@@ -193,3 +193,11 @@ def test_a_norm_before_it_stays():
     assert relative_error(deploy(x), model(x)) <= EXACT
     assert isinstance(deploy[1], nn.BatchNorm2d)
     assert "Inexact" in {refusal.kind for refusal in structrep.plan(model).refusals}
+
+
+@pytest.mark.parametrize("padding", [0, 1, 3])
+def test_a_transposed_convolution_of_stride_1_and_a_norm(padding):
+    """It is an ordinary one, and becomes one."""
+    model = nn.Sequential(nn.ConvTranspose2d(4, 4, 3, padding=padding), bn(4), nn.ReLU())
+    deploy = check(model, noise(2, 4, 6, 7), merges=1)
+    assert isinstance(deploy[1], nn.Identity)

@@ -3,11 +3,14 @@
 Nothing here is taken from structrep but the calls under test: the judge is not the judged.
 """
 
+import contextlib
 import copy
 import hashlib
 import math
+import signal
 import warnings
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -91,6 +94,22 @@ def equal(deploy: nn.Module, model: nn.Module, *inputs: Any, within: float = EXA
     return True
 
 
+@contextlib.contextmanager
+def ends(seconds: int = 20) -> Iterator[None]:
+    """What would go on for ever fails instead."""
+
+    def stop(*_: Any) -> None:
+        raise TimeoutError(f"no end after {seconds} seconds")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
 def says(plan: structrep.Plan, merges: int, refused: str = "") -> structrep.Plan:
     """A plan has so many merges, and refuses for reasons of these kinds and for no other."""
     assert len(plan.merges) == merges, plan
@@ -125,7 +144,7 @@ def check(
     for way in ways:
         source = copy.deepcopy(model) if way == "in place" else model
         before, example = fingerprint(source), inputs[0] if way == "with an example" else None
-        with warnings.catch_warnings():
+        with ends(), warnings.catch_warnings():
             warnings.simplefilter("ignore", structrep.NothingMerged)
             plan = says(structrep.plan(source, example), merges, refused)
             deploy = plan.reparameterize(example, inplace=way == "in place")

@@ -1,4 +1,4 @@
-"""The conformance suite, which structrep's own rules pass, and what it says of rules that do not."""
+"""The conformance suite of rules: what it says of those that do not conform."""
 
 import pytest
 import torch
@@ -11,13 +11,6 @@ from structrep.errors import BrokenRule, InvalidRule
 from structrep.pattern import Conv, Identity, Many, Norm, Seq, Sum, conv_norm, pointwise, spatial
 from structrep.registry import default
 from structrep.testing import check_rule
-
-FAMILIES = [rule for rule in default if not rule.law]
-
-
-@pytest.mark.parametrize("rule", FAMILIES, ids=lambda rule: rule.name)
-def test_own_rules(rule: Rule) -> None:
-    assert len(check_rule(rule)) >= 6
 
 
 def two(*more):
