@@ -1,6 +1,5 @@
 """Pictures of a plan, and its report: what they show is what the plan says, on a page that needs nothing else."""
 
-import random
 import re
 import sys
 from collections import Counter
@@ -11,6 +10,8 @@ import networkx as nx
 import pytest
 import timm
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -298,9 +299,8 @@ def test_parts_share_all_steps_out(graphs):
         assert all(one.size < part.size or len(parts) > 1 for one in parts.values())
 
 
-@pytest.mark.parametrize("seed", range(40))
-def test_boxes_are_apart_and_below_what_leads_to_them(seed):
-    draw = random.Random(seed)
+@given(st.randoms(use_true_random=False))
+def test_boxes_are_apart_and_below_what_leads_to_them(draw):
     graph = nx.DiGraph()
     graph.add_nodes_from(range(draw.randint(1, 24)))
     pairs = [(one, other) for one in graph for other in graph if one < other]
