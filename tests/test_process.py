@@ -17,7 +17,7 @@ import structrep
 from structrep import process
 from structrep.deployed.methods import _CLASSES
 from tests.support.models import settled
-from tests.support.truth import relative_error
+from tests.support.truth import EXACT, relative_error
 
 X = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
@@ -129,7 +129,7 @@ def test_eight_threads_convert_twenty_models_each(often):
         for model in mine:
             plan = structrep.plan(model)
             assert len(plan.merges) == merges == 2
-            assert relative_error(plan.reparameterize()(X), model(X)) < 1e-12
+            assert relative_error(plan.reparameterize()(X), model(X)) < EXACT
 
     with unchanged():
         drawn = torch.get_rng_state()
@@ -149,7 +149,7 @@ def test_one_plan_is_applied_in_several_threads(often):
     model = settled(Net()).double()
     plan, found = structrep.plan(model), []
     in_threads(*[lambda: found.append(plan.apply())] * 4)
-    assert all(relative_error(one(X), model(X)) < 1e-12 for one in found)
+    assert all(relative_error(one(X), model(X)) < EXACT for one in found)
 
 
 def busy(done, function):
@@ -234,7 +234,7 @@ def test_other_threads_see_what_they_always_see(name, often):
         try:
             for _ in range(6):
                 model = settled(Net()).double()
-                assert relative_error(structrep.reparameterize(model, X)(X), model(X)) < 1e-12
+                assert relative_error(structrep.reparameterize(model, X)(X), model(X)) < EXACT
                 structrep.reparameterize(graph)
         finally:
             done.set()
@@ -319,7 +319,7 @@ def test_a_forward_that_converts():
     with unchanged():
         plan = structrep.plan(model)
         deploy = plan.reparameterize()
-    assert relative_error(deploy(X), model(X)) < 1e-12
+    assert relative_error(deploy(X), model(X)) < EXACT
 
 
 class Patches(Net):
@@ -338,7 +338,7 @@ def test_a_forward_that_patches():
     model = settled(Patches()).double()
     with unchanged():
         deploy = structrep.reparameterize(model)
-    assert relative_error(deploy(X), model(X)) < 1e-12
+    assert relative_error(deploy(X), model(X)) < EXACT
 
 
 def test_interrupts_at_any_time(often):

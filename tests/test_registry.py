@@ -19,7 +19,7 @@ from structrep.testing import check_rule
 from tests.foreign import repvgg
 from tests.support import ROOT
 from tests.support.models import Branches, bn, conv, noise, randomised, settled
-from tests.support.truth import equal, executed, relative_error, says
+from tests.support.truth import CLOSE, equal, executed, relative_error, says
 
 # --- rules of a user's own ---------------------------------------------------------------------------------------
 
@@ -37,7 +37,7 @@ def test_a_users_rule_merges_in_a_registry_of_its_own() -> None:
     plan = structrep.plan(model, rules=registry)
     assert [merge.rules for merge in plan.merges] == [("_two",)]
     x = torch.randn(2, 3, 6, 5, dtype=torch.float64)
-    assert relative_error(plan.apply()(x), model(x)) < 1e-13
+    assert relative_error(plan.apply()(x), model(x)) < CLOSE
 
 
 @pytest.mark.parametrize(
@@ -199,7 +199,7 @@ def test_a_plugin_s_rule_and_reader_are_there_without_being_asked_for(installed)
     plan = structrep.plan(model)
     assert [merge.rules for merge in plan.merges] == [("twins",), ("fold_norm",)]
     x = torch.randn(1, 4, 6, 5, dtype=torch.float64)
-    assert relative_error(plan.apply()(x), model(x)) < 1e-13
+    assert relative_error(plan.apply()(x), model(x)) < CLOSE
     check_rule(registry.default["twins"])
     registry.load_plugins()  # once is enough
 

@@ -11,7 +11,7 @@ import structrep
 from structrep.blocks import RepVGGBlock2d
 from structrep.errors import BadInput, StructrepError, VerificationError
 from tests.support.models import settled
-from tests.support.truth import relative_error
+from tests.support.truth import CLOSE, EXACT, relative_error
 
 X = torch.randn(2, 3, 8, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
@@ -37,7 +37,7 @@ def test_weights_that_are_no_numbers(example):
     assert unchanged(model, state)
     truth, found = model(X), deploy(X)
     assert torch.equal(truth.isfinite(), found.isfinite())
-    assert relative_error(found, truth) < 1e-13
+    assert relative_error(found, truth) < CLOSE
     assert isinstance(deploy[1][0], nn.Conv2d), "what is not touched by it is merged"
     assert any("only finite numbers can be merged" in r.reason for r in structrep.plan(model).refusals)
 
@@ -51,7 +51,7 @@ def test_weights_that_are_infinite(number):
     deploy = structrep.reparameterize(model)
     truth, found = model(X), deploy(X)
     both = truth.isfinite() & found.isfinite()
-    assert relative_error(found[both], truth[both]) < 1e-13
+    assert relative_error(found[both], truth[both]) < CLOSE
     with pytest.raises(VerificationError):
         structrep.reparameterize(model, X)
     assert unchanged(model, state)
@@ -114,7 +114,7 @@ class Cyclic(nn.Module):
 def test_a_child_that_knows_its_parent():
     model = Cyclic(registered=False).eval()
     deploy = structrep.reparameterize(model, X)
-    assert relative_error(deploy(X), model(X)) < 1e-13
+    assert relative_error(deploy(X), model(X)) < CLOSE
     assert deploy.block.parent is deploy
     assert model.block.parent is model
     assert isinstance(deploy.block[0], nn.Conv2d)
@@ -148,7 +148,7 @@ class Nested(nn.Module):
 def test_modules_nested_deeply():
     model = settled(Nested(60))
     deploy = structrep.reparameterize(model)
-    assert relative_error(deploy(X), model(X)) < 1e-12
+    assert relative_error(deploy(X), model(X)) < EXACT
     assert not any(isinstance(m, nn.BatchNorm2d) for m in deploy.modules())
 
 
@@ -218,7 +218,7 @@ def test_attribute_tricks(make):
         module.__dict__["training"] = False
     settled(model)
     deploy = structrep.reparameterize(model, X)
-    assert relative_error(deploy(X), model(X)) < 1e-13
+    assert relative_error(deploy(X), model(X)) < CLOSE
     assert not any(isinstance(m, nn.BatchNorm2d) for m in deploy.modules())
     assert type(deploy).__name__ == type(model).__name__
 

@@ -11,7 +11,7 @@ import structrep
 from structrep.registry import default
 from tests.support import pretend_device
 from tests.support.models import example_input, settled
-from tests.support.truth import relative_error
+from tests.support.truth import CLOSE, relative_error
 
 FAMILIES = [rule for rule in default if not rule.law]
 MODELS = ["repvgg_a0", "fastvit_t8", "repghostnet_050", "test_vit"]
@@ -38,7 +38,7 @@ def test_a_rule_s_example(rule, by_default):
         assert [merge.rules for merge in plan.merges] == [(rule.name,)]
         deploy = plan.apply()
         assert {one.device for one in deploy.state_dict().values()} == {there}
-        assert relative_error(deploy(x.to(there)).cpu(), truth) < 1e-13
+        assert relative_error(deploy(x.to(there)).cpu(), truth) < CLOSE
 
 
 @pytest.mark.parametrize("rule", FAMILIES, ids=lambda rule: rule.name)

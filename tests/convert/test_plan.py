@@ -12,7 +12,7 @@ from structrep.errors import BadInput, Unmerged
 from structrep.integrations.shared import merge
 from structrep.read.modules import _MODULES
 from tests.support.models import settled
-from tests.support.truth import relative_error
+from tests.support.truth import EXACT, relative_error
 
 X = torch.randn(2, 4, 6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
@@ -49,7 +49,7 @@ def test_a_wrong_reader_is_reported_and_the_rest_is_merged(example, inplace):
         deploy = structrep.reparameterize(model, example, inplace=inplace)
     assert [one.filename for one in told] == [__file__]
     assert str(told[0].message).startswith("0 (fold_norm) is not merged, as planned: on an input of shape")
-    assert relative_error(deploy(X), truth) < 1e-12
+    assert relative_error(deploy(X), truth) < EXACT
     assert [type(part) for part in deploy[:2]] == [Doubling, nn.BatchNorm2d]
     assert isinstance(deploy[4], nn.Identity)
 

@@ -9,19 +9,19 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import structrep
-from tests.support.models import settled
-from tests.support.truth import relative_error
+from tests.support import models
+from tests.support.models import Two, settled
+from tests.support.truth import EXACT, relative_error
 
 X = torch.randn(2, 4, 7, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
 
-class Two(nn.Module):
-    """Two branches, which some forward adds."""
+class Flagged(Two):
+    """With a third layer, a norm and a flag."""
 
     def __init__(self):
         super().__init__()
-        self.a, self.b, self.c = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
-        self.n, self.flag = nn.BatchNorm2d(4), False
+        self.c, self.n, self.flag = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), False
 
 
 def both(model, x):
@@ -29,8 +29,7 @@ def both(model, x):
 
 
 def made(forward):
-    torch.manual_seed(0)
-    return settled(type("Made", (Two,), {"forward": forward})())
+    return models.made(forward, Flagged)
 
 
 def gradient(model):
@@ -110,7 +109,7 @@ def test_a_written_forward_enters_what_it_was_written_with(forward, inputs):
         assert (one is None) == (other is None)
         if one is not None:
             assert (one.requires_grad, one.is_inference()) == (other.requires_grad, other.is_inference())
-            assert relative_error(other, one) < 1e-12
+            assert relative_error(other, one) < EXACT
 
 
 @pytest.mark.parametrize("forward", [in_its_own_dtype, norm_in_its_own_dtype])
@@ -135,7 +134,7 @@ def test_a_context_that_hangs_on_a_setting_goes_on_hanging_on_it():
     deploy = structrep.reparameterize(model)
     model.flag = deploy.flag = True
     assert [one is None for one in gradient(model)] == [one is None for one in gradient(deploy)]
-    assert relative_error(deploy(X), model(X)) < 1e-12
+    assert relative_error(deploy(X), model(X)) < EXACT
 
 
 def test_no_merge_across_contexts():
@@ -159,7 +158,7 @@ def test_a_mode_that_is_set_for_good_is_set_still():
         plan = structrep.plan(model)
         assert [merge.rules for merge in plan.merges] == [("repvgg",)]
         deploy = plan.apply()
-        assert relative_error(deploy(X), model(X)) < 1e-12
+        assert relative_error(deploy(X), model(X)) < EXACT
     with torch.enable_grad():
         assert not deploy(X.clone().requires_grad_()).requires_grad
 
@@ -211,7 +210,7 @@ def around_a_block(mode):
 @pytest.mark.parametrize("make", [in_part, as_a_whole, around_a_block])
 def test_a_mode_may_change_what_anything_does(make, mode, inputs):
     torch.manual_seed(0)
-    model = type("Made", (Two,), {"forward": make(mode)})()
+    model = type("Made", (Flagged,), {"forward": make(mode)})()
     if make is around_a_block:
         model.block = nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))
     settled(model)
@@ -228,7 +227,7 @@ def test_beside_a_mode_a_forward_is_not_written_anew():
 
     model = made(forward)
     plan = structrep.plan(model, X)
-    assert relative_error(plan.apply()(X), model(X)) < 1e-12
+    assert relative_error(plan.apply()(X), model(X)) < EXACT
     assert [merge.edit for merge in plan.merges] == ["edit"]
 
 

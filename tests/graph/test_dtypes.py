@@ -22,7 +22,7 @@ from structrep.prove.run import observe
 from structrep.records.verification import Verification
 from tests.needs.integrations.test_transformers import rt_detr
 from tests.support.models import settled
-from tests.support.truth import relative_error
+from tests.support.truth import CLOSE, relative_error
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 SOBEL = torch.tensor([[-1.0, 0, 1], [-2, 0, 2], [-1, 0, 1]]).expand(4, 1, 3, 3) / 3
@@ -33,7 +33,7 @@ class Random(nn.Module):
         return x * torch.rand(1)
 
 
-class Two(nn.Module):
+class Normed(nn.Module):
     """A convolution and its norm, and what comes behind."""
 
     def __init__(self):
@@ -46,7 +46,7 @@ class Two(nn.Module):
         return self.n(self.a(x))
 
 
-def model(forward, base=Two):
+def model(forward, base=Normed):
     torch.manual_seed(0)
     return settled(type("M", (base,), {"forward": forward})()).float().eval()
 
@@ -299,7 +299,7 @@ def test_a_buffer_in_float32_of_a_model_in_float64():
     net.register_buffer("scale", torch.rand(4, 1, 1))
     net = net.double()
     net.scale = net.scale.float()
-    assert demand(net, X.double()).error < 1e-13
+    assert demand(net, X.double()).error < CLOSE
 
 
 class Child(nn.Module):

@@ -16,7 +16,7 @@ from torch import nn
 import structrep
 from structrep.blocks import RepVGGBlock2d
 from tests.support.models import settled
-from tests.support.truth import relative_error
+from tests.support.truth import EXACT, relative_error
 
 X = torch.randn(2, 4, 7, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
@@ -60,7 +60,7 @@ def same_or_said(model, deploy, changes, x=X):
         if isinstance(found, Exception):
             assert "reparameterized" in str(found), found
         else:
-            assert relative_error(found, one(x)) < 1e-12
+            assert relative_error(found, one(x)) < EXACT
 
 
 def sets(**values):
@@ -71,7 +71,7 @@ def merges(model, *changes, left=0, x=X):
     """All but some norms are gone; outputs are right, with an example and without one."""
     for inputs in ((), (x,)):
         deploy = structrep.reparameterize(model, *inputs)
-        assert relative_error(deploy(x), model(x)) < 1e-12
+        assert relative_error(deploy(x), model(x)) < EXACT
         assert norms(deploy) == left
         same_or_said(model, deploy, changes, x)
 
@@ -84,7 +84,7 @@ def stays(model, line, *changes, x=X):
         assert any(line in one and "test_asked.py:" in one for one in said), said
         deploy = plan.apply()
         assert isinstance(deploy.bn, nn.BatchNorm2d)
-        assert relative_error(deploy(x), model(x)) < 1e-12
+        assert relative_error(deploy(x), model(x)) < EXACT
         same_or_said(model, deploy, changes, x)
 
 
@@ -269,7 +269,7 @@ def test_a_module_that_would_be_left_without_parameters_and_is_asked_for_one(of,
     plan = structrep.plan(alone)
     assert not plan.merges
     assert "asks for its first parameter, and would be left without any" in str(plan.refusals)
-    assert relative_error(plan.apply()(X), alone(X)) < 1e-12
+    assert relative_error(plan.apply()(X), alone(X)) < EXACT
     beside = settled(nn.Sequential(Before(copy.deepcopy(layers[1]))))
     merges(beside)
     deploy = structrep.reparameterize(beside)
@@ -491,7 +491,7 @@ KEPT_RIGHT = [set_a_setting, set_a_setting_by_another_name, run_with_other_weigh
 def test_what_runs_is_kept_right(forward):
     model = one(forward)
     for inputs in ((), (X,)):
-        assert relative_error(structrep.reparameterize(model, *inputs)(X), model(X)) < 1e-12
+        assert relative_error(structrep.reparameterize(model, *inputs)(X), model(X)) < EXACT
 
 
 def test_a_bias_that_is_not_there():
@@ -558,7 +558,7 @@ def test_a_block_that_is_asked_for_its_type(part, function, count):
     model = settled(Outer(copy.deepcopy(part), function))
     plan = structrep.plan(model)
     assert len(plan.merges) == count
-    assert relative_error(plan.apply()(X), model(X)) < 1e-12
+    assert relative_error(plan.apply()(X), model(X)) < EXACT
 
 
 # --- forwards that are not followed -----------------------------------------------------------------------------------
@@ -666,7 +666,7 @@ def test_what_a_forward_that_is_not_followed_does_not_ask(program):
     for inputs in ((), (X,)):
         deploy = structrep.reparameterize(model, *inputs)
         assert isinstance(deploy.tower.bn, nn.Identity)
-        assert relative_error(deploy(X), model(X)) < 1e-12
+        assert relative_error(deploy(X), model(X)) < EXACT
 
 
 def of_setting(self, x):
@@ -743,4 +743,4 @@ def test_what_a_forward_that_is_not_followed_may_ask(program):
         plan = structrep.plan(model, *inputs)
         said = [refusal.reason for refusal in plan.refusals]
         assert any(line in one and "test_asked.py:" in one for one in said), said
-        assert relative_error(plan.apply()(X), model(X)) < 1e-12
+        assert relative_error(plan.apply()(X), model(X)) < EXACT

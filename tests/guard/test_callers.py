@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 import structrep
 from structrep.errors import BadInput
 from tests.support.models import settled
-from tests.support.truth import relative_error
+from tests.support.truth import EXACT, relative_error
 
 X = torch.randn(2, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 UNKNOWN = "not known: example inputs would tell"
@@ -316,7 +316,7 @@ IN_LISTS = {
 }
 
 
-def check(model, inputs, expected):
+def judge(model, inputs, expected):
     plan = structrep.plan(model, *inputs)
     where = [merge.where for merge in plan.merges]
     if isinstance(expected, list):
@@ -326,7 +326,7 @@ def check(model, inputs, expected):
         assert any(expected in refusal.reason for refusal in plan.refusals)
     deploy = plan.reparameterize(*inputs)
     for x in (X, -X, torch.cat([X, X, X])):
-        assert relative_error(deploy(x), model(x)) < 1e-12
+        assert relative_error(deploy(x), model(x)) < EXACT
 
 
 @pytest.mark.parametrize("inputs", [(X,), ()], ids=["with inputs", "without"])
@@ -334,7 +334,7 @@ def check(model, inputs, expected):
 def test_a_part_is_merged_for_what_it_is_given(case, inputs):
     part, body, known, guessed = CASES[case]
     torch.manual_seed(0)
-    check(settled(net(part, body)()), inputs, known if inputs else guessed)
+    judge(settled(net(part, body)()), inputs, known if inputs else guessed)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -347,7 +347,7 @@ def test_a_part_is_given_what_the_example_does_not_show(case, monkeypatch):
         model = settled(net(part, body)())
         deploy = structrep.plan(model, *inputs).reparameterize(*inputs)
         for x in (X, -X, torch.cat([X, X, X]), X + 1e9):
-            assert relative_error(deploy(x), model(x)) < 1e-12
+            assert relative_error(deploy(x), model(x)) < EXACT
 
 
 @pytest.mark.parametrize("inputs", [(X,), ()], ids=["with inputs", "without"])
@@ -355,7 +355,7 @@ def test_a_part_is_given_what_the_example_does_not_show(case, monkeypatch):
 def test_parts_in_a_list(case, inputs):
     part, body, known, guessed = IN_LISTS[case]
     torch.manual_seed(0)
-    check(settled(net(part, body, several=True)()), inputs, known if inputs else guessed)
+    judge(settled(net(part, body, several=True)()), inputs, known if inputs else guessed)
 
 
 def test_what_is_not_called_with_the_example_inputs():
@@ -377,7 +377,7 @@ def test_what_is_not_called_with_the_example_inputs():
     assert [merge.where for merge in plan.merges] == ["a.l", "b.l"]
     deploy = plan.reparameterize(X)
     for more in (False, True):
-        assert relative_error(deploy(X, more), model(X, more)) < 1e-12
+        assert relative_error(deploy(X, more), model(X, more)) < EXACT
 
 
 def test_a_block_that_followed_and_other_code_call():
@@ -398,7 +398,7 @@ def test_a_block_that_followed_and_other_code_call():
         def forward(self, x):
             return self.outer(x if odd(x) else x + 1) + self.block(x, (1, 2))
 
-    check(settled(Net()), (X,), "is called 2 times, and not always in the same way")
+    judge(settled(Net()), (X,), "is called 2 times, and not always in the same way")
 
 
 def first_layer(model):
@@ -414,7 +414,7 @@ def test_a_layer_that_other_code_calls_too():
         def forward(self, x):
             return self.a(x if odd(x) else x + 1) + first_layer(self)(x)
 
-    check(settled(Net()), (X,), "the model, whose code cannot be followed, calls a.l itself")
+    judge(settled(Net()), (X,), "the model, whose code cannot be followed, calls a.l itself")
 
 
 class Featured(nn.Module):
@@ -531,7 +531,7 @@ def test_what_a_function_gives_to_a_part_of_the_module_that_it_is_handed():
     assert relative_error(plan.apply()(X), model(X)) == 0
     plan = structrep.plan(model, X)
     assert len(plan.merges) == 1
-    assert relative_error(plan.apply()(X), model(X)) < 1e-12
+    assert relative_error(plan.apply()(X), model(X)) < EXACT
 
 
 class Asking(Plain):
@@ -550,7 +550,7 @@ class Listing(Plain):
 def test_an_argument_that_was_taken_for_a_tensor(cls, other, inputs):
     model = settled(cls())
     deploy = structrep.reparameterize(model, *inputs)
-    assert relative_error(deploy(X, X), model(X, X)) < 1e-12
+    assert relative_error(deploy(X, X), model(X, X)) < EXACT
     with pytest.raises(ValueError, match="reparameterized for a tensor as mask and was called with mask="):
         deploy(X, other)
 
@@ -558,7 +558,7 @@ def test_an_argument_that_was_taken_for_a_tensor(cls, other, inputs):
 def test_a_number_for_an_argument_that_nothing_is_asked_of():
     model = settled(Added())
     deploy = structrep.reparameterize(model)
-    assert relative_error(deploy(X, 2.0), model(X, 2.0)) < 1e-12
+    assert relative_error(deploy(X, 2.0), model(X, 2.0)) < EXACT
 
 
 def setting(function):

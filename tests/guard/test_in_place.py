@@ -47,6 +47,7 @@ def augmented_slice(m, x):
     return y * (m.d(x) + m.e(x))
 
 
+# How many merges there are, for what others are refused, and the model.
 IN_PLACE = {
     "+= beside a merge": (1, "", lambda: Written(augmented, c=conv(), d=conv(), e=conv(k=1))),
     "*= beside a merge": (1, "", lambda: Written(augmented_product, c=conv(), d=conv(), e=conv(k=1))),

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import structrep
 from tests.support.models import conv, settled
-from tests.support.truth import CLOSE, SAME, check, relative_error
+from tests.support.truth import CLOSE, EXACT, SAME, check, relative_error
 
 X = torch.randn(2, 4, 6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
@@ -86,7 +86,7 @@ def test_a_forward_for_the_converted_model_is_none_that_stands_in_the_way():
     model = settled(Yolo())
     deploy = structrep.reparameterize(model)
     assert isinstance(deploy.bn, nn.Identity)
-    assert relative_error(deploy.forward_fuse(X), model(X)) < 1e-12
+    assert relative_error(deploy.forward_fuse(X), model(X)) < EXACT
 
 
 class DropsTwice(nn.Module):
@@ -126,11 +126,11 @@ class NotFollowed(Net):
 def test_other_forwards(make, method, convs):
     model = settled(make())
     deploy = structrep.reparameterize(model)
-    assert relative_error(deploy(X), model(X)) < 1e-12
+    assert relative_error(deploy(X), model(X)) < EXACT
     mine, truth = getattr(deploy, method)(X), getattr(model, method)(X)
     pairs = zip(mine, truth, strict=True) if isinstance(truth, list) else [(mine, truth)]
     for one, two in pairs:
-        assert relative_error(one, two) < 1e-12
+        assert relative_error(one, two) < EXACT
     assert sum(isinstance(m, nn.Conv2d) for m in deploy.modules()) == convs
     if make is Scaled:
         assert deploy.blocks[0].scale is None
@@ -169,7 +169,7 @@ def test_a_flag_that_gives_back_what_stands_in_a_merge_keeps_it_from_being_done(
     model = settled(make())
     deploy = structrep.reparameterize(model)
     for flag in (False, True):
-        assert relative_error(deploy(X, stem_only=flag), model(X, stem_only=flag)) < 1e-14
+        assert relative_error(deploy(X, stem_only=flag), model(X, stem_only=flag)) < SAME
     assert sum(isinstance(m, nn.BatchNorm2d) for m in deploy.modules()) == 1  # that of the stem
 
 
@@ -187,7 +187,7 @@ class Around(nn.Module):
 def test_a_flag_of_a_part_that_the_model_never_turns_is_guarded():
     model = settled(Around())
     deploy = structrep.reparameterize(model)
-    assert relative_error(deploy(X), model(X)) < 1e-14
+    assert relative_error(deploy(X), model(X)) < SAME
     assert not any(isinstance(m, nn.BatchNorm2d) for m in deploy.modules())
     with pytest.raises(ValueError, match="stem_only"):
         deploy.inner(X, stem_only=True)
@@ -208,7 +208,7 @@ class Verbose(nn.Module):
 def test_a_forward_that_is_written_anew_refuses_other_flags():
     model = settled(Verbose())
     deploy = structrep.reparameterize(model)
-    assert relative_error(deploy(X), model(X)) < 1e-14
+    assert relative_error(deploy(X), model(X)) < SAME
     assert sum(isinstance(m, nn.Conv2d) for m in deploy.modules()) == 1
     with pytest.raises(ValueError, match="apart"):
         deploy(X, apart=True)
@@ -227,7 +227,7 @@ def test_a_flag_that_cannot_be_followed_keeps_nothing_from_being_merged():
     model = settled(Unfollowable())
     deploy = structrep.reparameterize(model)
     for flag in (False, True):
-        assert relative_error(deploy(X, probe=flag), model(X, probe=flag)) < 1e-14
+        assert relative_error(deploy(X, probe=flag), model(X, probe=flag)) < SAME
     assert not any(isinstance(m, nn.BatchNorm2d) for m in deploy.modules())
 
 
@@ -260,7 +260,7 @@ def test_nothing_is_launched_for_a_sum_with_zero():
     with torch.no_grad(), Launched() as launched:
         found = deploy(x)
     assert launched.names == ["convolution", "relu"] * 2
-    assert relative_error(found, model(x)) < 1e-14
+    assert relative_error(found, model(x)) < SAME
     alone = structrep.reparameterize(model[0])
     assert type(alone) is SumFromZero, "no forward is written anew for the sum alone"
 

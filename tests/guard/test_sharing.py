@@ -146,6 +146,7 @@ class ReadsShapes(nn.Module):
         return (self.block(x) * scale).reshape(n, c, h * w).to(x.dtype)
 
 
+# How many merges there are, for what others are refused, the model, and what one call of the deploy model runs.
 SHARED = {
     "conv called twice, once with a norm, once without": (0, "Shared",
         lambda: Written(lambda m, x: m.n(m.c(x)) + F.relu(m.c(x)), c=conv(), n=bn(4)), {"conv": 2, "norm": 1}),

@@ -9,7 +9,7 @@ from torch import fx, nn
 
 import structrep
 from tests.support.models import settled
-from tests.support.truth import relative_error
+from tests.support.truth import EXACT, relative_error
 
 X = torch.randn(2, 4, 6, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
@@ -38,7 +38,7 @@ class Written(nn.Module):
         return y
 
 
-def check(model, merges, x=X, example=False):
+def converts(model, merges, x=X, example=False):
     """Convert; the deploy model is the model, and merges what is said."""
     model = settled(model).double()
     plan = structrep.plan(model, x if example else None)
@@ -47,7 +47,7 @@ def check(model, merges, x=X, example=False):
     for _ in range(2):  # a forward may write to what it finds at the next call
         ours, truth = x.clone(), x.clone()
         with torch.no_grad():
-            assert relative_error(deploy(ours), model(truth)) < 1e-12
+            assert relative_error(deploy(ours), model(truth)) < EXACT
         assert torch.equal(ours, truth)
     assert found == merges, plan
     return plan
@@ -131,14 +131,14 @@ COPIES = {
 def test_what_is_written_through_an_alias(name):
     alias = ALIASES[name]
     # in `between` the norm has read its input, and a layer for both would not have
-    check(Written(lambda m, x: alias(m, x).mul_(2)), 0)
-    check(Written(lambda m, x: None, after=lambda m, x: alias(m, x).mul_(2)), 1)
+    converts(Written(lambda m, x: alias(m, x).mul_(2)), 0)
+    converts(Written(lambda m, x: None, after=lambda m, x: alias(m, x).mul_(2)), 1)
 
 
 @pytest.mark.parametrize("name", COPIES)
 def test_what_is_written_to_a_copy(name):
     copied = COPIES[name]
-    check(Written(lambda m, x: copied(m, x).mul_(2)), 1)
+    converts(Written(lambda m, x: copied(m, x).mul_(2)), 1)
 
 
 # --- code that is not followed -----------------------------------------------------------------------------
@@ -159,7 +159,7 @@ def test_a_function_that_is_kept_whole_gives_back_its_second_argument():
     def between(m, x):
         second(torch.zeros_like(x), x).mul_(2)
 
-    check(Written(between), 0)
+    converts(Written(between), 0)
 
 
 class BaseOfAView(nn.Module):
@@ -178,11 +178,11 @@ class BaseOfAView(nn.Module):
 
 
 def test_what_a_value_may_be_an_alias_of_is_written_to():
-    check(BaseOfAView(), 0)
+    converts(BaseOfAView(), 0)
 
 
 def test_a_function_that_is_kept_whole_may_write():
-    check(Written(lambda m, x: doubles(x)), 0)
+    converts(Written(lambda m, x: doubles(x)), 0)
 
 
 @pytest.mark.parametrize("kind", ["writes before", "writes after", "gives back"])
@@ -200,7 +200,7 @@ def test_hooks_may_write_to_what_they_see(kind):
         model.act2.register_forward_hook(lambda m, args, out: args[0].mul_(2))
     else:
         model.act2.register_forward_hook(lambda m, args, out: args[0])
-    check(model, 0)
+    converts(model, 0)
 
 
 # --- shapes and memory that change in place ----------------------------------------------------------------
@@ -232,7 +232,7 @@ SHAPES = {
 @pytest.mark.parametrize("name", SHAPES)
 def test_shapes_that_change_in_place(name, example):
     write, merges = SHAPES[name]
-    check(Transposed(write, None), merges, torch.randn(2, 4, 6, 4, dtype=torch.float64), example)
+    converts(Transposed(write, None), merges, torch.randn(2, 4, 6, 4, dtype=torch.float64), example)
 
 
 class Assigns(nn.Module):
@@ -248,7 +248,7 @@ class Assigns(nn.Module):
 
 @pytest.mark.parametrize(("name", "merges"), [("data", 0), ("own", 1)])
 def test_attributes_that_are_set_on_a_value(name, merges):
-    check(Assigns(name), merges)
+    converts(Assigns(name), merges)
 
 
 # --- what the model holds, and writes to -------------------------------------------------------------------
@@ -288,13 +288,15 @@ BUFFERS = {
 
 @pytest.mark.parametrize("name", BUFFERS)
 def test_a_buffer_that_a_forward_writes_to_is_no_constant(name):
-    check(WritesBuffer(*BUFFERS[name]), 0)
+    converts(WritesBuffer(*BUFFERS[name]), 0)
 
 
 def test_a_buffer_that_a_forward_only_reads_is_one():
-    check(WritesBuffer(lambda m, x: m.mean.add_(1), lambda m, y: y * m.scale), 0)  # what writes cannot be written anew
-    check(WritesBuffer(lambda m, x: m.scale.mul(2), lambda m, y: y * m.scale), 1)
-    check(WritesBuffer(lambda m, x: F.batch_norm(x, m.mean, m.var), lambda m, y: F.batch_norm(y, m.mean, m.var)), 1)
+    converts(
+        WritesBuffer(lambda m, x: m.mean.add_(1), lambda m, y: y * m.scale), 0
+    )  # what writes cannot be written anew
+    converts(WritesBuffer(lambda m, x: m.scale.mul(2), lambda m, y: y * m.scale), 1)
+    converts(WritesBuffer(lambda m, x: F.batch_norm(x, m.mean, m.var), lambda m, y: F.batch_norm(y, m.mean, m.var)), 1)
 
 
 # --- chance ------------------------------------------------------------------------------------------------
@@ -344,7 +346,7 @@ def test_what_is_drawn_at_every_call_is_no_constant(name):
     ],
 )
 def test_what_could_draw_and_does_not_is_a_constant(quiet):
-    check(Draws(quiet), 1)
+    converts(Draws(quiet), 1)
 
 
 # --- questions ---------------------------------------------------------------------------------------------
@@ -372,4 +374,4 @@ QUESTIONS = {
 @pytest.mark.parametrize("example", [False, True])
 @pytest.mark.parametrize("name", QUESTIONS)
 def test_what_is_asked_of_a_value(name, example):
-    check(Asks(QUESTIONS[name]), 1, example=example)
+    converts(Asks(QUESTIONS[name]), 1, example=example)

@@ -16,7 +16,7 @@ from tests.foreign.expandnet import HalfLinear, NonLinear, expand_cl
 from tests.foreign.networks import TwoInputs
 from tests.foreign.repvgg import Stacked
 from tests.support.models import noise, randomised
-from tests.support.truth import EXACT, call, distance, equal, executed, fingerprint, flat
+from tests.support.truth import EXACT, SAME, call, distance, equal, executed, fingerprint, flat
 
 ALL = [*BLOCKS, *NETWORKS]
 
@@ -186,7 +186,7 @@ def test_result_can_be_copied_saved_and_exported(case, way):
             with pytest.raises(Exception):  # noqa: B017, PT011
                 SURGERY[way](it.model, it.x)
             pytest.skip("nor could it be with the training-time model")
-    assert equal(other, it.deploy, it.x, within=1e-14)
+    assert equal(other, it.deploy, it.x, within=SAME)
 
 
 @one_of_each

@@ -11,7 +11,7 @@ import structrep
 from structrep.algebra import ConvMap
 from structrep.errors import BadInput, Inexact
 from tests.support.models import settled
-from tests.support.truth import relative_error, says
+from tests.support.truth import CLOSE, SAME, relative_error, says
 
 X = torch.randn(2, 4, 7, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
@@ -36,7 +36,7 @@ def test_a_bias_before_a_pad_is_solved_for(make):
     model = make()
     plan = structrep.plan(model)
     deploy = plan.apply()
-    assert relative_error(deploy(X), model(X)) < 1e-13
+    assert relative_error(deploy(X), model(X)) < CLOSE
     assert len(convs(deploy)) == 1
     assert "per channel, for the border" in plan.merges[0].border
     plan.prove()
@@ -49,7 +49,7 @@ def test_one_constant_for_all_channels_is_a_pad():
     model = chain(nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 3, padding=1))
     model[0].bias.data = -0.5 * model[0].weight.data.sum((1, 2, 3))
     plan = structrep.plan(model)
-    assert relative_error(plan.apply()(X), model(X)) < 1e-14
+    assert relative_error(plan.apply()(X), model(X)) < SAME
     assert "with 0.5" in plan.merges[0].border
 
 
@@ -91,7 +91,7 @@ def test_a_convolution_with_a_forward_of_its_own_gets_its_pad_too():
 
     model = settled(Net())
     deploy = structrep.plan(model).apply()
-    assert relative_error(deploy(X), model(X)) < 1e-13
+    assert relative_error(deploy(X), model(X)) < CLOSE
 
 
 # --- allowed to differ -----------------------------------------------------------------------------------------------
@@ -107,7 +107,7 @@ def test_an_inexact_border_is_done_only_where_it_is_allowed_and_says_how_far_it_
     (merge,) = plan.merges
     deploy = plan.apply()
     error = (deploy(X) - model(X)).abs().amax((0, 1))
-    assert error[1:-1, 1:-1].max() < 1e-13
+    assert error[1:-1, 1:-1].max() < CLOSE
     off = int((error > 1e-10).sum())
     assert off == 7 * 6 - 5 * 4
     assert f"7x6 pixels {off} of 42 output pixels differ" in merge.border
@@ -123,7 +123,7 @@ def test_reparameterize_takes_inexact_borders_by_glob():
 def test_an_exact_border_is_preferred_to_an_allowed_one():
     model = chain(nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 3, padding=1))
     plan = structrep.plan(model, inexact_borders="*")
-    assert relative_error(plan.apply()(X), model(X)) < 1e-13
+    assert relative_error(plan.apply()(X), model(X)) < CLOSE
     assert "inexact" not in plan.merges[0].border
 
 
@@ -171,7 +171,7 @@ def test_merges_that_hold_for_some_sizes(name):
     assert any("holds for inputs of" in merge.sizes for merge in plan.merges)
     for good in (size, *more):
         x = torch.randn(2, 4, *good, dtype=torch.float64)
-        assert relative_error(deploy(x), model(x)) < 1e-13
+        assert relative_error(deploy(x), model(x)) < CLOSE
     for bad in others:
         with pytest.raises(ValueError, match="reparameterize with example_inputs of that size"):
             deploy(torch.randn(2, 4, *bad, dtype=torch.float64))
@@ -225,9 +225,9 @@ def test_what_a_pad_makes_exact_is_exact(pair):
         return
     truth = second(first(x))
     size = second.kernel.abs().sum() * (first.kernel.abs().sum() * (x.abs().max() + padded.fill.abs().max()) + 1)
-    assert float((padded(x) - truth).abs().max()) <= 1e-14 * float(size)
+    assert float((padded(x) - truth).abs().max()) <= SAME * float(size)
     shift = padded.fill.reshape(-1, *[1] * padded.geometry.dims)
-    assert float((padded.shifted(padded.fill)(x - shift) - truth).abs().max()) <= 1e-14 * float(size)
+    assert float((padded.shifted(padded.fill)(x - shift) - truth).abs().max()) <= SAME * float(size)
 
 
 @given(pairs())
@@ -260,7 +260,7 @@ def test_a_border_that_may_differ_may_do_so_in_a_sum():
     deploy = plan.reparameterize()
     structrep.assert_merged(deploy)
     x = torch.randn(1, 4, 9, 9, dtype=torch.float64)
-    assert relative_error(deploy(x)[..., 1:-1, 1:-1], model(x)[..., 1:-1, 1:-1]) < 1e-13
+    assert relative_error(deploy(x)[..., 1:-1, 1:-1], model(x)[..., 1:-1, 1:-1]) < CLOSE
 
 
 def test_a_bias_before_a_transposed_convolution_is_no_border():

@@ -20,6 +20,7 @@ def added(**layers):
     return Written(lambda m, x: functools.reduce(operator.add, [layer(x) for layer in m.children()]), **layers)
 
 
+# How many merges there are, for what others are refused, and the model.
 GEOMETRY = {
     "same with even kernels": (1, "", lambda: added(a=conv(k=4, padding="same"), b=conv(k=2, padding="same"), c=bn(4))),
     "same with even and odd": (0, "Costlier", lambda: added(a=conv(k=(4, 3), padding="same", dilation=2), b=conv(k=1))),

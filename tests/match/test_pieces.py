@@ -9,7 +9,7 @@ from torch import nn
 import structrep
 from tests.foreign.repmlp import RepMLPBlock
 from tests.support.models import settled
-from tests.support.truth import relative_error
+from tests.support.truth import EXACT, relative_error
 
 
 @pytest.mark.parametrize(
@@ -29,7 +29,7 @@ def test_the_published_block_becomes_its_deploy_form(block, size, inplace):
     plan = structrep.plan(model)
     assert [merge.rules for merge in plan.merges] == [("repmlp",)]
     deploy = structrep.reparameterize(model, x, inplace=inplace)[0]
-    assert relative_error(deploy(x), truth) < 1e-12
+    assert relative_error(deploy(x), truth) < EXACT
     assert type(deploy) is not RepMLPBlock
     assert isinstance(deploy, RepMLPBlock)
     assert deploy.fc3.bias is not None
@@ -85,7 +85,7 @@ def test_what_is_not_of_the_same_pieces_stays(how):
     model = settled(Cut(how))
     x = torch.randn(3, 2, 4, 4, dtype=torch.float64)
     deploy = structrep.reparameterize(model)
-    assert relative_error(deploy(x), model(x)) < 1e-12
+    assert relative_error(deploy(x), model(x)) < EXACT
     assert (deploy.conv is not None) == bool(how)
     if how == "kept":
         assert torch.equal(deploy.seen, model.seen)
@@ -110,7 +110,7 @@ def test_unrolled_is_a_homomorphism(width, groups, height, breadth, kernel, data
     g = structrep.ConvMap(draw(channels, channels, 1, 1), draw(channels))
     x = draw(2, channels, *size)
     assert torch.allclose(f.unrolled(size)(x.flatten(1)), f(x).flatten(1), rtol=0, atol=1e-12)
-    assert (f + other).unrolled(size).distance(f.unrolled(size) + other.unrolled(size)) < 1e-12
+    assert (f + other).unrolled(size).distance(f.unrolled(size) + other.unrolled(size)) < EXACT
     assert (f >> g).unrolled(size).distance(f.unrolled(size) >> g.unrolled(size)) < 1e-11
     assert f.unrolled(size).geometry.groups == groups
 
@@ -128,4 +128,4 @@ def test_a_sum_that_spreads_one_of_its_values_is_none_of_pieces():
 
     model = settled(Spread())
     x = torch.randn(2, 1, 4, 4, dtype=torch.float64)
-    assert relative_error(structrep.reparameterize(model)(x), model(x)) < 1e-12
+    assert relative_error(structrep.reparameterize(model)(x), model(x)) < EXACT

@@ -8,7 +8,7 @@ from torch import nn
 import structrep
 from structrep.errors import BadInput
 from tests.support.models import settled
-from tests.support.truth import relative_error
+from tests.support.truth import EXACT, relative_error
 
 X = torch.randn(2, 4, 9, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
@@ -19,7 +19,7 @@ def test_a_resnet_becomes_plain(block):
     x = torch.randn(1, 3, 32, 32, dtype=torch.float64)
     deploy = structrep.reparameterize(model, x, reserve="layer*")
     assert type(deploy.layer1[0]).__mro__[1] is type(model.layer1[0])
-    assert relative_error(deploy(x), model(x)) < 1e-12
+    assert relative_error(deploy(x), model(x)) < EXACT
     assert all(block.downsample is None for block in (deploy.layer2[0], deploy.layer3[0]))
     graph = torch.fx.symbolic_trace(deploy).graph
     assert not [n for n in graph.nodes if "add" in str(n.target)]
@@ -65,7 +65,7 @@ def test_a_block_becomes_plain(how, act, inplace):
     assert plan.merges[0].multiply_adds[1] > plan.merges[0].multiply_adds[0]
     assert plan.verify(X.float()).ok
     deploy = structrep.reparameterize(model, reserve="0", inplace=inplace)
-    assert relative_error(deploy(X.clone()), truth) < 1e-12
+    assert relative_error(deploy(X.clone()), truth) < EXACT
     assert (deploy[0].a.out_channels, deploy[0].b.in_channels) == (10, 10)
 
 
@@ -85,7 +85,7 @@ def test_a_residual_that_cannot_be_carried_stays(model, reason):
     plan = structrep.plan(model, reserve="*")
     assert any(reason in refusal.reason for refusal in plan.refusals if refusal.rule == "rmnet")
     deploy = plan.apply()
-    assert relative_error(deploy(X), model(X)) < 1e-12
+    assert relative_error(deploy(X), model(X)) < EXACT
     assert deploy[0].a.out_channels == 6
 
 
@@ -124,5 +124,5 @@ def test_what_is_carried_is_as_the_activation_left_it(how):
 
     model = settled(nn.Sequential(Written()))
     deploy = structrep.reparameterize(model, reserve="0")
-    assert relative_error(deploy(X), model(X)) < 1e-12
+    assert relative_error(deploy(X), model(X)) < EXACT
     assert (deploy[0].a.out_channels == 8) == (how == "scaled")

@@ -78,7 +78,7 @@ def test_all_take_their_part(make, inplace):
     model = settled(make())
     truth = model(X.clone())
     deploy = structrep.reparameterize(model, inplace=inplace)
-    assert relative_error(deploy(X.clone()), truth) < 1e-12
+    assert relative_error(deploy(X.clone()), truth) < EXACT
     assert norms(deploy) == 0 or make is Functional
     if make is Functional:
         assert deploy.norm is None
@@ -92,7 +92,7 @@ def refusals(model):
 
 def stays(model, norm="norm", x=X):
     deploy = structrep.reparameterize(model)
-    assert relative_error(deploy(x.clone()), model(x.clone())) < 1e-12
+    assert relative_error(deploy(x.clone()), model(x.clone())) < EXACT
     assert isinstance(deploy.get_submodule(norm), nn.BatchNorm2d)
     return deploy
 
@@ -164,7 +164,7 @@ def test_none_does_where_the_code_of_one_cannot_be_written():
     model = settled(Counted())
     deploy = structrep.reparameterize(model)  # whose text stays, and counts
     x = torch.randn(2, 4, 5, 5, dtype=torch.float64)
-    assert relative_error(deploy(x), model(x)) < 1e-12
+    assert relative_error(deploy(x), model(x)) < EXACT
     assert deploy.v.calls > 0
 
 
@@ -182,7 +182,7 @@ def test_one_layer_may_take_parts_of_two():
     model = settled(Chain())
     deploy = structrep.reparameterize(model)
     for mine, truth in zip(deploy(X), model(X), strict=True):
-        assert relative_error(mine, truth) < 1e-12
+        assert relative_error(mine, truth) < EXACT
     assert norms(deploy) == 0
 
 
@@ -255,7 +255,7 @@ class Windows(nn.Module):
 def test_a_scale_is_taken_by_a_layer_whose_dims_are_moved(example):
     model = settled(FeedForward())
     deploy = structrep.reparameterize(model, example)
-    assert relative_error(deploy(X), model(X)) < 1e-12
+    assert relative_error(deploy(X), model(X)) < EXACT
     assert norms(deploy) == 0
     assert deploy.gamma is None
     assert deploy.act[1].beta is None
@@ -268,7 +268,7 @@ def test_a_norm_of_tokens_goes_into_the_linear_behind_a_window_partition():
     x = torch.randn(2, 4, 6, 9, dtype=torch.float64)
     deploy = structrep.reparameterize(model, x)
     for mine, truth in zip(deploy(x), model(x), strict=True):
-        assert relative_error(mine, truth) < 1e-12
+        assert relative_error(mine, truth) < EXACT
     assert norms(deploy) == 1, "the tokens are an output too"
 
     class Alone(Windows):
@@ -277,7 +277,7 @@ def test_a_norm_of_tokens_goes_into_the_linear_behind_a_window_partition():
 
     model = settled(Alone())
     deploy = structrep.reparameterize(model, x)
-    assert relative_error(deploy(x), model(x)) < 1e-12
+    assert relative_error(deploy(x), model(x)) < EXACT
     assert norms(deploy) == 0
     assert not structrep.plan(deploy, x).merges
 
@@ -322,7 +322,7 @@ def test_moves(moves, norm, merges):
     x = torch.randn(4, 4, 4, 4, dtype=torch.float64)
     plan = structrep.plan(model, x)
     deploy = structrep.reparameterize(model, x)
-    assert relative_error(deploy(x), model(x)) < 1e-12
+    assert relative_error(deploy(x), model(x)) < EXACT
     assert (norms(deploy) == 0 if norm else len(plan.merges) == 1) == merges
 
 
@@ -393,7 +393,7 @@ def test_weight_and_bias_of_a_norm_of_tokens_go_into_the_linears(make, inplace):
     truth, numbers = model(TOKENS), sum(p.numel() for p in model.parameters())
     own = sum(p.numel() for p in model.norm.parameters())
     deploy = structrep.reparameterize(model, inplace=inplace)
-    assert relative_error(deploy(TOKENS), truth) < 1e-12
+    assert relative_error(deploy(TOKENS), truth) < EXACT
     assert not list(deploy.norm.parameters())
     assert repr(deploy.norm) == repr(pickle.loads(pickle.dumps(deploy)).norm)
     biases = own > 4  # then the keys, which have no bias of their own, are given one
@@ -405,7 +405,7 @@ def test_weight_and_bias_of_a_norm_of_tokens_go_into_the_linears(make, inplace):
 def test_weight_and_bias_of_a_norm_of_images_go_into_the_convolution(norm):
     model = learned(nn.Sequential(nn.Conv2d(4, 4, 3), norm(), nn.Conv2d(4, 6, 1), nn.GELU()))
     deploy = structrep.reparameterize(model)
-    assert relative_error(deploy(X), model(X)) < 1e-12
+    assert relative_error(deploy(X), model(X)) < EXACT
     assert type(deploy[1]) is type(model[1])
     assert not list(deploy[1].parameters())
     assert not structrep.plan(deploy).merges
@@ -426,7 +426,7 @@ def test_a_functional_norm_gives_up_its_weight_and_bias():
 
     model = learned(Functional())
     deploy = structrep.reparameterize(model)
-    assert relative_error(deploy(TOKENS), model(TOKENS)) < 1e-12
+    assert relative_error(deploy(TOKENS), model(TOKENS)) < EXACT
     assert deploy.weight is None
     assert deploy.bias is None
 
@@ -455,7 +455,7 @@ class Elsewhere(nn.Module):
 def test_a_norm_that_is_of_use_elsewhere_keeps_its_weight(how):
     model = learned(Elsewhere(how))
     deploy = structrep.reparameterize(model)
-    assert relative_error(deploy(TOKENS), model(TOKENS)) < 1e-12
+    assert relative_error(deploy(TOKENS), model(TOKENS)) < EXACT
     assert torch.equal(deploy.norm.weight, model.norm.weight)
     if how == "kept":
         assert torch.equal(deploy.seen, model.seen)
@@ -472,7 +472,7 @@ def test_a_norm_that_is_of_use_elsewhere_keeps_its_weight(how):
 )
 def test_a_norm_whose_weight_is_none_of_the_layer_keeps_it(model):
     deploy = structrep.reparameterize(learned(model))
-    assert relative_error(deploy(X), model(X)) < 1e-12
+    assert relative_error(deploy(X), model(X)) < EXACT
     assert torch.equal(deploy[0].weight, model[0].weight)
 
 
@@ -518,8 +518,8 @@ def test_what_another_forward_gives_back_stays_what_it_is(how):
     model = learned(settled(Features(how)))
     x = torch.randn(2, 4, 4, 4, dtype=torch.float64)
     deploy = structrep.reparameterize(model)
-    assert relative_error(deploy(x), model(x)) < 1e-12
-    assert relative_error(deploy.forward_features(x), model.forward_features(x)) < 1e-12
+    assert relative_error(deploy(x), model(x)) < EXACT
+    assert relative_error(deploy.forward_features(x), model.forward_features(x)) < EXACT
     assert any("forward_features" in refusal.reason for refusal in structrep.plan(model).refusals)
 
 
@@ -558,7 +558,7 @@ def test_channels_that_are_mixed_are_followed_no_further(mix, example):
     model = learned(settled(Heads(mix)))
     x = torch.randn(2, 4, 4, dtype=torch.float64)
     deploy = structrep.reparameterize(model, x if example else None)
-    assert relative_error(deploy(x), model(x)) < 1e-12
+    assert relative_error(deploy(x), model(x)) < EXACT
 
 
 @pytest.mark.parametrize("name", ["weight", "bias"])
@@ -571,7 +571,7 @@ def test_a_parametrized_norm_keeps_its_weight(name):
     torch.nn.utils.parametrize.register_parametrization(norm, name, Positive())
     model = learned(nn.Sequential(norm, nn.Linear(4, 4)))
     deploy = structrep.reparameterize(model)
-    assert relative_error(deploy(TOKENS), model(TOKENS)) < 1e-12
+    assert relative_error(deploy(TOKENS), model(TOKENS)) < EXACT
 
 
 def rows(y):
@@ -642,7 +642,7 @@ def test_a_norm_that_was_probed_is_no_norm_of_each_value_too():
     model = settled(nn.Sequential(nn.ReLU(), norm, nn.Conv2d(4, 4, 1), nn.ReLU()))
     plan = structrep.plan(model, X, probe="1")
     assert [merge.rules for merge in plan.merges] == [("fold_prenorm",)]
-    assert relative_error(plan.reparameterize(X)(X), model(X)) < 1e-12
+    assert relative_error(plan.reparameterize(X)(X), model(X)) < EXACT
 
 
 class ByAPartsParameters(nn.Module):
@@ -667,4 +667,4 @@ def test_a_norm_that_is_given_the_parameters_of_a_part(holder, given):
     model, x = settled(ByAPartsParameters(holder)), torch.randn(2, 4, dtype=torch.float64)
     plan = structrep.plan(model, *((x,) if given else ()))
     assert len(plan.merges) == 1
-    assert relative_error(plan.reparameterize()(x), model(x)) < 1e-12
+    assert relative_error(plan.reparameterize()(x), model(x)) < EXACT

@@ -7,12 +7,8 @@ import torch
 from torch import Tensor, nn
 
 import structrep
-from tests.support.models import settled
-from tests.support.truth import relative_error
-
-
-def conv(padding_mode="zeros", stride=1):
-    return nn.Conv2d(4, 4, 3, stride, 1, padding_mode=padding_mode)
+from tests.support.models import conv, settled
+from tests.support.truth import CLOSE, relative_error
 
 
 class Sum(nn.Module):
@@ -31,7 +27,7 @@ class Sum(nn.Module):
 
 OTHERS = {
     "not linear": lambda: nn.Sequential(conv(), nn.ReLU()),
-    "another border": lambda: conv("reflect"),
+    "another border": lambda: conv(padding_mode="reflect"),
     "of each value": lambda: nn.Sequential(conv(), nn.GroupNorm(1, 4)),
 }
 
@@ -39,7 +35,7 @@ OTHERS = {
 def merged(model: nn.Module) -> nn.Module:
     x = torch.randn(2, 4, 7, 6, dtype=torch.float64)
     deploy = structrep.reparameterize(model, x)
-    assert relative_error(deploy(x), model(x)) < 1e-13
+    assert relative_error(deploy(x), model(x)) < CLOSE
     return deploy
 
 
@@ -57,7 +53,7 @@ def test_the_order_of_three_does_not_matter(order, other):
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(4))), ids=str)
 def test_two_groups_merge_each_for_itself(order):
-    branches = [conv(), conv(), conv("reflect"), conv("reflect")]
+    branches = [conv(), conv(), conv(padding_mode="reflect"), conv(padding_mode="reflect")]
     model = settled(Sum([branches[index] for index in order]))
     assert convolutions(merged(model)) == 2
 
@@ -136,7 +132,7 @@ def test_a_sum_that_is_looked_at_stays(kind):
     x = torch.randn(2, 4, 7, 6, dtype=torch.float64)
     deploy = structrep.reparameterize(model, x)
     for found, expected in zip(deploy(x), model(x), strict=True):
-        assert relative_error(found, expected) < 1e-13
+        assert relative_error(found, expected) < CLOSE
     assert convolutions(deploy) == 3
 
 
@@ -173,7 +169,7 @@ def test_a_partial_sum_that_a_block_gives_back_stays_though_nobody_takes_it():
     model = settled(Outer())
     x = torch.randn(2, 4, 7, 6, dtype=torch.float64)
     for found, expected in zip(merged(model).block(x), model.block(x), strict=True):
-        assert relative_error(found, expected) < 1e-13
+        assert relative_error(found, expected) < CLOSE
 
 
 class Passed(Convs):
@@ -222,7 +218,7 @@ class Ranks(Convs):
 def test_ranks_are_those_of_the_new_order():
     model = settled(Ranks())
     x = torch.randn(2, 4, 7, 6, dtype=torch.float64)
-    assert relative_error(structrep.reparameterize(model)(x), model(x)) < 1e-13
+    assert relative_error(structrep.reparameterize(model)(x), model(x)) < CLOSE
 
 
 class Repeated(Convs):
@@ -243,7 +239,7 @@ class Repeated(Convs):
 def test_an_addend_that_stands_twice_is_added_twice():
     model = settled(Repeated())
     x = torch.randn(2, 4, 7, 6, dtype=torch.float64)
-    assert relative_error(structrep.reparameterize(model)(x), model(x)) < 1e-13
+    assert relative_error(structrep.reparameterize(model)(x), model(x)) < CLOSE
 
 
 class Late(Convs):

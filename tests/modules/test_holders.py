@@ -12,7 +12,7 @@ from torch import nn
 
 import structrep
 from tests.support.models import settled
-from tests.support.truth import relative_error
+from tests.support.truth import EXACT, relative_error
 
 X = torch.randn(2, 4, 7, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
@@ -81,7 +81,7 @@ def test_a_part_that_is_held_elsewhere_stays(make, use, inputs):
     model = settled(type("Made", (Holding,), {"make": staticmethod(make), "use": staticmethod(use)})())
     with pytest.warns(structrep.NothingMerged):
         deploy = structrep.reparameterize(model, *inputs)
-    assert relative_error(deploy(X), model(X)) < 1e-12
+    assert relative_error(deploy(X), model(X)) < EXACT
 
 
 def test_a_method_of_a_part_is_code_that_is_merged():
@@ -91,7 +91,7 @@ def test_a_method_of_a_part_is_code_that_is_merged():
     model = settled(Model())
     plan = structrep.plan(model)
     assert len(plan.merges) == 1
-    assert relative_error(plan.apply()(X), model(X)) < 1e-12
+    assert relative_error(plan.apply()(X), model(X)) < EXACT
 
 
 def test_an_object_whose_method_runs_parts():
@@ -119,7 +119,7 @@ def test_what_holds_other_parts_or_the_model_itself_is_no_matter():
     model = settled(Model())
     plan = structrep.plan(model)
     assert len(plan.merges) == 1
-    assert relative_error(plan.apply()(X), model(X)) < 1e-12
+    assert relative_error(plan.apply()(X), model(X)) < EXACT
 
 
 class CopiesItself(nn.Sequential):
@@ -144,4 +144,4 @@ def test_a_copy_is_in_the_modes_of_its_original(inputs):
     assert isinstance(deploy[1], nn.Identity)
     assert [part.training for part in deploy.modules()] == [False, False, False, True]
     assert deploy.graph == "eval"
-    assert relative_error(deploy(X), model(X)) < 1e-12
+    assert relative_error(deploy(X), model(X)) < EXACT

@@ -12,7 +12,7 @@ from torch import nn
 import structrep
 from structrep.errors import BadInput
 from tests.support.models import noise, settled
-from tests.support.truth import CLOSE, check, relative_error
+from tests.support.truth import CLOSE, EXACT, check, relative_error
 
 X = torch.randn(1, 3, 5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
@@ -70,7 +70,7 @@ def test_classes_that_are_in_no_module():
     assert "__module__" not in vars(type(model[0]))
     deploy = structrep.reparameterize(model, X)
     assert len(structrep.plan(model).merges) == 2
-    assert relative_error(deploy(X), model(X)) < 1e-12
+    assert relative_error(deploy(X), model(X)) < EXACT
 
 
 def start(self):
@@ -190,7 +190,7 @@ def test_long_graphs_need_no_deep_stack(kind):
         sys.setrecursionlimit(before)
     assert not [refusal for refusal in plan.refusals if "recursion" in refusal.reason]
     assert merges is None or len(plan.merges) == merges
-    assert relative_error(deploy(X), model(X)) < 1e-12
+    assert relative_error(deploy(X), model(X)) < EXACT
 
 
 # --- odd and ordinary ------------------------------------------------------------------------------
@@ -255,7 +255,7 @@ def test_set_ups(kind, inputs):
     settled(model)
     deploy = structrep.reparameterize(model, inputs)
     assert len(structrep.plan(model, inputs).merges) == 2
-    assert relative_error(deploy(X), model(X)) < 1e-12
+    assert relative_error(deploy(X), model(X)) < EXACT
 
 
 def test_what_cannot_be_copied_is_said():
@@ -281,7 +281,7 @@ def test_classes_with_an_equality_or_a_truth_of_their_own():
     with pytest.raises(BadInput, match="needs a __hash__ too"):
         structrep.plan(Unhashable().eval())
     model = settled(Untrue())
-    assert relative_error(structrep.reparameterize(model, X)(X), model(X)) < 1e-12
+    assert relative_error(structrep.reparameterize(model, X)(X), model(X)) < EXACT
 
 
 def test_weights_made_in_inference_mode():
@@ -290,7 +290,7 @@ def test_weights_made_in_inference_mode():
     deploy = structrep.reparameterize(model, X)
     assert len(structrep.plan(model).merges) == 2
     with torch.no_grad():
-        assert relative_error(deploy(X), model(X)) < 1e-12
+        assert relative_error(deploy(X), model(X)) < EXACT
 
 
 # --- names ------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from torch import nn
 
 import structrep
 from tests.support.models import settled
-from tests.support.truth import relative_error
+from tests.support.truth import EXACT, relative_error
 
 # torch 2.6 sets no proxy as a buffer: a forward that does is refused there
 SETS_PROXIES = "__torch_function__" in inspect.getsource(nn.Module.__setattr__)
@@ -219,7 +219,7 @@ def judge(cls, change, inputs):
     reset()
     deploy = structrep.reparameterize(model, *inputs)
     assert isinstance(deploy.n, nn.Identity)  # the merge of modules stands
-    assert relative_error(counted(deploy), counted(model)) < 1e-12
+    assert relative_error(counted(deploy), counted(model)) < EXACT
 
 
 @pytest.mark.parametrize("inputs", [(), (X,)], ids=["alone", "inputs"])
@@ -242,7 +242,7 @@ def test_a_counter_that_does_not_move_is_a_constant():
     deploy = structrep.reparameterize(model)
     assert type(deploy) is not type(model)  # written anew, with the factor in the layer
     assert "LIST" in inspect.getsource(type(deploy).forward)
-    assert relative_error(deploy(X), model(X)) < 1e-12
+    assert relative_error(deploy(X), model(X)) < EXACT
 
 
 @pytest.mark.parametrize("inputs", [(), (X,)], ids=["alone", "inputs"])
@@ -263,8 +263,8 @@ def test_a_buffer_that_adds_up(inputs):
     assert len(plan.merges) == SETS_PROXIES
     deploy = plan.apply()
     assert isinstance(deploy.n, nn.Identity) == SETS_PROXIES
-    assert relative_error(counted(deploy), counted(model)) < 1e-12
-    assert relative_error(deploy.total, model.total) < 1e-12
+    assert relative_error(counted(deploy), counted(model)) < EXACT
+    assert relative_error(deploy.total, model.total) < EXACT
 
 
 def set_between(self, x):
@@ -294,5 +294,5 @@ def test_a_buffer_that_is_given_a_value(forward):
     plan = structrep.plan(model)
     assert len(plan.merges) == (forward is set_behind and SETS_PROXIES)
     deploy = plan.apply()
-    assert relative_error(counted(deploy), counted(model)) < 1e-12
-    assert relative_error(deploy.last, model.last) < 1e-12
+    assert relative_error(counted(deploy), counted(model)) < EXACT
+    assert relative_error(deploy.last, model.last) < EXACT

@@ -16,7 +16,7 @@ import structrep
 from structrep.blocks import RepVGGBlock2d
 from structrep.errors import BadInput, Sharded, Unmerged
 from tests.support.models import settled
-from tests.support.truth import relative_error
+from tests.support.truth import EXACT, SAME, relative_error
 
 X = torch.randn(2, 3, 6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
@@ -46,7 +46,7 @@ def test_it_is_the_model_inside_that_comes_back(model, wrap, inplace):
     deploy = structrep.reparameterize(wrapped, X, inplace=inplace)
     assert type(deploy) is type(model)
     assert layers(deploy) == ["Conv2d", "ReLU", "Conv2d"]
-    assert relative_error(deploy(X), truth) < 1e-12
+    assert relative_error(deploy(X), truth) < EXACT
     assert (deploy is model) == inplace
 
 
@@ -56,7 +56,7 @@ def test_distributed_data_parallel(model):
     deploy = structrep.reparameterize(DistributedDataParallel(model), X)
     assert type(deploy) is type(model)
     assert layers(deploy) == ["Conv2d", "ReLU", "Conv2d"]
-    assert relative_error(deploy(X), truth) < 1e-12
+    assert relative_error(deploy(X), truth) < EXACT
 
 
 @pytest.mark.parametrize("average", ["swa", "timm"])
@@ -77,7 +77,7 @@ def test_an_averaged_copy(model, average):
     deploy = structrep.reparameterize(ema, X)
     assert type(deploy) is type(ema)
     assert layers(deploy.module) == ["Conv2d", "ReLU", "Conv2d"]
-    assert relative_error(deploy(X), ema(X)) < 1e-12
+    assert relative_error(deploy(X), ema(X)) < EXACT
     assert relative_error(deploy(X), model(X)) > 1e-3
 
 
@@ -170,14 +170,14 @@ def test_what_is_compiled_is_seen_through(make, backend):
     truth = model(X)  # compiled by now
     assert len(structrep.plan(model).merges) == 2
     deploy = structrep.reparameterize(model, X)
-    assert relative_error(deploy(X), truth) < 1e-12
-    assert relative_error(model(X), truth) < 1e-14
+    assert relative_error(deploy(X), truth) < EXACT
+    assert relative_error(model(X), truth) < SAME
     assert not any(vars(module).get("_compiled_call_impl") for module in deploy.modules())
     deploy.compile(backend=backend)
-    assert relative_error(deploy(X), truth) < 1e-12
+    assert relative_error(deploy(X), truth) < EXACT
     assert structrep.reparameterize(model, X, inplace=True) is model
     assert not structrep.plan(model).merges
-    assert relative_error(model(X), truth) < 1e-12  # not what was compiled of the old layers
+    assert relative_error(model(X), truth) < EXACT  # not what was compiled of the old layers
     for parameter in model.parameters():
         parameter.data.mul_(2)
     assert relative_error(model(X), truth) > 1e-2
@@ -191,7 +191,7 @@ def test_a_copy_runs_its_own_layers_where_the_forward_is_assigned():
     truth = model(X)
     deploy = structrep.reparameterize(model, X)
     assert len(structrep.plan(model).merges) == 2
-    assert relative_error(deploy(X), truth) < 1e-12
+    assert relative_error(deploy(X), truth) < EXACT
     for parameter in deploy.parameters():
         parameter.data.mul_(2)
     assert relative_error(deploy(X), truth) > 1e-2
@@ -220,7 +220,7 @@ def test_scripts_stay_and_the_rest_merges(how, tmp_path, monkeypatch):
     assert [merge.where for merge in plan.merges] == ["1.reparam_conv"]
     assert [(refusal.where, refusal.kind) for refusal in plan.refusals] == [("0", "Untraceable")]
     assert "is TorchScript, whose code is fixed" in plan.refusals[0].reason
-    assert relative_error(plan.reparameterize()(X), model(X)) < 1e-12
+    assert relative_error(plan.reparameterize()(X), model(X)) < EXACT
 
 
 @pytest.mark.parametrize("how", SCRIPTS)
@@ -247,7 +247,7 @@ def test_a_script_that_is_never_called_spoils_nothing():
     model = settled(nn.Sequential(Loses()))
     plan = structrep.plan(model, X)
     assert len(plan.merges) == 1
-    assert relative_error(plan.reparameterize(X)(X), model(X)) < 1e-12
+    assert relative_error(plan.reparameterize(X)(X), model(X)) < EXACT
 
 
 class ForgetsTrain(nn.Sequential):
@@ -268,7 +268,7 @@ def test_modules_whose_modes_give_nothing_back(cls):
     model = cls(settled(Branches()), nn.ReLU(), settled(Branches(4)))
     model.eval()
     deploy = structrep.reparameterize(model, X)
-    assert relative_error(deploy(X), model(X)) < 1e-12
+    assert relative_error(deploy(X), model(X)) < EXACT
     structrep.assert_merged(deploy)
     with pytest.raises(Unmerged):
         structrep.assert_merged(model.train() or model)
@@ -305,5 +305,5 @@ def test_train_takes_nothing_out_of_a_deploy_model(toggles):
     truth = model(x).detach()
     deploy = structrep.reparameterize(model, x)
     assert layers(deploy) == ["Linear", "Features2d"]
-    assert relative_error(deploy(x), truth) < 1e-12
-    assert relative_error(deploy.train().eval()(x), truth) < 1e-12
+    assert relative_error(deploy(x), truth) < EXACT
+    assert relative_error(deploy.train().eval()(x), truth) < EXACT

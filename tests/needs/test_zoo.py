@@ -8,7 +8,7 @@ from torch import nn
 
 import structrep
 from tests.support.models import settled
-from tests.support.truth import relative_error
+from tests.support.truth import EXACT, relative_error
 
 
 def count(model: nn.Module) -> tuple[int, int]:
@@ -39,7 +39,7 @@ def test_timm_models_of_the_families_are_left_with_one_conv_a_block(name: str, b
     assert count(theirs)[0] == blocks
     assert additions(deploy) == 0
     with torch.no_grad():
-        assert relative_error(deploy(image), model(image)) <= 1e-12
+        assert relative_error(deploy(image), model(image)) <= EXACT
     assert type(deploy).__name__ == type(model).__name__
     assert isinstance(deploy, type(model))
 
@@ -51,7 +51,7 @@ def test_resnet18_keeps_only_its_skips() -> None:
     assert count(deploy) == (20, 0)
     assert additions(deploy) == 8
     with torch.no_grad():
-        assert relative_error(deploy(image), model(image)) <= 1e-12
+        assert relative_error(deploy(image), model(image)) <= EXACT
     assert type(deploy) is type(model)
     assert {n for n in deploy.state_dict() if "conv" in n and n.endswith("weight")} == {
         n for n in model.state_dict() if "conv" in n and n.endswith("weight")

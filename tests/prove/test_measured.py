@@ -13,7 +13,7 @@ from structrep.errors import BadInput, Slower
 from structrep.prove.latency import WARM, in_turn
 from structrep.prove.measured import Measured
 from tests.support.models import settled
-from tests.support.truth import relative_error
+from tests.support.truth import CLOSE, relative_error
 
 X = torch.randn(1, 4, 20, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 MILLISECOND = 1e-3
@@ -58,7 +58,7 @@ def test_what_is_slower_merged_stays_and_is_merged_in_part():
     assert any("conv 9x9" in refusal.what and "ms, as one layer it would take" in refusal.reason for refusal in slow)
     assert all("9x9" not in merge.after for merge in plan.merges)
     deploy = plan.reparameterize(X)
-    assert relative_error(deploy(X), net(X)) < 1e-13
+    assert relative_error(deploy(X), net(X)) < CLOSE
     norms = [layer for layer in deploy.modules() if isinstance(layer, nn.BatchNorm2d)]
     assert len(norms) == 1  # that of the small kernel is folded
 
@@ -127,7 +127,7 @@ def test_bad_input(tmp_path):
 def test_in_torch_itself():
     net = model()
     deploy = structrep.reparameterize(net, X, cost="measured")
-    assert relative_error(deploy(X), net(X)) < 1e-13
+    assert relative_error(deploy(X), net(X)) < CLOSE
     assert issubclass(Slower, structrep.Refusal)
 
 

@@ -17,7 +17,7 @@ from structrep.match.sum_order import _write
 from structrep.terms.layers import diagonal_layer
 from structrep.terms.term import signed, total
 from tests.support.models import settled
-from tests.support.truth import relative_error
+from tests.support.truth import EXACT, distance
 
 X = torch.randn(2, 4, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 TOKENS = torch.randn(2, 5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -105,11 +105,6 @@ def model_of(name):
     return settled(Apart(PARTS[name](), last=name in LAST)), TOKENS if name in LAST else X
 
 
-def same(first, second):
-    first, second = (one if isinstance(one, tuple) else (one,) for one in (first, second))
-    return all(relative_error(a, b) < 1e-12 for a, b in zip(first, second, strict=True))
-
-
 @pytest.mark.parametrize("name", PARTS)
 def test_what_is_believed_rightly_is_merged(name):
     model, x = model_of(name)
@@ -119,7 +114,7 @@ def test_what_is_believed_rightly_is_merged(name):
         assert any(where.startswith("part.") for where in listed)
         plan.prove()
         assert [merge.where for merge in plan.merges] == listed
-        assert same(plan.apply()(x), model(x))
+        assert distance(plan.apply()(x), model(x)) < EXACT
 
 
 def scaled(layer, factor=1.0, shift=0.0, order=None):
@@ -204,7 +199,7 @@ def caught(model, x, *, where="part"):
         assert {str(one.message).partition(" ")[0] for one in told} == wrong
         assert len(told) == len(wrong)
         assert all(one.filename == __file__ for one in told)
-        assert same(deploy(x), model(x))
+        assert distance(deploy(x), model(x)) < EXACT
         assert {merge.where for merge in plan.merges} == listed
         plan.prove()
         assert {merge.where for merge in plan.merges} == listed - wrong
@@ -294,7 +289,7 @@ def test_a_sum_in_a_wrong_order_is_caught_and_keeps_the_one_that_it_had(monkeypa
     with monkeypatch.context() as patch:
         patch.setattr("structrep.match.sum_order._write", lambda *given: wrong(honest, *given))
         caught(model, X)
-    assert same(structrep.reparameterize(model)(X), model(X))
+    assert distance(structrep.reparameterize(model)(X), model(X)) < EXACT
     assert sum(isinstance(part, nn.Conv2d) for part in structrep.reparameterize(model).modules()) == 2
 
 
@@ -351,7 +346,7 @@ def _caught_carry(model):
         assert [str(one.message).split()[:2] for one in told] == [["part.a", "(rmnet)"], ["part.b", "(rmnet)"]] or {
             str(one.message).split()[0] for one in told
         } == {"part.a", "part.b"}
-        assert same(deploy(X), model(X))
+        assert distance(deploy(X), model(X)) < EXACT
         assert isinstance(deploy.scale, nn.Identity)
 
 
@@ -390,8 +385,8 @@ def test_a_border_that_is_left_open_is_open_for_what_shares_a_scale_too(monkeypa
     plan.prove()
     assert len(plan.merges) == 3
     deploy = plan.apply()
-    assert not same(deploy(x), model(x))
-    assert same(deploy(x)[..., 2:-2, 2:-2], model(x)[..., 2:-2, 2:-2])
+    assert distance(deploy(x), model(x)) > EXACT
+    assert distance(deploy(x)[..., 2:-2, 2:-2], model(x)[..., 2:-2, 2:-2]) < EXACT
     planted(monkeypatch, WRONG["another number"], ("behind",))
     plan = structrep.plan(model, example, inexact_borders="part.*")
     plan.prove()

@@ -74,6 +74,7 @@ class AffineLinear(nn.Linear):
         return F.linear(x, self.weight.abs(), self.bias)
 
 
+# How many merges there are, for what others are refused, and the model.
 SUBCLASSES = [
     (1, "", lambda: nn.Sequential(ScaledConv(4, 4, 3, padding=1), bn(4))),
     (1, "", lambda: nn.Sequential(StandardisedConv(4, 4, 3, padding=1), bn(4))),

@@ -11,7 +11,7 @@ import structrep
 from structrep import ConvMap
 from structrep.errors import BadInput, Inexact, InvalidReader, Refusal, Unreadable
 from tests.support.models import settled
-from tests.support.truth import relative_error
+from tests.support.truth import CLOSE, EXACT, relative_error
 
 
 class Opaque(nn.Module):
@@ -48,7 +48,7 @@ def test_a_hidden_convolution_is_found(case):
     conv, x = case
     map_ = structrep.probe(Opaque(conv), x)
     truth = conv.double()(x.double())
-    assert relative_error(map_(x.double()), truth) < 1e-12
+    assert relative_error(map_(x.double()), truth) < EXACT
 
 
 @pytest.mark.parametrize(("layer", "said"), [
@@ -102,7 +102,7 @@ def test_a_plan_probes_what_the_user_names_and_marks_it():
     assert "curve" in [refusal.where for refusal in plan.refusals if refusal.what == "probed"]
     deploy = structrep.reparameterize(model, x, probe="od*")
     assert type(deploy.odd) is nn.Conv2d
-    assert relative_error(deploy(x), model(x)) < 1e-13
+    assert relative_error(deploy(x), model(x)) < CLOSE
     assert not any(hasattr(module, "structrep_probed") for module in (*model.modules(), *deploy.modules()))
 
 
@@ -176,7 +176,7 @@ def test_a_reader_of_the_users():
     )
     x = torch.randn(2, 3, 5, 6, dtype=torch.float64)
     deploy = structrep.reparameterize(model, x)
-    assert relative_error(deploy(x), model(x)) < 1e-13
+    assert relative_error(deploy(x), model(x)) < CLOSE
     assert type(deploy[0]) is nn.Conv2d
     assert not any(isinstance(module, (Shifted, nn.BatchNorm2d)) for module in deploy)
 
@@ -188,7 +188,7 @@ def test_a_subclass_with_a_forward_of_its_own_is_not_read_so():
 
     model = settled(nn.Sequential(Doubled(3, 4, 3), nn.BatchNorm2d(4)))
     x = torch.randn(2, 3, 5, 6, dtype=torch.float64)
-    assert relative_error(structrep.reparameterize(model)(x), model(x)) < 1e-13
+    assert relative_error(structrep.reparameterize(model)(x), model(x)) < CLOSE
 
 
 def test_readers_that_cannot_be():
@@ -214,7 +214,7 @@ def test_a_reader_that_gives_something_else_or_something_wrong():
         plan.prove()
         assert not plan.merges
         assert any(said in refusal.reason for refusal in plan.refusals)
-        assert relative_error(structrep.reparameterize(model)(x), model(x)) < 1e-13
+        assert relative_error(structrep.reparameterize(model)(x), model(x)) < CLOSE
 
 
 def test_a_border_that_no_map_has():

@@ -6,7 +6,7 @@ from torch import nn
 
 import structrep
 from tests.support.models import settled
-from tests.support.truth import relative_error
+from tests.support.truth import EXACT, relative_error
 
 X = torch.randn(2, 4, 5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
@@ -50,7 +50,7 @@ def indexed(self, x):
 def test_slices_of_one_convolution_merge(forward, gone):
     model = settled(Cut(forward))
     deploy = structrep.reparameterize(model)
-    assert relative_error(deploy(X), model(X)) < 1e-12
+    assert relative_error(deploy(X), model(X)) < EXACT
     assert isinstance(deploy.norm, nn.Identity) or deploy.norm is None
     assert convs(model) - convs(deploy) == gone
     merged = next(m for m in deploy.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3))
@@ -80,7 +80,7 @@ def before(self, x):
 def test_slices_that_stay(forward):
     model = settled(Cut(forward))
     deploy = structrep.reparameterize(model)
-    assert relative_error(deploy(X), model(X)) < 1e-12
+    assert relative_error(deploy(X), model(X)) < EXACT
 
 
 def test_a_slice_of_pixels_is_none_of_channels():
@@ -89,7 +89,7 @@ def test_a_slice_of_pixels_is_none_of_channels():
         model(X)  # 3 rows and 2
     even = X[:, :, :4]
     deploy = structrep.reparameterize(model)
-    assert relative_error(deploy(even), model(even)) < 1e-12
+    assert relative_error(deploy(even), model(even)) < EXACT
 
 
 class Features(nn.Module):
@@ -107,7 +107,7 @@ def test_slices_of_features(dim, shape):
     model = settled(Features(dim))
     x = torch.randn(shape, dtype=torch.float64)
     deploy = structrep.reparameterize(model)
-    assert relative_error(deploy(x), model(x)) < 1e-12
+    assert relative_error(deploy(x), model(x)) < EXACT
     assert sum(p.numel() for p in deploy.parameters()) == (15 if dim == -1 else 30)
 
 
@@ -128,11 +128,11 @@ class Means(nn.Module):
 def test_weighted_sums(how):
     model = settled(Means(how))
     deploy = structrep.reparameterize(model)
-    assert relative_error(deploy(X), model(X)) < 1e-12
+    assert relative_error(deploy(X), model(X)) < EXACT
     assert convs(deploy) == 3  # the layers of the other ways stay
     model.how = deploy.how = "sum"
     if how != "mean":
-        assert relative_error(deploy(X), model(X)) < 1e-12
+        assert relative_error(deploy(X), model(X)) < EXACT
     else:
         with pytest.raises(ValueError, match=r"self.how='mean', and self.how is sum now"):
             deploy(X)

@@ -16,9 +16,7 @@ from structrep.errors import Incompatible, Inexact, Unreadable
 from structrep.read.lower import lower
 from structrep.read.modules import read_module
 from tests.support.models import Branches, bn, noise, settled
-from tests.support.truth import check, relative_error
-
-EXACT = 1e-12
+from tests.support.truth import EXACT, check, relative_error
 
 
 def numbers(*shape, seed=0):

@@ -20,14 +20,15 @@ import torch.nn.functional as F
 from torch import nn
 
 import structrep
+from tests.support import models
 from tests.support.models import settled
-from tests.support.truth import relative_error
+from tests.support.truth import EXACT, relative_error
 
 X = torch.randn(2, 4, 7, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 FACTOR = 2.0
 
 
-class Two(nn.Module):
+class Many(nn.Module):
     def __init__(self):
         super().__init__()
         self.a, self.b, self.c = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
@@ -40,18 +41,16 @@ class Two(nn.Module):
         return x.relu()
 
 
-def made(forward, base=Two):
-    torch.manual_seed(0)
-    name = getattr(forward, "method", "forward")
-    return settled(type("Made", (base,), {name: forward, "__module__": __name__})())
+def made(forward, base=Many):
+    return models.made(forward, base, named=getattr(forward, "method", "forward"))
 
 
-def converted(forward, way, merges=1, base=Two, *inputs):
+def converted(forward, way, merges=1, base=Many, *inputs):
     model = made(forward, base)
     plan = structrep.plan(model, *inputs)
     assert [merge.edit for merge in plan.merges] == [way] * merges, (plan._selection.draft.unedited, plan.refusals)
     deploy = plan.apply()
-    assert relative_error(deploy(X), model(X)) < 1e-12
+    assert relative_error(deploy(X), model(X)) < EXACT
     return model, deploy
 
 
@@ -172,10 +171,10 @@ def test_all_else_goes_on_as_it_was():
         pytest.skip("conditions on inputs are not followed")
     deploy = plan.apply()
     for more in ({}, {"pre": True}, {"depth": 1}, {"pre": True, "depth": 0}):
-        assert relative_error(deploy(X, **more), model(X, **more)) < 1e-12
-    assert relative_error(deploy(X[0]), model(X[0])) < 1e-12
+        assert relative_error(deploy(X, **more), model(X, **more)) < EXACT
+    assert relative_error(deploy(X[0]), model(X[0])) < EXACT
     model.flag = deploy.flag = True
-    assert relative_error(deploy(X)[1], model(X)[1]) < 1e-12
+    assert relative_error(deploy(X)[1], model(X)[1]) < EXACT
 
 
 def test_flags_both_ways():
@@ -188,7 +187,7 @@ def test_flags_both_ways():
     model, deploy = converted(forward, "edit")
     for pre in (False, True):
         for twice in (False, True):
-            assert relative_error(deploy(X, pre, twice), model(X, pre, twice)) < 1e-12
+            assert relative_error(deploy(X, pre, twice), model(X, pre, twice)) < EXACT
 
 
 # --- where an edit would be wrong ------------------------------------------------------------------------------------
@@ -201,7 +200,7 @@ def differs(model, deploy, *inputs):
         found = deploy(*inputs)
     except ValueError as error:
         return str(error)
-    assert relative_error(found, truth) < 1e-12
+    assert relative_error(found, truth) < EXACT
     return None
 
 
@@ -260,7 +259,7 @@ def one_of_two_by_a_setting(self, x):
 def test_another_path(forward):
     model = made(forward)
     deploy = structrep.reparameterize(model)
-    assert relative_error(deploy(X), model(X)) < 1e-12
+    assert relative_error(deploy(X), model(X)) < EXACT
     model.flag = deploy.flag = True
     model.rounds = deploy.rounds = 2
     model.factor = deploy.factor = 3.0
@@ -344,7 +343,7 @@ def test_a_list_that_is_filled_is_no_write():
 
 
 def test_a_name_that_the_class_finds_itself():
-    class Finding(Two):
+    class Finding(Many):
         def __getattr__(self, name):
             return 1.5 if name == "gain" else super().__getattr__(name)
 
@@ -437,7 +436,7 @@ def keeping(function):
     return wrapper
 
 
-class Mangled(Two):
+class Mangled(Many):
     def __init__(self):
         super().__init__()
         self.__low = 0.25
@@ -451,7 +450,7 @@ class Inherited(Mangled):
     pass
 
 
-class Calling(Two):
+class Calling(Many):
     def forward(self, x):
         return super().__call__(x) if False else (self.a(x) + self.b(x)) * self.of(x)
 
@@ -462,7 +461,7 @@ class Calling(Two):
 def closed():
     bound = 0.125
 
-    class Closed(Two):
+    class Closed(Many):
         def forward(self, x):
             y = self.a(x) + self.b(x)
             return y.clamp(min=bound) + super().helper(x)
@@ -482,7 +481,7 @@ def test_surroundings(cls):
     assert type(deploy).__name__ == cls.__name__
     assert isinstance(deploy, cls)
     for one in (deploy, copy.deepcopy(deploy), torch.jit.trace(deploy, X), structrep.reparameterize(deploy, X)):
-        assert relative_error(one(X), model(X)) < 1e-12
+        assert relative_error(one(X), model(X)) < EXACT
     assert "reparam_conv" in inspect.getsource(type(deploy).forward)
 
 
@@ -500,7 +499,7 @@ def test_everywhere():
         "compiled": torch.compile(deploy, backend="eager", fullgraph=True),
     }
     for way, one in ways.items():
-        assert relative_error(one(X), model(X)) < 1e-12, way
+        assert relative_error(one(X), model(X)) < EXACT, way
 
 
 def test_source_that_is_not_what_runs(tmp_path, monkeypatch):
@@ -523,7 +522,7 @@ def test_source_that_is_not_what_runs(tmp_path, monkeypatch):
     model = settled(space["Net"]())
     plan = structrep.plan(model)
     assert [merge.edit for merge in plan.merges] == ["rewrite"]
-    assert relative_error(plan.apply()(X), model(X)) < 1e-12
+    assert relative_error(plan.apply()(X), model(X)) < EXACT
 
 
 # --- as a patch ------------------------------------------------------------------------------------------------------
@@ -575,7 +574,7 @@ def test_a_patch_that_git_applies(tmp_path, monkeypatch):
         block.__class__ = patched.Block
     again = patched.Net()
     again._modules = deploy._modules
-    assert relative_error(again(X), model(X)) < 1e-12
+    assert relative_error(again(X), model(X)) < EXACT
     assert not structrep.plan(again).merges
 
 
@@ -597,4 +596,4 @@ def test_a_method_that_is_edited_in_two_ways_is_shown_and_not_applied(tmp_path, 
     assert rows
     assert all(row.startswith("# ") for row in rows)
     assert {"# one:", "# two:"} <= set(rows)
-    assert relative_error(plan.apply()(X), model(X)) < 1e-12
+    assert relative_error(plan.apply()(X), model(X)) < EXACT

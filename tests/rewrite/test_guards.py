@@ -12,7 +12,7 @@ from torch.nn.utils import parametrizations
 
 import structrep
 from tests.support.models import settled
-from tests.support.truth import relative_error
+from tests.support.truth import EXACT, relative_error
 
 X = torch.randn(2, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 LOW = False
@@ -161,7 +161,7 @@ def test_what_a_call_gives_is_guarded(cls, holder, name, value, given, monkeypat
     plan = structrep.plan(model, *inputs)
     assert len(plan.merges) == 1
     deploy = plan.reparameterize(*inputs)
-    assert relative_error(deploy(X), model(X)) < 1e-12
+    assert relative_error(deploy(X), model(X)) < EXACT
     change = monkeypatch.setitem if isinstance(holder, dict) else monkeypatch.setattr
     change(holder, name, value, **({} if isinstance(holder, dict) else {"raising": False}))
     with pytest.raises(ValueError, match=rf"{name}.* now: convert the model again"):
@@ -185,7 +185,7 @@ def test_guards_have_the_modules_own_name():
     torch.manual_seed(0)
     model = settled(CalledOtherwise())
     deploy = structrep.reparameterize(model, X)
-    assert relative_error(deploy(X), model(X)) < 1e-12
+    assert relative_error(deploy(X), model(X)) < EXACT
     deploy.fused = nn.Identity()
     with pytest.raises(ValueError, match="fused"):
         deploy(X)
@@ -206,7 +206,7 @@ def test_a_parametrized_weight_that_is_read_elsewhere(inputs):
     model = settled(ReadsAComputedWeight())
     plan = structrep.plan(model, *inputs)
     assert len(plan.merges) == 1
-    assert relative_error(plan.reparameterize(*inputs)(X), model(X)) < 1e-12
+    assert relative_error(plan.reparameterize(*inputs)(X), model(X)) < EXACT
 
 
 SCALE = torch.tensor(2.0, dtype=torch.float64)
@@ -250,7 +250,7 @@ def test_a_tensor_that_no_module_holds_is_no_constant(cls, given, monkeypatch):
     monkeypatch.setitem(globals(), "SCALE", other)
     monkeypatch.setitem(globals(), "SCALES", [other])
     monkeypatch.setattr(OfAClass, "scale", other)
-    assert relative_error(deploy(X), model(X)) < 1e-12
+    assert relative_error(deploy(X), model(X)) < EXACT
 
 
 @pytest.mark.parametrize("given", [False, True], ids=["without inputs", "with inputs"])
@@ -262,7 +262,7 @@ def test_a_plain_tensor_of_a_module_that_is_written_to_is_guarded(given, copied)
     assert len(plan.merges) == 1
     deploy = plan.reparameterize(*inputs)
     deploy = copy.deepcopy(deploy) if copied else deploy
-    assert relative_error(deploy(X), model(X)) < 1e-12
+    assert relative_error(deploy(X), model(X)) < EXACT
     deploy.scale.mul_(3)
     with pytest.raises(ValueError, match=r"self\.scale that was merged"):
         deploy(X)

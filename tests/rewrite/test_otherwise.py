@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import structrep
+from tests.support import models
 from tests.support.models import settled
-from tests.support.truth import relative_error
+from tests.support.truth import EXACT, relative_error
 
 X = torch.randn(2, 4, 7, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
@@ -179,8 +180,7 @@ def _(self, x):
 
 
 def made(forward):
-    torch.manual_seed(0)
-    return settled(type("Made", (Plain,), {"forward": forward})())
+    return models.made(forward, Plain)
 
 
 def later(model, deploy, *inputs):
@@ -192,7 +192,7 @@ def later(model, deploy, *inputs):
         if "reparameterized for" not in str(error):
             raise
         return str(error)
-    assert relative_error(found, truth) < 1e-12
+    assert relative_error(found, truth) < EXACT
     return None
 
 
@@ -200,7 +200,7 @@ def later(model, deploy, *inputs):
 def test_a_part_on_another_path(forward):
     model = made(forward)
     deploy = structrep.reparameterize(model)
-    assert relative_error(deploy(X), model(X)) < 1e-12
+    assert relative_error(deploy(X), model(X)) < EXACT
     model.low = deploy.low = True
     assert "self.low" in (later(model, deploy, X) or "self.low")
 
@@ -223,7 +223,7 @@ def test_code_that_calls_itself_with_ever_other_lists():
 
     model = settled(Walking())
     deploy = structrep.reparameterize(model)
-    assert relative_error(deploy(X), model(X)) < 1e-12
+    assert relative_error(deploy(X), model(X)) < EXACT
 
 
 # --- values that are picked or looped over later ----------------------------------------------------------------------
@@ -269,7 +269,7 @@ LOOPS = {
 def test_a_loop_over_what_is_empty_up_to_now(forward, change):
     model = made(forward)
     deploy = structrep.reparameterize(model)
-    assert relative_error(deploy(X), model(X)) < 1e-12
+    assert relative_error(deploy(X), model(X)) < EXACT
     change(model)
     change(deploy)
     assert "self." in (later(model, deploy, X) or "self.")
@@ -307,11 +307,11 @@ def test_a_value_that_an_argument_picks(forward, which):
 
     model = made(forward)
     deploy = structrep.reparameterize(model)
-    assert relative_error(deploy(X), model(X)) < 1e-12
+    assert relative_error(deploy(X), model(X)) < EXACT
     assert "which" in (later(model, deploy, X, which) or "which")
     model = settled(Around())
     deploy = structrep.reparameterize(model)
-    assert relative_error(deploy(X), model(X)) < 1e-12
+    assert relative_error(deploy(X), model(X)) < EXACT
     model.which = deploy.which = which
     assert "which" in (later(model, deploy, X) or "which")
 
@@ -354,9 +354,9 @@ TENSORS = {with_mask: "mask", with_shift: "shift", scaled: "scale", gained: "gai
 @pytest.mark.parametrize(("forward", "name"), TENSORS.items(), ids=[one.__name__ for one in TENSORS])
 def test_a_tensor_that_is_set_later(forward, name):
     torch.manual_seed(0)
-    model = settled(type("Made", (Masked,), {"forward": forward})())
+    model = models.made(forward, Masked)
     deploy = structrep.reparameterize(model)
-    assert relative_error(deploy(X), model(X)) < 1e-12
+    assert relative_error(deploy(X), model(X)) < EXACT
     for one in (model, deploy):
         value = torch.full((1, 8, 1, 1), 7.0, dtype=torch.float64)
         setattr(one, name, nn.Parameter(value) if name in model._parameters else value)
@@ -387,7 +387,7 @@ def test_another_forward_that_runs_a_part_as_a_whole():
     deploy = plan.apply()
     for chop in (False, True):
         model.chop = deploy.chop = chop
-        assert relative_error(deploy(X), model(X)) < 1e-12
+        assert relative_error(deploy(X), model(X)) < EXACT
 
 
 def test_another_forward_that_runs_some_of_a_part():
@@ -429,7 +429,7 @@ def test_an_ordered_dict_is_given_back():
     truth, found = model(X), deploy(X)
     assert type(found) is OrderedDict
     assert list(found) == list(truth)
-    assert relative_error(found["out"], truth["out"]) < 1e-12
+    assert relative_error(found["out"], truth["out"]) < EXACT
     for one in (model, deploy):
         one.keep["c"] = "early"
     with pytest.raises(ValueError, match=r"self\.keep"):

@@ -10,7 +10,7 @@ from torch import nn
 
 import structrep
 from tests.support.models import settled
-from tests.support.truth import relative_error
+from tests.support.truth import EXACT, relative_error
 
 X = torch.randn(2, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 LOW = False
@@ -111,7 +111,7 @@ def test_a_block_is_left_as_it_is_where_its_text_asks_for_the_layer(inputs):
     assert type(deploy) is Block
     assert isinstance(deploy.reparam_conv, nn.Conv2d)
     assert deploy.n is None
-    assert relative_error(deploy(X), model(X)) < 1e-12
+    assert relative_error(deploy(X), model(X)) < EXACT
 
 
 @contextlib.contextmanager
@@ -134,13 +134,13 @@ def benchmark():
 def test_what_is_asked_of_the_process_is_asked_still(cls, run, inputs):
     model, deploy = converted(cls, inputs)
     with torch.no_grad():
-        assert relative_error(deploy(X), model(X)) < 1e-12
-    assert relative_error(run(deploy), run(model)) < 1e-12
+        assert relative_error(deploy(X), model(X)) < EXACT
+    assert relative_error(run(deploy), run(model)) < EXACT
 
 
 def test_a_backends_setting_is_guarded(inputs):
     model, deploy = converted(AsksForABackend, inputs)
-    assert relative_error(deploy(X), model(X)) < 1e-12
+    assert relative_error(deploy(X), model(X)) < EXACT
     with benchmark(), pytest.raises(ValueError, match=r"cudnn\.benchmark is True now"):
         deploy(X)
 
@@ -148,9 +148,9 @@ def test_a_backends_setting_is_guarded(inputs):
 @pytest.mark.parametrize("cls", [AsksInAMethod, AsksOnTheOtherWay])
 def test_what_a_module_is_set_to_is_asked_as_before(cls, inputs):
     model, deploy = converted(cls, inputs)
-    assert relative_error(deploy(X), model(X)) < 1e-12
+    assert relative_error(deploy(X), model(X)) < EXACT
     model.low = deploy.low = True
-    assert relative_error(deploy(X), model(X)) < 1e-12
+    assert relative_error(deploy(X), model(X)) < EXACT
 
 
 def test_what_a_file_is_set_to_is_guarded(inputs, monkeypatch):

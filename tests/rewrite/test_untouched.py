@@ -7,13 +7,13 @@ from torch import nn
 
 import structrep
 from tests.support.models import settled
-from tests.support.truth import relative_error
+from tests.support.truth import EXACT, relative_error
 
 TOKENS = torch.randn(2, 5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 IMAGE = torch.randn(2, 3, 9, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
 
-class Two(nn.Module):
+class Linears(nn.Module):
     def __init__(self):
         super().__init__()
         self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
@@ -25,20 +25,20 @@ class Normed(nn.Module):
         self.c, self.n = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
 
 
-class LeadingDims(Two):
+class LeadingDims(Linears):
     def forward(self, x):
         y = self.a(x) + self.b(x)
         return y.reshape(*y.shape[:-1], 2, 4)
 
 
-class UnpackedDims(Two):
+class UnpackedDims(Linears):
     def forward(self, x):
         y = self.a(x) + self.b(x)
         *lead, c = y.shape
         return y.reshape(*lead, 2, c // 2)
 
 
-class CastToAWeights(Two):
+class CastToAWeights(Linears):
     """What a layer is given as it is has the dtype of its weight."""
 
     def forward(self, x):
@@ -97,7 +97,7 @@ class HandedLayer(WithAdapter):
         return super().forward(x) + self.magnitude(x, layer=self.base)
 
 
-class AskedForRank(Two):
+class AskedForRank(Linears):
     """What is added where an answer is that of the example stays behind the condition."""
 
     def forward(self, x):
@@ -186,7 +186,7 @@ def test_a_line_beside_a_merge(cls, x, guessed, known, given):
     assert len(plan.merges) == (known if given else guessed)
     deploy = plan.reparameterize(*inputs)
     for one in (x, -x, torch.cat([x, x])):
-        assert relative_error(deploy(one), model(one)) < 1e-12
+        assert relative_error(deploy(one), model(one)) < EXACT
     assert not structrep.plan(deploy, *inputs).merges
 
 
@@ -194,7 +194,7 @@ def test_of_a_condition_on_rank_both_ways_stay():
     torch.manual_seed(0)
     model = settled(AskedForRank())
     deploy = structrep.reparameterize(model, TOKENS)
-    assert relative_error(deploy(TOKENS[0]), model(TOKENS[0])) < 1e-12
+    assert relative_error(deploy(TOKENS[0]), model(TOKENS[0])) < EXACT
 
 
 def test_a_flag_above_casts_stays():
@@ -203,7 +203,7 @@ def test_a_flag_above_casts_stays():
     deploy = structrep.reparameterize(model, TOKENS)
     ours, theirs = deploy(TOKENS, output_hidden_states=True), model(TOKENS, output_hidden_states=True)
     for one, other in zip((ours[0], *ours[1]), (theirs[0], *theirs[1]), strict=True):
-        assert relative_error(one, other) < 1e-12
+        assert relative_error(one, other) < EXACT
 
 
 class NormOfEither(nn.Module):
@@ -259,7 +259,7 @@ def test_a_condition_on_the_rank_of_an_argument_is_guarded_where_a_merge_needs_i
     plan = structrep.plan(model, x)
     assert len(plan.merges) == 1
     deploy = plan.reparameterize(x)
-    assert relative_error(deploy(x), model(x)) < 1e-12
+    assert relative_error(deploy(x), model(x)) < EXACT
     with pytest.raises(ValueError, match="was reparameterized for inputs of which") as raised:
         deploy(other)
     assert asked in str(raised.value)
@@ -298,4 +298,4 @@ def test_a_list_that_is_filled_calls_no_method_of_that_name():
     model = settled(FillsAList())
     deploy = structrep.reparameterize(model, IMAGE)
     assert isinstance(deploy.part[1], nn.Identity)
-    assert relative_error(deploy(IMAGE), model(IMAGE)) < 1e-12
+    assert relative_error(deploy(IMAGE), model(IMAGE)) < EXACT

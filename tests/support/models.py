@@ -47,10 +47,10 @@ class Two(nn.Module):
         return self.a(x) + self.b(x)
 
 
-def made(forward: Callable[..., Any], base: type[nn.Module] = Two, **names: Any) -> nn.Module:
-    """A model of a class whose forward is that function; `names` are what else the class has."""
+def made(forward: Callable[..., Any], base: type[nn.Module] = Two, named: str = "forward") -> nn.Module:
+    """A model of a class that has the function as its forward, or as another method."""
     torch.manual_seed(0)
-    return settled(type("Made", (base,), {"forward": forward, **names})())
+    return settled(type("Made", (base,), {named: forward, "__module__": forward.__module__})())
 
 
 def example_input(rule: Rule, model: nn.Module) -> Tensor:

@@ -15,7 +15,7 @@ import structrep
 from structrep.registry import default
 from structrep.trace.aten import in_torch
 from tests.support.models import example_input, settled
-from tests.support.truth import relative_error
+from tests.support.truth import EXACT, SAME, relative_error
 
 FAMILIES = [rule for rule in default if not rule.law]
 
@@ -37,7 +37,7 @@ def test_an_exported_block_merges_as_it_did(rule):
     plan = structrep.plan(graph, x)
     # of a computed kernel only the arithmetic is left, not the torch functions that tell its family
     assert [merge.rules for merge in plan.merges] in ([(rule.name,)], [("constant_kernel",)])
-    assert relative_error(plan.reparameterize(x)(x), model(x)) < 1e-12
+    assert relative_error(plan.reparameterize(x)(x), model(x)) < EXACT
 
 
 @pytest.mark.parametrize("name", ["repvgg_a0", "fastvit_t8", "test_resnet", "test_vit"])
@@ -119,8 +119,8 @@ def test_programs_are_taken_whole_and_run_as_they_did(then, how):
     assert len(plan.merges) == 1
     for deploy in (plan.reparameterize(), structrep.reparameterize(program, inplace=True)):
         assert isinstance(deploy, fx.GraphModule)
-        assert relative_error(deploy(x), model(x)) < 1e-12
-    assert relative_error(program.module()(x), model(x)) < 1e-14  # a program is never changed
+        assert relative_error(deploy(x), model(x)) < EXACT
+    assert relative_error(program.module()(x), model(x)) < SAME  # a program is never changed
     structrep.assert_merged(deploy)
 
 

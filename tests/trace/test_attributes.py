@@ -122,7 +122,7 @@ def test_span_in_eval_mode(inplace):
     ]
     assert plan.merges[0].parameters[0] > plan.merges[0].parameters[1]
     deploy = structrep.reparameterize(model, X, inplace=inplace)
-    assert relative_error(deploy(X), trained) < 1e-12
+    assert relative_error(deploy(X), trained) < EXACT
     blocks = ("head", "body", "tail")
     assert set(deploy.state_dict()) == {f"{b}.eval_conv.{n}" for b in blocks for n in ("weight", "bias")}
     assert isinstance(deploy.body, Conv3XC)
@@ -135,7 +135,7 @@ def test_span_in_training_mode():
     model.body.eval()
     rules = [merge.rules for merge in structrep.plan(model).merges]
     assert rules == [("conv3xc", "fold_prenorm"), ("conv3xc_computed",), ("conv3xc",)]
-    assert relative_error(structrep.reparameterize(model)(X), model(X)) < 1e-12
+    assert relative_error(structrep.reparameterize(model)(X), model(X)) < EXACT
 
 
 class Assigns(nn.Module):
@@ -171,7 +171,7 @@ class Assigns(nn.Module):
 def test_what_is_assigned_is_computed_once():
     model = settled(Assigns("once"))
     deploy = structrep.reparameterize(model)
-    assert relative_error(deploy(X), model(X)) < 1e-12
+    assert relative_error(deploy(X), model(X)) < EXACT
     assert type(deploy.norm) is nn.Identity
     assert deploy.w is None
 
@@ -185,7 +185,7 @@ def test_what_is_assigned_otherwise_stays(how, refused):
     twin.load_state_dict(model.state_dict())
     deploy = says(structrep.plan(model), 0, refused).reparameterize()
     for _ in range(2):
-        assert relative_error(deploy(X), twin(X)) < 1e-12
+        assert relative_error(deploy(X), twin(X)) < EXACT
 
 
 class Again(nn.Module):
@@ -252,4 +252,4 @@ def test_what_a_forward_does_at_its_next_call_stays(how, inplace):
         assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     x = torch.randn(2, 4, 3, 3, dtype=torch.float64)
     for _ in range(3):
-        assert relative_error(deploy(x), twin(x)) < 1e-12
+        assert relative_error(deploy(x), twin(x)) < EXACT

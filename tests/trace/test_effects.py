@@ -1,7 +1,5 @@
 """What a forward draws, switches and enters: it goes on doing so at every call of the deploy model."""
 
-import random
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -39,7 +37,7 @@ def gumbel(self, x):
 def test_random_weights_are_drawn_at_every_call(forward):
     deploy = says(structrep.plan(made(forward)), 0, "Untraceable").reparameterize()
     with torch.no_grad():
-        torch.manual_seed(random.randrange(1000))
+        torch.manual_seed(0)
         assert relative_error(deploy(X), deploy(X)) > 1e-3
 
 

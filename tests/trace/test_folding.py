@@ -7,7 +7,7 @@ from torch import fx, nn
 
 import structrep
 from tests.support.models import settled
-from tests.support.truth import relative_error
+from tests.support.truth import CLOSE, relative_error
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -107,7 +107,7 @@ def test_operators_with_a_factor(function, how):
         assert relative_error(structrep.reparameterize(graph, verify=False)(X), model(X)) < 1e-5
 
 
-class Two(nn.Module):
+class OnPairs(nn.Module):
     def __init__(self):
         super().__init__()
         self.c, self.n = nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4)
@@ -119,7 +119,7 @@ class Two(nn.Module):
 
 @pytest.mark.parametrize("given", [([X, X + 1],), ({"a": X, "b": X + 1},), ([X, X + 1], 2.0)])
 def test_programs_of_structured_inputs(given):
-    model = Two().eval()
+    model = OnPairs().eval()
     graph = torch.export.export(model, given).module()
     deploy = structrep.reparameterize(graph, given)
     with torch.no_grad():
@@ -128,7 +128,7 @@ def test_programs_of_structured_inputs(given):
 
 def test_norms_are_folded_or_kept():
     with pytest.raises(structrep.StructrepError, match="norms='kep': give 'fold' or 'keep'"):
-        structrep.plan(Two().eval(), norms="kep")
+        structrep.plan(OnPairs().eval(), norms="kep")
 
 
 class GivesItsConstant(nn.Module):
@@ -150,5 +150,5 @@ def test_a_constant_that_is_merged_and_given_back_stays(how):
     x = torch.randn(1, 4, 6, 6, dtype=torch.float64)
     found, (shift,) = structrep.reparameterize(model, x)(x)
     expected, (given,) = model(x)
-    assert relative_error(found, expected) < 1e-13
+    assert relative_error(found, expected) < CLOSE
     assert torch.equal(shift, given)

@@ -15,7 +15,7 @@ import structrep
 from structrep.graph.facts import SHAPE
 from structrep.graph.run import infer_shapes
 from tests.support.models import settled
-from tests.support.truth import relative_error
+from tests.support.truth import CLOSE, EXACT, SAME, relative_error
 
 
 def same_padding(x, conv):
@@ -93,7 +93,7 @@ def test_it_merges(build):
     assert not any(isinstance(m, nn.BatchNorm2d) for m in deploy.modules())
     for shape in ((2, 3, 8, 8), (1, 3, 7, 9) if build is SamePadded else (1, 3, 6, 4)):
         x = torch.randn(shape, dtype=torch.float64)
-        assert relative_error(deploy(x), model(x)) < 1e-12
+        assert relative_error(deploy(x), model(x)) < EXACT
     assert "isinstance" not in globals()
     assert isinstance is builtins.isinstance
     assert "expand" not in vars(torch.Tensor)
@@ -109,7 +109,7 @@ def test_a_layer_that_a_function_may_run_stays():
     model = settled(RunByFunction())
     deploy = structrep.reparameterize(model)
     x = torch.randn(2, 3, 5, 5, dtype=torch.float64)
-    assert relative_error(deploy(x), model(x)) < 1e-12
+    assert relative_error(deploy(x), model(x)) < EXACT
 
 
 class Dropped(nn.Module):
@@ -130,7 +130,7 @@ def test_numbers_that_python_draws_are_drawn_at_every_call():
         random.seed(seed)
         truth = model(x)
         random.seed(seed)
-        assert relative_error(deploy(x), truth) < 1e-12
+        assert relative_error(deploy(x), truth) < EXACT
 
 
 class Remembers(nn.Module):
@@ -157,7 +157,7 @@ def test_a_forward_that_remembers_goes_on_remembering(how):
     model = settled(Remembers(how))
     deploy = structrep.reparameterize(model)
     x = torch.randn(2, 3, 5, 5, dtype=torch.float64)
-    assert relative_error(deploy(x), model(x)) < 1e-12
+    assert relative_error(deploy(x), model(x)) < EXACT
     for one in (model, deploy):
         held = one.seen[-1] if how == "list" else one.state["last"]["y"]
         assert torch.is_tensor(held)
@@ -186,7 +186,7 @@ def test_a_function_that_writes_to_its_argument():
     model = settled(WrittenByFunction())
     deploy = structrep.reparameterize(model)
     x = torch.randn(2, 3, 5, 5, dtype=torch.float64)
-    assert relative_error(deploy(x), model(x)) < 1e-12
+    assert relative_error(deploy(x), model(x)) < EXACT
 
 
 class Checks(nn.Module):
@@ -221,7 +221,7 @@ def test_conditions_that_only_raise():
     assert isinstance(deploy, Checks)
     assert deploy.skips is None
     x = torch.randn(2, 3, 5, 4, dtype=torch.float64)
-    assert relative_error(deploy(x), model(x)) < 1e-12
+    assert relative_error(deploy(x), model(x)) < EXACT
     for shape in ((2, 4, 5, 4), (2, 3, 1, 4)):
         with pytest.raises((AssertionError, RuntimeError)):
             deploy(torch.randn(shape, dtype=torch.float64))
@@ -245,7 +245,7 @@ def test_a_condition_that_decides_is_left():
     deploy = structrep.reparameterize(model)
     for batch in (1, 2):
         x = torch.randn(batch, 3, 5, 4, dtype=torch.float64)
-        assert relative_error(deploy(x), model(x)) < 1e-12
+        assert relative_error(deploy(x), model(x)) < EXACT
 
 
 def test_chunks_that_do_not_divide():
@@ -265,7 +265,7 @@ def test_chunks_that_do_not_divide():
     deploy = structrep.reparameterize(model)
     x = torch.randn(2, 3, 5, 4, dtype=torch.float64)
     assert deploy.b is None
-    assert relative_error(deploy(x), model(x)) < 1e-12
+    assert relative_error(deploy(x), model(x)) < EXACT
 
 
 class AllOptional(nn.Module):
@@ -289,10 +289,10 @@ def test_the_first_optional_argument_is_the_input():
     model = settled(AllOptional())
     deploy = structrep.reparameterize(model)
     x = torch.randn(2, 3, 5, 4, dtype=torch.float64)
-    assert relative_error(deploy(pixel_values=x), model(x)) < 1e-12
+    assert relative_error(deploy(pixel_values=x), model(x)) < EXACT
     assert deploy.b is None
     mask = torch.rand(2, 3, 5, 4, dtype=torch.float64)
-    assert relative_error(deploy(x, mask=mask), model(x, mask=mask)) < 1e-12
+    assert relative_error(deploy(x, mask=mask), model(x, mask=mask)) < EXACT
     with pytest.raises(ValueError, match="pixel_values, please"):
         deploy()
 
@@ -302,7 +302,7 @@ def test_a_module_that_the_trace_never_calls_is_merged_apart():
     deploy = structrep.reparameterize(model)
     x = torch.randn(2, 3, 5, 4, dtype=torch.float64)
     assert isinstance(deploy.head[1], nn.Identity)
-    assert relative_error(deploy.head(x), model.head(x)) < 1e-12
+    assert relative_error(deploy.head(x), model.head(x)) < EXACT
 
 
 class PadsItself(nn.Conv2d):
@@ -319,7 +319,7 @@ def test_a_convolution_that_pads_itself_keeps_its_place(bias, inplace):
     x = torch.randn(2, 3, 8, 7, dtype=torch.float64)
     truth = model(x)
     deploy = structrep.reparameterize(model, inplace=inplace)
-    assert relative_error(deploy(x), truth) < 1e-12
+    assert relative_error(deploy(x), truth) < EXACT
     assert isinstance(deploy[0], PadsItself)
     assert list(deploy.state_dict()) == ["0.weight", "0.bias"]
     assert not list(deploy[0].children())
@@ -336,7 +336,7 @@ def test_a_convolution_that_pads_itself_and_is_called_twice_stays():
             return self.conv(self.norm(self.conv(x)).relu())
 
     model, x = settled(Twice()), torch.randn(2, 3, 8, 7, dtype=torch.float64)
-    assert relative_error(structrep.reparameterize(model)(x), model(x)) < 1e-12
+    assert relative_error(structrep.reparameterize(model)(x), model(x)) < EXACT
 
 
 class Reshapes(nn.Module):
@@ -355,10 +355,10 @@ def test_what_is_computed_from_parameters_is_written_as_it_was():
     model = settled(Reshapes())
     deploy = pickle.loads(pickle.dumps(structrep.reparameterize(model)))
     x = torch.randn(2, 3, 5, 5, dtype=torch.float64)
-    assert relative_error(deploy(x), model(x)) < 1e-12
+    assert relative_error(deploy(x), model(x)) < EXACT
     assert ".view(-1, 1, 1)" in inspect.getsource(type(deploy).forward)
     exported = torch.export.export(deploy, (x,)).module()
-    assert relative_error(exported(x), model(x)) < 1e-12
+    assert relative_error(exported(x), model(x)) < EXACT
 
 
 class Retried(nn.Module):
@@ -380,7 +380,7 @@ def test_an_attempt_leaves_nothing_to_the_next():
     x = torch.randn(2, 3, 5, 5, dtype=torch.float64)
     deploy = structrep.reparameterize(model)
     truth = model(x)
-    assert relative_error(deploy(x), truth) < 1e-12
+    assert relative_error(deploy(x), truth) < EXACT
     assert torch.is_tensor(deploy.mean)
 
 
@@ -414,7 +414,7 @@ def test_products_with_matrices_are_layers(name):
     model = Products(dims, write).double().eval()
     x = torch.randn(2, 4, *(7, 6)[:dims], dtype=torch.float64)
     deploy = structrep.reparameterize(model)
-    assert relative_error(deploy(x), model(x)) < 1e-14
+    assert relative_error(deploy(x), model(x)) < SAME
     assert sum(p.numel() for p in deploy.parameters()) == 4 * 4 + 4
 
 
@@ -474,7 +474,7 @@ def test_a_scripted_child_is_left_as_it_is():
     model = Scripted().double().eval()
     x = torch.randn(1, 4, 6, 6, dtype=torch.float64)
     deploy = structrep.reparameterize(model, x)
-    assert relative_error(deploy(x), model(x)) < 1e-13
+    assert relative_error(deploy(x), model(x)) < CLOSE
     assert len([module for module in deploy.modules() if isinstance(module, nn.Conv2d)]) == 1
 
 
@@ -494,7 +494,7 @@ def test_the_text_stays_around_a_scripted_module_that_is_no_part(holder, inputs)
     x = torch.randn(1, 4, 6, 6, dtype=torch.float64)
     plan = structrep.plan(model, *inputs)
     assert [(merge.rules, merge.edit) for merge in plan.merges] == [(("repvgg",), "edit")]
-    assert relative_error(plan.apply()(x), model(x)) < 1e-13
+    assert relative_error(plan.apply()(x), model(x)) < CLOSE
 
 
 def test_what_lends_memory_is_not_run_where_there_is_none():

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import structrep
-from tests.support.models import settled
-from tests.support.truth import relative_error
+from tests.support.models import made
+from tests.support.truth import EXACT, relative_error
 
 X = torch.randn(2, 4, 7, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 VARIABLE = contextvars.ContextVar("variable", default=False)
@@ -116,17 +116,16 @@ CHANGES = {
 @pytest.mark.parametrize("inputs", [(), (X,)], ids=["alone", "inputs"])
 @pytest.mark.parametrize(("forward", "asked"), CHANGES.items(), ids=[one.__name__ for one in CHANGES])
 def test_what_is_asked_elsewhere(forward, asked, inputs):
-    torch.manual_seed(0)
     reset()
-    model = settled(type("Made", (Model,), {"forward": forward})())
+    model = made(forward, Model)
     deploy = structrep.reparameterize(model, *inputs)
     assert isinstance(deploy.n, nn.Identity)
-    assert relative_error(deploy(X), model(X)) < 1e-12
+    assert relative_error(deploy(X), model(X)) < EXACT
     change, named = asked
     change()
     try:
         found = deploy(X)  # where the user's text stays, it asks again
-        assert relative_error(found, model(X)) < 1e-12
+        assert relative_error(found, model(X)) < EXACT
     except ValueError as error:
         assert named in str(error)  # noqa: PT017
     finally:
@@ -134,12 +133,12 @@ def test_what_is_asked_elsewhere(forward, asked, inputs):
 
 
 def test_a_setting_of_a_backend():
-    model = settled(type("Made", (Model,), {"forward": of_backend})())
+    model = made(of_backend, Model)
     deploy = structrep.reparameterize(model)
     before = torch.backends.mkldnn.enabled
     with torch.backends.mkldnn.flags(enabled=not before), pytest.raises(ValueError, match=r"torch\.backends\.mkldnn"):
         deploy(X)
-    assert relative_error(deploy(X), model(X)) < 1e-12
+    assert relative_error(deploy(X), model(X)) < EXACT
 
 
 def test_the_state_of_tracing():
@@ -147,13 +146,12 @@ def test_the_state_of_tracing():
         y = self.c(x)
         return y if torch._C._get_tracing_state() is not None else self.n(y)
 
-    torch.manual_seed(0)
-    model = settled(type("Made", (Model,), {"forward": forward})())
+    model = made(forward, Model)
     deploy = structrep.reparameterize(model)
-    assert relative_error(deploy(X), model(X)) < 1e-12
+    assert relative_error(deploy(X), model(X)) < EXACT
     truth = torch.jit.trace(model, X, check_trace=False)(X)
     try:
         found = torch.jit.trace(deploy, X, check_trace=False)(X)
     except ValueError as error:
         found = truth if "_get_tracing_state" in str(error) else None
-    assert relative_error(found, truth) < 1e-12
+    assert relative_error(found, truth) < EXACT

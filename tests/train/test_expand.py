@@ -17,7 +17,7 @@ from structrep.blocks.places import NormInBlock, plain_name
 from structrep.errors import BadInput
 from structrep.train.expand import FAMILIES
 from tests.support.models import settled
-from tests.support.truth import relative_error
+from tests.support.truth import EXACT, relative_error
 
 SMALL = {
     "expandnet": {"rate": 2},
@@ -66,19 +66,19 @@ def test_the_same_function_then_the_same_model(block, inplace):
     assert (expanded is model) == inplace
     assert type(expanded) is Plain
     assert sum(p.numel() for p in expanded.parameters()) > sum(p.numel() for p in original.parameters())
-    assert relative_error(copy.deepcopy(expanded)(X), trained(X)) < 1e-12, "with statistics of batches"
-    assert relative_error(expanded.eval()(X), original.eval()(X)) < 1e-12
+    assert relative_error(copy.deepcopy(expanded)(X), trained(X)) < EXACT, "with statistics of batches"
+    assert relative_error(expanded.eval()(X), original.eval()(X)) < EXACT
     with torch.no_grad():
         for parameter in expanded.parameters():
             parameter += 0.05 * torch.randn_like(parameter)
     back = structrep.reparameterize(expanded, X, norms="keep")
-    assert relative_error(back(X), expanded(X)) < 1e-12
+    assert relative_error(back(X), expanded(X)) < EXACT
     assert shapes(back) == shapes(original)
     assert kinds(back) == kinds(original)
     original.load_state_dict(back.state_dict())
-    assert relative_error(original(X), expanded(X)) < 1e-12
+    assert relative_error(original(X), expanded(X)) < EXACT
     folded, plain = structrep.reparameterize(expanded, X), structrep.reparameterize(original)
-    assert relative_error(folded(X), expanded(X)) < 1e-12
+    assert relative_error(folded(X), expanded(X)) < EXACT
     assert shapes(folded) == shapes(plain)
     assert kinds(folded) == kinds(plain)
 
@@ -87,7 +87,7 @@ def test_large_depthwise_kernels():
     model = settled(nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 7, padding=3, groups=4), nn.BatchNorm2d(4)))
     expanded = structrep.expand(model, "replknet", branches="dilated")
     assert isinstance(expanded[2], NormInBlock)
-    assert relative_error(expanded(X), model(X)) < 1e-12
+    assert relative_error(expanded(X), model(X)) < EXACT
     assert kinds(structrep.reparameterize(expanded, norms="keep")) == kinds(model)
 
 
@@ -287,8 +287,8 @@ def test_a_model_is_expanded_again_where_that_is_said():
     nested = structrep.expand(once, "repvgg", where="a.dense.conv", again=True)
     assert structrep.expand_layers(nested) == ["a", "a.dense.conv"]
     for expanded in (more, linear, nested):
-        assert relative_error(expanded(X), model(X)) < 1e-12
-    assert relative_error(structrep.reparameterize(nested)(X), model(X)) < 1e-12
+        assert relative_error(expanded(X), model(X)) < EXACT
+    assert relative_error(structrep.reparameterize(nested)(X), model(X)) < EXACT
 
 
 def test_norms_that_do_more_are_told_of(caplog):
@@ -371,7 +371,7 @@ def test_layers_that_must_stay():
 
 
 def test_parts_that_were_expanded_apart():
-    class Two(nn.Module):
+    class Both(nn.Module):
         def __init__(self):
             super().__init__()
             self.a, self.b = Plain(), Plain()
@@ -379,13 +379,13 @@ def test_parts_that_were_expanded_apart():
         def forward(self, x):
             return self.a(x) + self.b(x)
 
-    model = settled(Two())
+    model = settled(Both())
     original = copy.deepcopy(model)
     model.a = structrep.expand(model.a, "repvgg")
     model.b = structrep.expand(model.b, "dbb", where="a")
     assert structrep.expand_layers(model) == ["a.a", "a.c", "b.a"]
     back = structrep.reparameterize(model, norms="keep")
-    assert relative_error(back(X), original(X)) < 1e-12
+    assert relative_error(back(X), original(X)) < EXACT
     assert (shapes(back), kinds(back)) == (shapes(original), kinds(original))
 
 
@@ -394,7 +394,7 @@ def test_parts_in_wrappers():
     expanded = structrep.expand(model, "repvgg")
     apply_activation_checkpointing(expanded, check_fn=lambda module: module is expanded[1])
     back = structrep.reparameterize(expanded, norms="keep")
-    assert relative_error(back(X), model(X)) < 1e-12
+    assert relative_error(back(X), model(X)) < EXACT
     assert {plain_name(name): shape for name, shape in shapes(back).items()} == shapes(model)
 
 
@@ -424,7 +424,7 @@ def test_convolutions_and_norms_in_a_row():
     assert structrep.expand_layers(expanded) == ["2"]
     assert structrep.expand_layers(structrep.expand(model, where="*")) == ["2", "4"]
     back = structrep.reparameterize(expanded, norms="keep")
-    assert relative_error(back(X), model(X)) < 1e-12
+    assert relative_error(back(X), model(X)) < EXACT
     assert (shapes(back), kinds(back)) == (shapes(model), kinds(model))
 
 

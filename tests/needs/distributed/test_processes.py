@@ -12,7 +12,7 @@ import torch.distributed.checkpoint as dcp
 import structrep
 from tests.needs.distributed.training import ACCUMULATED, OPTIONS, Plain, batch, even, expanded, loss_of, train
 from tests.support import ROOT
-from tests.support.truth import relative_error
+from tests.support.truth import EXACT, relative_error
 
 X, _ = batch(0, 0)
 SHARDS = hasattr(torch.cpu.Stream, "record_event")
@@ -128,7 +128,7 @@ def test_statistics_of_several_processes(tmp_path, recwarn):
     assert not [one for one in recwarn if one.filename == __file__]
     dcp.load({"model": state}, checkpoint_id=folder / "averaged")
     for name in of:
-        assert relative_error(state[name], sum(buffers[name] for buffers in own) / len(own)) < 1e-12
+        assert relative_error(state[name], sum(buffers[name] for buffers in own) / len(own)) < EXACT
 
 
 @needs_shards

@@ -14,7 +14,7 @@ from structrep.errors import Uninitialized
 from structrep.train.expand import FAMILIES
 from tests.needs.distributed.training import OPTIONS, Plain, batch, expanded, loss_of
 from tests.support.models import settled
-from tests.support.truth import relative_error
+from tests.support.truth import EXACT, relative_error
 
 X, _ = batch(0, 0)
 BLOCKS = pytest.mark.parametrize("block", OPTIONS)
@@ -48,10 +48,10 @@ def test_synced_norms_before_expand(block):
     model = nn.SyncBatchNorm.convert_sync_batchnorm(settled(Plain()).train())
     wide = structrep.expand(model, block, **OPTIONS[block])
     assert norms(wide) == {nn.SyncBatchNorm}
-    assert relative_error(copy.deepcopy(wide)(X), copy.deepcopy(model)(X)) < 1e-12, "with statistics of batches"
+    assert relative_error(copy.deepcopy(wide)(X), copy.deepcopy(model)(X)) < EXACT, "with statistics of batches"
     back = structrep.reparameterize(wide.eval(), norms="keep")
     assert kinds(back) == kinds(model)
-    assert relative_error(back(X), model.eval()(X)) < 1e-12
+    assert relative_error(back(X), model.eval()(X)) < EXACT
 
 
 @BLOCKS
@@ -61,10 +61,10 @@ def test_synced_norms_after_expand(block):
     synced = nn.SyncBatchNorm.convert_sync_batchnorm(expanded(block))
     assert norms(synced) == {nn.SyncBatchNorm}
     loss_of(synced).backward()
-    assert relative_error(gradients(synced), gradients(plain_step(plain))) < 1e-12
+    assert relative_error(gradients(synced), gradients(plain_step(plain))) < EXACT
     plain.load_state_dict(synced.state_dict())
     back = structrep.reparameterize(synced.eval(), norms="keep")
-    assert relative_error(back(X), plain.eval()(X)) < 1e-12
+    assert relative_error(back(X), plain.eval()(X)) < EXACT
     Plain().load_state_dict(back.state_dict())
 
 
@@ -93,11 +93,11 @@ def test_activation_checkpointing(block):
     )
     kept = statistics_kept(body)
     loss_of(model).backward()
-    assert relative_error(gradients(model), gradients(truth)) < 1e-12
-    assert relative_error(statistics(model), statistics(truth)) < 1e-12
+    assert relative_error(gradients(model), gradients(truth)) < EXACT
+    assert relative_error(statistics(model), statistics(truth)) < EXACT
     bare.body.forward = lambda x: checkpoint(again, x, use_reentrant=False)
     loss_of(bare).backward()
-    assert (relative_error(gradients(bare), gradients(truth)) < 1e-12) == (block != "dbb")
+    assert (relative_error(gradients(bare), gradients(truth)) < EXACT) == (block != "dbb")
     assert relative_error(statistics(bare), statistics(truth)) > 1e-3
 
 
@@ -108,7 +108,7 @@ def test_two_passes_before_the_gradient(block):
     (loss_of(model) + loss_of(model, 1)).backward()
     loss_of(apart).backward()
     loss_of(apart, 1).backward()
-    assert relative_error(gradients(model), gradients(apart)) < 1e-12
+    assert relative_error(gradients(model), gradients(apart)) < EXACT
 
 
 @BLOCKS
@@ -118,8 +118,8 @@ def test_compiled(block):
     model = expanded(block)
     truth = plain_step(model)
     loss_of(torch.compile(model, fullgraph=True, backend="aot_eager")).backward()
-    assert relative_error(gradients(model), gradients(truth)) < 1e-12
-    assert relative_error(statistics(model), statistics(truth)) < 1e-12
+    assert relative_error(gradients(model), gradients(truth)) < EXACT
+    assert relative_error(statistics(model), statistics(truth)) < EXACT
 
 
 @pytest.mark.slow
@@ -131,9 +131,9 @@ def test_compiled_with_inductor():
     truth(X).square().sum().backward()
     compiled = torch.compile(model, fullgraph=True)
     compiled(X).square().sum().backward()
-    assert relative_error(gradients(model), gradients(truth)) < 1e-12
+    assert relative_error(gradients(model), gradients(truth)) < EXACT
     back = structrep.reparameterize(compiled.eval(), norms="keep")
-    assert relative_error(back(X), model(X)) < 1e-12
+    assert relative_error(back(X), model(X)) < EXACT
 
 
 @BLOCKS
@@ -157,7 +157,7 @@ def test_on_the_meta_device(block):
     for value in empty.state_dict().values():
         value.fill_(7)
     empty.load_state_dict(model.state_dict())
-    assert relative_error(empty(X), model(X)) < 1e-12
+    assert relative_error(empty(X), model(X)) < EXACT
 
 
 @BLOCKS

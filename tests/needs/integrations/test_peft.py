@@ -10,7 +10,7 @@ from torch import nn
 
 import structrep
 from tests.support.models import settled
-from tests.support.truth import relative_error
+from tests.support.truth import EXACT, relative_error
 
 X = torch.randn(4, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 IDS = {"input_ids": torch.arange(8)[None]}
@@ -92,11 +92,11 @@ def test_the_model_inside_comes_back_with_plain_layers(name, inputs):
     assert type(deploy) is MLP
     assert {type(layer) for layer in deploy.children()} == {nn.Linear, nn.LayerNorm}
     assert deploy.state_dict().keys() == MLP().state_dict().keys()
-    assert relative_error(deploy(X), truth) < 1e-12
+    assert relative_error(deploy(X), truth) < EXACT
     assert relative_error(model(X), truth) == 0  # the model itself is as it was
     assert not hasattr(deploy, "peft_config")
     deploy.train()  # a layer of peft's or of loralib's may take its adapter out again
-    assert relative_error(deploy.eval()(X), truth) < 1e-12
+    assert relative_error(deploy.eval()(X), truth) < EXACT
 
 
 @pytest.mark.parametrize("name", ["LoRA", "both", "AdaLoRA", "LoHa", "VeRA", "IA3", "LN tuning"])
@@ -104,7 +104,7 @@ def test_it_is_what_peft_merges(name):
     model = ADAPTED[name][0]()
     theirs = copy.deepcopy(model).merge_and_unload().state_dict()
     for key, tensor in structrep.reparameterize(model, X).state_dict().items():
-        assert relative_error(tensor, theirs[key]) < 1e-12, key
+        assert relative_error(tensor, theirs[key]) < EXACT, key
 
 
 def test_in_place():
@@ -113,7 +113,7 @@ def test_in_place():
     deploy = structrep.reparameterize(model, X, inplace=True)
     assert deploy is inside
     assert deploy.state_dict().keys() == MLP().state_dict().keys()
-    assert relative_error(deploy(X), truth) < 1e-12
+    assert relative_error(deploy(X), truth) < EXACT
 
 
 def test_a_wrong_input_changes_nothing():
@@ -135,7 +135,7 @@ def test_what_cannot_be_merged_stays_whole(config):
     truth = model(X).detach()
     deploy = structrep.reparameterize(model, X)
     assert type(deploy) is MLP
-    assert relative_error(deploy(X), truth) < 1e-12
+    assert relative_error(deploy(X), truth) < EXACT
     for layer in (deploy.a, deploy.b):
         assert isinstance(layer, peft.tuners.tuners_utils.BaseTunerLayer)
         layer.merge()
@@ -151,7 +151,7 @@ def test_a_hook_keeps_a_layer_and_its_adapter():
     assert any(refusal.kind == "Hooked" and "b has a forward hook" in refusal.reason for refusal in plan.refusals)
     deploy = plan.reparameterize(X)
     deploy.b.merge()
-    assert relative_error(deploy(X), model(X)) < 1e-12
+    assert relative_error(deploy(X), model(X)) < EXACT
 
 
 # --- wrappers that do more than to run what is inside -----------------------------------------------------------------
@@ -193,10 +193,10 @@ def test_a_wrapper_that_does_more_stays_with_its_adapters(make, stays, reason):
     plan = structrep.plan(model, X)
     assert any(reason in refusal.reason for refusal in plan.refusals)
     deploy = plan.reparameterize(X)
-    assert relative_error(deploy(X), truth) < 1e-12
+    assert relative_error(deploy(X), truth) < EXACT
     wrapper, theirs = deploy.get_submodule(stays), model.get_submodule(stays)
     assert isinstance(wrapper, peft.PeftModel)
-    assert relative_error(wrapper.base_model.merge_and_unload()(X), theirs.base_model.merge_and_unload()(X)) < 1e-12
+    assert relative_error(wrapper.base_model.merge_and_unload()(X), theirs.base_model.merge_and_unload()(X)) < EXACT
 
 
 def causal(config=None, **options):
@@ -234,12 +234,12 @@ def test_it_is_saved_and_loaded_as_a_model_without_adapters(target, tied, tmp_pa
     deploy = structrep.reparameterize(model, IDS)
     assert type(deploy) is hf.LlamaForCausalLM
     assert not any("lora" in name or "base_layer" in name for name in deploy.state_dict())
-    assert relative_error(deploy(**IDS).logits, truth) < 1e-12
+    assert relative_error(deploy(**IDS).logits, truth) < EXACT
     written = [one.generate(**IDS, max_new_tokens=5, do_sample=False) for one in (deploy, model)]
     assert torch.equal(*written)
     deploy.save_pretrained(tmp_path)
     again = hf.LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float64).eval()
-    assert relative_error(again(**IDS).logits, truth) < 1e-12
+    assert relative_error(again(**IDS).logits, truth) < EXACT
     assert model.base_model.model.config.tie_word_embeddings is tied
 
 
@@ -248,10 +248,10 @@ def test_an_adapter_that_transformers_has_added(tmp_path):
     model.add_adapter(lora(target_modules=["q_proj", "v_proj"]))
     truth = model.double().eval()(**IDS).logits.detach()
     deploy = structrep.reparameterize(model, IDS)
-    assert relative_error(deploy(**IDS).logits, truth) < 1e-12
+    assert relative_error(deploy(**IDS).logits, truth) < EXACT
     deploy.save_pretrained(tmp_path)
     again = hf.LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float64).eval()
-    assert relative_error(again(**IDS).logits, truth) < 1e-12
+    assert relative_error(again(**IDS).logits, truth) < EXACT
 
 
 def test_gpt2_keeps_the_adapters_of_its_transposed_layers():
@@ -262,7 +262,7 @@ def test_gpt2_keeps_the_adapters_of_its_transposed_layers():
     truth = model(**IDS).logits.detach()
     deploy = structrep.reparameterize(model, IDS)
     assert type(deploy) is hf.GPT2LMHeadModel
-    assert relative_error(deploy(**IDS).logits, truth) < 1e-12
+    assert relative_error(deploy(**IDS).logits, truth) < EXACT
     deploy.transformer.h[0].attn.c_attn.merge()
     assert relative_error(deploy(**IDS).logits, truth) < 1e-9
 
@@ -297,7 +297,7 @@ def test_an_adapted_part_is_the_part_inside(kind, inplace):
     deploy = plan.reparameterize(X, inplace=inplace)
     assert (deploy is model) == inplace
     assert type(deploy.backbone) is MLP
-    assert relative_error(deploy(X), truth) < 1e-12
+    assert relative_error(deploy(X), truth) < EXACT
 
 
 def test_a_model_whose_embeddings_cannot_be_asked_for_is_converted():
@@ -314,4 +314,4 @@ def test_a_model_whose_embeddings_cannot_be_asked_for_is_converted():
     assert deploy.config.tie_word_embeddings
     with torch.no_grad():
         theirs, ours = model(image), deploy(image)
-    assert relative_error(ours.feature_maps[0], theirs.feature_maps[0]) < 1e-12
+    assert relative_error(ours.feature_maps[0], theirs.feature_maps[0]) < EXACT

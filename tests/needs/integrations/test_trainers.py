@@ -40,7 +40,7 @@ def shapes(state):
     return {name: tuple(value.shape) for name, value in state.items()}
 
 
-def same(one, two):
+def identical(one, two):
     """Bit by bit."""
     return one.keys() == two.keys() and all(torch.equal(value, two[name]) for name, value in one.items())
 
@@ -172,7 +172,7 @@ def test_torchvision_takes_what_its_reference_script_wrote(example, tmp_path, na
     if ema:
         average = AveragedModel(trained)
         average.load_state_dict(checkpoint["model_ema"])
-        assert not same(average.module.state_dict(), trained.state_dict())
+        assert not identical(average.module.state_dict(), trained.state_dict())
         trained = average.module
 
     deploy = torchvision.models.get_model(name, num_classes=10)
@@ -316,7 +316,7 @@ def test_a_lightning_training_is_not_disturbed(tmp_path):
     export = ReparameterizeOnExport("net")
     exported, its, drawn_then = fit([export, *beside], tmp_path, logger=CSVLogger(tmp_path, "beside"), **options)
 
-    assert same(exported.state_dict(), module.state_dict())
+    assert identical(exported.state_dict(), module.state_dict())
     assert drawn_then == drawn
     assert exported.training == module.training
     assert exported is its.lightning_module
@@ -331,7 +331,7 @@ def test_a_lightning_training_is_not_disturbed(tmp_path):
 
     resumable = torch.load(export.training_time_path, weights_only=False)
     assert resumable["optimizer_states"][0]["state"]
-    assert same(resumable["state_dict"], module.state_dict())
+    assert identical(resumable["state_dict"], module.state_dict())
     deploy = loaded(export)
     assert shapes(deploy.state_dict()) == shapes(Small().state_dict())
     assert agree(deploy.net, exported.net, GRAY)
@@ -352,7 +352,7 @@ def test_averaged_weights_are_exported(tmp_path, first):
     export, average = ReparameterizeOnExport("net", dirpath=tmp_path), WeightAveraging(avg_fn=get_ema_avg_fn(0.9))
     module, _, _ = fit([export, average] if first else [average, export], tmp_path)
     other, _, _ = fit([], tmp_path)
-    assert not same(module.state_dict(), other.state_dict())
+    assert not identical(module.state_dict(), other.state_dict())
     assert agree(loaded(export).net, module.net, GRAY)
 
 
@@ -362,7 +362,7 @@ def test_the_best_weights_are_exported_on_demand(tmp_path):
     module, _, _ = fit([export, best], tmp_path, enable_checkpointing=True)
     assert export.training_time_path == Path(best.best_model_path)
     state = torch.load(best.best_model_path, weights_only=False)["state_dict"]
-    assert not same(state, module.state_dict())
+    assert not identical(state, module.state_dict())
     module.load_state_dict(state)
     assert agree(loaded(export).net, module.net, GRAY)
 
@@ -403,7 +403,7 @@ def test_a_compiled_module(tmp_path, pl, norms):
     export = ReparameterizeOnExport("net" if norms == "keep" else "", norms=norms, dirpath=tmp_path)
     module, trainer, drawn = fit([export], tmp_path, pl, kind=kind, wrap=lambda it: torch.compile(it, backend="eager"))
     other, _, drawn_then = fit([], tmp_path, pl, kind=kind)
-    assert same(module.state_dict(), other.state_dict())
+    assert identical(module.state_dict(), other.state_dict())
     assert drawn == drawn_then
     assert module._compiler_ctx is not None
     trained = {name: trainer.callback_metrics[name].item() for name in ("val_right", "val_loss")}
@@ -459,7 +459,7 @@ class Head(Small):
         return torch.optim.SGD(self.net[-1].parameters(), 0.1)
 
 
-class Two(Small):
+class TwoOptimizers(Small):
     def __init__(self, **options):
         super().__init__(**options)
         self.automatic_optimization = False
@@ -488,7 +488,7 @@ def test_lightning_trains_no_blocks_without_an_optimizer_for_them(tmp_path, kind
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("kind", [Two, NoOptimizer])
+@pytest.mark.parametrize("kind", [TwoOptimizers, NoOptimizer])
 @pytest.mark.filterwarnings("ignore:`LightningModule.configure_optimizers` returned `None`")
 def test_several_optimizers_or_none(tmp_path, kind):
     export = ReparameterizeOnExport("net", dirpath=tmp_path)
@@ -549,7 +549,7 @@ def train(folder, export=None, block="repvgg", early=False, **options):
 def test_a_training_of_transformers_is_not_disturbed(tmp_path):
     model, trainer, _, drawn = train(tmp_path / "alone")
     exported, its, export, drawn_then = train(tmp_path / "beside", {"each_save": True})
-    assert same(exported.state_dict(), model.state_dict())
+    assert identical(exported.state_dict(), model.state_dict())
     assert drawn_then == drawn
     assert exported.training == model.training
     assert its.model is exported
@@ -575,7 +575,7 @@ def test_a_training_of_transformers_is_not_disturbed(tmp_path):
     assert agree(Logits(hf.ResNetForImageClassification.from_pretrained(export.deploy_path)), Logits(exported), GRAY)
     again = structrep.expand(hf.ResNetForImageClassification(deploy.config), "repvgg")
     again.load_state_dict(safetensors.torch.load_file(export.training_time_path / "model.safetensors"))
-    assert same(again.state_dict(), exported.state_dict())
+    assert identical(again.state_dict(), exported.state_dict())
 
 
 def test_mixed_precision_is_of_the_training_alone(tmp_path):
