@@ -7,6 +7,7 @@ from pathlib import Path
 import networkx as nx
 
 import structrep
+from tests.support import ROOT
 
 PACKAGE = Path(structrep.__file__).parent
 PAGE = PACKAGE.parent / "docs" / "architecture.md"
@@ -84,3 +85,10 @@ def test_facts_of_nodes_have_one_home() -> None:
     """Nothing but `graph.facts` names a key of `node.meta`."""
     named = [module for module, path in FILES.items() if re.search(r"\.meta\b(?!data)", path.read_text("utf-8"))]
     assert named == ["structrep.graph.facts"]
+
+
+def test_tests_are_where_the_package_has_what_they_are_about() -> None:
+    """But for laws of all, and what needs more than torch."""
+    tests = ROOT / "tests"
+    places = {path.relative_to(tests).parts[0] for path in tests.rglob("test_*.py")} - {"law", "needs"}
+    assert {place.removeprefix("test_").removesuffix(".py") for place in places} <= set(ORDER)
