@@ -15,95 +15,11 @@ from torch import nn
 
 import structrep
 from structrep.blocks import RepVGGBlock2d
+from tests.guard.asking import DEVICE, X, merges, one, sets, stays, train, walk
 from tests.support.models import settled
-from tests.support.truth import EXACT, relative_error
-
-X = torch.randn(2, 4, 7, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-
-
-class One(nn.Module):
-    """A convolution, its norm, and a head behind them."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv, self.bn = nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)
-        self.flag, self.fast, self.name, self.depth = False, None, "bn", 0
-        self.layers = nn.ModuleList([nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)])
-
-    def both(self, x):
-        return self.bn(self.conv(x))
-
-
-def one(forward, **more):
-    """A model of a forward, with methods and properties beside it."""
-    torch.manual_seed(0)
-    return settled(type("M", (One,), {"forward": forward, **more})())
-
-
-def norms(model):
-    return sum(isinstance(part, nn.BatchNorm2d) for part in model.modules())
-
-
-def run(model, x):
-    try:
-        return model(x)
-    except Exception as error:
-        return error
-
-
-def same_or_said(model, deploy, changes, x=X):
-    """Both, changed alike, give the same; or what was merged raises an error that says that it was."""
-    for change in changes:
-        one, other = copy.deepcopy(model), copy.deepcopy(deploy)
-        change(one), change(other)
-        found = run(other, x)
-        if isinstance(found, Exception):
-            assert "reparameterized" in str(found), found
-        else:
-            assert relative_error(found, one(x)) < EXACT
-
-
-def sets(**values):
-    return lambda model: [setattr(model, name, value) for name, value in values.items()]
-
-
-def merges(model, *changes, left=0, x=X):
-    """All but some norms are gone; outputs are right, with an example and without one."""
-    for inputs in ((), (x,)):
-        deploy = structrep.reparameterize(model, *inputs)
-        assert relative_error(deploy(x), model(x)) < EXACT
-        assert norms(deploy) == left
-        same_or_said(model, deploy, changes, x)
-
-
-def stays(model, line, *changes, x=X):
-    """The norm of `conv` stays, for a line that is shown."""
-    for inputs in ((), (x,)):
-        plan = structrep.plan(model, *inputs)
-        said = [refusal.reason for refusal in plan.refusals]
-        assert any(line in one and "test_asked.py:" in one for one in said), said
-        deploy = plan.apply()
-        assert isinstance(deploy.bn, nn.BatchNorm2d)
-        assert relative_error(deploy(x), model(x)) < EXACT
-        same_or_said(model, deploy, changes, x)
-
+from tests.support.truth import EXACT, SAME, check, relative_error
 
 # --- what asks nothing ------------------------------------------------------------------------------------------------
-
-
-def walk(self):
-    """Of a method that looks at all parts: nothing is asked, if nothing runs it."""
-    for part in self.modules():
-        part.requires_grad_(isinstance(part, nn.BatchNorm2d))
-    return self
-
-
-def train(self, mode=True):
-    nn.Module.train(self, mode)
-    for part in self.modules():
-        if isinstance(part, nn.BatchNorm2d):
-            part.eval()
-    return self
 
 
 QUIET = {
@@ -229,7 +145,6 @@ def first_in_a_name(self, x):
     return self.both(x.to(first.device).to(first.dtype))
 
 
-DEVICE = property(lambda self: next(self.parameters()).device)
 FIRST = {
     "device": one(lambda self, x: self.both(x.to(next(self.parameters()).device))),
     "dtype": one(lambda self, x: self.both(x.to(next(self.parameters()).dtype))),
@@ -561,186 +476,80 @@ def test_a_block_that_is_asked_for_its_type(part, function, count):
     assert relative_error(plan.apply()(X), model(X)) < EXACT
 
 
-# --- forwards that are not followed -----------------------------------------------------------------------------------
+# --- in other ways ------------------------------------------------------------------------------------------------
 
 
-def left(behind):
-    """A forward that cannot be followed, and what it does then."""
+class AsksItsLayers(nn.Module):
+    """Forwards that go by what their layers are, which a merge changes."""
+
+    def __init__(self, question):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(4, 4, 1, bias=False), nn.BatchNorm2d(4)
+        self.question = question
 
     def forward(self, x):
-        if str(x) == "never":
-            x = x + 1
-        return behind(self, x)
+        x = self.norm(self.conv(x))
+        return x.relu() if self._holds() else x
 
-    return forward
+    def _holds(self):
+        if self.question == "bias":
+            return self.conv.bias is None
+        if self.question == "type":
+            return isinstance(self.norm, nn.BatchNorm2d)
+        return self.norm.eps > 0
 
 
-class Tower(nn.Module):
-    def __init__(self):
+@pytest.mark.parametrize("question", ["bias", "type", "eps"])
+def test_layers_that_a_forward_asks_about_stay(question):
+    check(AsksItsLayers(question), X, merges=0, refused="Shared", within=SAME)
+
+
+class Asking(nn.Module):
+    """Forwards that go by what a layer is, each asking in another way; a merge would change the answer."""
+
+    def __init__(self, how):
         super().__init__()
-        self.conv, self.bn = nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)
+        self.conv, self.norm = nn.Conv2d(4, 4, 1, bias=False), nn.BatchNorm2d(4)
+        self.layers = nn.ModuleList([self.conv])
+        self.how = how
+
+    @property
+    def bare(self):
+        return self.conv.bias is None
+
+    def helper(self, layer):
+        return layer.bias is None
 
     def forward(self, x):
-        return self.bn(self.conv(x))
+        y = self.norm(self.conv(x))
+        return y.relu() if getattr(self, f"by_{self.how}")() else y
 
-    def has_norm(self):
-        return isinstance(self.bn, nn.BatchNorm2d)
+    def by_alias(self):
+        conv = self.conv
+        return conv.bias is None
 
+    def by_property(self):
+        return self.bare
 
-class Around(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.tower, self.bn, self.name, self.how = Tower(), nn.BatchNorm2d(4), "tower", "norm"
-        self.body = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+    def by_children(self):
+        return any(isinstance(m, nn.BatchNorm2d) for m in self.children())
 
+    def by_parameters(self):
+        return len(list(self.conv.parameters())) == 1
 
-def embeddings(self):
-    name = getattr(self, "name", "tower")
-    return getattr(self, name, None)
+    def by_helper(self):
+        return self.helper(self.conv)
 
+    def by_getattr(self):
+        return getattr(self, "conv").bias is None  # noqa: B009
 
-def around(forward, **more):
-    torch.manual_seed(0)
-    return settled(type("Net", (Around,), {"forward": forward, **more})())
-
-
-def get_embeddings(self, x):
-    if str(x) == "never":
-        x = x + 1
-    self.embeddings()
-    return self.bn(self.tower(x))
-
-
-def get_a_device(self, x):
-    if str(x) == "never":
-        x = x + 1
-    return self.bn(self.tower(x.to(next(self.parameters()).device)))
+    def by_match(self):
+        match self.norm:
+            case nn.BatchNorm2d():
+                return True
+        return False
 
 
-def get_a_device_by_a_property(self, x):
-    if str(x) == "never":
-        x = x + 1
-    return self.bn(self.tower(x.to(self.device)))
-
-
-def get_a_part_by_its_name(self, x):
-    if str(x) == "never":
-        x = x + 1
-    return self.bn(getattr(self, "tower")(x))  # noqa: B009
-
-
-def loop_over_names(self, x):
-    if str(x) == "never":
-        x = x + 1
-    for name in ("tower", "body"):
-        x = getattr(self, name)(x)
-    return x
-
-
-def ask_in_training(self, x):
-    if str(x) == "never":
-        x = x + 1
-    if self.training:
-        x = x * sum(p.sum() for p in self.parameters())
-    return self.tower(x)
-
-
-def walk_over_all(self, x):
-    return x * len(list(self.modules()))
-
-
-LEFT = {
-    "a part by a computed name": around(get_embeddings, embeddings=embeddings),
-    "a device": around(get_a_device),
-    "a device by a property": around(get_a_device_by_a_property, device=DEVICE),
-    "a part by its name": around(get_a_part_by_its_name, freeze=walk, train=train),
-    "parts by names": around(loop_over_names, init_weights=walk, train=train),
-    "in training": around(ask_in_training),
-    "a method that is never called": around(get_a_device, walk=walk_over_all),
-}
-
-
-@pytest.mark.parametrize("program", LEFT)
-def test_what_a_forward_that_is_not_followed_does_not_ask(program):
-    model = LEFT[program]
-    for inputs in ((), (X,)):
-        deploy = structrep.reparameterize(model, *inputs)
-        assert isinstance(deploy.tower.bn, nn.Identity)
-        assert relative_error(deploy(X), model(X)) < EXACT
-
-
-def of_setting(self, x):
-    if str(x) == "never":
-        x = x + 1
-    y = self.tower(x)
-    return y.relu() if self.tower.bn.eps > 0 else y
-
-
-def of_type_by_a_method(self, x):
-    if str(x) == "never":
-        x = x + 1
-    y = self.tower(x)
-    return y.relu() if self.asks() else y
-
-
-def of_type_by_a_method_of_the_part(self, x):
-    if str(x) == "never":
-        x = x + 1
-    y = self.tower(x)
-    return y.relu() if self.tower.has_norm() else y
-
-
-def of_a_method_by_a_computed_name(self, x):
-    if str(x) == "never":
-        x = x + 1
-    y = self.tower(x)
-    return y.relu() if getattr(self, f"by_{self.how}")() else y
-
-
-def of_itself_by_a_function(self, x):
-    if str(x) == "never":
-        x = x + 1
-    y = self.tower(x)
-    return y.relu() if tower_has_norm(self) else y
-
-
-def tower_has_norm(model):
-    return type(model.tower.bn) is nn.BatchNorm2d
-
-
-def of_all_parameters(self, x):
-    if str(x) == "never":
-        x = x + 1
-    return self.tower(x) * len(list(self.parameters()))
-
-
-def of_more_of_the_first(self, x):
-    if str(x) == "never":
-        x = x + 1
-    first = next(self.tower.parameters())
-    return self.tower(x).to(first.dtype) * first.abs().sum()
-
-
-def tower_is_normed(self):
-    return isinstance(self.tower.bn, nn.BatchNorm2d)
-
-
-UNFOLLOWED = {
-    "a setting": (around(of_setting), "self.tower.bn.eps > 0"),
-    "a method": (around(of_type_by_a_method, asks=tower_is_normed), "isinstance(self.tower.bn"),
-    "a method of the part": (around(of_type_by_a_method_of_the_part), "isinstance(self.bn"),
-    "a computed name": (around(of_a_method_by_a_computed_name, by_norm=tower_is_normed), "isinstance(self.tower.bn"),
-    "a function": (around(of_itself_by_a_function), "type(model.tower.bn)"),
-    "all parameters": (around(of_all_parameters), "list(self.parameters())"),
-    "more of the first": (around(of_more_of_the_first), "next(self.tower.parameters())"),
-}
-
-
-@pytest.mark.parametrize("program", UNFOLLOWED)
-def test_what_a_forward_that_is_not_followed_may_ask(program):
-    model, line = UNFOLLOWED[program]
-    for inputs in ((), (X,)):
-        plan = structrep.plan(model, *inputs)
-        said = [refusal.reason for refusal in plan.refusals]
-        assert any(line in one and "test_asked.py:" in one for one in said), said
-        assert relative_error(plan.apply()(X), model(X)) < EXACT
+@pytest.mark.parametrize("how", ["alias", "property", "children", "parameters", "helper", "getattr", "match"])
+def test_questions_asked_in_passing(how):
+    check(Asking(how), X, merges=0, refused="Shared", within=SAME)
