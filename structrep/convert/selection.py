@@ -13,7 +13,7 @@ from structrep.graph.names import layers_of
 from structrep.match.find import again
 from structrep.match.findings import Findings
 from structrep.match.merge import Merge, Missed, together
-from structrep.match.residuals import carry
+from structrep.match.residuals import carried
 from structrep.prove.region import border, prove
 from structrep.records.plan import MergeRecord, Way
 from structrep.rewrite.draft import Draft
@@ -90,16 +90,16 @@ class Selection:
 
 def select(findings: Findings, reserve: tuple[str, ...]) -> Selection:
     """The merges that were found, or are found without the methods that cannot be written, and can be written back."""
-    draft, narrowed = _drafted(findings, reserve), set[tuple[str, str]]()
+    (draft, missed), narrowed = _drafted(findings, reserve), set[tuple[str, str]]()
     while left := _left(draft, findings, narrowed):
         findings = again(findings, *left)  # what stands apart from them may merge still
-        draft = _drafted(findings, reserve)
-    return Selection(findings, reserve, draft, (*findings.missed, *_unwritten(draft)))
+        draft, missed = _drafted(findings, reserve)
+    return Selection(findings, reserve, draft, (*findings.missed, *missed, *_unwritten(draft)))
 
 
-def _drafted(findings: Findings, reserve: tuple[str, ...]) -> Draft:
-    carry(findings, reserve)
-    return Draft.of(findings.traced, findings.replicas, findings.merges, findings.borders.flagged)
+def _drafted(findings: Findings, reserve: tuple[str, ...]) -> tuple[Draft, list[Missed]]:
+    merges, missed = carried(findings, reserve)
+    return Draft.of(findings.traced, findings.replicas, findings.borders, merges), missed
 
 
 def _left(

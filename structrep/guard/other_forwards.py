@@ -62,8 +62,6 @@ class Borders:
         self.mentioned: dict[tuple[type, str], frozenset[str] | None] = {}
         self.below: dict[nn.Module, dict[nn.Module, frozenset[str]]] = {}  # a module's parts, by children they are in
         self.followed: dict[tuple[nn.Module, Variant], Method | None] = {}
-        # root of a merge -> calls of parts whose forwards, with a flag that none of their callers turns, look into it
-        self.flagged: dict[fx.Node, set[Call]] = defaultdict(set)
         self.used: dict[
             tuple[nn.Module, str], list[set[nn.Module]]
         ] = {}  # parts that a method uses, and all below each
@@ -77,16 +75,37 @@ class Borders:
         held = {str(n.target) for node in inside for n in node.all_input_nodes if n.op == "get_attr"}
         for around in owner.chain() if held else ():
             self._check_parameters(around, held)
-        for node in sorted(inside & self.given.keys(), key=INDEX.of):  # the same reason every time
+        for node, call in self._given_back(inside, owner):
+            if node is root and not call.leaf:
+                continue
+            if call.method != "forward":
+                if _is_forward(call.method):
+                    raise Shared(f"{call.path or 'the model'}.{call.method} gives back a value inside the merge")
+                continue
+            for around, variant in self._lookers(owner, call, node is root, inside):
+                if root is None or not _is_flag(around, variant):
+                    raise Shared(
+                        f"{type(around.module).__name__}.{variant} may look at what {call.path} gives, which would no "
+                        f"longer be there"
+                    )
+
+    def flagged(self, inside: set[fx.Node], root: fx.Node, owner: Call) -> set[Call]:
+        """The calls of parts whose forwards, with a flag that none of their callers turns, look into what may be merged
+        otherwise."""
+        return {
+            around
+            for node, call in self._given_back(inside, owner)
+            if call.method == "forward" and not (node is root and not call.leaf)
+            for around, variant in self._lookers(owner, call, node is root, inside)
+            if _is_flag(around, variant)
+        }
+
+    def _given_back(self, inside: set[fx.Node], owner: Call) -> Iterator[tuple[fx.Node, Call]]:
+        """Values that calls inside an owner give back, in the order of the graph: the same reason every time."""
+        for node in sorted(inside & self.given.keys(), key=INDEX.of):
             for call in self.given[node]:
-                if call is owner or owner not in call.chain() or (node is root and not call.leaf):
-                    continue
-                if call.method != "forward":
-                    if _is_forward(call.method):
-                        raise Shared(f"{call.path or 'the model'}.{call.method} gives back a value inside the merge")
-                    continue
-                for around in owner.chain():
-                    self._check_methods(around, call, root, node is root, inside)
+                if call is not owner and owner in call.chain():
+                    yield node, call
 
     def _check_parameters(self, around: Call, held: set[str]) -> None:
         """Raise if another forward of a module around uses parameters that a merge takes from it."""
@@ -98,33 +117,26 @@ class Borders:
                 if method.reached & own if method else not variant.flags:
                     raise Shared(f"{type(around.module).__name__}.{variant} uses {' or '.join(sorted(own))} too")
 
-    def _check_methods(self, around: Call, call: Call, root: fx.Node | None, last: bool, inside: set[fx.Node]) -> None:
-        """Raise if another forward of a module around looks at what a call of one of its parts gives, or gives it
-        something else; note it if that is the forward of a part with a flag, which is then guarded."""
-        variants = self._other_forwards(around)
-        parts = self._parts(around.module, call.module) if variants else frozenset()
-        for variant in variants:
-            seen = self.mentioned[type(around.module), variant.method]
-            if seen is not None and not parts & seen:
-                continue
-            if variant.flags and any(CALL.of(node) is around and node.op != "call_module" for node in inside):
-                continue  # its forward is written anew, and then takes no other flags
-            if variant.flags and variant.flags[0][1] is ... and around is not call.parent:
-                continue  # what it is given can only matter where the value passes
-            method = self._follow(around, variant)
-            if method is None and (
-                variant.flags or (seen is not None and self._runs_it_whole(around, variant, inside))
-            ):
-                continue
-            if method is None or self._differs(method, call, last, inside):
-                turned = variant.method == "forward" and any(isinstance(value, bool) for _, value in variant.flags)
-                if turned and root is not None and around.parent is not None:
-                    self.flagged[root].add(around)
+    def _lookers(self, owner: Call, call: Call, last: bool, inside: set[fx.Node]) -> Iterator[tuple[Call, Variant]]:
+        """The other forwards of modules around that look at what a call of a part gives, or give it something else."""
+        for around in owner.chain():
+            variants = self._other_forwards(around)
+            parts = self._parts(around.module, call.module) if variants else frozenset()
+            for variant in variants:
+                seen = self.mentioned[type(around.module), variant.method]
+                if seen is not None and not parts & seen:
                     continue
-                raise Shared(
-                    f"{type(around.module).__name__}.{variant} may look at what {call.path} gives, which would no "
-                    f"longer be there"
-                )
+                if variant.flags and any(CALL.of(node) is around and node.op != "call_module" for node in inside):
+                    continue  # its forward is written anew, and then takes no other flags
+                if variant.flags and variant.flags[0][1] is ... and around is not call.parent:
+                    continue  # what it is given can only matter where the value passes
+                method = self._follow(around, variant)
+                if method is None and (
+                    variant.flags or (seen is not None and self._runs_it_whole(around, variant, inside))
+                ):
+                    continue
+                if method is None or self._differs(method, call, last, inside):
+                    yield around, variant
 
     def _parts(self, module: nn.Module, part: nn.Module) -> frozenset[str]:
         """Names of a module's children that hold a part of it."""
@@ -183,6 +195,12 @@ class Borders:
         if key not in self.followed:
             self.followed[key] = follow_method(around.module, around.path, variant.method, dict(variant.flags))
         return self.followed[key]
+
+
+def _is_flag(around: Call, variant: Variant) -> bool:
+    """Whether a part is run in a way by a flag of its forward alone, which can be guarded."""
+    turned = any(isinstance(value, bool) for _, value in variant.flags)
+    return variant.method == "forward" and turned and around.parent is not None
 
 
 def _is_required(parameter: Parameter) -> bool:

@@ -14,7 +14,7 @@ from structrep.guard.ready import check_ready
 from structrep.match.findings import Findings
 from structrep.match.merge import Merge, Missed
 from structrep.match.search import Search, search
-from structrep.match.sum_order import reorder
+from structrep.match.sum_order import order
 from structrep.modules.arguments import Example
 from structrep.registry import Registry
 from structrep.trace.follow import trace
@@ -91,9 +91,10 @@ def _best_order(findings: Findings, one: Trace) -> Search:
         return sum(len(merge.nodes) for merge in found.merges)
 
     first = search(findings, one)
-    undo = reorder(one, first.merged, first.merges_sum)
-    if undo is None:
+    better = order(one, first.merged, first.merges_sum)
+    if better is None:
         return first
+    undo = better.take()
     findings.look_again()
     other = search(findings, one)
     if taken(other) > taken(first):

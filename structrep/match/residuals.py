@@ -47,21 +47,22 @@ _POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
 _POOL_NAMES = {"max_pool1d", "max_pool2d", "max_pool3d"}
 
 
-def carry(findings: Findings, globs: Iterable[str]) -> None:
-    """Add to what a search found the residuals that can be carried, of modules that the globs name; say of others why
-    not."""
-    globs = tuple(globs)
+def carried(findings: Findings, globs: Iterable[str]) -> tuple[list[Merge], list[Missed]]:
+    """The merges that a search found with the residuals that can be carried, of modules that the globs name; and why
+    others cannot."""
+    globs, merges, missed = tuple(globs), list(findings.merges), list[Missed]()
     for search in findings.searches if globs else ():
         for node, reading in search.readings.items():
             named = any(fnmatch.fnmatchcase(path_of(node), glob) for glob in globs)
             if not named or not isinstance(reading, Total) or len(reading.parts) != 2:
                 continue
-            if any(node in merge.nodes for merge in findings.merges):
+            if any(node in merge.nodes for merge in merges):
                 continue  # a sum of branches, which is one layer already
             try:
-                findings.merges = _exchanged(findings.merges, _block(search, node, reading))
+                merges = _exchanged(merges, _block(search, node, reading))
             except Refusal as reason:
-                findings.missed.append(Missed(path_of(node) or "(root)", RULE, "residual", reason))
+                missed.append(Missed(path_of(node) or "(root)", RULE, "residual", reason))
+    return merges, missed
 
 
 def _exchanged(merges: list[Merge], block: _Block) -> list[Merge]:

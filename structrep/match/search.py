@@ -7,8 +7,10 @@ block). A merge is done only if nothing else uses what vanishes (`stretch`), if 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 from torch import fx
 
@@ -59,6 +61,11 @@ def search(findings: Findings, trace: Trace) -> Search:
             if kept is not None:
                 told = replace(kept, where=path_of(one.node) or "(root)", layers=(*kept.layers, layer_of(one.node)))
                 refusals.add(one.node, told)
+
+
+Choice: TypeAlias = tuple[
+    Rule, Stretch, tuple[Cost, Cost]
+]  # what a law may merge, and what that costs before and after
 
 
 @dataclass(frozen=True)
@@ -189,7 +196,7 @@ class Search:
 
     def _law(self, root: fx.Node, laws: Sequence[Rule]) -> Merge | None:
         """The best exact merge that ends at root, by saving."""
-        choices: list[tuple[float, int, Rule, Stretch, tuple[Cost, Cost]]] = []
+        choices: list[tuple[float, Choice]] = []
         for stretch in self._stretches(root):
             if not self._whole_families(stretch):
                 continue
@@ -204,18 +211,47 @@ class Search:
                 self.refusals.note(stretch.nodes, rule.name, str(term), reason)
                 continue
             saved = before.multiply_adds - after.multiply_adds
-            choices.append((saved, len(choices), rule, stretch, (before, after)))
-        for _, _, rule, stretch, costs in sorted(choices, key=lambda choice: choice[:2], reverse=True):
-            fitted = self._as_family(stretch)
-            if fitted is None:
-                try:
-                    map_, fitted = fit_value(stretch, costs, self.findings.inexact_borders)
-                except Refusal as reason:
-                    self.refusals.note(stretch.nodes, rule.name, str(stretch.term), reason)
-                    continue
-                self.maps.hold(stretch, map_)
-            return self._merge(stretch, fitted, rule)
+            choices.append((saved, (rule, stretch, (before, after))))
+        # of those that save the same, the one that takes most
+        ordered = [choice for _, choice in sorted(reversed(choices), key=lambda one: one[0], reverse=True)]
+        for place, choice in enumerate(ordered):
+            fitted = self._fitted(*choice)
+            if fitted is not None:
+                rule, stretch, _ = choice
+                for other in self._without_a_start(stretch, ordered[place + 1 :], laws):
+                    if (fits := self._fitted(*other)) is not None:
+                        (rule, stretch, _), fitted = other, fits
+                        break
+                return self._merge(stretch, fitted, rule)
         return None
+
+    def _fitted(self, rule: Rule, stretch: Stretch, costs: tuple[Cost, Cost]) -> Fit | None:
+        """How a stretch fits that a law merges; None if it is not exact, which is noted."""
+        fitted = self._as_family(stretch)
+        if fitted is None:
+            try:
+                map_, fitted = fit_value(stretch, costs, self.findings.inexact_borders)
+            except Refusal as reason:
+                self.refusals.note(stretch.nodes, rule.name, str(stretch.term), reason)
+                return None
+            self.maps.hold(stretch, map_)
+        return fitted
+
+    def _without_a_start(self, best: Stretch, others: Sequence[Choice], laws: Sequence[Rule]) -> Iterator[Choice]:
+        """Stretches without the norm that one starts with, if that merges as well into the layer before it, and then no
+        forward changes in which both are called."""
+        start = [one for one in itertools.takewhile(lambda one: one.keeps_shape, best.segments) if one.term.op != "one"]
+        if not start:
+            return
+        around, norms = owner_of({*best.nodes, *best.scales}), {node for segment in start for node in segment.nodes}
+        apart = [
+            choice
+            for choice in others
+            if norms.isdisjoint(choice[1].nodes) and owner_of({*choice[1].nodes, *choice[1].scales}) is not around
+        ]
+        back = self._law(start[-1].root, laws) if apart else None
+        if back is not None and back.owner is not around:
+            yield from apart
 
     def _settle(self, root: fx.Node) -> Merge | None:
         """What a family merges and no law took further."""

@@ -59,18 +59,41 @@ def as_traced(node: fx.Node, but: Set[Reordered] = frozenset()) -> tuple[str, An
     return (node.op, node.target, node.args) if found is None or found in but else found.were[node]
 
 
-def reorder(trace: Trace, done: Set[fx.Node], merges: Merges) -> Callable[[], None] | None:
-    """Add up first what merges, in every sum of which it is not all; what undoes it, or None if no sum has another
-    order.
+@dataclass(frozen=True, eq=False)
+class Order:
+    """Another order of the sums of a graph, which is as it was until the order is taken.
 
     Args:
-        trace: its graph is changed, and the steps of its calls.
+        sums: for each sum its additions that are made otherwise, and the groups of addends that are added up first.
+    """
+
+    trace: Trace
+    sums: Sequence[tuple[Sequence[fx.Node], Sequence[Sequence[fx.Node]]]]
+
+    def take(self) -> Callable[[], None]:
+        """Write the sums in this order, and the steps of their calls; what undoes it."""
+        steps = [_write(additions, groups) for additions, groups in self.sums]
+        _place(self.trace)
+
+        def undo() -> None:
+            for step in reversed(steps):
+                step()
+            _place(self.trace)
+
+        return undo
+
+
+def order(trace: Trace, done: Set[fx.Node], merges: Merges) -> Order | None:
+    """The order in which what merges is added up first, in every sum of which it is not all; None if that is the order
+    of all sums.
+
+    Args:
         done: additions that are part of a merge.
         merges: whether some addends of a sum would merge, given its additions, the last of which is the sum.
     """
     passed = {one.node for call in trace.calls for one in proxies((call.args, call.kwargs, call.result))}
     passed |= {node for call in trace.calls for written in call.written for node in written}
-    steps: list[Callable[[], None]] = []
+    sums: list[tuple[Sequence[fx.Node], Sequence[Sequence[fx.Node]]]] = []
     for root in trace.nodes:
         if not _is_sum(root) or root in done or _sum_of(root, passed) is not None:
             continue
@@ -86,17 +109,8 @@ def reorder(trace: Trace, done: Set[fx.Node], merges: Merges) -> Callable[[], No
             # What adds up nothing that merges stays: numbers that are no floats may not be added up otherwise.
             additions = [one for one in additions if not merged.isdisjoint(_addends(one, additions))]
             others = [[one] for one in _addends(root, additions) if one not in merged]
-            steps.append(_write(trace, additions, [*groups, *others]))
-    if not steps:
-        return None
-    _place(trace)
-
-    def undo() -> None:
-        for step in reversed(steps):
-            step()
-        _place(trace)
-
-    return undo
+            sums.append((additions, [*groups, *others]))
+    return Order(trace, sums) if sums else None
 
 
 def _is_sum(node: fx.Node) -> bool:
@@ -156,7 +170,7 @@ def _grouped(addends: Sequence[fx.Node], merge: Callable[[Sequence[fx.Node]], bo
     return groups
 
 
-def _write(trace: Trace, additions: Sequence[fx.Node], groups: Sequence[Sequence[fx.Node]]) -> Callable[[], None]:
+def _write(additions: Sequence[fx.Node], groups: Sequence[Sequence[fx.Node]]) -> Callable[[], None]:
     """Add up the groups, each for itself, then all; what undoes it."""
     *inner, root = additions
     steps = CALL.of(root).steps

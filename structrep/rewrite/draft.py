@@ -13,11 +13,10 @@ from __future__ import annotations
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from torch import fx
-
 from structrep import process
 from structrep.errors import Refusal
 from structrep.graph.calls import Call, Traced
+from structrep.guard.other_forwards import Borders
 from structrep.guard.sharing import Replicas
 from structrep.match.merge import Merge
 from structrep.records.plan import Way
@@ -45,7 +44,7 @@ class Draft:
 
     traced: Traced
     replicas: Replicas
-    flagged: Mapping[fx.Node, set[Call]]
+    borders: Borders
     placement: Placement
     refused: list[tuple[Merge, Refusal]]
     unwritable: Mapping[tuple[str, str], Refusal]
@@ -54,15 +53,9 @@ class Draft:
     at_rest: Mapping[Call, set[Guard]]
 
     @classmethod
-    def of(
-        cls, traced: Traced, replicas: Replicas, merges: Iterable[Merge], flagged: Mapping[fx.Node, set[Call]]
-    ) -> Draft:
-        """The draft of some merges.
-
-        Args:
-            flagged: calls that may do otherwise with a merge by a flag of theirs, by its root.
-        """
-        untaken = Untaken(traced, replicas.asking, flagged)
+    def of(cls, traced: Traced, replicas: Replicas, borders: Borders, merges: Iterable[Merge]) -> Draft:
+        """The draft of some merges."""
+        untaken = Untaken(traced, replicas.asking, borders)
         rewriter = Rewriter(traced, replicas, untaken)
         left = list(merges)
         refused: list[tuple[Merge, Refusal]] = []
@@ -78,13 +71,13 @@ class Draft:
                 left = [merge for merge in left if merge not in lost]
             at_rest = {owner: forward.holding(owner.module) for owner, forward in forwards.items()}
         return cls(
-            traced, replicas, flagged, placement, refused, rewriter.unwritable, rewriter.unedited, forwards, at_rest
+            traced, replicas, borders, placement, refused, rewriter.unwritable, rewriter.unedited, forwards, at_rest
         )
 
     def without(self, merges: Container[Merge]) -> Draft:
         """The draft of all merges but some."""
         left = [merge for merge in self.merges if merge not in merges]
-        return Draft.of(self.traced, self.replicas, left, self.flagged)
+        return Draft.of(self.traced, self.replicas, self.borders, left)
 
     @property
     def merges(self) -> Sequence[Merge]:

@@ -98,16 +98,17 @@ class Rewriter:
         if (doubt := self.callers.doubt(*site(owner))) is not None:
             raise Unreadable(doubt)
         forward = written_anew(Followed.of(self.traced, owner, written_out), placement.edits)
-        self._check_choice(placement.owned[owner], owner, forward)
+        inside = {owner, *written_out}
+        self._check_choice(placement.owned[owner], inside, forward)
         return forward
 
-    def _check_choice(self, merges: Set[Merge], owner: Call, forward: Forward) -> None:
-        """Raise where it cannot be told, and so not be guarded, what code picks parts by."""
+    def _check_choice(self, merges: Set[Merge], inside: Set[Call], forward: Forward) -> None:
+        """Raise where it cannot be told, and so not be guarded, what code that is written anew picks parts by."""
         told = [one for one in forward.reads if not one.asked.endswith(" is None)")]  # whether a part is there
         if told or forward.ways or forward.guards:
             return
         for merge in merges:
             for call, (use, *_) in self.untaken.risks(merge).misuses.items():
-                if owner in call.homes():
+                if next(call.homes()) in inside:
                     where = f"line {use.line} of {use.code.co_filename}"
                     raise Unreadable(f"{where} may use what is merged otherwise, and what that hangs on is not known")

@@ -17,6 +17,7 @@ from structrep.graph.facts import AT, CALL
 from structrep.graph.shapes import torch_name
 from structrep.graph.structures import proxies
 from structrep.guard.asked import Asking
+from structrep.guard.other_forwards import Borders
 from structrep.match.merge import Merge
 from structrep.modules.paths import strays
 from structrep.modules.positions import branches, parts_of, place, span
@@ -47,11 +48,11 @@ class Untaken:
     """The paths of a model's code that its traces have not taken.
 
     Args:
-        flagged: calls whose flags may do something else with a merge, by its root.
+        borders: what other forwards look at.
     """
 
-    def __init__(self, traced: Traced, asking: Asking, flagged: Mapping[fx.Node, set[Call]]) -> None:
-        self.traced, self.asking, self.flagged = traced, asking, flagged
+    def __init__(self, traced: Traced, asking: Asking, borders: Borders) -> None:
+        self.traced, self.asking, self.borders = traced, asking, borders
         self.found: dict[Merge, Risks] = {}
         self.uses: dict[tuple[nn.Module, str], list[Use]] = {}  # of parts, by the code of a method
         self.alike: dict[Any, tuple[dict[nn.Module, str], list[Use]]] = {}  # and of modules that have the same parts
@@ -69,7 +70,7 @@ class Untaken:
         if merge not in self.found:
             misuses = self._misuses(merge)
             guarded = {*_told_to_do_nothing(merge.nodes), *self.asking.otherwise(merge.nodes)}
-            guarded |= self.flagged.get(merge.root, set())
+            guarded |= self.borders.flagged(set(merge.nodes), merge.root, merge.owner)
             self.found[merge] = Risks(self._strays(merge), misuses, guarded)
         return self.found[merge]
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Set
 from types import FunctionType
 from typing import Any
 
@@ -185,11 +186,21 @@ def _runs(module: nn.Module) -> bool:
 
 
 def _never_called(module: nn.Module, called: set[nn.Module]) -> Iterator[nn.Module]:
-    """The topmost modules of which a trace has called no part: heads for training, branches for other arguments."""
+    """The topmost modules of which a trace has called no part: heads for training, branches for other arguments.
+
+    A part without numbers tells nothing of who called it: one activation often serves all blocks."""
+    return _without(module, called, {one for one in called if _has_numbers(one)})
+
+
+def _without(module: nn.Module, called: Set[nn.Module], telling: Set[nn.Module]) -> Iterator[nn.Module]:
     for child in module.children():
-        if not isinstance(child, torch.jit.ScriptModule) and not called.isdisjoint(child.modules()):
-            yield from _never_called(child, called)
-    yield from (part for part in _parts(module) if called.isdisjoint(part.modules()))
+        if not isinstance(child, torch.jit.ScriptModule) and not telling.isdisjoint(child.modules()):
+            yield from _without(child, called, telling)
+    yield from (part for part in _parts(module) if part not in called and telling.isdisjoint(part.modules()))
+
+
+def _has_numbers(module: nn.Module) -> bool:
+    return any(True for _ in itertools.chain(module.parameters(), module.buffers()))
 
 
 def _parts(module: nn.Module) -> Iterator[nn.Module]:
@@ -231,6 +242,9 @@ def follow(
                 tracer.trace(Root(module))
             if recorder.refused is not None:
                 raise recorder.refused  # caught by the forward itself, which would do something else with a real value
+            recorder.stopped = recorder.catcher
+            if recorder.stopped is not None:
+                raise RuntimeError("it catches an error of a part that had begun")
         except StructrepError:
             raise
         except Exception as error:

@@ -48,6 +48,7 @@ class Recorder:
         self.called: set[nn.Module] = set()  # also those whose calls are constants
         self.stack: list[Call] = []
         self.stopped: Call | None = None  # the innermost call that an error came out of
+        self.catcher: Call | None = None  # a call that caught an error of one that had begun
         self.refused: Exception | None = None  # the first question that had no answer
 
     @property
@@ -120,6 +121,10 @@ class Recorder:
                 raise RuntimeError("it draws new random numbers at every call")
         except Exception:
             self.stopped = self.stopped or call
+            if parent and not call.steps and self.calls[-1] is call:
+                del parent.steps[-1], self.calls[-1]  # it has done nothing; whoever catches the error may go on
+            else:
+                self.catcher = parent
             raise
         finally:
             self.stack.pop()

@@ -256,28 +256,28 @@ class Sum(nn.Module):
         return (self.a(x) + x.sin() + self.b(x) + x.exp() + self.c(x)).tanh()
 
 
-def _lost(write, trace, additions, groups):
-    undo = write(trace, additions, groups)
+def _lost(write, additions, groups):
+    undo = write(additions, groups)
     additions[-1].target, additions[-1].args = operator.pos, additions[-1].args[:1]
     return undo
 
 
-def _doubled(write, trace, additions, groups):
-    return write(trace, additions, [*groups[:-1], groups[-2]])
+def _doubled(write, additions, groups):
+    return write(additions, [*groups[:-1], groups[-2]])
 
 
-def _merged_twice(write, trace, additions, groups):
-    return write(trace, additions, [[*groups[0][:-1], groups[0][0]], *groups[1:]])
+def _merged_twice(write, additions, groups):
+    return write(additions, [[*groups[0][:-1], groups[0][0]], *groups[1:]])
 
 
-def _minus(write, trace, additions, groups):
-    undo = write(trace, additions, groups)
+def _minus(write, additions, groups):
+    undo = write(additions, groups)
     additions[-1].target = operator.sub
     return undo
 
 
-def _minus_inside(write, trace, additions, groups):
-    undo = write(trace, additions, groups)
+def _minus_inside(write, additions, groups):
+    undo = write(additions, groups)
     additions[0].target = operator.sub
     return undo
 

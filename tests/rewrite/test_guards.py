@@ -12,7 +12,7 @@ from torch.nn.utils import parametrizations
 
 import structrep
 from tests.support.models import settled
-from tests.support.truth import EXACT, relative_error
+from tests.support.truth import EXACT, SAME, relative_error
 
 X = torch.randn(2, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 LOW = False
@@ -280,3 +280,46 @@ def test_a_configuration_by_a_name_of_its_own_is_guarded(monkeypatch):
     monkeypatch.setattr(Config, "low", True)
     with pytest.raises(ValueError, match=r"config\(\)\.low is True now"):
         deploy(X)
+
+
+class Capped(nn.Module):
+    """A Linear whose weight has a bound, as speechbrain's: with one it does more with the layer than to call it."""
+
+    def __init__(self):
+        super().__init__()
+        self.w, self.bound = nn.Linear(4, 4), None
+
+    def forward(self, x):
+        if self.bound is not None:
+            self.w.weight.data = torch.renorm(self.w.weight.data, p=2, dim=0, maxnorm=self.bound)
+        return self.w(x)
+
+
+class Normed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(4)
+
+    def forward(self, x):
+        return self.norm(x)
+
+
+class InTurn(nn.ModuleDict):
+    def forward(self, x):
+        for layer in self.values():
+            x = layer(x)
+            if isinstance(x, tuple):
+                x = x[0]
+        return x
+
+
+def test_a_child_that_may_use_its_layer_otherwise_by_a_setting_is_guarded_itself():
+    model = settled(InTurn({"linear": Capped(), "norm": Normed(), "act": nn.ReLU()}))
+    x = torch.randn(3, 4, dtype=torch.float64)
+    plan = structrep.plan(model, x)
+    assert [merge.where for merge in plan.merges] == ["linear.w"]
+    deploy = plan.apply()
+    assert relative_error(deploy(x), model(x)) < SAME
+    deploy.linear.bound = 0.1
+    with pytest.raises(ValueError, match=r"self\.bound is not None"):
+        deploy(x)

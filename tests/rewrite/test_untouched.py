@@ -7,7 +7,7 @@ from torch import nn
 
 import structrep
 from tests.support.models import settled
-from tests.support.truth import EXACT, relative_error
+from tests.support.truth import EXACT, SAME, relative_error
 
 TOKENS = torch.randn(2, 5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 IMAGE = torch.randn(2, 3, 9, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -299,3 +299,34 @@ def test_a_list_that_is_filled_calls_no_method_of_that_name():
     deploy = structrep.reparameterize(model, IMAGE)
     assert isinstance(deploy.part[1], nn.Identity)
     assert relative_error(deploy(IMAGE), model(IMAGE)) < EXACT
+
+
+class Part(Normed):
+    def forward(self, x):
+        return self.n(self.c(x))
+
+
+class Stage(nn.Module):
+    """A norm that the next part could take as well, and that the layer before it takes in its own part."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.body = Part(), Part()
+        self.body.c = nn.Conv2d(8, 8, 3, groups=2)
+        self.whole = True
+
+    def forward(self, x):
+        x = self.stem(x)
+        return self.body(x) if self.whole else x
+
+
+def test_a_norm_goes_into_its_own_parts_layer_before_it_goes_into_anothers():
+    torch.manual_seed(0)
+    model, x = settled(Stage()), IMAGE
+    plan = structrep.plan(model)
+    assert [(merge.where, merge.edit) for merge in plan.merges] == [("stem.c", "swap"), ("body.c", "swap")]
+    deploy = plan.apply()
+    assert type(deploy) is Stage
+    for one in (model, deploy):
+        one.whole = False
+    assert relative_error(deploy(x), model(x)) < SAME

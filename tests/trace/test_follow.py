@@ -519,3 +519,35 @@ def test_what_lends_memory_is_not_run_where_there_is_none():
         assert not SHAPE.known(after)
     assert len(ran) == 1
     assert torch.equal(kept, torch.ones_like(kept))
+
+
+class Activated(nn.Module):
+    """Blocks often share one activation, as ultralytics' do."""
+
+    shared = nn.SiLU()
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.act = nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4), self.shared
+
+    def forward(self, x):
+        return self.act(self.norm(self.conv(x)))
+
+
+def test_a_head_that_is_never_called_merges_also_where_its_activation_is_called_elsewhere():
+    class Trained(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = Activated(), nn.Sequential(Activated(), nn.Conv2d(4, 2, 1))
+
+        def forward(self, x):
+            y = self.body(x)
+            return (y, self.head(y)) if self.training else y
+
+    model = settled(Trained())
+    plan = structrep.plan(model)
+    assert [merge.where for merge in plan.merges] == ["body.conv", "head.0.conv"]
+    assert not plan.refusals
+    x, deploy = torch.randn(2, 4, 6, 6, dtype=torch.float64), plan.apply()
+    assert relative_error(deploy(x), model(x)) < SAME
+    assert relative_error(deploy.head(x), model.head(x)) < SAME
