@@ -136,7 +136,9 @@ def check(
             the example.
         merges: how many there are.
         refused: the kinds of all reasons for which others are refused, in words.
+        ways: in which it is converted, where not all of them find the same.
         method: what is called.
+        within: the largest relative error.
         ran: how many convs, linears, norms and additions one call of the deploy model runs, where that is counted.
     """
     model, made = randomised(model), []
