@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import math
-from enum import Enum
-from types import BuiltinFunctionType, CodeType, FunctionType, MappingProxyType, MethodType
+from types import FunctionType, MappingProxyType
 from typing import Any
 
 import torch
@@ -14,7 +11,8 @@ from torch import Tensor, nn
 from torch._jit_internal import is_scripting
 from torch.utils import weak
 
-from structrep.modules.source import functions_in, written_in
+from structrep.deployed.contents import described, is_named, is_numpys
+from structrep.modules.source import functions_in
 
 
 def numbers(tensor: Tensor) -> Any:
@@ -33,10 +31,6 @@ def written(tensor: Any) -> bool:
     if torch.compiler.is_compiling() or not isinstance(tensor, Tensor) or tensor.is_inference():
         return False  # which counts no writes
     return bool(_VERSIONS.setdefault(tensor, tensor._version) != tensor._version)
-
-
-def is_numpys(value: Any) -> bool:
-    return written_in(type(value)).partition(".")[0] == "numpy" and hasattr(value, "tolist")
 
 
 def literal(value: Any) -> str:
@@ -64,26 +58,6 @@ def literal(value: Any) -> str:
         items = sorted(map(literal, value))
         return "..." if "..." in items else f"{type(value).__name__}([{', '.join(items)}])"
     return "..."
-
-
-def is_named(value: Any) -> bool:
-    """Whether a value is told by its name: a function, a class, a member of an enumeration."""
-    return isinstance(value, (FunctionType, BuiltinFunctionType, MethodType, type, Enum, functools.partial))
-
-
-def described(value: Any) -> str:
-    """A function, a class or a member of an enumeration by its name, and one that has none by its code."""
-    if isinstance(value, functools.partial):
-        return f"partial({described(value.func)}, {literal(value.args)}, {literal(value.keywords)})"
-    if isinstance(value, Enum):
-        return f"{type(value).__qualname__}.{value.name}"
-    value = getattr(value, "__func__", value)
-    name = f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', type(value).__qualname__)}"
-    if isinstance(value, FunctionType) and "<" in name:
-        inner = value.__code__
-        plain = [one for one in inner.co_consts if not isinstance(one, CodeType)]
-        name += " " + hashlib.sha256(inner.co_code + repr((plain, inner.co_names)).encode()).hexdigest()[:12]
-    return name
 
 
 def matches(value: Any, told: Any) -> bool:

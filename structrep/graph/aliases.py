@@ -9,12 +9,15 @@ from structrep.graph.operations import shares, writes
 
 
 def aliases(node: fx.Node) -> set[fx.Node]:
-    """A node and all values that may look at the same memory: those made of it, and those of what it was made of."""
+    """A node and all values that may look at the same memory: those made of it, and those of what it was made of. What
+    a method is given may be one tensor under several names."""
     found, pending = {node}, [node]
     while pending:  # what it may look at
         sources = {one for one in shares(pending.pop()) if not VALUE.known(one)} - found
         found |= sources
         pending += sources
+    if any(one.op == "placeholder" for one in found):
+        found |= {*node.graph.find_nodes(op="placeholder")}
     pending = list(found)
     while pending:
         one = pending.pop()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from dataclasses import dataclass, field
 from datetime import date
 from types import CodeType
 from typing import Any
 
+import torch
 from torch import fx
 
 
@@ -59,6 +62,19 @@ class _Missing:
 MISSING = _Missing()
 PLACEHOLDER = "\0"  # what stands for the holder in a question around it: len(HELD)
 _CLOCKS = ("time", "perf_counter", "monotonic", "process_time", "thread_time")
+# by module, what can be asked of how a forward is run, and is noted as it is asked
+OF_TORCH = {
+    "torch.jit": ("is_tracing", "is_scripting"),
+    "torch.onnx": ("is_in_onnx_export",),
+    "torch.compiler": ("is_compiling", "is_exporting", "is_dynamo_compiling"),
+    "torch.cuda": ("is_available",),
+    "torch._dynamo": ("is_compiling",),
+    "torch": (
+        *("is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled", "is_autocast_cpu_enabled"),
+        *("are_deterministic_algorithms_enabled", "get_num_threads", "get_float32_matmul_precision"),
+        *("get_default_dtype", "get_default_device", "get_autocast_dtype", "get_autocast_gpu_dtype"),
+    ),
+}
 UNSTABLE = {"os.urandom", *(f"time.{name}{unit}" for name in _CLOCKS for unit in ("", "_ns"))}
 
 
@@ -66,3 +82,11 @@ def is_date(value: Any) -> bool:
     """Whether a value is a function that tells the date."""
     of = getattr(value, "__self__", None)
     return isinstance(of, type) and issubclass(of, date) and value.__name__ in ("now", "utcnow", "today")
+
+
+def noted() -> set[Any]:
+    """The functions that are noted as they are asked."""
+    of_torch = {getattr(sys.modules.get(home), name, None) for home, names in OF_TORCH.items() for name in names}
+    tracing = torch.fx._symbolic_trace
+    others = {getattr(tracing, name, None) for name in ("is_fx_tracing", "is_fx_symbolic_tracing")}
+    return {os.getenv, torch._C._get_tracing_state, *of_torch, *others}

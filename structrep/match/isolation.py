@@ -24,10 +24,12 @@ _KERNELS = {f"conv{kind}{dims}d" for kind in ("", "_transpose") for dims in (1, 
 _MOVES = {
     *("flatten", "unflatten", "reshape", "view", "permute", "transpose", "swapaxes", "movedim", "squeeze", "unsqueeze"),
     *("pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "chunk", "split", "getitem", "contiguous", "roll", "mean"),
-    *("unfold", "fold", "to", "type", "type_as", *CASTS),
+    *("unfold", "fold", "to", "type", "type_as", "flip", "rot90", "repeat", "tile", "repeat_interleave", "expand"),
+    *("expand_as", "gather", "index_select", "select", "narrow", "interpolate", "upsample", "tensor_split", *CASTS),
 }
 _TURNS = {"T", "mT", "H", "mH"}
-_MOVING = (nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle, nn.Fold, nn.Unfold)
+_MOVING = (nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle, nn.Fold, nn.Unfold,
+           nn.Upsample)  # fmt: skip
 _POOLS = (nn.modules.pooling._AdaptiveAvgPoolNd, nn.modules.pooling._AvgPoolNd)
 
 

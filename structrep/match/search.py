@@ -212,8 +212,8 @@ class Search:
                 continue
             saved = before.multiply_adds - after.multiply_adds
             choices.append((saved, (rule, stretch, (before, after))))
-        # of those that save the same, the one that takes most
-        ordered = [choice for _, choice in sorted(reversed(choices), key=lambda one: one[0], reverse=True)]
+        choices.reverse()  # of those that save the same, the one that takes most is first
+        ordered = [choice for _, choice in sorted(choices, key=lambda one: one[0], reverse=True)]
         for place, choice in enumerate(ordered):
             fitted = self._fitted(*choice)
             if fitted is not None:

@@ -22,6 +22,8 @@ _HARMLESS = {"isinstance", "hasattr", "type", "print", "is_tensor", "callable", 
 _PASSES = (ast.Tuple, ast.List, ast.Set, ast.Dict, ast.Starred, ast.keyword, ast.Attribute, ast.Subscript,
            ast.ListComp, ast.GeneratorExp, ast.comprehension)  # fmt: skip
 _SHOWN = (ast.Dict, ast.List, ast.Tuple)
+_GOING_THROUGH = HANDING_ON | {"range", "len", "children", "named_children", "values", "items", "keys", "zip"}
+_CHANGES = {"pop", "popleft", "remove", "insert", "rotate", "reverse", "sort", "clear"}
 NOT, MAYBE, SURELY = range(3)  # whether something holds the value
 
 
@@ -58,18 +60,11 @@ def strays(
     tree, parents, at = found
     takers = {at.get(one, at.get(one[::2])) for one in taken if one is not None}
     site = None if made is None else at.get(made, at.get(made[::2]))
-    if not (counted or branches(code) or _picks(tree) or _loops_apart(tree, {site, *takers})):
-        return False
     if None in takers or (site is None and not names):
         return True
     walk = _Walk(tree, parents, site, takers, dict(parts), single, counted)
     walk.run(names)
     return walk.exposed or len(walk.returns) > 1 or bool(walk.returns) != returned or walk.met != takers
-
-
-def _loops_apart(tree: ast.AST, steps: set[ast.AST | None]) -> bool:
-    """Whether code has a loop in which the trace did nothing with a value: over nothing, up to now."""
-    return any(isinstance(one, ast.For) and steps.isdisjoint(ast.walk(one)) for one in ast.walk(tree))
 
 
 @functools.lru_cache(4096)
@@ -89,12 +84,35 @@ def _picks(tree: ast.AST) -> bool:
             asked = keys = node.args[:1]
         if any(isinstance(one, ast.Name) and one.id in arguments for one in keys):
             return True
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("range", "islice"):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "range":
             asked = [one for one in node.args if not isinstance(one, ast.Call)]  # of `len(self.layers)`
         parts = [inner for one in asked for inner in ast.walk(one)]
         if any(isinstance(part, ast.Attribute) or getattr(part, "id", None) in names for part in parts):
             return True
     return False
+
+
+def _chooses(tree: ast.AST, iterated: ast.expr) -> bool:
+    """Whether a loop may go through more or less than all of some parts: through what a function picks, or a list that
+    code changes."""
+    inner = list(ast.walk(iterated))
+    called = {node.func.id if isinstance(node.func, ast.Name) else getattr(node.func, "attr", "")
+              for node in inner if isinstance(node, ast.Call)}  # fmt: skip
+    names = {node.id for node in inner if isinstance(node, ast.Name)}
+    return not called <= _GOING_THROUGH or not names.isdisjoint(_changed(tree))
+
+
+@functools.lru_cache(4096)
+def _changed(tree: ast.AST) -> frozenset[str]:
+    """The names of lists that code takes something out of, or puts in order."""
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        taken = isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Del)
+        called = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in _CHANGES
+        held = node.value if taken else node.func.value if called else None  # type: ignore[attr-defined]
+        if isinstance(held, ast.Name):
+            found.add(held.id)
+    return frozenset(found)
 
 
 def _arguments(tree: ast.AST) -> set[str]:
@@ -213,7 +231,8 @@ class _Walk:
         perhaps = isinstance(loop, ast.While) or (
             self.counted and not self._of_parts(loop.iter)
         )  # any number of rounds
-        self.exposed |= handed and (perhaps or _picks(self.tree))
+        chosen = isinstance(loop, ast.For) and _chooses(self.tree, loop.iter)
+        self.exposed |= handed and (perhaps or chosen or _picks(self.tree))
         before = state
         if isinstance(loop, ast.For):
             held = self._use(loop.iter, state)

@@ -16,6 +16,7 @@ from structrep.errors import Unreadable
 from structrep.graph.calls import Call
 from structrep.graph.facts import INDEX, VALUE
 from structrep.graph.reads import Read
+from structrep.modules.objects import is_object
 from structrep.modules.positions import parts_of, place
 from structrep.modules.presence import path_to
 from structrep.rewrite import guards
@@ -50,7 +51,7 @@ class GoneBy:
     ) -> None:
         self.followed, self.call, self.found = followed, followed.call, found
         self.mentions, self.answer, self.of_rank = mentions, answer, of_rank
-        self.code, self.space = function.__code__, function.__globals__
+        self.function, self.code, self.space = function, function.__code__, function.__globals__
         self.reads: list[Guard] = []
         self.asked: list[Guard] = []  # of parts that vanish: for as long as nothing is applied
 
@@ -61,6 +62,7 @@ class GoneBy:
             Unreadable: it went by what holds for the example alone, or by what no guard can ask for.
         """
         self._check_observed()
+        self._check_outside()
         helped = self._check_helpers()
         vanished, assumed = self.found.vanished, {node for test in self.found.assumed for node in ast.walk(test)}
         choices = (one for one in vanished if isinstance(one, ast.IfExp) and in_place_alike(one))
@@ -95,6 +97,13 @@ class GoneBy:
         for asker, answer in told:
             raise Unreadable(f"{asker.shown} asks {answer}, which holds for the example alone")
 
+    def _check_outside(self) -> None:
+        """Raise if vanishing text asks how things stand outside of the model."""
+        texts = {ast.unparse(one) for one in self.found.vanished if isinstance(one, (ast.Call, ast.Attribute))}
+        for read in namespace_reads([(self.code, self.space, self.function)]) if texts else ():
+            if read.text in texts:
+                raise Unreadable(f"{self.call.shown} goes by {read.text}, which may be another later")
+
     def _check_helpers(self) -> bool:
         """Whether vanishing text calls functions of the user's.
 
@@ -104,6 +113,8 @@ class GoneBy:
         helpers = [one for one in self.found.vanished if isinstance(one, ast.Call) and self._is_of_others(one)]
         for helper in helpers:
             held = self.space.get(helper.func.id) if isinstance(helper.func, ast.Name) else None
+            if is_object(held):
+                raise Unreadable(f"{self.call.shown} goes by {ast.unparse(helper.func)}, which may be set")
             if isinstance(held, FunctionType):
                 self._check_names(held)
                 if _may_change((held.__defaults__, tuple((held.__kwdefaults__ or {}).values()))):
@@ -145,7 +156,8 @@ class GoneBy:
         """Whether a call runs a function of the user's, which may ask for something itself."""
         held = self.space.get(call.func.id) if isinstance(call.func, ast.Name) else None
         method = path_to(call.func, self.code.co_varnames[0])
-        return isinstance(held, FunctionType) or (method is not None and method not in dict(parts_of(self.call.module)))
+        of_others = isinstance(held, FunctionType) or is_object(held)
+        return of_others or (method is not None and method not in dict(parts_of(self.call.module)))
 
     def _note(self, path: str, read: Read, counted: bool) -> None:
         """Guard an answer that a merge does not settle.

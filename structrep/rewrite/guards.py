@@ -15,7 +15,8 @@ from typing import Any
 
 from torch import nn
 
-from structrep.deployed.answers import described, is_named, is_numpys, literal
+from structrep.deployed.answers import literal
+from structrep.deployed.contents import described, is_named, is_numpys, is_open
 
 
 @dataclass(frozen=True)
@@ -61,10 +62,11 @@ def guard(asked: str, named: str, told: Any, method: str, scripted: bool) -> Gua
         scripted: whether `torch.jit.script` takes the question.
     """
     remedy = ": convert the model again after setting it"
-    found = unlike(asked, told)
+    found = f"structrep_described({asked}) != {described(told)!r}" if is_open(told) else unlike(asked, told)
     if found is None:
         return None
-    shown = described(told) if is_named(told) else literal(told)
+    text = literal(told)
+    shown = described(told) if text == "..." else text
     before = f"{method} was reparameterized for {named}={shown}, and {named} is "
     plain = told is None or type(told) in (bool, int, float, str)
     return Guard(asked, shown, found, scripted and plain, (before, f" now{remedy}"))

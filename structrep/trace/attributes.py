@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from structrep import process
-from structrep.deployed.answers import described
+from structrep.deployed.contents import described
 from structrep.graph.reads import MISSING, PLACEHOLDER
 from structrep.modules.objects import CONTAINERS, OF_MODULES, is_object
 from structrep.modules.source import written_in
@@ -94,6 +94,8 @@ class Attributes:
                     self._of_part(module, f".{name}", None, frame)
                 elif module._modules.get(name) is not None:
                     self._looked_at(module, name, frame)
+                elif users and _asks_for_none(frame):
+                    self._of_part(module, f"({_part(name)} is None)", False, frame)
                 raise
             try:
                 value = _instead(module, name)
@@ -163,11 +165,15 @@ class Attributes:
         route = self.routes.get(id(held))
         if route is None or route[0] is not held or name.startswith("__") or threading.get_ident() != self.thread:
             return get(held, name)
-        before = self.questions.asked
-        value = get(held, name)
+        before, frame = self.questions.asked, sys._getframe(2)
+        try:
+            value = get(held, name)
+        except AttributeError:
+            if self.current() is not None and not is_engine(frame):
+                self.questions.note(route[1], self.paths[id(route[1])], f"{route[2]}.{name}", MISSING, frame)
+            raise
         if isinstance(value, (nn.Module, Tensor, fx.Proxy, MethodType)) or self.questions.asked > before:
             return value
-        frame = sys._getframe(2)
         if self.current() is None or is_engine(frame):
             return value
         _, module, text = route
@@ -278,3 +284,12 @@ def _watch(
 def _calls(one: dis.Instruction) -> bool:
     """Whether an attribute is looked up to be called."""
     return one.opname == "LOAD_METHOD" or (one.opname == "LOAD_ATTR" and sys.version_info >= (3, 12) and one.arg & 1)
+
+
+def _asks_for_none(frame: FrameType) -> bool:
+    """Whether code compares what it looks up to None."""
+    instructions, places = instructions_of(frame.f_code)
+    place = places.get(frame.f_lasti, len(instructions))
+    ahead = instructions[place + 1 : place + 3]
+    compared = [one.opname for one in ahead[1:]] == ["IS_OP"] and ahead[0].argval is None
+    return compared or bool(ahead and ahead[0].opname.endswith(("IF_NONE", "IF_NOT_NONE")))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from structrep import process
-from structrep.graph.reads import UNSTABLE
+from structrep.graph.reads import OF_TORCH, UNSTABLE
 from structrep.modules.source import functions, functions_in, is_full
 from structrep.trace.frames import is_library
 from structrep.trace.patches import exchange, namespaces
@@ -136,19 +136,7 @@ def _codes(model: nn.Module) -> Iterator[CodeType]:
 
 def _questions() -> Iterator[tuple[Any, str, Any, str]]:
     """What can be asked of how a forward is run: who answers, under which name, with what, and as which text."""
-    of_torch = {
-        "torch.jit": ("is_tracing", "is_scripting"),
-        "torch.onnx": ("is_in_onnx_export",),
-        "torch.compiler": ("is_compiling", "is_exporting", "is_dynamo_compiling"),
-        "torch.cuda": ("is_available",),
-        "torch._dynamo": ("is_compiling",),
-        "torch": (
-            *("is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled", "is_autocast_cpu_enabled"),
-            *("are_deterministic_algorithms_enabled", "get_num_threads", "get_float32_matmul_precision"),
-            *("get_default_dtype", "get_default_device", "get_autocast_dtype", "get_autocast_gpu_dtype"),
-        ),
-    }
-    for home, names in of_torch.items():
+    for home, names in OF_TORCH.items():
         for name in names:
             owner = sys.modules.get(home)
             if owner is not None and (plain := getattr(owner, name, None)) is not None:

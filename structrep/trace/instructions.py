@@ -10,12 +10,13 @@ import itertools
 import operator
 from collections.abc import Container, Iterable, Iterator, Mapping
 from contextvars import ContextVar
-from types import CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
-from structrep.graph.reads import Read, is_date
+from structrep.graph.reads import Read, is_date, noted
 from structrep.modules.objects import CONTAINERS, LIBRARIES, is_object
 from structrep.modules.source import written_in
 
@@ -101,6 +102,12 @@ def namespace_reads(
                 pending.append((called.__code__, called.__globals__, called))
                 held = {name: one for name, one in vars(value).items() if name in called.__code__.co_names}
                 yield from (Read(holder, f"{text}.{name}", one, counts=False) for name, one in held.items())
+            of_object = isinstance(value, MethodType) and (is_object(value.__self__) or has_settings(value.__self__))
+            if of_object and isinstance(function := value.__func__, FunctionType):
+                pending.append((function.__code__, function.__globals__, function))
+                of = text.rpartition(".")[0]
+                for name, one in _held(value.__self__, function.__code__).items():
+                    yield Read(holder, f"{of}.{name}" if name else of, one, counts=False)
             if isinstance(value, ContextVar):
                 with contextlib.suppress(LookupError):
                     yield Read(holder, f"{text}.get()", value.get(), counts=False)
@@ -115,6 +122,31 @@ def namespace_reads(
                 yield Read(holder, text, value, counts=False)
 
 
+def _held(owner: Any, code: CodeType) -> dict[str, Any]:
+    """What code of an object's own asks it for, and the methods that it calls; under "" the object, if any of it may be
+    asked for."""
+    held: dict[str, Any] = {}
+    pending, seen = [code], set[CodeType]()
+    for one in pending:
+        seen.add(one)
+        pending += [inner for inner in one.co_consts if isinstance(inner, CodeType) and inner not in seen]
+        if not _BY_NAME.isdisjoint(one.co_names):
+            return {"": owner}
+        for name in one.co_names:
+            value = inspect.getattr_static(owner, name, None)
+            inner = getattr(value, "fget", getattr(value, "__func__", value))
+            if isinstance(inner, FunctionType):
+                pending += [inner.__code__] if inner.__code__ not in seen else []
+            elif value is not None and not callable(value):
+                held[name] = value
+    return held
+
+
+_ANSWERS = (bool, int, float, str, torch.dtype, torch.device)
+_BY_NAME = {"getattr", "vars", "__dict__", "hasattr", "__getitem__", "items", "values", "keys"}
+_PURE = {"math", "numpy", "builtins", "typing", "collections", "functools", "operator", "structrep", "enum", "re",
+         "itertools", "string", "copy", "inspect", "types", "abc", "dataclasses", "contextlib", "time",
+         "random"}  # fmt: skip
 _STEADY = {"torch", "math", "numpy", "builtins", "typing", "collections", "functools", "operator", "os", "sys",
            "structrep", "enum", "itertools", "warnings", "logging"}  # fmt: skip
 
@@ -148,6 +180,7 @@ def _asked_by(code: CodeType, space: dict[str, Any], function: FunctionType | No
                 )
             asks = isinstance(value, (ModuleType, type)) or is_object(value)
             asks |= isinstance(value, FunctionType) and name in vars(value)
+            asks |= text.startswith("torch.backends.") and not callable(value)
             if (given := _given(instructions, ahead, value)) is not None:
                 further, value, ahead = given
                 text += further
@@ -163,6 +196,26 @@ def _asked_by(code: CodeType, space: dict[str, Any], function: FunctionType | No
             text, ahead = f"{text}.{name}", ahead + 1
         if not steady:
             yield text, value, holder
+        elif (told := _of_library(instructions, ahead, value)) is not None:
+            yield f"{text}{told[0]}", told[1], holder
+
+
+def _of_library(instructions: tuple[dis.Instruction, ...], place: int, value: Any) -> tuple[str, Any] | None:
+    """A call of a library's function for constants, or for nothing, of which something is asked: a question how things
+    stand. Its text, and the answer; None if it is none, or one that is noted as it is asked."""
+    if not isinstance(value, (FunctionType, BuiltinFunctionType)) or value in noted():
+        return None
+    given = list(itertools.takewhile(_is_constant, instructions[place:]))
+    steps = [one for one in instructions[place + len(given) : place + len(given) + 3] if one.opname != "PRECALL"]
+    asks = len(steps) > 1 and steps[0].opname == "CALL" and steps[0].arg == len(given) and steps[1].opname != "POP_TOP"
+    if not asks or written_in(value).partition(".")[0] in _PURE:
+        return None
+    args = [one.argval for one in given]
+    with contextlib.suppress(Exception):
+        told = value(*args)
+        if isinstance(told, _ANSWERS):
+            return f"({', '.join(map(repr, args))})", told
+    return None
 
 
 def _given(instructions: tuple[dis.Instruction, ...], place: int, value: Any) -> tuple[str, Any, int] | None:

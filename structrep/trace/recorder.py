@@ -18,9 +18,9 @@ from structrep.graph.contexts import Contexts
 from structrep.graph.facts import KEPT
 from structrep.graph.structures import alike, held, holds_still, is_traced, proxies, snapshot
 from structrep.modules import parametrized
-from structrep.modules.positions import branches
 from structrep.modules.source import written_first
 from structrep.read.modules import settings as settings_of
+from structrep.trace.frames import may_go_otherwise
 from structrep.trace.origins import Origins
 from structrep.trace.proxies import TracedValue
 
@@ -156,7 +156,7 @@ class Recorder:
             if frame.f_code is code:
                 return frame.f_lasti
             engine = str(frame.f_globals.get("__name__", "")).startswith(("torch.", "structrep."))
-            if not engine and branches(frame.f_code):
+            if not engine and may_go_otherwise(frame):
                 return None
             frame = frame.f_back
         return None
