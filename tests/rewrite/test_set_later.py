@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 import structrep
-from tests.models import relative_error, settled
+from tests.support.models import settled
+from tests.support.truth import CLOSE, EXACT, relative_error
 
 X = torch.randn(2, 4, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
@@ -97,7 +98,7 @@ def followed_or_told(model, deploy):
     """Whether a deploy model does as the model, or says what is another now."""
     with torch.no_grad():
         try:
-            return relative_error(deploy(X), model(X)) < 1e-12
+            return relative_error(deploy(X), model(X)) < EXACT
         except ValueError as error:
             return "convert the model again" in str(error)
 
@@ -109,7 +110,7 @@ def test_what_no_literal_tells_is_known_by_what_it_holds(name):
     plan = structrep.plan(model, X)
     assert len(plan.merges) == 1
     deploy = plan.apply()
-    assert relative_error(deploy(X), model(X)) < 1e-13
+    assert relative_error(deploy(X), model(X)) < CLOSE
     before = model(X)
     for one in (model, deploy):
         changed = SET[name](one.held)
@@ -137,7 +138,7 @@ def test_objects_of_a_file_are_known_by_what_they_hold(name, monkeypatch):
     torch.manual_seed(0)
     model = settled(type("Asks", (Base,), {"forward": forward})())
     deploy = structrep.plan(model, X).apply()
-    assert relative_error(deploy(X), model(X)) < 1e-13
+    assert relative_error(deploy(X), model(X)) < CLOSE
     before = model(X)
     monkeypatch.setattr(held, "gain", 5.0)
     assert relative_error(model(X), before) > 1e-3
@@ -171,7 +172,7 @@ def test_how_things_stand_in_a_library_is_guarded(cls):
     plan = structrep.plan(model, X)
     assert len(plan.merges) == 1
     deploy = plan.apply()
-    assert relative_error(deploy(X), model(X)) < 1e-13
+    assert relative_error(deploy(X), model(X)) < CLOSE
     with torch.autograd.set_detect_anomaly(True), pytest.raises(ValueError, match="is_anomaly_enabled"):
         deploy(X)
 
@@ -221,7 +222,7 @@ def test_a_value_that_is_handed_to_what_may_pick_is_given_away(name):
     torch.manual_seed(0)
     model = settled(type("Made", (Picks,), {"forward": lambda self, x: pick(self, x, self.a(x))})())
     deploy = structrep.plan(model, X).apply()
-    assert relative_error(deploy(X), model(X)) < 1e-13
+    assert relative_error(deploy(X), model(X)) < CLOSE
     for one in (model, deploy):
         setattr(one, attribute, value)
     assert followed_or_told(model, deploy)
@@ -265,7 +266,7 @@ def test_a_loop_over_what_may_be_fewer_parts(cls, attribute, value):
     torch.manual_seed(0)
     model = settled(cls())
     deploy = structrep.plan(model, X).apply()
-    assert relative_error(deploy(X), model(X)) < 1e-13
+    assert relative_error(deploy(X), model(X)) < CLOSE
     for one in (model, deploy):
         setattr(one, attribute, value)
     assert followed_or_told(model, deploy)
@@ -297,7 +298,7 @@ def test_arguments_may_be_one_tensor():
     ):
         plan = structrep.plan(model)
         assert [(refusal.what, refusal.kind) for refusal in plan.refusals if refusal.kind == "Mutated"]
-        assert relative_error(plan.apply()(*given()), model(*given())) < 1e-13
+        assert relative_error(plan.apply()(*given()), model(*given())) < CLOSE
 
 
 def test_an_attribute_of_a_type_whose_attributes_are_fixed():
@@ -312,4 +313,4 @@ def test_an_attribute_of_a_type_whose_attributes_are_fixed():
     model = settled(First())
     plan = structrep.plan(model, X)
     assert len(plan.merges) == 1
-    assert relative_error(plan.apply()(X), model(X)) < 1e-13
+    assert relative_error(plan.apply()(X), model(X)) < CLOSE
