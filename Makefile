@@ -24,22 +24,22 @@ format: .venv/installed-test
 
 # the laws of the algebra, on at least 2,000 random examples each
 test-thorough: .venv/installed-test
-	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal --hypothesis-profile=thorough tests/test_laws.py
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal --hypothesis-profile=thorough tests/law/test_algebra.py
 
-# N random programs, converted and compared; the counts go to tests/fuzz/results.json
+# N random programs, converted and compared; the counts go to tests/law/fuzz/results.json
 N ?= 1000
 fuzz: .venv/installed-test
-	$(BIN)/python -m tests.fuzz $(N)
+	$(BIN)/python -m tests.law.fuzz $(N)
 
-# tests/gpu on a CUDA device, in the environment of PYTHON, whose torch is built for it: errors in GPU_JOBS processes, then
+# tests/needs/gpu on a CUDA device, in the environment of PYTHON, whose torch is built for it: errors in GPU_JOBS processes, then
 # what measures time, alone; writes docs/gpu.md, also of a run that failed
 GPU_JOBS ?= 10
 test-gpu:
 	rm -rf build/gpu
 	failed=0; \
-	$(PYTHON) -m pytest tests/gpu -m "not alone" -n $(GPU_JOBS) --gpu-results build/gpu || failed=1; \
-	$(PYTHON) -m pytest tests/gpu -m alone --gpu-results build/gpu || failed=1; \
-	$(PYTHON) -m tests.gpu build/gpu && exit $$failed
+	$(PYTHON) -m pytest tests/needs/gpu -m "not alone" -n $(GPU_JOBS) --gpu-results build/gpu || failed=1; \
+	$(PYTHON) -m pytest tests/needs/gpu -m alone --gpu-results build/gpu || failed=1; \
+	$(PYTHON) -m tests.needs.gpu build/gpu && exit $$failed
 
 # the suite on the oldest torch that pyproject.toml allows, in an environment of its own
 test-oldest: .venv-oldest/installed
@@ -73,11 +73,11 @@ smoke: dist
 	$(PYTHON) -m venv build/smoke
 	$(SMOKE) -m pip --disable-pip-version-check install --quiet -c constraints.txt dist/*.whl
 	$(SMOKE) -m pip check
-	cd / && $(SMOKE) -I $(CURDIR)/tests/smoke.py bare
+	cd / && $(SMOKE) -I $(CURDIR)/tests/needs/smoke.py bare
 	$(SMOKE) -m pip --disable-pip-version-check install --quiet -c constraints.txt \
 		"$$(ls dist/*.whl)[weights,plot]" mypy
 	$(SMOKE) -m pip check
-	cd / && $(SMOKE) -I $(CURDIR)/tests/smoke.py
+	cd / && $(SMOKE) -I $(CURDIR)/tests/needs/smoke.py
 
 clean:
 	rm -rf .venv .venv-oldest build dist site .hypothesis .mypy_cache .pytest_cache .ruff_cache

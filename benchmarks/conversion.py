@@ -31,7 +31,7 @@ import structrep
 from benchmarks.measure import ROOT, in_turn, machine, ratio, save, show, timed
 from structrep.cli.models import named
 from structrep.prove.run import relative_error
-from tests.vision import import_torchvision
+from tests.support.vision import import_torchvision
 
 _torchvision_ops = import_torchvision()  # which timm imports
 from timm.utils.model import reparameterize_model  # noqa: E402

@@ -27,7 +27,7 @@ import structrep
 from benchmarks.measure import ROOT, machine, save, show
 from structrep.blocks import RepVGGBlock2d
 from structrep.cli.models import named
-from tests.vision import import_torchvision
+from tests.support.vision import import_torchvision
 
 _torchvision_ops = import_torchvision()  # which timm imports
 

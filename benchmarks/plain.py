@@ -28,7 +28,7 @@ import structrep
 from benchmarks import measure
 from structrep.blocks import ACBlock2d, DiverseBranchBlock2d, ExpandConv2d, LargeKernelBlock2d, MobileOneBlock2d
 from structrep.prove.run import relative_error
-from tests.vision import import_torchvision
+from tests.support.vision import import_torchvision
 
 _torchvision_ops = import_torchvision()  # which timm imports
 import timm  # noqa: E402

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 import structrep
 from benchmarks.measure import ROOT, in_turn, machine, markdown, ratio, save, show, write
 from benchmarks.memory import resident
-from tests.vision import import_torchvision
+from tests.support.vision import import_torchvision
 
 _torchvision_ops = import_torchvision()  # which timm imports
 import timm  # noqa: E402

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from tests.vision import import_torchvision
+from tests.support.vision import import_torchvision
 
 # torch is slow on its first calls, which says nothing about the law under test.
 settings.register_profile("base", deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow])

@@ -1,0 +1,317 @@
+"""Models that peft has adapted: they come back without what adapts them, as after peft's own merge."""
+
+import copy
+
+import peft
+import pytest
+import torch
+import transformers as hf
+from torch import nn
+
+import structrep
+from tests.support.models import settled
+from tests.support.truth import EXACT, relative_error
+
+X = torch.randn(4, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+IDS = {"input_ids": torch.arange(8)[None]}
+WHERE = dict(target_modules=["a", "b"])
+
+
+class MLP(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.norm, self.head = nn.Linear(8, 16), nn.Linear(16, 8), nn.LayerNorm(8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        y = torch.relu(self.b(torch.relu(self.a(x))))
+        return self.head(torch.relu(self.norm(y)))
+
+
+def lora(**options):
+    return peft.LoraConfig(**{"r": 2, "init_lora_weights": False, **WHERE, **options})
+
+
+def adapted(config, model=None, **options):
+    torch.manual_seed(0)
+    model = peft.get_peft_model(model or settled(MLP()), config, **options).double().eval()
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if any(part in name for part in ("lora_", "ia3_", "hada_", "vera_", "ln_tuning", "oft_", "modules_to_save")):
+            parameter.data.normal_(0, 0.3, generator=generator)
+    return model
+
+
+def two(*active):
+    model = adapted(lora())
+    model.add_adapter("other", lora(r=3))
+    model.double().base_model.set_adapter(list(active))
+    return model.eval()
+
+
+def disabled():
+    model = adapted(lora(modules_to_save=["head"]))
+    model.base_model.disable_adapter_layers()
+    return model
+
+
+def merged():
+    model = adapted(lora())
+    model.merge_adapter()
+    return model
+
+
+# how, and what structrep merges
+ADAPTED = {
+    "LoRA": (lambda: adapted(lora()), {"a", "b"}),
+    "a trained copy beside it": (lambda: adapted(lora(modules_to_save=["head"])), {"a", "b"}),
+    "the first of two": (lambda: two("default"), {"a", "b"}),
+    "the second of two": (lambda: two("other"), {"a", "b"}),
+    "both": (lambda: two("default", "other"), {"a", "b"}),
+    "an adapter on one layer": (lambda: adapted(lora(target_modules=["b"])), {"b"}),
+    "disabled": (disabled, set()),
+    "merged already": (merged, set()),
+    "mixed": (lambda: adapted(lora(), mixed=True), {"a", "b"}),
+    "the tuner alone": (lambda: adapted(lora()).base_model, {"a", "b"}),
+    "AdaLoRA": (lambda: adapted(peft.AdaLoraConfig(init_r=2, target_r=2, total_step=9, **WHERE)), {"a", "b"}),
+    "LoHa": (lambda: adapted(peft.LoHaConfig(r=2, **WHERE)), {"a", "b"}),
+    "VeRA": (lambda: adapted(peft.VeraConfig(r=2, **WHERE)), {"a", "b"}),
+    "IA3": (lambda: adapted(peft.IA3Config(feedforward_modules=[], **WHERE)), {"a", "b"}),
+    "LN tuning": (lambda: adapted(peft.LNTuningConfig(target_modules=["norm"])), set()),
+}
+
+
+@pytest.mark.parametrize("inputs", [(), (X,)], ids=["alone", "with inputs"])
+@pytest.mark.parametrize("name", ADAPTED)
+def test_the_model_inside_comes_back_with_plain_layers(name, inputs):
+    make, where = ADAPTED[name]
+    model = make()
+    truth = model(X).detach()
+    plan = structrep.plan(model, *inputs)
+    assert {merge.where for merge in plan.merges} == where
+    deploy = plan.reparameterize(*inputs)
+    assert type(deploy) is MLP
+    assert {type(layer) for layer in deploy.children()} == {nn.Linear, nn.LayerNorm}
+    assert deploy.state_dict().keys() == MLP().state_dict().keys()
+    assert relative_error(deploy(X), truth) < EXACT
+    assert relative_error(model(X), truth) == 0  # the model itself is as it was
+    assert not hasattr(deploy, "peft_config")
+    deploy.train()  # a layer of peft's or of loralib's may take its adapter out again
+    assert relative_error(deploy.eval()(X), truth) < EXACT
+
+
+@pytest.mark.parametrize("name", ["LoRA", "both", "AdaLoRA", "LoHa", "VeRA", "IA3", "LN tuning"])
+def test_it_is_what_peft_merges(name):
+    model = ADAPTED[name][0]()
+    theirs = copy.deepcopy(model).merge_and_unload().state_dict()
+    for key, tensor in structrep.reparameterize(model, X).state_dict().items():
+        assert relative_error(tensor, theirs[key]) < EXACT, key
+
+
+def test_in_place():
+    model = adapted(lora(modules_to_save=["head"]))
+    inside, truth = model.base_model.model, model(X).detach()
+    deploy = structrep.reparameterize(model, X, inplace=True)
+    assert deploy is inside
+    assert deploy.state_dict().keys() == MLP().state_dict().keys()
+    assert relative_error(deploy(X), truth) < EXACT
+
+
+def test_a_wrong_input_changes_nothing():
+    model = adapted(lora(modules_to_save=["head"]))
+    keys, truth = list(model.state_dict()), model(X).detach()
+    with pytest.raises(structrep.errors.BadInput):
+        structrep.reparameterize(model, X[:, :3], inplace=True)
+    assert list(model.state_dict()) == keys
+    assert torch.equal(model(X), truth)
+
+
+@pytest.mark.parametrize("config", [
+    lora(use_dora=True),
+    peft.OFTConfig(oft_block_size=2, **WHERE),
+], ids=["DoRA", "OFT"])  # fmt: skip
+def test_what_cannot_be_merged_stays_whole(config):
+    """Also for its own `merge`, which would do a part again that was merged before."""
+    model = adapted(config)
+    truth = model(X).detach()
+    deploy = structrep.reparameterize(model, X)
+    assert type(deploy) is MLP
+    assert relative_error(deploy(X), truth) < EXACT
+    for layer in (deploy.a, deploy.b):
+        assert isinstance(layer, peft.tuners.tuners_utils.BaseTunerLayer)
+        layer.merge()
+    assert relative_error(deploy(X), truth) < 1e-9
+
+
+def test_a_hook_keeps_a_layer_and_its_adapter():
+    model = adapted(lora())
+    seen = []
+    model.base_model.model.b.register_forward_hook(lambda module, args, output: seen.append(output))
+    plan = structrep.plan(model, X)
+    assert [merge.where for merge in plan.merges] == ["a"]
+    assert any(refusal.kind == "Hooked" and "b has a forward hook" in refusal.reason for refusal in plan.refusals)
+    deploy = plan.reparameterize(X)
+    deploy.b.merge()
+    assert relative_error(deploy(X), model(X)) < EXACT
+
+
+# --- wrappers that do more than to run what is inside -----------------------------------------------------------------
+
+
+class Asking(nn.Module):
+    """A part whose adapters are off for a reference, as in preference optimization."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone = adapted(lora())
+        self.out = nn.Linear(3, 2).double()
+
+    def forward(self, x):
+        with self.backbone.disable_adapter():
+            reference = self.backbone(x)
+        return self.out(self.backbone(x) - reference)
+
+
+class Prompted(peft.PeftModel):
+    def forward(self, *args, **kwargs):
+        return super().forward(*args, **kwargs) * 2
+
+
+def hooked():
+    model = adapted(lora())
+    model.register_forward_hook(lambda module, args, output: output * 3)
+    return model
+
+
+@pytest.mark.parametrize(("make", "stays", "reason"), [
+    (Asking, "backbone", "code around it asks for its disable_adapter"),
+    (lambda: Prompted(settled(MLP()), lora()).double().eval(), "", "it has a forward of its own"),
+    (hooked, "", "it has a forward hook"),
+], ids=["asked", "own forward", "hook"])  # fmt: skip
+def test_a_wrapper_that_does_more_stays_with_its_adapters(make, stays, reason):
+    model = make()
+    truth = model(X).detach()
+    plan = structrep.plan(model, X)
+    assert any(reason in refusal.reason for refusal in plan.refusals)
+    deploy = plan.reparameterize(X)
+    assert relative_error(deploy(X), truth) < EXACT
+    wrapper, theirs = deploy.get_submodule(stays), model.get_submodule(stays)
+    assert isinstance(wrapper, peft.PeftModel)
+    assert relative_error(wrapper.base_model.merge_and_unload()(X), theirs.base_model.merge_and_unload()(X)) < EXACT
+
+
+def causal(config=None, **options):
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    sizes |= dict(num_key_value_heads=2, vocab_size=50, max_position_embeddings=64)
+    model = hf.LlamaForCausalLM(hf.LlamaConfig(**sizes, **options)).double().eval()
+    return adapted(config, model) if config else model
+
+
+@pytest.mark.parametrize("config", [
+    peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+    peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+    lora(task_type="CAUSAL_LM", target_modules=["q_proj"], alora_invocation_tokens=[4, 5]),
+], ids=["prompts", "prefixes", "aLoRA"])  # fmt: skip
+def test_what_is_given_to_the_model_inside_stays(config, tmp_path):
+    model = causal(config)
+    truth = model(**IDS).logits.detach()
+    deploy = structrep.reparameterize(model)
+    assert type(deploy) is type(model)
+    assert relative_error(deploy(**IDS).logits, truth) < 1e-9
+    deploy.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(causal(), tmp_path).double().eval()
+    assert relative_error(again(**IDS).logits, truth) < 1e-6  # what peft stores is float32 for some
+
+
+# --- models of transformers -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("target", [["q_proj", "v_proj"], ["q_proj", "lm_head"]], ids=["attention", "head"])
+def test_it_is_saved_and_loaded_as_a_model_without_adapters(target, tied, tmp_path):
+    model = causal(lora(task_type="CAUSAL_LM", target_modules=target), tie_word_embeddings=tied)
+    truth = model(**IDS).logits.detach()
+    deploy = structrep.reparameterize(model, IDS)
+    assert type(deploy) is hf.LlamaForCausalLM
+    assert not any("lora" in name or "base_layer" in name for name in deploy.state_dict())
+    assert relative_error(deploy(**IDS).logits, truth) < EXACT
+    written = [one.generate(**IDS, max_new_tokens=5, do_sample=False) for one in (deploy, model)]
+    assert torch.equal(*written)
+    deploy.save_pretrained(tmp_path)
+    again = hf.LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float64).eval()
+    assert relative_error(again(**IDS).logits, truth) < EXACT
+    assert model.base_model.model.config.tie_word_embeddings is tied
+
+
+def test_an_adapter_that_transformers_has_added(tmp_path):
+    model = causal()
+    model.add_adapter(lora(target_modules=["q_proj", "v_proj"]))
+    truth = model.double().eval()(**IDS).logits.detach()
+    deploy = structrep.reparameterize(model, IDS)
+    assert relative_error(deploy(**IDS).logits, truth) < EXACT
+    deploy.save_pretrained(tmp_path)
+    again = hf.LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float64).eval()
+    assert relative_error(again(**IDS).logits, truth) < EXACT
+
+
+def test_gpt2_keeps_the_adapters_of_its_transposed_layers():
+    torch.manual_seed(0)
+    sizes = dict(n_embd=16, n_layer=1, n_head=2, vocab_size=50, n_positions=32)
+    config = lora(task_type="CAUSAL_LM", target_modules=["c_attn"], fan_in_fan_out=True)
+    model = adapted(config, hf.GPT2LMHeadModel(hf.GPT2Config(**sizes)).double())
+    truth = model(**IDS).logits.detach()
+    deploy = structrep.reparameterize(model, IDS)
+    assert type(deploy) is hf.GPT2LMHeadModel
+    assert relative_error(deploy(**IDS).logits, truth) < EXACT
+    deploy.transformer.h[0].attn.c_attn.merge()
+    assert relative_error(deploy(**IDS).logits, truth) < 1e-9
+
+
+# --- parts of a model -------------------------------------------------------------------------------------------------
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.backbone, self.out = adapted(lora()), nn.Linear(3, 2).double()
+
+    def forward(self, x):
+        return self.out(torch.relu(self.backbone(x)))
+
+
+class Moody(Net):
+    def forward(self, x):
+        if str(x) == "never":
+            x = x + 1
+        return self.out(torch.relu(self.backbone(x)))
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("kind", [Net, Moody])
+def test_an_adapted_part_is_the_part_inside(kind, inplace):
+    model = kind().eval()
+    truth = model(X).detach()
+    plan = structrep.plan(model, X)
+    assert [merge.where for merge in plan.merges] == ["backbone.a", "backbone.b"]
+    assert isinstance(model.backbone, peft.PeftModel)  # a plan changes nothing
+    deploy = plan.reparameterize(X, inplace=inplace)
+    assert (deploy is model) == inplace
+    assert type(deploy.backbone) is MLP
+    assert relative_error(deploy(X), truth) < EXACT
+
+
+def test_a_model_whose_embeddings_cannot_be_asked_for_is_converted():
+    """transformers raises in `get_input_embeddings` of those that it knows no embeddings of; its classes all have
+    the attribute that says whether adapters were loaded."""
+    config = hf.RTDetrResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], out_features=["stage2"])
+    model = hf.RTDetrResNetBackbone(config).double().eval()
+    model.config.tie_word_embeddings = True
+    with pytest.raises(NotImplementedError):
+        model.get_input_embeddings()
+    image = torch.randn(1, 3, 32, 32, dtype=torch.float64)
+    deploy = structrep.reparameterize(model)
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in deploy.modules())
+    assert deploy.config.tie_word_embeddings
+    with torch.no_grad():
+        theirs, ours = model(image), deploy(image)
+    assert relative_error(ours.feature_maps[0], theirs.feature_maps[0]) < EXACT

@@ -1,0 +1,138 @@
+"""Channels taken out of a value: by chunk, split or an index."""
+
+import pytest
+import torch
+from torch import nn
+
+import structrep
+from tests.support.models import settled
+from tests.support.truth import EXACT, relative_error
+
+X = torch.randn(2, 4, 5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+class Cut(nn.Module):
+    def __init__(self, forward):
+        super().__init__()
+        self.code = forward
+        self.wide, self.other = nn.Conv2d(4, 6, 3, padding=1), nn.Conv2d(4, 3, 1)
+        self.norm = nn.BatchNorm2d(6)
+        self.narrow = nn.Conv2d(2, 5, 1)
+
+    def forward(self, x):
+        return self.code(self, x)
+
+
+def convs(model):
+    return sum(isinstance(m, nn.Conv2d) for m in model.modules())
+
+
+def halves(self, x):
+    a, b = self.norm(self.wide(x)).chunk(2, 1)
+    return a + b
+
+
+def parts(self, x):
+    a, b = torch.split(self.norm(self.wide(x)), [2, 4], dim=1)
+    return a + b[:, 2:] - b[:, :-2]
+
+
+def sized(self, x):
+    a, b = self.norm(self.wide(x)).split(3, dim=-3)
+    return a + b + self.other(x)
+
+
+def indexed(self, x):
+    return self.norm(self.wide(x))[:, 1:4] + self.other(x)
+
+
+@pytest.mark.parametrize(("forward", "gone"), [(halves, 0), (parts, 0), (sized, 1), (indexed, 1)])
+def test_slices_of_one_convolution_merge(forward, gone):
+    model = settled(Cut(forward))
+    deploy = structrep.reparameterize(model)
+    assert relative_error(deploy(X), model(X)) < EXACT
+    assert isinstance(deploy.norm, nn.Identity) or deploy.norm is None
+    assert convs(model) - convs(deploy) == gone
+    merged = next(m for m in deploy.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3))
+    assert merged.out_channels == (2 if forward is parts else 3)
+
+
+def both_used(self, x):
+    a, b = self.norm(self.wide(x)).chunk(2, 1)
+    return a * b.sigmoid()
+
+
+def rows(self, x):
+    a, b = self.norm(self.wide(x))[..., :4].chunk(2, 2)
+    return a - b
+
+
+def uneven(self, x):
+    a, b, c = self.norm(self.wide(x)).chunk(4, 1)
+    return a + b + c
+
+
+def before(self, x):
+    return self.narrow(x[:, 1:3]) + self.narrow(x[:, :2])
+
+
+@pytest.mark.parametrize("forward", [both_used, uneven, before])
+def test_slices_that_stay(forward):
+    model = settled(Cut(forward))
+    deploy = structrep.reparameterize(model)
+    assert relative_error(deploy(X), model(X)) < EXACT
+
+
+def test_a_slice_of_pixels_is_none_of_channels():
+    model = settled(Cut(rows))
+    with pytest.raises(RuntimeError):
+        model(X)  # 3 rows and 2
+    even = X[:, :, :4]
+    deploy = structrep.reparameterize(model)
+    assert relative_error(deploy(even), model(even)) < EXACT
+
+
+class Features(nn.Module):
+    def __init__(self, dim):
+        super().__init__()
+        self.dim, self.a = dim, nn.Linear(4, 6)
+
+    def forward(self, x):
+        one, two = self.a(x).chunk(2, self.dim)
+        return one - two
+
+
+@pytest.mark.parametrize(("dim", "shape"), [(-1, (2, 3, 4)), (1, (2, 6, 4)), (1, (2, 4))])
+def test_slices_of_features(dim, shape):
+    model = settled(Features(dim))
+    x = torch.randn(shape, dtype=torch.float64)
+    deploy = structrep.reparameterize(model)
+    assert relative_error(deploy(x), model(x)) < EXACT
+    assert sum(p.numel() for p in deploy.parameters()) == (15 if dim == -1 else 30)
+
+
+class Means(nn.Module):
+    def __init__(self, how):
+        super().__init__()
+        self.how = how
+        self.a, self.b = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x):
+        if self.how == "lerp":
+            return torch.lerp(self.a(x), self.b(x), 0.25)
+        stacked = torch.stack([self.a(x), x, self.b(x)])
+        return stacked.mean(0) if self.how == "mean" else torch.sum(stacked, dim=0)
+
+
+@pytest.mark.parametrize("how", ["lerp", "mean", "sum"])
+def test_weighted_sums(how):
+    model = settled(Means(how))
+    deploy = structrep.reparameterize(model)
+    assert relative_error(deploy(X), model(X)) < EXACT
+    assert convs(deploy) == 3  # the layers of the other ways stay
+    model.how = deploy.how = "sum"
+    if how != "mean":
+        assert relative_error(deploy(X), model(X)) < EXACT
+    else:
+        with pytest.raises(ValueError, match=r"self.how='mean', and self.how is sum now"):
+            deploy(X)
