@@ -190,6 +190,9 @@ class _Editor:
         if not isinstance(put.base, str):
             return
         made = [definitions for _, definitions in self._reads_of(piece, before)]
+        merged = piece.base in self.syntax.wanted.changed  # what the merged layer gives, if all before it has run
+        if merged and any(self.syntax.values_of(one) != {piece.base} for definitions in made for one in definitions):
+            raise Unreadable(f"line {getattr(place, 'lineno', 0)} may be given something else on some path")
         if any(one != made[0] for one in made) or self.syntax.canonical(place, after) != made[0]:
             raise Unreadable(f"{put.base} may be another at line {getattr(place, 'lineno', 0)} on some path")
 

@@ -10,7 +10,7 @@ from torch import nn
 import structrep
 from tests.rewrite.asking import Asked, X, converted, differs, made
 from tests.support.models import settled
-from tests.support.truth import EXACT, relative_error
+from tests.support.truth import EXACT, SAME, relative_error
 
 # --- other paths ----------------------------------------------------------------------------------------------------
 
@@ -510,3 +510,31 @@ def test_a_number_behind_what_is_merged_may_change(forward):
     assert not hasattr(type(deploy), "__structrep_methods__")
     model.one = deploy.one = 2.0
     assert differs(model, deploy, X) is None
+
+
+class Between(nn.Module):
+    """A layer in the middle that a setting leaves out: what stands behind it then takes what stands before it."""
+
+    def __init__(self):
+        super().__init__()
+        self.short = False
+        self.first, self.second = nn.Conv2d(3, 3, 1, bias=False), nn.Conv2d(3, 3, 1)
+        self.kernel = nn.Parameter(torch.randn(3, 3, 2, 2))
+
+    def forward(self, x):
+        y = self.first(x)
+        if not self.short:
+            y = self.second(y)
+        return F.conv2d(y, self.kernel)
+
+
+def test_a_text_that_takes_another_value_where_a_layer_is_left_out():
+    torch.manual_seed(0)
+    model, x = settled(Between()), torch.randn(2, 3, 5, 5, dtype=torch.float64)
+    plan = structrep.plan(model)
+    assert [(merge.before, merge.edit) for merge in plan.merges] == [("(conv 1x1 -> conv 1x1 -> conv 2x2)", "edit")]
+    deploy = plan.apply()
+    assert relative_error(deploy(x), model(x)) < SAME
+    deploy.short = True
+    with pytest.raises(ValueError, match=r"self\.short"):
+        deploy(x)
