@@ -2,9 +2,13 @@
 
 import ast
 import re
+import sys
 from pathlib import Path
+from types import CodeType, FrameType
 
 import networkx as nx
+import torch
+from torch import nn
 
 import structrep
 from tests.support import ROOT
@@ -92,3 +96,45 @@ def test_tests_are_where_the_package_has_what_they_are_about() -> None:
     tests = ROOT / "tests"
     places = {path.relative_to(tests).parts[0] for path in tests.rglob("test_*.py")} - {"law", "needs"}
     assert {place.removeprefix("test_").removesuffix(".py") for place in places} <= set(ORDER)
+
+
+# Who is called by a folder that stands before it, for it handed that down: what watches a user's code, which stands where
+# torch's own functions and lookups are; what gives the nodes of a graph their values; predicates and functions of rules.
+HANDED_DOWN = {"trace", "prove", "deployed", "rules", "registry", "algebra"}
+
+
+def test_a_call_runs_one_way() -> None:
+    """What one conversion calls goes down the table, and never back up but by what was handed down."""
+    climbs, stack = set[tuple[str, str]](), list[str]()
+
+    def folder(code: CodeType) -> str:
+        path = Path(code.co_filename)
+        inside = path.is_relative_to(PACKAGE)
+        name = path.relative_to(PACKAGE).parts[0].removesuffix(".py") if inside else ""
+        return name if name in ORDER else stack[-1] if stack else ""
+
+    def look(frame: FrameType, event: str, _: object) -> None:
+        if event == "call":
+            own = folder(frame.f_code)
+            if stack and own and stack[-1] and ORDER.index(own) > ORDER.index(stack[-1]):
+                climbs.add((stack[-1], own))
+            stack.append(own)
+        elif event == "return" and stack:
+            stack.pop()
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.n = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (self.n(self.a(x)) + self.b(x) + x).relu()
+
+    model, x = nn.Sequential(Block(), Block()).eval(), torch.randn(1, 4, 6, 6)
+    structrep.reparameterize(model, x)  # what is imported at a first call is not looked at
+    sys.setprofile(look)
+    try:
+        structrep.reparameterize(model, x)
+    finally:
+        sys.setprofile(None)
+    assert not {(below, above) for below, above in climbs if above not in HANDED_DOWN}
