@@ -98,8 +98,8 @@ def test_tests_are_where_the_package_has_what_they_are_about() -> None:
     assert {place.removeprefix("test_").removesuffix(".py") for place in places} <= set(ORDER)
 
 
-# Who is called by a folder that stands before it, for it handed that down: what watches a user's code, which stands where
-# torch's own functions and lookups are; what gives the nodes of a graph their values; predicates and functions of rules.
+# Whom a folder calls that stands before it, for it was handed that: what watches a user's code in the place of torch's
+# own functions and lookups; what gives the nodes of a graph their values; predicates and functions of rules.
 HANDED_DOWN = {"trace", "prove", "deployed", "rules", "registry", "algebra"}
 
 
