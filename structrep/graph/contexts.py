@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
+from torch import fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -26,17 +27,21 @@ class Context(NamedTuple):
         code: how it is entered.
         ends: whether it is left again where it was entered; `torch.set_grad_enabled(False)` alone is not.
         known: whether it is one of torch's; a mode of somebody's own may make another operation of any.
+        asked: whether it is for the device that a value is on, as it is asked.
     """
 
     code: str
     ends: bool = True
     known: bool = True
+    asked: bool = False
 
     @property
     def unwritable(self) -> str:
         """Why a forward that enters it cannot be written anew; "" if it can."""
         if not self.known:
             return f"enters {self.code}, which may change what any operation does"
+        if self.asked:
+            return f"enters {self.code} for the device that a value is on"
         return "" if self.ends else f"calls {self.code}, which stays so after it"
 
     @property
@@ -54,6 +59,7 @@ class Contexts:
     def __init__(self, around: Iterable[Context] = ()) -> None:
         self.entered: list[tuple[Any, Context]] = [(None, one) for one in around]
         self.wanted: dict[int, tuple[Any, bool]] = {}  # autocasts, by id, and whether they were to be enabled
+        self.asked: dict[int, Any] = {}  # those whose device was asked of a value
 
     @property
     def now(self) -> tuple[Context, ...]:
@@ -74,7 +80,7 @@ class Contexts:
     def _enter(self, plain: Callable[..., Any], manager: Any) -> Any:
         before = [one for one in self.entered if one[0] is not manager]
         entered = plain(manager)
-        self.entered = [*before, (manager, Context(self._spelt(manager)))]
+        self.entered = [*before, (manager, Context(self._spelt(manager), asked=id(manager) in self.asked))]
         return entered
 
     def _enter_mode(self, plain: Callable[..., Any], mode: Any) -> Any:
@@ -100,9 +106,13 @@ class Contexts:
         if not str(sys._getframe(2).f_globals.get("__name__")).startswith(("torch.", "structrep.")):
             self.entered = [*self.entered, (None, Context(f"torch.set_grad_enabled({mode})", ends=False))]
 
-    def _want(self, plain: Callable[..., Any], manager: Any, device: str, *args: Any, **kwargs: Any) -> None:
-        plain(manager, device, *args, **kwargs)
-        enabled = args[1] if len(args) > 1 else kwargs.get("enabled", True)
+    def _want(self, plain: Callable[..., Any], manager: Any, *args: Any, **kwargs: Any) -> None:
+        device = args[0] if args else kwargs.get("device_type")
+        if isinstance(device, fx.Proxy):
+            self.asked[id(manager)] = manager
+            args, kwargs = (str(device), *args[1:]), {key: one for key, one in kwargs.items() if key != "device_type"}
+        plain(manager, *args, **kwargs)
+        enabled = args[2] if len(args) > 2 else kwargs.get("enabled", True)
         self.wanted[id(manager)] = manager, bool(enabled)  # it is disabled itself where there is no such device
 
     def _spelt(self, manager: Any) -> str:

@@ -73,10 +73,11 @@ class TracedAttribute(fx.proxy.Attribute, TracedValue):
     """An attribute of a traced value; if it is called, a call of a method."""
 
     def __str__(self) -> str:
-        if self.attr not in ("device", "dtype"):
-            return super().__str__()
+        inner = getattr(self.root, "attr", None) if self.attr == "type" else None
         owner = owner_of(self.tracer.module)  # inputs are taken to be where the parameters are, and of their dtype
-        return super().__str__() if owner is None else str(getattr(owner, self.attr))
+        if owner is None or (self.attr not in ("device", "dtype") and inner != "device"):
+            return super().__str__()
+        return str(owner.device.type if inner else getattr(owner, self.attr))
 
 
 def augmented(function: Callable[[Any, Any], Any]) -> Callable[[TracedValue, Any], TracedValue]:

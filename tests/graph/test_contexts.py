@@ -259,3 +259,25 @@ def test_a_norm_under_the_models_own_autocast_stays_with_that_reason():
     plan = structrep.plan(RunsItselfUnderAutocast().eval())
     assert not plan.merges
     assert ["runs under autocast" in refusal.reason for refusal in plan.refusals] == [True]
+
+
+class OutOfAutocast(nn.Module):
+    """As EfficientViT's attention: something is computed out of autocast, on whatever device the input is."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.mix, self.norm = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 3, 3, padding=1), nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        y = self.qkv(x).relu()
+        with torch.autocast(device_type=y.device.type, enabled=False):
+            y = y / (y.sum(1, keepdim=True) + 1)
+        return self.norm(self.mix(y))
+
+
+def test_autocast_for_the_device_of_a_value_keeps_nothing_out():
+    model, x = settled(OutOfAutocast()), torch.randn(2, 3, 5, 5, dtype=torch.float64)
+    plan = structrep.plan(model)
+    assert [(merge.where, merge.edit) for merge in plan.merges] == [("mix", "swap")]
+    assert not plan.refusals
+    assert relative_error(plan.apply()(x), model(x)) < 1e-14
