@@ -255,7 +255,7 @@ class Plan:
         """What `report` writes, of a deploy model and what `verify` gave of it on the example inputs."""
         drawing = self.drawing(deploy, example_inputs)
         models = self._model, deploy
-        return page(drawing, self.merged, self.inexact, models, example_inputs, verification)
+        return page(drawing, self.merged, self.inexact, models, example_inputs, verification, self.diff())
 
     def draw(self, deploy: bool = False, inside: str = "") -> str:
         """A picture of what the model computes, as SVG: in colour what is merged, marked what is refused. Large parts

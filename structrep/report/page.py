@@ -65,6 +65,7 @@ def page(
     models: tuple[nn.Module, nn.Module],
     example_inputs: Example | None,
     verification: Verification | None,
+    diff: str = "",
 ) -> bytes:
     """The page.
 
@@ -73,6 +74,7 @@ def page(
         inexact: whether layers may differ at the border.
         models: at training time, and deployed.
         verification: of the two, on the example inputs, if there are any.
+        diff: the edited forwards, as a unified diff.
 
     Raises:
         BadInput: there are example inputs, and matplotlib is not installed.
@@ -87,6 +89,7 @@ def page(
         tiles=tiles,
         view=_view(drawing, drawing.whole, "graph"),
         drawing=drawing,
+        diff=[(_change(line), line) for line in diff.splitlines()],
         kernels=[kernel(where, merge) for where, merge in merges.items()],
         verification=verification,
         chart=_chart(verification) if verification and verification.regions else "",
@@ -95,6 +98,15 @@ def page(
         missing=MISSING,
     )
     return text.encode()
+
+
+def _change(line: str) -> str:
+    """What a line of a diff is: of a file's name, a place, or what goes, comes or stays; methods that no patch can hold
+    are behind `# `."""
+    text = line.removeprefix("# ")
+    if text.startswith(("--- ", "+++ ")):
+        return "file"
+    return {"+": "comes", "-": "goes", "@": "place"}.get(text[:1], "stays")
 
 
 def demand_plots(example_inputs: Example | None) -> None:

@@ -187,6 +187,24 @@ def test_without_example_inputs_the_page_asks_for_them(several, tmp_path):
     assert "Equal up to rounding" not in found.text
 
 
+class Written(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(3, 4, 1)
+
+    def forward(self, x):
+        return (self.a(x) + self.b(x)).relu()  # <b>kept</b>
+
+
+def test_edited_forwards_are_shown_as_a_patch(tmp_path):
+    plan = structrep.plan(settled(Written()))
+    plan.report(tmp_path / "page.html")
+    page = Page((tmp_path / "page.html").read_text())
+    assert page.ids["forwards"] == 1
+    assert plan.diff() in page.text
+    assert "# <b>kept</b>" in plan.diff()
+
+
 def test_a_model_without_merges(tmp_path):
     found = read(structrep.plan(nn.Sequential(nn.ReLU(), nn.Tanh())), tmp_path, torch.randn(2, 3))
     assert found.text.count("Nothing is merged.") == 2
