@@ -16,7 +16,7 @@ from importlib import metadata
 from torch import nn
 
 from structrep.algebra import ConvMap
-from structrep.errors import InvalidRule, Refusal, UnknownRule, WrongMerge, said, warn
+from structrep.errors import BadInput, InvalidRule, Refusal, UnknownRule, WrongMerge, said, warn
 from structrep.modules.source import written_in
 from structrep.pattern import Captures, Pattern, arguments
 from structrep.terms.term import Term, channels_at
@@ -238,9 +238,17 @@ class Registry:
         return self._rules[name]
 
     def select(self, rules: Iterable[str | Rule]) -> Registry:
-        """A registry of some rules, by name or as they are."""
+        """A registry of some rules, by name or as they are; one that is given twice is one.
+
+        Raises:
+            UnknownRule: a name is not registered.
+            InvalidRule: two rules have one name.
+            BadInput: neither a name nor a rule.
+        """
         chosen = Registry()
-        for rule in rules:
+        for rule in dict.fromkeys(rules):
+            if not isinstance(rule, (str, Rule)):
+                raise BadInput(f"rules has {rule!r}: give names of registered rules, and rules")
             chosen.add(rule if isinstance(rule, Rule) else self[rule])
         return chosen
 
@@ -287,11 +295,15 @@ def load_plugins() -> None:
 
 
 def resolve(rules: Registry | Iterable[str | Rule] | None) -> Registry:
-    """What a caller's `rules=` means.
+    """The registry that `rules=` means: all rules for None, one of a user's, or some rules by name or themselves.
 
     Raises:
         UnknownRule: a name that is not in the default registry.
+        InvalidRule: two rules have one name.
+        BadInput: neither a registry nor rules.
     """
+    if not (rules is None or isinstance(rules, (Registry, Rule, str, Iterable))):
+        raise BadInput(f"rules={rules!r}: give a structrep.Registry, or names of registered rules and rules")
     load_plugins()
     if rules is None:
         return default

@@ -7,7 +7,7 @@ there. Decided on geometry, bias and what is read outside, never on which taps h
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import torch
 from torch import Tensor
@@ -31,7 +31,10 @@ def composed_fill(first: ConvMap, second: ConvMap, rigour: Rigour) -> Tensor:
 
     Raises:
         Inexact: nothing that it could read there would do.
+        ValueError: a rigour of another name.
     """
+    if rigour not in get_args(Rigour):
+        raise ValueError(f"rigour {rigour!r} is none of {', '.join(get_args(Rigour))}")
     try:
         return _fill_before(first, second)
     except Inexact:

@@ -4,7 +4,8 @@ A convolution, a batch norm, a skip, an average pool, a channel scale, a Linear 
 
     y[o, p] = bias[o] + sum_{i, t} kernel[o, i, t] * x[i, stride * p + dilation * t - lo]
 
-where x reads its `border` outside: a constant `fill` (0 unless said), or reflect, replicate, circular. A transposed
+where t goes over the taps and p over the output pixels of each dim, lo is the padding in front (hi that behind), and x
+reads its `border` outside: a constant `fill` (0 unless said), or reflect, replicate, circular. A transposed
 convolution is the adjoint, of the same coefficients: input pixel p adds kernel[o, i, t] * x[i, p] to output pixel
 stride * p + dilation * t - lo. A training-time block is an expression over such maps and its deploy-time convolution
 is the value:
@@ -17,8 +18,8 @@ is the value:
 
 Everything is float64 and exact up to rounding, or raises a `Refusal` that says why. Two facts carry the geometry:
 
-*Overhang.* lo + hi - dilation * (k - 1) decides the output size, so maps of equal stride and overhang give equal sizes
-on every input, and only those can be added.
+*Overhang.* lo + hi - dilation * (k - 1), for k taps, decides the output size, so maps of equal stride and overhang give
+equal sizes on every input, and only those can be added.
 
 *Border law.* f >> g is one map iff g reads nothing outside f's output, or f evaluated outside its input gives exactly
 what g reads there. So a 1x1 with a bias before a zero-padded 3x3 is not one convolution.
@@ -181,7 +182,9 @@ class ConvMap:
 
         Raises:
             Incompatible: channels or spatial dims do not fit.
-            Inexact: the border law forbids it, and there is no such constant, or none that float64 can tell.
+            Inexact: the border law forbids it, and there is no such constant, or none that float64 can tell; or a
+                coefficient outgrows float64.
+            ValueError: a rigour of another name.
         """
         geometry = self.geometry >> other.geometry
         fill = composed_fill(self, other, rigour)
@@ -227,6 +230,7 @@ class ConvMap:
 
     @property
     def out_channels(self) -> int:
+        """Channels of what it gives."""
         return self.geometry.out_channels
 
     @property
@@ -257,7 +261,7 @@ class ConvMap:
         return ConvMap._of(frame, place(self.kernel, self.geometry, frame), self.bias, self.fill, self.border)
 
     def widened(self, overhang: Ints) -> ConvMap:
-        """See `Geometry.widened`."""
+        """The same taps with more padding behind them, up to that overhang; raises as `Geometry.widened` does."""
         return ConvMap._of(self.geometry.widened(overhang), self.kernel, self.bias, self.fill, self.border)
 
     def shifted(self, shift: Tensor) -> ConvMap:

@@ -20,7 +20,6 @@ Cost: TypeAlias = Literal["counted", "measured"] | Measured
 Globs = Annotated[tuple[str, ...], BeforeValidator(lambda names: (names,) if isinstance(names, str) else names)]
 NAMES = "names of modules, or globs such as 'layer1.*'"
 REMEDIES = {
-    "rules": "a structrep.Registry, or names of registered rules and rules",
     "inexact_borders": NAMES,
     "probe": NAMES,
     "reserve": NAMES,

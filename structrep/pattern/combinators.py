@@ -115,7 +115,16 @@ class Seq(Combined):
 
 
 class Sum(Combined):
-    """Branches on one input, added, in any order."""
+    """Branches on one input, added, in any order; a `Many` takes what the other patterns leave.
+
+    Raises:
+        ValueError: no patterns, or more than one `Many`.
+    """
+
+    def __init__(self, *parts: Pattern) -> None:
+        super().__init__(*parts)
+        if sum(isinstance(part, Many) for part in parts) > 1:
+            raise ValueError(f"{self} has several Many, and of branches in any order one takes what the others leave")
 
     def _take(self, items: tuple[Term, ...]) -> Iterator[tuple[int, Captures]]:
         if items and items[0].op == "sum":
@@ -161,7 +170,16 @@ def _assign(patterns: tuple[Pattern, ...], branches: tuple[Term, ...]) -> Iterat
 
 
 class Concat(Combined):
-    """Branches on one input, stacked on the channels, in order."""
+    """Branches on one input, stacked on the channels, in order; a `Many` takes all of them.
+
+    Raises:
+        ValueError: no patterns, or a `Many` beside others.
+    """
+
+    def __init__(self, *parts: Pattern) -> None:
+        super().__init__(*parts)
+        if len(parts) > 1 and any(isinstance(part, Many) for part in parts):
+            raise ValueError(f"{self} has a Many beside others: it takes all that is stacked, or none")
 
     def _take(self, items: tuple[Term, ...]) -> Iterator[tuple[int, Captures]]:
         if not items or items[0].op != "concat":

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from structrep.errors import InvalidRule
 from structrep.pattern.base import Captures, One, Pattern, label
-from structrep.terms.layer import Formula, Layer
+from structrep.terms.layer import KINDS, Formula, Layer
 from structrep.terms.term import Term
 
 Kernel = Callable[[tuple[int, ...]], bool]
@@ -41,9 +41,16 @@ class Leaf(One):
 
     Args:
         kind: as `terms.layer.Layer` has it: "slice", say.
+
+    Raises:
+        ValueError: there is no such kind.
     """
 
     kind: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind is not None and self.kind not in KINDS:
+            raise ValueError(f"{self.kind!r} is no kind of layer: {', '.join(KINDS)} are")
 
     def accept(self, term: Term) -> Captures | None:
         known = term.op == "leaf" and term.layer is not None and self.kind in (None, term.layer.kind)

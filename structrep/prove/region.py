@@ -28,7 +28,7 @@ def prove(merges: Sequence[Merge]) -> None:
     another border, only what is made of nothing outside the input is compared.
 
     Args:
-        merges: one, or all that have something in common (`search.together`).
+        merges: one, or all that have something in common (`merge.together`).
 
     Raises:
         WrongMerge: the two differ, or there were no sizes that the part itself accepts.

@@ -57,8 +57,8 @@ def verify(
         example_inputs: a tensor, a tuple of positional or a mapping of keyword arguments.
         device: where to run both; CUDA when there is one, else CPU.
         dtype: what to run both in; the reference's own by default. The truth is float64: what the reference computes
-            but for its roundings and casts (`structrep.precision.Shadows`). Where it does not run so, the record says
-            why, and the truth is its own run.
+            but for its roundings and casts (`structrep.algebra.shadows.Shadows`). Where it does not run so, the record
+            says why, and the truth is its own run.
         autocast: run both under autocast to this dtype.
         channels_last: run both in that memory format.
         tf32: let CUDA multiply float32 in TensorFloat-32.

@@ -33,4 +33,5 @@ from structrep.registry import rule
     "RT-DETR's keeps both branches beside the merged layer.",
 )
 def repvgg(dense: ConvMap, pointwise: ConvMap, identity: ConvMap) -> ConvMap:
+    """The sum of the branches that are there: an identity that is not is 0, one that is a norm or a plain skip."""
     return dense + pointwise + identity

@@ -10,6 +10,8 @@ from torch import Tensor, fx, nn
 
 from structrep.algebra import ConvMap, Geometry
 
+KINDS = ("conv", "linear", "norm", "affine", "pool", "pad", "slice", "view", "unrolled")
+
 
 @dataclass(frozen=True)
 class Formula:
@@ -44,7 +46,7 @@ class Layer:
     """A map of one input.
 
     Args:
-        kind: "conv", "linear", "norm", "affine", "pool", "pad", "slice", "view" or "unrolled".
+        kind: one of `KINDS`.
         load: the map itself, given the channel count of its input and the number of spatial dims.
         shape: its geometry, given the same; touches no weight.
         in_channels, out_channels, dims: None where open.
