@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 import structrep
 from structrep.errors import BadInput
 from tests.support.models import settled
-from tests.support.truth import EXACT, relative_error
+from tests.support.truth import EXACT, relative_error, says
 
 X = torch.randn(2, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 UNKNOWN = "not known: example inputs would tell"
@@ -557,7 +557,7 @@ def test_an_argument_that_was_taken_for_a_tensor(cls, other, inputs):
 
 def test_a_number_for_an_argument_that_nothing_is_asked_of():
     model = settled(Added())
-    deploy = structrep.reparameterize(model)
+    deploy = says(structrep.plan(model), 1).apply()
     assert relative_error(deploy(X, 2.0), model(X, 2.0)) < EXACT
 
 

@@ -471,7 +471,9 @@ def test_a_norm_that_is_of_use_elsewhere_keeps_its_weight(how):
     ],
 )
 def test_a_norm_whose_weight_is_none_of_the_layer_keeps_it(model):
-    deploy = structrep.reparameterize(learned(model))
+    plan = structrep.plan(learned(model))
+    assert not plan.merges
+    deploy = plan.apply()
     assert relative_error(deploy(X), model(X)) < EXACT
     assert torch.equal(deploy[0].weight, model[0].weight)
 

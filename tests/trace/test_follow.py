@@ -15,7 +15,7 @@ import structrep
 from structrep.graph.facts import SHAPE
 from structrep.graph.run import infer_shapes
 from tests.support.models import settled
-from tests.support.truth import CLOSE, EXACT, SAME, relative_error
+from tests.support.truth import CLOSE, EXACT, SAME, relative_error, says
 
 
 def same_padding(x, conv):
@@ -155,7 +155,7 @@ class Remembers(nn.Module):
 @pytest.mark.parametrize("how", ["list", "dict"])
 def test_a_forward_that_remembers_goes_on_remembering(how):
     model = settled(Remembers(how))
-    deploy = structrep.reparameterize(model)
+    deploy = says(structrep.plan(model), 1).apply()
     x = torch.randn(2, 3, 5, 5, dtype=torch.float64)
     assert relative_error(deploy(x), model(x)) < EXACT
     for one in (model, deploy):
@@ -184,7 +184,7 @@ class WrittenByFunction(nn.Module):
 
 def test_a_function_that_writes_to_its_argument():
     model = settled(WrittenByFunction())
-    deploy = structrep.reparameterize(model)
+    deploy = says(structrep.plan(model), 0, "Mutated Untraceable").apply()
     x = torch.randn(2, 3, 5, 5, dtype=torch.float64)
     assert relative_error(deploy(x), model(x)) < EXACT
 
@@ -353,7 +353,7 @@ class Reshapes(nn.Module):
 
 def test_what_is_computed_from_parameters_is_written_as_it_was():
     model = settled(Reshapes())
-    deploy = pickle.loads(pickle.dumps(structrep.reparameterize(model)))
+    deploy = pickle.loads(pickle.dumps(says(structrep.plan(model), 1).apply()))
     x = torch.randn(2, 3, 5, 5, dtype=torch.float64)
     assert relative_error(deploy(x), model(x)) < EXACT
     assert ".view(-1, 1, 1)" in inspect.getsource(type(deploy).forward)
