@@ -22,6 +22,7 @@ _HARMLESS = {"isinstance", "hasattr", "type", "print", "is_tensor", "callable", 
 _PASSES = (ast.Tuple, ast.List, ast.Set, ast.Dict, ast.Starred, ast.keyword, ast.Attribute, ast.Subscript,
            ast.ListComp, ast.GeneratorExp, ast.comprehension)  # fmt: skip
 _SHOWN = (ast.Dict, ast.List, ast.Tuple)
+_TORCHS = {"torch", "F", "nn", "functional", "super", "range", "reversed", "int", "float", "bool", "str"}
 _KINDS = {"ndim", "dtype", "device", "is_cuda", "requires_grad"}
 _GOING_THROUGH = HANDING_ON | {"range", "len", "children", "named_children", "values", "items", "keys", "zip"}
 _CHANGES = {"pop", "popleft", "remove", "insert", "rotate", "reverse", "sort", "clear"}
@@ -61,6 +62,8 @@ def strays(
     tree, parents, at = found
     takers = {at.get(one, at.get(one[::2])) for one in taken if one is not None}
     site = None if made is None else at.get(made, at.get(made[::2]))
+    if not (counted or branches(code) or _picks(tree) or _loops_apart(tree, {site, *takers}) or _hands(tree, code)):
+        return False
     if None in takers or (site is None and not names):
         return True
     if takers == {site} and not returned and _is_forward(site):
@@ -68,6 +71,28 @@ def strays(
     walk = _Walk(tree, parents, site, takers, dict(parts), single, counted)
     walk.run(names)
     return walk.exposed or len(walk.returns) > 1 or bool(walk.returns) != returned or walk.met != takers
+
+
+def _loops_apart(tree: ast.AST, steps: set[ast.AST | None]) -> bool:
+    """Whether code has a loop in which the trace did nothing with a value: over nothing, up to now."""
+    return any(isinstance(one, ast.For) and steps.isdisjoint(ast.walk(one)) for one in ast.walk(tree))
+
+
+def _hands(tree: ast.AST, code: CodeType) -> bool:
+    """Whether code calls by name what is none of torch's, and may pick between what it is given."""
+    for node in ast.walk(tree):
+        owner = node.func if isinstance(node, ast.Call) else None
+        if isinstance(owner, ast.Attribute) and owner.attr.startswith("__"):
+            return True
+        while isinstance(owner, ast.Attribute):
+            owner = owner.value
+        name = owner.id if isinstance(owner, ast.Name) else "" if owner is None else None
+        if name is None:
+            if isinstance(owner, ast.Lambda):
+                return True
+        elif name and name not in code.co_varnames and name not in _TORCHS | HANDING_ON | _HARMLESS:
+            return True
+    return False
 
 
 def _is_forward(node: ast.AST | None) -> bool:

@@ -109,14 +109,7 @@ class Rewriter:
         if told or forward.ways or forward.guards:
             return
         for merge in merges:
-            risks = self.untaken.risks(merge)
-            for call, (use, *_) in risks.misuses.items():
+            for call, (use, *_) in self.untaken.risks(merge).misuses.items():
                 if next(call.homes()) in inside:
                     where = f"line {use.line} of {use.code.co_filename}"
                     raise Unreadable(f"{where} may use what is merged otherwise, and what that hangs on is not known")
-            for call in risks.strays:
-                if next(call.homes()) in inside:
-                    raise Unreadable(
-                        f"{call.shown} may read what is merged on a path that was not taken, and what that hangs on is "
-                        "not known"
-                    )

@@ -8,6 +8,7 @@ import functools
 import inspect
 import itertools
 import operator
+import sys
 from collections.abc import Container, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
@@ -194,10 +195,10 @@ def _asked_by(code: CodeType, space: dict[str, Any], function: FunctionType | No
             except AttributeError:
                 break
             text, ahead = f"{text}.{name}", ahead + 1
-        if not steady:
-            yield text, value, holder
-        elif (told := _of_library(instructions, ahead, value)) is not None:
+        if (told := _of_library(instructions, ahead, value)) is not None:
             yield f"{text}{told[0]}", told[1], holder
+        elif not steady:
+            yield text, value, holder
 
 
 def _of_library(instructions: tuple[dis.Instruction, ...], place: int, value: Any) -> tuple[str, Any] | None:
@@ -208,7 +209,8 @@ def _of_library(instructions: tuple[dis.Instruction, ...], place: int, value: An
     given = list(itertools.takewhile(_is_constant, instructions[place:]))
     steps = [one for one in instructions[place + len(given) : place + len(given) + 3] if one.opname != "PRECALL"]
     asks = len(steps) > 1 and steps[0].opname == "CALL" and steps[0].arg == len(given) and steps[1].opname != "POP_TOP"
-    if not asks or written_in(value).partition(".")[0] in _PURE:
+    library = written_in(value).partition(".")[0]
+    if not asks or library in _PURE or (library != "torch" and library not in sys.stdlib_module_names):
         return None
     args = [one.argval for one in given]
     with contextlib.suppress(Exception):

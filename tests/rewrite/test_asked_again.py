@@ -501,7 +501,7 @@ def attribute_that_nobody_has(self, x):
         (attribute_of_another, lambda m: setattr(m.config, "eps", 3.0), "self.config.eps"),
         (attribute_of_a_part, lambda m: setattr(m.h, "out_channels", 3), "self.h.out_channels"),
         (attribute_that_nobody_has, lambda m: setattr(m, "gain", 3.0), "self.gain"),
-        (attribute_that_nobody_has, lambda m: setattr(m.config, "gain", 3.0), "self.gain"),
+        (attribute_that_nobody_has, lambda m: setattr(m.config, "gain", 3.0), "self.config.gain"),
     ],
 )
 def test_a_class_that_looks_for_attributes_itself(forward, change, named):
