@@ -152,7 +152,10 @@ def eval_copy(model: nn.Module) -> nn.Module:
 def moved_copy(model: nn.Module, device: torch.device, dtype: torch.dtype | None = None) -> nn.Module:
     """A copy somewhere, in some dtype or in its own, as `shallow_copy` gives it."""
     twin = shallow_copy(model)
-    twin.to(device, dtype)
+    try:
+        twin.to(device, dtype)
+    except TypeError:  # a method of its own takes less
+        nn.Module.to(twin, device, dtype)
     return twin
 
 

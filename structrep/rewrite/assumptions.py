@@ -111,7 +111,11 @@ class Assumptions:
             while self.merged.setdefault((entry.holder, alias), entry) != entry:  # another of this name
                 alias += "_"
             spelt = self.spelling.part(entry.holder)
-            self.guards.append(guards.same(f"{spelt}{entry.text}", f"{spelt}.{alias}", self.call.shown))
+            names = self.spelling.relative(entry.holder).split(".") if entry.holder != self.call.path else []
+            above = [self.call.path] if self.call.path else []
+            holders = [self.spelling.part(".".join([*above, *names[:depth]])) for depth in range(1, len(names) + 1)]
+            made = guards.same(f"{spelt}{entry.text}", f"{spelt}.{alias}", holders, self.call.shown)
+            self.guards.append(made)
         elif path and path.startswith(f"{self.call.path}." if self.call.path else ""):
             self.guards.append(guards.gone(self.spelling.part(path), self.call.shown))
 

@@ -115,11 +115,17 @@ def alike(asked: str, other: str, method: str) -> Guard:
     return Guard(asked, other, f"{asked} != {other}", False, (before, ": convert the model again after casting it"))
 
 
-def same(asked: str, kept: str, method: str) -> Guard:
-    """A guard for a tensor that was merged."""
+def same(asked: str, kept: str, holders: Iterable[str], method: str) -> Guard:
+    """A guard for a tensor that was merged.
+
+    Args:
+        holders: the parts that hold it, which may be there no more.
+    """
     before = f"{method} was reparameterized for the {asked} that was merged, and {asked} is "
     after = " now: convert the model again after setting it"
-    return Guard(asked, "merged", f"{asked} is not {kept} or structrep_written({asked})", False, (before, after))
+    there = " and ".join((*(f"{one} is not None" for one in holders), ""))
+    unlike = f"{there}({asked} is not {kept} or structrep_written({asked}))"
+    return Guard(asked, "merged", unlike, False, (before, after))
 
 
 def gone(asked: str, method: str) -> Guard:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from types import CodeType
 
@@ -213,11 +213,15 @@ class Syntax:
         value = self.assigned(one)
         return self.values.get(value, frozenset()) if value is not None else frozenset()
 
-    def is_dead(self, around: ast.AST, one: ast.AST) -> bool:
-        """Whether something is on a way of a condition that is never taken."""
-        if not isinstance(around, (ast.If, ast.IfExp)) or (known := self.known(around.test)) is None:
+    def is_dead(self, around: ast.AST, one: ast.AST, known: Callable[[ast.expr], bool | None] | None = None) -> bool:
+        """Whether something is on a way of a condition that is never taken.
+
+        Args:
+            known: the answers to conditions; those that are the same in all modes by default.
+        """
+        if not isinstance(around, (ast.If, ast.IfExp)) or (answer := (known or self.known)(around.test)) is None:
             return False
-        never = around.orelse if known else around.body
+        never = around.orelse if answer else around.body
         return one in never if isinstance(never, list) else one is never
 
     def is_pure(self, text: ast.AST) -> bool:
@@ -277,8 +281,8 @@ class Syntax:
         there = presence(test, self.itself, self.parts)
         return self.answers.get(test) if there is None else there
 
-    def is_unreachable(self, node: ast.AST) -> bool:
-        return any(self.is_dead(one, inner) for inner, one in itertools.pairwise((node, *self.around(node))))
+    def is_unreachable(self, node: ast.AST, known: Callable[[ast.expr], bool | None] | None = None) -> bool:
+        return any(self.is_dead(one, inner, known) for inner, one in itertools.pairwise((node, *self.around(node))))
 
     def around(self, node: ast.AST) -> Iterator[ast.AST]:
         while node in self.parents and not isinstance(self.parents[node], ast.FunctionDef):

@@ -66,9 +66,10 @@ class Writer:
             text.replace(statement, "pass") if keeps else text.remove(statement)
         gone = vanished | {node for one in idle for node in ast.walk(one)}
         stays = [node for node in ast.walk(self.syntax.tree) if node not in gone]
-        mentions = {path for n in stays if isinstance(n, ast.Attribute) and (path := path_to(n, self.syntax.itself))}
+        runs = [node for node in stays if not self.syntax.is_unreachable(node, self.syntax.known_in_eval)]
+        mentions = {path for n in runs if isinstance(n, ast.Attribute) and (path := path_to(n, self.syntax.itself))}
         mentions |= {
-            name for n in stays if isinstance(n, ast.Name) and n.id == self.syntax.itself for name in self._asked(n)
+            name for n in runs if isinstance(n, ast.Name) and n.id == self.syntax.itself for name in self._asked(n)
         }
         for name in {piece.layer for piece in self.pieces.values()} & mentions:
             raise Unreadable(f"it asks for {name} already")

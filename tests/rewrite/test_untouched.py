@@ -395,3 +395,97 @@ def test_a_way_by_a_setting_that_takes_a_norm_too_is_guarded_in_the_text():
     deploy.expands = True
     with pytest.raises(ValueError, match=r"self\.expands"):
         deploy(x)
+
+
+class Residual(nn.Module):
+    """As LeViT's and EfficientViT's: in training some of a batch is left out."""
+
+    def __init__(self):
+        super().__init__()
+        self.m, self.drop = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)), 0.0
+
+    def forward(self, x):
+        if self.training and self.drop > 0:
+            return x + self.m(x) * torch.rand(x.size(0), 1, 1, 1)
+        return x + self.m(x)
+
+
+class PerhapsNormed(nn.Module):
+    """As RepVGG blocks in many repositories: where there is no norm, another sum."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.n = nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        if self.n is None:
+            return self.a(x) + self.b(x)
+        return self.a(x) + self.b(x) + self.n(x)
+
+
+@pytest.mark.parametrize("cls", [Residual, PerhapsNormed])
+def test_what_runs_in_training_alone_or_without_a_part_keeps_no_branches(cls):
+    torch.manual_seed(0)
+    model = settled(cls())
+    plan = structrep.plan(model)
+    assert [merge.edit for merge in plan.merges] == ["edit"]
+    deploy = plan.apply()
+    assert sum(isinstance(part, nn.Conv2d) for part in deploy.modules()) == 1
+    assert relative_error(deploy(IMAGE), model(IMAGE)) < SAME
+
+
+class OwnEye(nn.Conv2d):
+    """As DBB's identity of a 1x1: a plain tensor is added to the kernel."""
+
+    def __init__(self):
+        super().__init__(3, 3, 1, bias=False)
+        self.eye = torch.eye(3)[:, :, None, None]
+
+    def forward(self, x):
+        return F.conv2d(x, self.weight + self.eye.to(self.weight.device).type_as(self.weight))
+
+
+class HasAnEye(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 3, 3, padding=1), OwnEye()
+
+    def forward(self, x):
+        return self.a(x) + self.b(x)
+
+
+@pytest.mark.parametrize("inputs", [(), (IMAGE,)], ids=["without inputs", "with inputs"])
+def test_a_part_with_a_plain_tensor_vanishes_with_it(inputs):
+    torch.manual_seed(0)
+    model = settled(HasAnEye())
+    plan = structrep.plan(model, *inputs)
+    assert len(plan.merges) == 1
+    deploy = plan.reparameterize(*inputs)
+    assert deploy.b is None
+    assert relative_error(deploy(IMAGE), model(IMAGE)) < SAME
+
+
+OF_THE_FILE = torch.rand(1, 8)
+
+
+class AddsAFilesTensor(Linears):
+    def forward(self, x):
+        return self.b(self.a(x) + OF_THE_FILE.to(x.device))
+
+
+@pytest.mark.parametrize("inputs", [(), (TOKENS,)], ids=["without inputs", "with inputs"])
+def test_a_tensor_of_a_file_that_is_moved_merges_with_nothing(inputs):
+    model = settled(AddsAFilesTensor())
+    plan = structrep.plan(model, *inputs)
+    assert not plan.merges
+    assert relative_error(plan.apply()(TOKENS), model(TOKENS)) < SAME
+
+
+class MovesItself(nn.Sequential):
+    def to(self, device):
+        return super().to(device)
+
+
+def test_a_model_whose_to_takes_a_device_alone():
+    model = settled(MovesItself(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)))
+    assert isinstance(structrep.reparameterize(model, IMAGE)[1], nn.Identity)
