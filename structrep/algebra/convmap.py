@@ -16,6 +16,11 @@ is the value:
     concat([f, g])   both on the same input, outputs stacked on the channels
     f.distance(g)    largest difference of coefficients
 
+So a 3x3 and a 1x1 beside it are one 3x3:
+
+    >>> ConvMap(torch.randn(4, 3, 3, 3), pad=1) + ConvMap(torch.randn(4, 3, 1, 1))
+    ConvMap(3 -> 4, 3x3, pad ((1, 1), (1, 1)))
+
 Everything is float64 and exact up to rounding, or raises a `Refusal` that says why. Two facts carry the geometry:
 
 *Overhang.* lo + hi - dilation * (k - 1), for k taps, decides the output size, so maps of equal stride and overhang give

@@ -14,6 +14,8 @@ from structrep.blocks._geometry import Device, NormedBlock, Size
 class ACBlock2d(NormedBlock):
     """norm(conv_kxk(x)) + norm(conv_kx1(x)) + norm(conv_1xk(x)), each with a norm of its own.
 
+    ACNet, arXiv:1908.03930, section 3.2.
+
     The kx1 sits on the kernel's centre column, the 1xk on its centre row, whatever the padding: across
     itself, a strip reads a cropped input where the padding is less than `dilation*(k//2)`, and a padded one
     where it is more. The dilation counts in this, though the authors' code leaves it out. There is no 1d or

@@ -42,6 +42,8 @@ class NormPad(nn.Module):
 class _DiverseBranchBlock(NormedBlock):
     """norm(conv_k(x)) + norm(conv_1(x)) + norm(avg_k(norm(conv_1(x)))) + norm(conv_k(norm(conv_1(x)))).
 
+    DBB, arXiv:2103.13425, section 3.3.
+
     Each norm is one of its own, and between the two steps of the last two branches the value is padded with what the
     norm makes of 0. The 1x1 before the k×k keeps the input's channels and starts as the identity. The 1x1 branch is
     there unless the kernel is itself 1x1, and then the average is left out too.

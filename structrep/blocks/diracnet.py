@@ -12,6 +12,8 @@ from structrep.blocks._geometry import ComputedConv, Device, Size
 class _DiracConv(ComputedConv):
     """One conv of weight diag(a) I + diag(b) W / ‖W‖: a skip connection inside the kernel.
 
+    DiracNets, arXiv:1706.00388, section 3.
+
     I is the Dirac kernel: in each group, filter i has a one at input i on the tap k//2, and filters beyond
     the inputs have none. ‖W‖ is the 2-norm of each whole filter.
 

@@ -13,6 +13,8 @@ from structrep.blocks._geometry import ComputedConv, Device, Size, require_at_le
 class _DOConv(ComputedConv):
     """One conv of weight D ∘ W: a depthwise map on the taps, (D + D_diag)[i] of M x D_mul, composed with W.
 
+    DO-Conv, arXiv:2006.12030, section 3.
+
     M is the number of taps, and D_mul >= M (M where not given). D_diag is the identity and D starts at
     zero, so the weight starts as W, which starts as an `nn.Conv{n}d`'s weight does. A 1x1 (M = D_mul = 1)
     has no D.

@@ -62,6 +62,8 @@ class EdgeBranch2d(nn.Module):
 class EdgeBlock2d(ConvBlock):
     """conv_3(x) + four branches of a 1x1 and a 3x3, Sobel in x and y, Laplacian, + x where the block keeps its shape.
 
+    ECBSR, doi:10.1145/3474085.3475291, section 3.2.
+
     Args:
         depth: channels between the two steps of the learned branch, relative to `out_channels`.
 

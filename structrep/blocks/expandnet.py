@@ -21,6 +21,8 @@ CONVOLVE_TRANSPOSED: dict[int, Any] = {1: F.conv_transpose1d, 2: F.conv_transpos
 class _ExpandConv(ConvBlock):
     """A chain of convs, nothing between them, that one conv of the same arguments can express.
 
+    ExpandNets, arXiv:1811.10495, section 3.
+
     mode="cl" expands a convolutional layer: a 1x1 to rate*in_channels, the kernel to rate*out_channels with
     the stride and the dilation, a 1x1 to out_channels.
     mode="ck" expands a convolutional kernel, odd and >= 5: (k - 1)/2 kernels of 3, to rate*in_channels, then

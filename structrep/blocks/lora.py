@@ -11,6 +11,8 @@ from structrep.blocks._geometry import Device, require_at_least
 class LoRALinear(nn.Module):
     """base(x) + (alpha / rank) * up(down(x)): a Linear, and a product of two thin ones that starts at zero.
 
+    LoRA, arXiv:2106.09685, section 4.1.
+
     Raises ValueError for feature counts or a rank below 1.
     """
 

@@ -13,6 +13,8 @@ from structrep.blocks._geometry import Device, NormedBlock, Size, require_at_lea
 class _MobileOneBlock(NormedBlock):
     """norm(conv_k(x)), `branches` times, + norm(conv_1(x)) + norm(x), each with a norm of its own.
 
+    MobileOne, arXiv:2206.04040, section 3.2 and figure 3.
+
     The 1x1 is there unless the kernel is itself 1x1, the last norm where the block keeps its shape: stride 1, as many
     channels, and a padding that keeps the size.
 

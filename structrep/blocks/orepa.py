@@ -13,6 +13,8 @@ from structrep.blocks._geometry import ComputedConv, Device, Size
 class OREPA2d(ComputedConv):
     """One conv whose kernel is a sum of branches, each scaled per filter, as the norms of a block would scale it.
 
+    OREPA, arXiv:2204.00826, section 3.2 and figure 4.
+
     The branches: a kernel, a 1x1, a 1x1 then a kernel, a 1x1 then an average, a 1x1 then fixed frequency filters (the
     paper's prior), a depthwise kernel then a 1x1. They are merged on every pass, in weight space; a norm follows
     outside.

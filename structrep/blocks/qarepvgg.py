@@ -14,6 +14,8 @@ from structrep.blocks._geometry import CONV, POOL, ConvBlock, Device, Size
 class _QARepVGGBlock(ConvBlock):
     """norm(norm(conv_k(x)) + conv_1(x) + x): only the large kernel has a norm of its own, and one follows the sum.
 
+    QARepVGG, arXiv:2212.01593, section 4 and figure 3.
+
     With groups=in_channels this is RepViT's depthwise block. x is there where the block keeps its shape.
 
     Args:

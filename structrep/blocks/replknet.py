@@ -27,6 +27,8 @@ DILATED = {
 class LargeKernelBlock2d(NormedBlock):
     """norm(conv_K(x)) + norm(conv_k(x)) + ..., depthwise, smaller and dilated kernels centred on the large one.
 
+    RepLKNet, arXiv:2203.06717, section 3.
+
     Args:
         branches: (kernel, dilation) of each smaller branch: ((5, 1),) is RepLKNet's, the default; "dilated" those that
             UniRepLKNet has for this K.

@@ -15,6 +15,8 @@ class RepMixer2d(ConvBlock):
     """x + scale * (norm(conv_k(x)) + norm(conv_1(x)) + norm(x) - norm(x)), depthwise as the paper has it with
     groups=in_channels.
 
+    FastViT, arXiv:2303.14189, section 3.2.1.
+
     Args:
         layer_scale: what `scale` starts from, per channel; None leaves it out.
 

@@ -15,6 +15,8 @@ from structrep.blocks._geometry import Device, require_at_least
 class RepMLP2d(nn.Module):
     """Pieces of h x w pixels, all numbers of a piece given to one fully-connected layer, and convolutions beside it.
 
+    RepMLP, arXiv:2105.01883.
+
     (N, C, H, W) -> (N, C, H, W), H and W multiples of h and w.
 
     Args:

@@ -13,6 +13,8 @@ from structrep.blocks._geometry import Device, NormedBlock, Pad, Size
 class _RepVGGBlock(NormedBlock):
     """norm(conv_k(x)) + norm(conv_1(x)) + norm(x), each with a norm of its own.
 
+    RepVGG, arXiv:2101.03697, section 3.2 and figure 4.
+
     The 1x1 and the identity sit on the kernel's centre tap, k//2, whatever the padding: where it is more
     than `dilation*(k//2)` they read a padded input, where it is less a cropped one. The identity is there
     where it fits (`in_channels == out_channels` and stride 1), the 1x1 unless the kernel is itself 1x1.

@@ -12,6 +12,8 @@ from structrep.blocks._geometry import ComputedConv, Device, Size, require_at_le
 class Conv3XC2d(ComputedConv):
     """One conv whose kernel is that of a 1x1, a k×k and a 1x1 in a row, plus that of a 1x1 beside them.
 
+    SPAN, arXiv:2311.12770.
+
     The kernels are composed on every pass, in weight space, so that a pass over the pixels costs what the one conv
     does.
 

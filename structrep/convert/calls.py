@@ -40,6 +40,10 @@ def plan(
 ) -> Plan:
     """Find every merge in a model, and say of the others why not. The model is not changed.
 
+    Example:
+        >>> structrep.plan(model, torch.randn(1, 3, 224, 224)).merges[0].rules
+        ('repvgg',)
+
     Args:
         model: any module in eval mode. What torch wraps around a model to train or compile it (DataParallel,
             DistributedDataParallel, `torch.compile`) is seen through: the plan is for the model inside. So is what
@@ -67,7 +71,8 @@ def plan(
         Uninitialized: a lazy parameter has no value yet.
         Sharded: parameters are spread over processes (FSDP).
         UnknownRule: a name in `rules` is not registered.
-        BadInput: the model rejects the example inputs.
+        BadInput: the model rejects the example inputs; a setting is none that there is, or names no module;
+            `cost="measured"` or `probe` without example inputs; `norms="keep"` without blocks of `expand`.
     """
     options = Options.of(
         rules=rules, inexact_borders=inexact_borders, probe=probe, reserve=reserve, norms=norms, cost=cost
@@ -166,6 +171,9 @@ def reparameterize(
     verify: bool = True,
 ) -> nn.Module:
     """The equal model with every branch merged: the same class, methods and names, fewer layers.
+
+    Example:
+        >>> deploy = structrep.reparameterize(model.eval(), torch.randn(1, 3, 224, 224))
 
     Args:
         model, example_inputs, rules, inexact_borders, probe, reserve, norms, cost: as for `plan`.

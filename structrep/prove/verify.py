@@ -53,6 +53,10 @@ def verify(
 ) -> Verification:
     """Compare a deploy model with its training-time model; neither is changed.
 
+    Example:
+        >>> structrep.verify(model, deploy, torch.randn(1, 3, 224, 224)).ok
+        True
+
     Args:
         example_inputs: a tensor, a tuple of positional or a mapping of keyword arguments.
         device: where to run both; CUDA when there is one, else CPU.

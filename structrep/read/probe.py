@@ -27,6 +27,10 @@ BATCH = 64
 def probe(module: nn.Module, example_input: Tensor) -> ConvMap:
     """The map that a layer computes.
 
+    Example:
+        >>> structrep.probe(nn.Conv2d(3, 8, 3, padding=1), torch.randn(1, 3, 9, 9))
+        ConvMap(3 -> 8, 3x3, pad ((1, 1), (1, 1)))
+
     Args:
         module: a layer of one input and one output, in eval mode; it is not changed.
         example_input: (N, C, *spatial) with one to three spatial dims, or (N, C).

@@ -111,6 +111,9 @@ def expand(
     `structrep.reparameterize(model, norms="keep")` gives the model back: its class, its module names, the keys and
     shapes of its state dict. Without `norms="keep"` it gives what it would have made of the model itself.
 
+    Example:
+        >>> to_train = structrep.expand(model, "mobileone", where="layer1.*")
+
     Args:
         block: "repvgg", "acb", "dbb", "mobileone", "replknet", "diracnet",
             "doconv", "expandnet", "expandnet_linear", "orepa", "conv3xc", "ecbsr" or "lora".
