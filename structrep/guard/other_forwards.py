@@ -75,9 +75,7 @@ class Borders:
         held = {str(n.target) for node in inside for n in node.all_input_nodes if n.op == "get_attr"}
         for around in owner.chain() if held else ():
             self._check_parameters(around, held)
-        for node, call in self._given_back(inside, owner):
-            if node is root and not call.leaf:
-                continue
+        for node, call in self._given_back(inside, root, owner):
             if call.method != "forward":
                 if _is_forward(call.method):
                     raise Shared(f"{call.path or 'the model'}.{call.method} gives back a value inside the merge")
@@ -94,17 +92,18 @@ class Borders:
         otherwise."""
         return {
             around
-            for node, call in self._given_back(inside, owner)
-            if call.method == "forward" and not (node is root and not call.leaf)
+            for node, call in self._given_back(inside, root, owner)
+            if call.method == "forward"
             for around, variant in self._lookers(owner, call, node is root, inside)
             if _is_flag(around, variant)
         }
 
-    def _given_back(self, inside: set[fx.Node], owner: Call) -> Iterator[tuple[fx.Node, Call]]:
-        """Values that calls inside an owner give back, in the order of the graph: the same reason every time."""
+    def _given_back(self, inside: set[fx.Node], root: fx.Node | None, owner: Call) -> Iterator[tuple[fx.Node, Call]]:
+        """Values that calls inside an owner give back, the root's by its layer alone; in the order of the graph, for the
+        same reason every time."""
         for node in sorted(inside & self.given.keys(), key=INDEX.of):
             for call in self.given[node]:
-                if call is not owner and owner in call.chain():
+                if call is not owner and owner in call.chain() and (node is not root or call.leaf):
                     yield node, call
 
     def _check_parameters(self, around: Call, held: set[str]) -> None:

@@ -67,11 +67,7 @@ class Writer:
         gone = vanished | {node for one in idle for node in ast.walk(one)}
         stays = [node for node in ast.walk(self.syntax.tree) if node not in gone]
         runs = [node for node in stays if not self.syntax.is_unreachable(node, self.syntax.known_in_eval)]
-        mentions = {path for n in runs if isinstance(n, ast.Attribute) and (path := path_to(n, self.syntax.itself))}
-        mentions |= {
-            name for n in runs if isinstance(n, ast.Name) and n.id == self.syntax.itself for name in self._asked(n)
-        }
-        for name in {piece.layer for piece in self.pieces.values()} & mentions:
+        for name in {piece.layer for piece in self.pieces.values()} & self._mentions(stays):
             raise Unreadable(f"it asks for {name} already")
         before, after = text.lines()
         return Edited(
@@ -80,10 +76,16 @@ class Writer:
             self.syntax.code.co_filename,
             text.first,
             frozenset(gone | asked),
-            frozenset(mentions),
+            frozenset(self._mentions(runs)),
             tuple(self.syntax.answers),
             sum(isinstance(node, (ast.BinOp, ast.AugAssign)) and node in self.syntax.wanted.free for node in stays),
         )
+
+    def _mentions(self, nodes: Iterable[ast.AST]) -> set[str]:
+        """What syntax asks the module for."""
+        paths = {path for n in nodes if isinstance(n, ast.Attribute) and (path := path_to(n, self.syntax.itself))}
+        named = (n for n in nodes if isinstance(n, ast.Name) and n.id == self.syntax.itself)
+        return paths.union(*map(self._asked, named))
 
     def _asked(self, itself: ast.Name) -> Iterator[str]:
         """What a mention of the module asks it for, if not by an attribute; "*" if that may be anything."""

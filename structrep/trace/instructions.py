@@ -204,15 +204,15 @@ def _asked_by(code: CodeType, space: dict[str, Any], function: FunctionType | No
 def _of_library(instructions: tuple[dis.Instruction, ...], place: int, value: Any) -> tuple[str, Any] | None:
     """A call of a library's function for constants, or for nothing, of which something is asked: a question how things
     stand. Its text, and the answer; None if it is none, or one that is noted as it is asked."""
-    if not isinstance(value, (FunctionType, BuiltinFunctionType)) or value in noted():
+    if not isinstance(value, (FunctionType, BuiltinFunctionType)):
         return None
-    given = list(itertools.takewhile(_is_constant, instructions[place:]))
-    steps = [one for one in instructions[place + len(given) : place + len(given) + 3] if one.opname != "PRECALL"]
-    asks = len(steps) > 1 and steps[0].opname == "CALL" and steps[0].arg == len(given) and steps[1].opname != "POP_TOP"
     library = written_in(value).partition(".")[0]
-    if not asks or library in _PURE or (library != "torch" and library not in sys.stdlib_module_names):
+    if library in _PURE or (library != "torch" and library not in sys.stdlib_module_names):
         return None
-    args = [one.argval for one in given]
+    called = _called_for_constants(instructions, place)
+    if called is None or called[1].opname == "POP_TOP" or value in noted():
+        return None
+    args = called[0]
     with contextlib.suppress(Exception):
         told = value(*args)
         if isinstance(told, _ANSWERS):
@@ -228,16 +228,26 @@ def _given(instructions: tuple[dis.Instruction, ...], place: int, value: Any) ->
         return None
     if written_in(value).partition(".")[0] in LIBRARIES:
         return None
+    called = _called_for_constants(instructions, place)
+    if called is None:
+        return None
+    args, then = called
+    if then.opname != "LOAD_ATTR" and not _asked_later(instructions, then):
+        return None
+    with contextlib.suppress(Exception):  # whatever code of the user's raises
+        return f"({', '.join(map(repr, args))})", value(*args), instructions.index(then, place)
+    return None
+
+
+def _called_for_constants(
+    instructions: tuple[dis.Instruction, ...], place: int
+) -> tuple[list[Any], dis.Instruction] | None:
+    """The constants that what is in hand is called for, and what comes next; None if it is not called so."""
     given = list(itertools.takewhile(_is_constant, instructions[place:]))
     steps = [one for one in instructions[place + len(given) : place + len(given) + 3] if one.opname != "PRECALL"]
     if len(steps) < 2 or steps[0].opname != "CALL" or steps[0].arg != len(given):
         return None
-    if steps[1].opname != "LOAD_ATTR" and not _asked_later(instructions, steps[1]):
-        return None
-    args = [one.argval for one in given]
-    with contextlib.suppress(Exception):  # whatever code of the user's raises
-        return f"({', '.join(map(repr, args))})", value(*args), instructions.index(steps[1], place)
-    return None
+    return [one.argval for one in given], steps[1]
 
 
 def _asked_later(instructions: tuple[dis.Instruction, ...], stored: dis.Instruction) -> list[str]:
