@@ -99,8 +99,9 @@ class Borders:
         }
 
     def _given_back(self, inside: set[fx.Node], root: fx.Node | None, owner: Call) -> Iterator[tuple[fx.Node, Call]]:
-        """Values that calls inside an owner give back, the root's by its layer alone; in the order of the graph, for the
-        same reason every time."""
+        """Values that calls inside an owner give back, the root's by its layer alone, in the order of the graph.
+
+        So the reason is the same every time."""
         for node in sorted(inside & self.given.keys(), key=INDEX.of):
             for call in self.given[node]:
                 if call is not owner and owner in call.chain() and (node is not root or call.leaf):
