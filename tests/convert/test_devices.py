@@ -3,14 +3,13 @@
 import contextlib
 
 import pytest
-import timm
 import torch
 from torch import nn
 
 import structrep
 from structrep.registry import default
 from tests.support import pretend_device
-from tests.support.models import example_input, settled
+from tests.support.models import example_input, settled, small
 from tests.support.truth import CLOSE, relative_error
 
 FAMILIES = [rule for rule in default if not rule.law]
@@ -61,7 +60,7 @@ def test_a_rule_s_example_on_a_device_without_float64(rule):
 @pytest.mark.parametrize("name", MODELS)
 def test_a_model(name):
     torch.manual_seed(0)
-    model = settled(timm.create_model(name)).float()
+    model = settled(small(name)).float()
     x = torch.randn(2, 3, 160, 160) if name == "test_vit" else torch.randn(2, 3, 64, 64)
     expected = structrep.plan(model, x).reparameterize(x)
     with pretend_device.device() as there:

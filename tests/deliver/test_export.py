@@ -17,7 +17,7 @@ from structrep.deliver.formats import checksum
 from tests.foreign.cases import NETWORKS
 from tests.match.test_shared_scales import Attention, Mixed
 from tests.read.test_transposed import Up
-from tests.support.models import settled
+from tests.support.models import settled, small
 from tests.support.truth import CLOSE, relative_error, says
 from tests.trace.test_follow import PadsItself
 
@@ -44,7 +44,7 @@ MODELS = {
     "mixed": (Mixed, (4, 6, 5)),
     "padded": (Padded, (3, 9, 8)),
     "up": (Up, (6, 5, 4)),
-    "repghostnet": (lambda: timm.create_model("repghostnet_050"), (3, 64, 64)),
+    "repghostnet": (lambda: small("repghostnet_050"), (3, 64, 64)),
 }
 
 

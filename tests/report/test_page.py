@@ -8,7 +8,6 @@ from xml.etree import ElementTree
 
 import networkx as nx
 import pytest
-import timm
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -21,7 +20,7 @@ from structrep.errors import BadInput
 from structrep.report.layout import layout
 from structrep.report.steps import MOST, Place
 from structrep.trace.observing import REMEDY
-from tests.support.models import settled
+from tests.support.models import settled, small
 
 VOID = {"meta", "br", "wbr", "link", "img", "input", "hr"}
 HOSTILE = "<script>alert('x')</script> & \"on\""
@@ -263,7 +262,7 @@ def test_pictures_are_xml_and_can_be_of_one_module(several):
 @pytest.fixture(scope="module", params=["several", "fastvit_t8"])
 def graphs(request, several):
     """The model, its deploy model, and the steps of both."""
-    plan = several if request.param == "several" else structrep.plan(settled(timm.create_model(request.param)))
+    plan = several if request.param == "several" else structrep.plan(settled(small(request.param)))
     deploy = plan.apply()
     return plan, deploy, plan.drawing(deploy).graphs
 

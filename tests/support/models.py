@@ -10,7 +10,9 @@ import structrep
 from structrep import Rule
 from structrep.blocks import Branches
 
-__all__ = ["Branches", "Two", "Written", "bn", "conv", "example_input", "made", "noise", "randomised", "settled"]
+__all__ = [
+    "Branches", "Two", "Written", "bn", "conv", "example_input", "made", "noise", "randomised", "settled", "small",
+]  # fmt: skip
 
 # The models are tiny: threads that wait for one another cost more than they bring.
 torch.set_num_threads(1)
@@ -51,6 +53,29 @@ def made(forward: Callable[..., Any], base: type[nn.Module] = Two, named: str = 
     """A model of a class that has the function as its forward, or as another method."""
     torch.manual_seed(0)
     return settled(type("Made", (base,), {named: forward, "__module__": forward.__module__})())
+
+
+def small(name: str) -> nn.Module:
+    """A model of timm's, with fewer and narrower blocks of each of its kinds."""
+    import timm  # most tests need none
+    from timm.models.byobnet import ByoBlockCfg
+    from timm.models.repghost import RepGhostNet
+
+    if name == "repghostnet_050":
+        return RepGhostNet([[[3, 8, 16, 0, 1]], [[3, 24, 24, 0, 2]], [[5, 36, 40, 0.25, 2]]], num_classes=10, width=0.5)
+
+    def blocks(kind: str, *sizes: tuple[int, int], **more: Any) -> dict[str, Any]:
+        return {"blocks": tuple(ByoBlockCfg(kind, d=d, c=c, s=2, **more) for d, c in sizes), "stem_chs": 8}
+
+    sizes: dict[str, dict[str, Any]] = {
+        "repvgg_a0": blocks("rep", (2, 8), (2, 16), (1, 16)),
+        "mobileone_s0": blocks("one", (2, 8), (2, 16), (1, 16), gs=1, block_kwargs={"num_conv_branches": 4}),
+        "fastvit_t8": {
+            "layers": (1, 1), "embed_dims": (16, 32), "mlp_ratios": (3, 3), "token_mixers": ("repmixer", "repmixer"),
+            "downsamples": (False, True), "pos_embs": (None, None), "se_downsamples": (False, False),
+        },
+    }  # fmt: skip
+    return timm.create_model(name, num_classes=10, **sizes.get(name, {}))
 
 
 def example_input(rule: Rule, model: nn.Module) -> Tensor:

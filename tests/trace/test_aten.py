@@ -5,7 +5,6 @@ import io
 import warnings
 
 import pytest
-import timm
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
@@ -14,7 +13,7 @@ from torch.utils import _pytree as pytree
 import structrep
 from structrep.registry import default
 from structrep.trace.aten import in_torch
-from tests.support.models import example_input, settled
+from tests.support.models import example_input, settled, small
 from tests.support.truth import EXACT, SAME, relative_error
 
 FAMILIES = [rule for rule in default if not rule.law]
@@ -43,7 +42,7 @@ def test_an_exported_block_merges_as_it_did(rule):
 @pytest.mark.parametrize("name", ["repvgg_a0", "fastvit_t8", "test_resnet", "test_vit"])
 @pytest.mark.parametrize("how", ["exported", "traced"])
 def test_graphs_stay_graphs(name, how):
-    model = settled(timm.create_model(name)).float()
+    model = settled(small(name)).float()
     x = torch.randn(2, 3, 160, 160) if name == "test_vit" else torch.randn(2, 3, 64, 64)
     try:
         graph = exported(model, x) if how == "exported" else fx.symbolic_trace(model)
