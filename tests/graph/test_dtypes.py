@@ -457,7 +457,7 @@ def test_a_model_that_chooses_is_compared_with_the_same_choices():
 def test_detection_with_random_weights():
     """Its queries are chosen by scores that are nearly equal."""
     torch.manual_seed(0)
-    net = settled(rt_detr()).float().eval()
+    net = settled(rt_detr(decoder_layers=1)).float().eval()
     x = {"pixel_values": torch.randn(1, 3, 64, 64)}
     with torch.no_grad():
         for layer in net.modules():
@@ -473,15 +473,15 @@ def test_detection_with_random_weights():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_language_models(kind, dtype):
     common = dict(
-        vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=50, hidden_size=32, intermediate_size=64, num_attention_heads=4,
         num_key_value_heads=4, head_dim=8,
     )  # fmt: skip
     experts = dict(
         moe_intermediate_size=16, n_routed_experts=4, n_group=1, topk_group=1, num_experts_per_tok=2,
-        first_k_dense_replace=1,
+        first_k_dense_replace=1, num_hidden_layers=2,
     )  # fmt: skip
     heads = dict(kv_lora_rank=8, q_lora_rank=8, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8)
-    more = {"DeepseekV3": experts | heads, "Glm4Moe": experts, "Gemma": {}}[kind]
+    more = {"DeepseekV3": experts | heads, "Glm4Moe": experts, "Gemma": {"num_hidden_layers": 1}}[kind]
     torch.manual_seed(0)
     net = getattr(hf, f"{kind}ForCausalLM")(getattr(hf, f"{kind}Config")(**common | more)).eval().to(dtype)
     for layer in net.modules():

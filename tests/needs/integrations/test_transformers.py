@@ -4,6 +4,7 @@ Random weights from small configurations; nothing is downloaded.
 """
 
 import copy
+import functools
 import io
 
 import pytest
@@ -23,10 +24,10 @@ RESNET = dict(embedding_size=8, hidden_sizes=[8, 16, 32, 64], depths=[1, 1, 1, 1
 STAGES = ["stage2", "stage3", "stage4"]
 
 
-def rt_detr(version=""):
+def rt_detr(version="", **more):
     backbone = hf.RTDetrResNetConfig(**RESNET, layer_type="bottleneck", out_features=STAGES)
     config = getattr(hf, f"RTDetr{version}Config")(
-        backbone_config=backbone, encoder_in_channels=[16, 32, 64], **DETECTOR
+        backbone_config=backbone, encoder_in_channels=[16, 32, 64], **DETECTOR | more
     )
     return getattr(hf, f"RTDetr{version}ForObjectDetection")(config)
 
@@ -85,7 +86,8 @@ BEIT = dict(
 
 
 def beit():
-    return hf.BeitForImageClassification(hf.BeitConfig(**BEIT)), {"pixel_values": torch.randn(1, 3, 64, 64)}
+    config = hf.BeitConfig(**{**BEIT, "num_hidden_layers": 3})
+    return hf.BeitForImageClassification(config), {"pixel_values": torch.randn(1, 3, 64, 64)}
 
 
 def zoe_depth():
@@ -134,6 +136,13 @@ def trained(model):
     return model.double().eval()
 
 
+@functools.cache
+def converted(name):
+    torch.manual_seed(0)
+    model = trained(MODELS[name][0]())
+    return model, structrep.plan(model).apply()
+
+
 def norms(model):
     return sum(isinstance(m, nn.modules.batchnorm._NormBase) for m in model.modules())
 
@@ -146,12 +155,8 @@ def outputs_of(model, image):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_it_comes_back_as_the_same_class_with_nothing_left_to_merge(name):
-    torch.manual_seed(0)
-    make, size = MODELS[name]
-    model = trained(make())
+    (model, deploy), size = converted(name), MODELS[name][1]
     image = torch.randn(1, 3, size, size, dtype=torch.float64)
-    plan = structrep.plan(model)
-    deploy = plan.apply()
     (before, truth), (after, mine) = outputs_of(model, image), outputs_of(deploy, image)
     assert isinstance(deploy, type(model))
     assert type(after) is type(before)
@@ -165,9 +170,7 @@ def test_it_comes_back_as_the_same_class_with_nothing_left_to_merge(name):
 @pytest.mark.parametrize("name", ["RT-DETR", "RT-DETRv2", "D-FINE"])
 def test_its_repvgg_blocks_are_one_convolution_each(name):
     """transformers has no conversion for them."""
-    torch.manual_seed(0)
-    model = trained(MODELS[name][0]())
-    deploy = structrep.reparameterize(model)
+    model, deploy = converted(name)
     for network, alone in ((model, False), (deploy, True)):
         blocks = [m for m in network.modules() if "RepVggBlock" in type(m).__name__]
         assert blocks
