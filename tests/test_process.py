@@ -121,8 +121,8 @@ def often():
     sys.setswitchinterval(interval)
 
 
-def test_eight_threads_convert_twenty_models_each(often):
-    models = [[settled(Net()).double() for _ in range(20)] for _ in range(8)]
+def test_eight_threads_convert_five_models_each(often):
+    models = [[settled(Net()).double() for _ in range(5)] for _ in range(8)]
     merges = len(structrep.plan(models[0][0]).merges)
 
     def convert(mine):
@@ -232,7 +232,7 @@ def test_other_threads_see_what_they_always_see(name, often):
 
     def convert():
         try:
-            for _ in range(6):
+            for _ in range(3):
                 model = settled(Net()).double()
                 assert relative_error(structrep.reparameterize(model, X)(X), model(X)) < EXACT
                 structrep.reparameterize(graph)

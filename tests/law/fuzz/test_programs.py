@@ -92,7 +92,7 @@ def check(program: Program) -> int:
 
 
 @settings(
-    max_examples=COUNT or 120,
+    max_examples=COUNT or 60,
     derandomize=not COUNT,
     database=None,
     suppress_health_check=list(HealthCheck),
