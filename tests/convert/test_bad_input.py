@@ -11,7 +11,7 @@ import structrep
 from structrep.blocks import RepVGGBlock2d
 from structrep.errors import BadInput, StructrepError, VerificationError
 from tests.support.models import settled
-from tests.support.truth import CLOSE, EXACT, relative_error
+from tests.support.truth import CLOSE, EXACT, relative_error, says
 
 X = torch.randn(2, 3, 8, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
@@ -90,7 +90,7 @@ def test_inputs_that_the_model_does_not_take_are_named():
 def test_an_empty_batch_and_an_empty_image():
     for shape in ((0, 3, 8, 8), (1, 3, 1, 1)):
         x = torch.zeros(shape, dtype=torch.float64)
-        deploy = structrep.reparameterize(block(), x)
+        deploy = says(structrep.plan(block(), x), 1).reparameterize(x)
         assert deploy(x).shape == block()(x).shape
     with pytest.raises(StructrepError):
         structrep.reparameterize(nn.Sequential(nn.Conv2d(3, 4, 5), nn.BatchNorm2d(4)).eval(), torch.ones(1, 3, 2, 2))

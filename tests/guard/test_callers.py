@@ -337,6 +337,24 @@ def test_a_part_is_merged_for_what_it_is_given(case, inputs):
     judge(settled(net(part, body)()), inputs, known if inputs else guessed)
 
 
+# merges and refusals with an example, and without
+SHOWN = dict.fromkeys(CASES, ((1, ""), (1, "Untraceable"))) | {
+    "a tensor": ((0, "ExampleOnly"), (1, "ExampleOnly Untraceable")),
+    "a tensor always": ((0, "ExampleOnly"), (1, "ExampleOnly Untraceable")),
+    "a list": ((0, "ExampleOnly"), (1, "ExampleOnly Untraceable")),
+    "a number that decides": ((0, "ExampleOnly"), (0, "ExampleOnly Untraceable")),
+    "early, always": ((0, "ExampleOnly"), (0, "ExampleOnly Untraceable")),
+    "a computed flag": ((0, "Unreadable"), (0, "ExampleOnly Unreadable Untraceable")),
+    "a dataclass that is written to": ((0, "ExampleOnly Unreadable"), (0, "Unreadable Untraceable")),
+    "a tensor or None": ((0, "Unreadable"), (0, "Unreadable Untraceable")),
+    "a branch": ((0, "Unreadable"), (0, "Unreadable Untraceable")),
+    "a method and its forward": ((0, "Costlier Shared"), (0, "Costlier Shared Untraceable")),
+    **{case: ((0, "Shared"), (0, "Shared Untraceable")) for case in ("an object", "two ways", "two sizes", "early")},
+    "a module": ((0, "Shared"), (0, "ExampleOnly Shared Untraceable")),
+    "inside": ((1, "Shared"), (1, "Shared Untraceable")),
+}
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_a_part_is_given_what_the_example_does_not_show(case, monkeypatch):
     """The same, of a model that asks for values, and so is followed on one of its ways."""
@@ -345,7 +363,7 @@ def test_a_part_is_given_what_the_example_does_not_show(case, monkeypatch):
     for inputs in ((X,), (-X,), ()):
         torch.manual_seed(0)
         model = settled(net(part, body)())
-        deploy = structrep.plan(model, *inputs).reparameterize(*inputs)
+        deploy = says(structrep.plan(model, *inputs), *SHOWN[case][not inputs]).reparameterize(*inputs)
         for x in (X, -X, torch.cat([X, X, X]), X + 1e9):
             assert relative_error(deploy(x), model(x)) < EXACT
 

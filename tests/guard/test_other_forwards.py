@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import structrep
 from tests.support.models import conv, settled
-from tests.support.truth import CLOSE, EXACT, SAME, check, relative_error
+from tests.support.truth import CLOSE, EXACT, SAME, check, relative_error, says
 
 X = torch.randn(2, 4, 6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
@@ -139,7 +139,7 @@ def test_other_forwards(make, method, convs):
 
 
 def test_the_plan_says_which_method_stands_in_the_way():
-    plan = structrep.plan(settled(BeforeTheNorm()))
+    plan = says(structrep.plan(settled(BeforeTheNorm())), 4, "Shared")
     reasons = [r.reason for r in plan.refusals if r.kind == "Shared" and "norm" in r.layers]
     assert len(reasons) == 1
     assert "BeforeTheNorm.forward_stem may look at what stem gives" in reasons[0]

@@ -68,7 +68,7 @@ def test_every_output_and_region_is_within_the_original_s_own_noise(net, how, ba
 def test_merged_in_half_precision(net):
     for dtype in (torch.bfloat16, torch.float16):
         half = net.to(dtype)
-        deploy = structrep.reparameterize(half, X.to(dtype))
+        deploy = says(structrep.plan(half, X.to(dtype)), 3).reparameterize(X.to(dtype))
         assert {p.dtype for p in deploy.parameters()} == {dtype}
 
 
@@ -147,7 +147,7 @@ def test_numbers_that_half_precision_cannot_hold_are_refused(net):
     net = net.half()
     net.norm.weight.data.fill_(6e4)
     net.norm.running_var.fill_(1e-4)
-    plan = structrep.plan(net)
+    plan = says(structrep.plan(net), 2, "Overflow")
     assert "conv" not in [merge.where for merge in plan.merges]
     (refusal,) = [refusal for refusal in plan.refusals if refusal.kind == "Overflow"]
     assert "65504" in refusal.reason.replace(",", "") or "6.55e+04" in refusal.reason

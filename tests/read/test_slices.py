@@ -6,7 +6,7 @@ from torch import nn
 
 import structrep
 from tests.support.models import settled
-from tests.support.truth import EXACT, relative_error
+from tests.support.truth import EXACT, relative_error, says
 
 X = torch.randn(2, 4, 5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
@@ -76,10 +76,10 @@ def before(self, x):
     return self.narrow(x[:, 1:3]) + self.narrow(x[:, :2])
 
 
-@pytest.mark.parametrize("forward", [both_used, uneven, before])
-def test_slices_that_stay(forward):
+@pytest.mark.parametrize(("forward", "merges", "refused"), [(both_used, 1, ""), (uneven, 1, ""), (before, 0, "Shared")])
+def test_slices_that_stay(forward, merges, refused):
     model = settled(Cut(forward))
-    deploy = structrep.reparameterize(model)
+    deploy = says(structrep.plan(model), merges, refused).reparameterize()
     assert relative_error(deploy(X), model(X)) < EXACT
 
 
@@ -88,7 +88,7 @@ def test_a_slice_of_pixels_is_none_of_channels():
     with pytest.raises(RuntimeError):
         model(X)  # 3 rows and 2
     even = X[:, :, :4]
-    deploy = structrep.reparameterize(model)
+    deploy = says(structrep.plan(model), 1, "Costlier").reparameterize()
     assert relative_error(deploy(even), model(even)) < EXACT
 
 

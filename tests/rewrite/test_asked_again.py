@@ -14,7 +14,7 @@ from torch import nn
 
 import structrep
 from tests.rewrite.asking import Asked, Kind, X, both, converted, differs, made
-from tests.support.truth import EXACT, relative_error
+from tests.support.truth import EXACT, relative_error, says
 
 # --- attributes, entries, names -------------------------------------------------------------------------------------
 
@@ -563,7 +563,7 @@ def test_a_part_whose_class_is_in_no_module():
 
     model = made(forward)
     model.idle = space["Bare"]()
-    deploy = structrep.reparameterize(model)
+    deploy = says(structrep.plan(model), 1).reparameterize()
     assert relative_error(deploy(X), model(X)) < EXACT
     model.idle = deploy.idle = nn.ReLU()
     assert differs(model, deploy, X) is None
@@ -583,7 +583,7 @@ def test_an_error_says_what_was_found_and_what_to_do():
 def test_set_before_it_is_converted():
     model = made(clamp)
     model.low = 0.75
-    deploy = structrep.reparameterize(model)
+    deploy = says(structrep.plan(model), 1).reparameterize()
     assert differs(model, deploy, X) is None
 
 

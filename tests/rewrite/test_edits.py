@@ -22,7 +22,7 @@ from torch import nn
 import structrep
 from tests.support import models
 from tests.support.models import settled
-from tests.support.truth import EXACT, relative_error
+from tests.support.truth import EXACT, relative_error, says
 
 X = torch.randn(2, 4, 7, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 FACTOR = 2.0
@@ -258,7 +258,7 @@ def one_of_two_by_a_setting(self, x):
 )  # fmt: skip
 def test_another_path(forward):
     model = made(forward)
-    deploy = structrep.reparameterize(model)
+    deploy = says(structrep.plan(model), 1).reparameterize()
     assert relative_error(deploy(X), model(X)) < EXACT
     model.flag = deploy.flag = True
     model.rounds = deploy.rounds = 2
@@ -276,7 +276,7 @@ def test_a_name_that_is_deleted():
         return y.relu()
 
     model = made(forward)
-    assert differs(model, structrep.reparameterize(model), X) is None
+    assert differs(model, says(structrep.plan(model), 1).reparameterize(), X) is None
 
 
 def test_a_cast_stays():
@@ -321,7 +321,7 @@ def test_a_setting_that_computes_something_else_in_place_is_guarded():
         return (y.add_(self.scale) if self.flag else y * self.scale).tanh()
 
     model = made(forward)
-    deploy = structrep.reparameterize(model)
+    deploy = says(structrep.plan(model), 1).reparameterize()
     model.flag = deploy.flag = True
     assert "flag" in (differs(model, deploy, X) or "flag")
 
@@ -488,7 +488,7 @@ def test_surroundings(cls):
 def test_everywhere():
     torch.manual_seed(0)
     model = settled(Mangled())
-    deploy = structrep.reparameterize(model, X)
+    deploy = says(structrep.plan(model, X), 1).reparameterize(X)
     held = io.BytesIO()
     torch.save(deploy, held)
     held.seek(0)

@@ -14,7 +14,7 @@ from torch import nn
 import structrep
 from tests.support import models
 from tests.support.models import settled
-from tests.support.truth import EXACT, relative_error
+from tests.support.truth import EXACT, relative_error, says
 
 X = torch.randn(2, 4, 7, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
@@ -199,7 +199,7 @@ def later(model, deploy, *inputs):
 @pytest.mark.parametrize("forward", WAYS.values(), ids=WAYS)
 def test_a_part_on_another_path(forward):
     model = made(forward)
-    deploy = structrep.reparameterize(model)
+    deploy = says(structrep.plan(model), 1).reparameterize()
     assert relative_error(deploy(X), model(X)) < EXACT
     model.low = deploy.low = True
     assert "self.low" in (later(model, deploy, X) or "self.low")
@@ -222,7 +222,7 @@ def test_code_that_calls_itself_with_ever_other_lists():
             return walk(x, self.parts)
 
     model = settled(Walking())
-    deploy = structrep.reparameterize(model)
+    deploy = says(structrep.plan(model), 1).reparameterize()
     assert relative_error(deploy(X), model(X)) < EXACT
 
 
@@ -268,7 +268,7 @@ LOOPS = {
 @pytest.mark.parametrize(("forward", "change"), LOOPS.items(), ids=[one.__name__ for one in LOOPS])
 def test_a_loop_over_what_is_empty_up_to_now(forward, change):
     model = made(forward)
-    deploy = structrep.reparameterize(model)
+    deploy = says(structrep.plan(model), 1).reparameterize()
     assert relative_error(deploy(X), model(X)) < EXACT
     change(model)
     change(deploy)
@@ -306,11 +306,11 @@ def test_a_value_that_an_argument_picks(forward, which):
             return self.inner(x, self.which)
 
     model = made(forward)
-    deploy = structrep.reparameterize(model)
+    deploy = says(structrep.plan(model), 1).reparameterize()
     assert relative_error(deploy(X), model(X)) < EXACT
     assert "which" in (later(model, deploy, X, which) or "which")
     model = settled(Around())
-    deploy = structrep.reparameterize(model)
+    deploy = says(structrep.plan(model), 1).reparameterize()
     assert relative_error(deploy(X), model(X)) < EXACT
     model.which = deploy.which = which
     assert "which" in (later(model, deploy, X) or "which")
@@ -355,7 +355,7 @@ TENSORS = {with_mask: "mask", with_shift: "shift", scaled: "scale", gained: "gai
 def test_a_tensor_that_is_set_later(forward, name):
     torch.manual_seed(0)
     model = models.made(forward, Masked)
-    deploy = structrep.reparameterize(model)
+    deploy = says(structrep.plan(model), 1).reparameterize()
     assert relative_error(deploy(X), model(X)) < EXACT
     for one in (model, deploy):
         value = torch.full((1, 8, 1, 1), 7.0, dtype=torch.float64)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import structrep
 from tests.rewrite.asking import Config, X, both, converted, differs, made, written
 from tests.support.models import settled
-from tests.support.truth import EXACT, relative_error
+from tests.support.truth import EXACT, relative_error, says
 
 # --- how it is run --------------------------------------------------------------------------------------------------
 
@@ -239,7 +239,7 @@ def test_a_deploy_model_goes_everywhere(cls):
 def test_flags_among_arguments_script():
     torch.manual_seed(0)
     model = settled(Flagged())
-    scripted = torch.jit.script(structrep.reparameterize(model, X))
+    scripted = torch.jit.script(says(structrep.plan(model, X), 1).reparameterize(X))
     mask = torch.rand(1, 4, 1, 1)
     for more in ((True,), (False, mask), (True, mask)):
         assert relative_error(scripted(X, *more), model(X, *more)) < EXACT

@@ -7,7 +7,7 @@ from torch import nn
 
 import structrep
 from tests.support.models import settled
-from tests.support.truth import EXACT, SAME, relative_error
+from tests.support.truth import EXACT, SAME, relative_error, says
 
 TOKENS = torch.randn(2, 5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 IMAGE = torch.randn(2, 3, 9, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -193,14 +193,14 @@ def test_a_line_beside_a_merge(cls, x, guessed, known, given):
 def test_of_a_condition_on_rank_both_ways_stay():
     torch.manual_seed(0)
     model = settled(AskedForRank())
-    deploy = structrep.reparameterize(model, TOKENS)
+    deploy = says(structrep.plan(model, TOKENS), 1, "ExampleOnly").reparameterize(TOKENS)
     assert relative_error(deploy(TOKENS[0]), model(TOKENS[0])) < EXACT
 
 
 def test_a_flag_above_casts_stays():
     torch.manual_seed(0)
     model = settled(CastBelowAFlag())
-    deploy = structrep.reparameterize(model, TOKENS)
+    deploy = says(structrep.plan(model, TOKENS), 2).reparameterize(TOKENS)
     ours, theirs = deploy(TOKENS, output_hidden_states=True), model(TOKENS, output_hidden_states=True)
     for one, other in zip((ours[0], *ours[1]), (theirs[0], *theirs[1]), strict=True):
         assert relative_error(one, other) < EXACT

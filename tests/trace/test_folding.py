@@ -7,7 +7,7 @@ from torch import fx, nn
 
 import structrep
 from tests.support.models import settled
-from tests.support.truth import CLOSE, relative_error
+from tests.support.truth import CLOSE, relative_error, says
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -54,7 +54,7 @@ def test_constants_are_what_the_model_has(factor, start, exported):
     given = torch.export.export(model, (X,)).module() if exported else model
     with torch.no_grad():
         for plan in (structrep.plan(given), structrep.plan(given, X)):
-            plan.prove()
+            says(plan, 1).prove()
             assert relative_error(plan.apply()(X), model(X)) < 1e-5
 
 
@@ -74,20 +74,20 @@ def test_numbers_that_are_drawn_are_no_constants(factor):
 def test_planning_draws_nothing():
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).eval()
     before = torch.get_rng_state()
-    structrep.reparameterize(model, X)
+    says(structrep.plan(model, X), 1).reparameterize(X)
     assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize(
-    "function",
+    ("function", "merges"),
     [
-        lambda y: torch.rsub(y, 1.5, alpha=2),
-        lambda y: torch.ops.aten.add.Scalar(y, 1.5, 2),
-        lambda y: torch.ops.aten.sub.Scalar(y, 1.5, 2),
+        (lambda y: torch.rsub(y, 1.5, alpha=2), 0),
+        (lambda y: torch.ops.aten.add.Scalar(y, 1.5, 2), 1),
+        (lambda y: torch.ops.aten.sub.Scalar(y, 1.5, 2), 1),
     ],
 )
 @pytest.mark.parametrize("how", ["exported", "traced"])
-def test_operators_with_a_factor(function, how):
+def test_operators_with_a_factor(function, merges, how):
     class Model(nn.Module):
         def __init__(self):
             super().__init__()
@@ -104,7 +104,8 @@ def test_operators_with_a_factor(function, how):
             raise
         pytest.skip("torch 2.6 exports no operator whose factor is given by its place")
     with torch.no_grad():
-        assert relative_error(structrep.reparameterize(graph, verify=False)(X), model(X)) < 1e-5
+        deploy = says(structrep.plan(graph), merges).apply()
+        assert relative_error(deploy(X), model(X)) < 1e-5
 
 
 class OnPairs(nn.Module):
@@ -121,7 +122,7 @@ class OnPairs(nn.Module):
 def test_programs_of_structured_inputs(given):
     model = OnPairs().eval()
     graph = torch.export.export(model, given).module()
-    deploy = structrep.reparameterize(graph, given)
+    deploy = says(structrep.plan(graph, given), 2).reparameterize(given)
     with torch.no_grad():
         assert relative_error(deploy(*given), model(*given)) < 1e-5
 
@@ -148,7 +149,7 @@ class GivesItsConstant(nn.Module):
 def test_a_constant_that_is_merged_and_given_back_stays(how):
     model = settled(GivesItsConstant(how))
     x = torch.randn(1, 4, 6, 6, dtype=torch.float64)
-    found, (shift,) = structrep.reparameterize(model, x)(x)
+    found, (shift,) = says(structrep.plan(model, x), 1).reparameterize(x)(x)
     expected, (given,) = model(x)
     assert relative_error(found, expected) < CLOSE
     assert torch.equal(shift, given)

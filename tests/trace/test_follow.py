@@ -101,7 +101,7 @@ def test_it_merges(build):
 
 
 def test_a_function_that_was_kept_whole_is_named():
-    plan = structrep.plan(settled(SamePadded()))
+    plan = says(structrep.plan(settled(SamePadded())), 1, "Untraceable")
     assert [(r.what, r.kind) for r in plan.refusals] == [("same_padding() as it is", "Untraceable")]
 
 
@@ -242,7 +242,7 @@ class Decides(nn.Module):
 
 def test_a_condition_that_decides_is_left():
     model = settled(Decides())
-    deploy = structrep.reparameterize(model)
+    deploy = says(structrep.plan(model), 1, "Untraceable").reparameterize()
     for batch in (1, 2):
         x = torch.randn(batch, 3, 5, 4, dtype=torch.float64)
         assert relative_error(deploy(x), model(x)) < EXACT
@@ -378,7 +378,7 @@ class Retried(nn.Module):
 def test_an_attempt_leaves_nothing_to_the_next():
     model = settled(Retried())
     x = torch.randn(2, 3, 5, 5, dtype=torch.float64)
-    deploy = structrep.reparameterize(model)
+    deploy = says(structrep.plan(model), 3, "Untraceable").reparameterize()
     truth = model(x)
     assert relative_error(deploy(x), truth) < EXACT
     assert torch.is_tensor(deploy.mean)
@@ -458,7 +458,8 @@ def test_inferring_shapes_leaves_no_fake_tensors_behind():
 
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), Caches(), nn.Linear(4, 4), nn.Linear(4, 4)).double().eval()
     x = torch.randn(2, 4, dtype=torch.float64)
-    assert torch.allclose(structrep.reparameterize(model, x)(x), model(x))
+    deploy = says(structrep.plan(model, x), 2, "Unreadable").reparameterize(x)
+    assert torch.allclose(deploy(x), model(x))
 
 
 def test_a_scripted_child_is_left_as_it_is():

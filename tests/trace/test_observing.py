@@ -232,7 +232,7 @@ def test_assertions_are_known_whoever_compiles_them(forward, merges, alone):
     space = {**globals()}
     exec(compile(lines, name, "exec"), space)
     model = made(space[forward.__name__])
-    _, deploy = converted(model)
+    _, deploy = converted(model, X, merges)
     with pytest.raises(AssertionError):
         deploy(noise(2, 4, 8)) if "dims" in forward.__name__ else deploy(noise(2, 5, 8, 8))
 
@@ -250,6 +250,7 @@ def test_a_question_that_nothing_answers_is_told_with_its_place_and_a_remedy():
 
 def test_what_was_told_is_noted_with_the_call():
     plan = structrep.plan(made(adds_a_batch), X)
+    assert len(plan.merges) == 1
     (trace,) = [one for one in plan._selection.findings.traced.traces if not one.path]
     (answer,) = trace.root.answers
     assert (answer.text, answer.told, answer.asserted) == ("x.dim() == 3", False, False)
