@@ -349,7 +349,7 @@ SHOWN = dict.fromkeys(CASES, ((1, ""), (1, "Untraceable"))) | {
     "a tensor or None": ((0, "Unreadable"), (0, "Unreadable Untraceable")),
     "a branch": ((0, "Unreadable"), (0, "Unreadable Untraceable")),
     "a method and its forward": ((0, "Costlier Shared"), (0, "Costlier Shared Untraceable")),
-    **{case: ((0, "Shared"), (0, "Shared Untraceable")) for case in ("an object", "two ways", "two sizes", "early")},
+    **dict.fromkeys(("an object", "two ways", "two sizes", "early"), ((0, "Shared"), (0, "Shared Untraceable"))),
     "a module": ((0, "Shared"), (0, "ExampleOnly Shared Untraceable")),
     "inside": ((1, "Shared"), (1, "Shared Untraceable")),
 }
