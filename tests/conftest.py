@@ -4,6 +4,8 @@ Tests of the command line call it in this process, with `typer.testing.CliRunner
 torchvision without what is declared here.
 """
 
+import gc
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -23,6 +25,13 @@ torch.set_num_threads(1)
 
 # Before any test module imports timm, which imports torchvision.
 _torchvision_ops = import_torchvision()
+
+
+def pytest_collection_finish() -> None:
+    """All that was imported is there to stay: no collection of garbage has to look at it, and few are needed."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 20, 20)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
