@@ -162,11 +162,14 @@ def demand_near(deploy, model, truth, x):
 
 
 SOME = ("weight_norm", "spectral_norm", "bias", "weight and bias", "old weight_norm", "pruned")
-ALL = [(kind, model) for model in MODELS for kind in (KINDS if model in ("norm", "alone") else SOME)]
+ALL = [
+    *((kind, "norm", dtype) for kind in KINDS for dtype in (torch.float32, torch.float64)),
+    *((kind, "alone", torch.float32) for kind in KINDS),
+    *((kind, model, torch.float64) for model in MODELS.keys() - {"norm"} for kind in SOME),
+]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize(("kind", "model"), ALL)
+@pytest.mark.parametrize(("kind", "model", "dtype"), sorted(ALL, key=str))
 def test_merged_into_plain_layers(kind, model, dtype):
     _, shape, rules, left = MODELS[model]
     x = torch.randn(shape, dtype=dtype)

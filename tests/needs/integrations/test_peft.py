@@ -226,8 +226,11 @@ def test_what_is_given_to_the_model_inside_stays(config, tmp_path):
 # --- models of transformers -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("target", [["q_proj", "v_proj"], ["q_proj", "lm_head"]], ids=["attention", "head"])
+@pytest.mark.parametrize(
+    ("target", "tied"),
+    [(["q_proj", "v_proj"], False), (["q_proj", "lm_head"], False), (["q_proj", "lm_head"], True)],
+    ids=["attention", "head", "tied head"],
+)
 def test_it_is_saved_and_loaded_as_a_model_without_adapters(target, tied, tmp_path):
     model = causal(lora(task_type="CAUSAL_LM", target_modules=target), tie_word_embeddings=tied)
     truth = model(**IDS).logits.detach()
