@@ -7,7 +7,7 @@ import torchvision
 from torch import nn
 
 import structrep
-from tests.support.models import settled
+from tests.support.models import settled, small
 from tests.support.truth import EXACT, relative_error
 
 
@@ -74,5 +74,5 @@ def test_the_deploy_model_loads_into_timms_own_deploy_model() -> None:
 )
 def test_a_deploy_model_takes_a_state_dict_that_lost_its_versions(name: str) -> None:
     """safetensors keep no `_metadata`, and then torch makes norms count batches that they had no count of."""
-    deploy = structrep.reparameterize(timm.create_model(name).eval(), verify=False)
+    deploy = structrep.reparameterize(small(name).eval(), verify=False)
     deploy.load_state_dict(dict(deploy.state_dict()))
