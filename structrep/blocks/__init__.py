@@ -1,6 +1,13 @@
 """Training-time modules of the published families, made as the `nn.Conv{n}d` or `nn.Linear` they replace.
 
-There is no merge code here: `structrep.reparameterize` reads these modules as it reads anybody's.
+There is no merge code here: `structrep.reparameterize` reads these modules as it reads anybody's. A block takes the
+arguments of the layer whose place it takes:
+
+    >>> nn.Conv2d(8, 16, 3, padding=1)
+    >>> RepVGGBlock2d(8, 16, 3, padding=1)
+
+In shapes, N is the batch, I and O are the channels of input and output, K the taps per spatial dim. Sizes, strides,
+pads and dilations are in pixels.
 """
 
 from torch import nn

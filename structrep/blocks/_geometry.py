@@ -31,14 +31,22 @@ PAD_MODES = {"zeros": "constant", "reflect": "reflect", "replicate": "replicate"
 
 
 def require_at_least(least: int, **values: int) -> None:
-    """Raises ValueError for the first value that is not an integer of at least `least`."""
+    """Check integers, by their names.
+
+    Raises:
+        ValueError: one is not an integer of at least `least`; the first is named.
+    """
     for name, value in values.items():
         if not isinstance(value, Integral) or value < least:
             raise ValueError(f"{name}={value!r} is not an integer of at least {least}: give {name} >= {least}")
 
 
 def per_dim(name: str, value: Size, dims: int, least: int) -> Ints:
-    """One integer per spatial dim. Raises ValueError where `value` is neither that nor one for all."""
+    """One integer per spatial dim.
+
+    Raises:
+        ValueError: `value` is neither that nor one for all, or one is below `least`.
+    """
     each = tuple(value) if isinstance(value, Iterable) else (value,) * dims
     if len(each) != dims or not all(isinstance(i, Integral) and i >= least for i in each):
         raise ValueError(f"{name}={value!r}: give one integer >= {least}, or one for each of the {dims} spatial dims")
@@ -72,9 +80,9 @@ class Pad(nn.Module):
 class ConvBlock(nn.Module):
     """A block made from an `nn.Conv{n}d`'s arguments, whose output has the shape that conv would give.
 
-    Raises ValueError where an argument is out of range, where `groups` does not divide both channel counts,
-    and where `padding="same"` meets a stride, as `nn.Conv{n}d` does when it is made or when it is first
-    called.
+    Raises:
+        ValueError: an argument is out of range, `groups` does not divide both channel counts, or `padding="same"` meets
+            a stride. `nn.Conv{n}d` raises too, when it is made or when it is first called.
     """
 
     dims: ClassVar[int]  # spatial ones
@@ -122,7 +130,8 @@ class ConvBlock(nn.Module):
             bias: (O,), or None.
             norm: a batch norm, for blocks with norms of their own.
 
-        Raises ValueError where this block has no such parameters.
+        Raises:
+            ValueError: this block has no such parameters.
         """
         raise ValueError(f"{type(self).__name__} cannot start as what it replaces: give init='paper'")
 
@@ -145,7 +154,11 @@ class ConvBlock(nn.Module):
         return {"pad": Pad(pads, self.padding_mode)}, (0,) * self.dims
 
     def norm(self, channels: int | None = None, **factory: Any) -> nn.Module:
-        """A norm of so many channels, those of the output by default."""
+        """A norm of so many channels, those of the output by default.
+
+        Raises:
+            ValueError: the dtype is complex.
+        """
         dtype = factory["dtype"]
         if dtype is not None and dtype.is_complex:
             raise ValueError(f"dtype={dtype}: batch norm is for real numbers: give a floating-point dtype")
@@ -174,7 +187,11 @@ class NormedBlock(ConvBlock):
 
     def start_as(self, weight: Tensor, bias: Tensor | None, norm: nn.Module | None = None) -> None:
         """See `ConvBlock.start_as`: the branch with all taps becomes the conv and its norm. The norms at the ends of
-        the others start at zero, as the last norm of a residual branch may (arXiv:1706.02677, section 5.1)."""
+        the others start at zero, as the last norm of a residual branch may (arXiv:1706.02677, section 5.1).
+
+        Raises:
+            ValueError: no norm is given.
+        """
         if norm is None:
             raise ValueError(f"{type(self).__name__} has norms on its branches, and no norm stands behind the conv")
         main: Any = self.main

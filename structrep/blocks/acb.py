@@ -16,6 +16,8 @@ class ACBlock2d(NormedBlock):
 
     ACNet, arXiv:1908.03930, section 3.2.
 
+    (N, I, *spatial) -> (N, O, *out), as an `nn.Conv2d` of these arguments; the norms need N.
+
     The kx1 sits on the kernel's centre column, the 1xk on its centre row, whatever the padding: across
     itself, a strip reads a cropped input where the padding is less than `dilation*(k//2)`, and a padded one
     where it is more. The dilation counts in this, though the authors' code leaves it out. There is no 1d or
@@ -23,9 +25,10 @@ class ACBlock2d(NormedBlock):
     answer.
 
     The convs have no bias: `bias` is accepted so that the block drops in, and the norms supply one either
-    way. The norms also need a batch dim on the input.
+    way.
 
-    Raises ValueError for arguments that `nn.Conv2d` could not work with, and for a complex dtype.
+    Raises:
+        ValueError: arguments that `nn.Conv2d` could not work with; a complex dtype.
     """
 
     dims = 2

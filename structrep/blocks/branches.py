@@ -9,9 +9,14 @@ from structrep.blocks._geometry import Device
 
 
 class Branches(nn.Module):
-    """The sum of what some modules make of one input.
+    """The sum of what some modules make of one input, whatever its shape: all have to give one shape.
 
-    Raises ValueError if there are none.
+    Raises:
+        ValueError: there are no branches.
+
+    Example:
+        >>> Branches(nn.Conv2d(8, 16, 3, padding=1), nn.Conv2d(8, 16, 1))(torch.randn(1, 8, 6, 6)).shape
+        torch.Size([1, 16, 6, 6])
     """
 
     def __init__(self, *branches: nn.Module) -> None:
@@ -28,7 +33,16 @@ class Branches(nn.Module):
 
 
 class LearnableAffine(nn.Module):
-    """scale * x + shift, both one learned number for all channels, as PP-LCNetV3 puts it behind a block."""
+    """scale * x + shift, both one learned number, (1,), for all channels; x is of any shape.
+
+    PP-LCNetV3 of PaddleOCR, learnable affine block, which stands behind a block.
+
+    Args:
+        scale, shift: what the numbers start from.
+
+    Raises:
+        RuntimeError: `dtype` is one of integers.
+    """
 
     def __init__(self, scale: float = 1.0, shift: float = 0.0, device: Device = None, dtype: torch.dtype | None = None):
         super().__init__()

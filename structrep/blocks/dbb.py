@@ -44,12 +44,17 @@ class _DiverseBranchBlock(NormedBlock):
 
     DBB, arXiv:2103.13425, section 3.3.
 
+    (N, I, *spatial) -> (N, O, *out), as an `nn.Conv{n}d` of these arguments; the norms need N.
+
     Each norm is one of its own, and between the two steps of the last two branches the value is padded with what the
     norm makes of 0. The 1x1 before the k×k keeps the input's channels and starts as the identity. The 1x1 branch is
-    there unless the kernel is itself 1x1, and then the average is left out too.
+    there unless the kernel is itself 1x1, and then the block is its first branch alone.
 
-    Raises ValueError for arguments that `nn.Conv{n}d` could not work with, for a complex dtype, for a padding mode
-    other than "zeros" and a dilation other than 1: the paper has none, and an average has no dilation.
+    The convs have no bias: `bias` is accepted so that the block drops in, and the norms supply one either way.
+
+    Raises:
+        ValueError: arguments that `nn.Conv{n}d` could not work with; a padding mode other than "zeros" or a dilation
+            other than 1, for the paper has none, and an average has no dilation; a complex dtype.
     """
 
     def __init__(

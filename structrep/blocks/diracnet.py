@@ -14,13 +14,16 @@ class _DiracConv(ComputedConv):
 
     DiracNets, arXiv:1706.00388, section 3.
 
+    (N, I, *spatial) -> (N, O, *out), as an `nn.Conv{n}d` of these arguments; also without N.
+
     I is the Dirac kernel: in each group, filter i has a one at input i on the tap k//2, and filters beyond
     the inputs have none. ‖W‖ is the 2-norm of each whole filter.
 
     Parameters: weight (O, I/groups, *K), which is W and starts at N(0, 1); a (O,), at 1; b (O,), at 0.1;
     bias (O,), or None.
 
-    Raises ValueError for arguments that `nn.Conv{n}d` could not work with.
+    Raises:
+        ValueError: arguments that `nn.Conv{n}d` could not work with.
     """
 
     def __init__(

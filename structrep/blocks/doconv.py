@@ -15,6 +15,8 @@ class _DOConv(ComputedConv):
 
     DO-Conv, arXiv:2006.12030, section 3.
 
+    (N, I, *spatial) -> (N, O, *out), as an `nn.Conv{n}d` of these arguments; also without N.
+
     M is the number of taps, and D_mul >= M (M where not given). D_diag is the identity and D starts at
     zero, so the weight starts as W, which starts as an `nn.Conv{n}d`'s weight does. A 1x1 (M = D_mul = 1)
     has no D.
@@ -26,7 +28,8 @@ class _DOConv(ComputedConv):
 
     Parameters: W (O, I/groups, D_mul); D (I, M, D_mul), or None; bias (O,), or None.
 
-    Raises ValueError for arguments that `nn.Conv{n}d` could not work with, and for D_mul < M.
+    Raises:
+        ValueError: arguments that `nn.Conv{n}d` could not work with; D_mul < M.
     """
 
     D: nn.Parameter | None

@@ -21,6 +21,7 @@ class EdgeBranch2d(nn.Module):
     """A 1x1, padded with its bias, then a 3x3 that is learned, or a fixed filter with a scale and bias per channel.
 
     Args:
+        middle: channels between the two.
         fixed: (3, 3) numbers of the filter; None for a 3x3 that is learned.
     """
 
@@ -64,10 +65,13 @@ class EdgeBlock2d(ConvBlock):
 
     ECBSR, doi:10.1145/3474085.3475291, section 3.2.
 
+    (N, I, H, W) -> (N, O, H, W); also without N. Its convs have biases, whatever `bias` says.
+
     Args:
         depth: channels between the two steps of the learned branch, relative to `out_channels`.
 
-    Raises ValueError for anything but a 3x3 with padding 1, stride 1, one group and zeros: edges have no others.
+    Raises:
+        ValueError: anything but a 3x3 with padding 1, stride 1, dilation 1, one group and zeros: edges have no others.
     """
 
     dims = 2

@@ -23,6 +23,8 @@ class _ExpandConv(ConvBlock):
 
     ExpandNets, arXiv:1811.10495, section 3.
 
+    (N, I, *spatial) -> (N, O, *out), as an `nn.Conv{n}d` of these arguments; also without N.
+
     mode="cl" expands a convolutional layer: a 1x1 to rate*in_channels, the kernel to rate*out_channels with
     the stride and the dilation, a 1x1 to out_channels.
     mode="ck" expands a convolutional kernel, odd and >= 5: (k - 1)/2 kernels of 3, to rate*in_channels, then
@@ -35,8 +37,12 @@ class _ExpandConv(ConvBlock):
     online=True composes the kernels on every pass, and runs one conv: the same function of the same
     parameters, at what the plain conv costs and a little more.
 
-    Raises ValueError for arguments that `nn.Conv{n}d` could not work with, for a rate below 1, an unknown
-    mode, and in mode "ck" for a kernel that is not one odd number >= 5 in all dims.
+    Args:
+        rate: channels inside the chain, relative to those outside.
+
+    Raises:
+        ValueError: arguments that `nn.Conv{n}d` could not work with; a rate below 1; an unknown mode; in mode "ck" a
+            kernel that is not one odd number >= 5 in all dims.
     """
 
     def __init__(
@@ -77,7 +83,8 @@ class _ExpandConv(ConvBlock):
     def start_as(self, weight: Tensor, bias: Tensor | None, norm: nn.Module | None = None) -> None:
         """See `ConvBlock.start_as`: the first channels inside are those of the plain conv, the others add nothing.
 
-        Raises ValueError in mode "ck", whose chain cannot express every kernel.
+        Raises:
+            ValueError: in mode "ck", whose chain cannot express every kernel.
         """
         if self.mode != "cl":
             raise ValueError("a chain of kernels of 3 cannot express every larger one: give init='paper', or mode='cl'")
@@ -156,9 +163,15 @@ class ExpandConv3d(_ExpandConv):
 class ExpandLinear(nn.Module):
     """A chain of three Linears, nothing between them, that one Linear can express.
 
-    in_features -> rate*in_features -> rate*out_features -> out_features.
+    ExpandNets, arXiv:1811.10495, section 3.3.
 
-    Raises ValueError for feature counts or a rate below 1.
+    (..., in_features) -> (..., out_features), by way of rate*in_features and rate*out_features.
+
+    Args:
+        rate: features inside the chain, relative to those outside.
+
+    Raises:
+        ValueError: feature counts or a rate below 1.
     """
 
     def __init__(

@@ -13,7 +13,14 @@ class LoRALinear(nn.Module):
 
     LoRA, arXiv:2106.09685, section 4.1.
 
-    Raises ValueError for feature counts or a rank below 1.
+    (..., in_features) -> (..., out_features).
+
+    Args:
+        rank: features between `down` and `up`.
+        alpha: the product counts alpha / rank times.
+
+    Raises:
+        ValueError: feature counts or a rank below 1.
     """
 
     def __init__(

@@ -15,11 +15,17 @@ class _MobileOneBlock(NormedBlock):
 
     MobileOne, arXiv:2206.04040, section 3.2 and figure 3.
 
-    The 1x1 is there unless the kernel is itself 1x1, the last norm where the block keeps its shape: stride 1, as many
-    channels, and a padding that keeps the size.
+    (N, I, *spatial) -> (N, O, *out), as an `nn.Conv{n}d` of these arguments; the norms need N.
 
-    Raises ValueError for arguments that `nn.Conv{n}d` could not work with, for fewer than one branch, and for a complex
-    dtype.
+    The 1x1 is there unless the kernel is itself 1x1, the last norm where the block keeps its shape: stride 1, as many
+    channels, and a padding that keeps the size. The convs have no bias: `bias` is accepted so that the block drops in,
+    and the norms supply one either way.
+
+    Args:
+        branches: how many there are of all taps.
+
+    Raises:
+        ValueError: arguments that `nn.Conv{n}d` could not work with; fewer than one branch; a complex dtype.
     """
 
     def __init__(

@@ -15,6 +15,8 @@ class OREPA2d(ComputedConv):
 
     OREPA, arXiv:2204.00826, section 3.2 and figure 4.
 
+    (N, I, *spatial) -> (N, O, *out), as an `nn.Conv2d` of these arguments; also without N.
+
     The branches: a kernel, a 1x1, a 1x1 then a kernel, a 1x1 then an average, a 1x1 then fixed frequency filters (the
     paper's prior), a depthwise kernel then a 1x1. They are merged on every pass, in weight space; a norm follows
     outside.
@@ -22,7 +24,8 @@ class OREPA2d(ComputedConv):
     Parameters: dense (O, I/groups, *K); point, average, prior (O, I/groups); inner (I/groups, I/groups), outer
     (O, I/groups, *K); depth (I/groups, 8, *K), mix (O, I/groups, 8); scale (6, O); bias (O,), or None.
 
-    Raises ValueError for arguments that `nn.Conv2d` could not work with.
+    Raises:
+        ValueError: arguments that `nn.Conv2d` could not work with.
     """
 
     dims = 2

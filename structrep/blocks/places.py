@@ -66,5 +66,6 @@ def plain_name(path: str) -> str:
 
 
 def expand_layers(model: nn.Module) -> list[str]:
-    """The names of the blocks that `expand` has put into a model, or into parts of it."""
+    """The names of the blocks that `structrep.expand` has put into a model, or into parts of it, as and in the order in
+    which `named_modules()` has them; [] if there are none."""
     return [path for path, module in model.named_modules() if EXPANDED in module.__dict__]

@@ -16,12 +16,17 @@ class _QARepVGGBlock(ConvBlock):
 
     QARepVGG, arXiv:2212.01593, section 4 and figure 3.
 
-    With groups=in_channels this is RepViT's depthwise block. x is there where the block keeps its shape.
+    (N, I, *spatial) -> (N, O, *out), as an `nn.Conv{n}d` of these arguments; the norms need N.
+
+    With groups=in_channels this is RepViT's depthwise block. x is there where the block keeps its shape. The convs have
+    no bias: `bias` is accepted so that the block drops in, and the norms supply one either way.
 
     Args:
         pool: add an average pool of the kernel's size, undilated, as YOLOv6 does (arXiv:2209.02976).
 
-    Raises ValueError for arguments that `nn.Conv{n}d` could not work with, and for a complex dtype.
+    Raises:
+        ValueError: arguments that `nn.Conv{n}d` could not work with; with `pool`, channels that differ, a stride, or a
+            padding that is not zeros in numbers and keeps the shape; a complex dtype.
     """
 
     def __init__(

@@ -27,14 +27,19 @@ DILATED = {
 class LargeKernelBlock2d(NormedBlock):
     """norm(conv_K(x)) + norm(conv_k(x)) + ..., depthwise, smaller and dilated kernels centred on the large one.
 
-    RepLKNet, arXiv:2203.06717, section 3.
+    RepLKNet, arXiv:2203.06717, section 3; its dilated form, UniRepLKNet, arXiv:2311.15599, section 3.2.
+
+    (N, I, *spatial) -> (N, O, *out), as an `nn.Conv2d` of these arguments; the norms need N.
+    The convs have no bias: `bias` is accepted so that the block drops in, and the norms supply one either way.
 
     Args:
         branches: (kernel, dilation) of each smaller branch: ((5, 1),) is RepLKNet's, the default; "dilated" those that
             UniRepLKNet has for this K.
 
-    Raises ValueError for arguments that `nn.Conv2d` could not work with, for kernels that are not odd, a branch that
-    reaches beyond the large kernel, and a dilation other than 1.
+    Raises:
+        ValueError: arguments that `nn.Conv2d` could not work with; a kernel that is not one odd number, dilated or even
+            kernels; a branch that reaches beyond the large kernel; "dilated" for a K that has none in UniRepLKNet;
+            a complex dtype.
     """
 
     dims = 2

@@ -17,10 +17,14 @@ class RepMixer2d(ConvBlock):
 
     FastViT, arXiv:2303.14189, section 3.2.1.
 
-    Args:
-        layer_scale: what `scale` starts from, per channel; None leaves it out.
+    (N, I, H, W) -> (N, I, H, W); the norms need N. The convs have no bias: `bias` is accepted so that
+    the block drops in, and the norms supply one either way.
 
-    Raises ValueError for arguments that `nn.Conv2d` could not work with, and where the block would not keep its shape.
+    Args:
+        layer_scale: what `scale`, (I, 1, 1), starts from; None leaves it out.
+
+    Raises:
+        ValueError: arguments that `nn.Conv2d` could not work with; the block would not keep its shape; a complex dtype.
     """
 
     dims = 2

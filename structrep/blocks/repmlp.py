@@ -15,17 +15,18 @@ from structrep.blocks._geometry import Device, require_at_least
 class RepMLP2d(nn.Module):
     """Pieces of h x w pixels, all numbers of a piece given to one fully-connected layer, and convolutions beside it.
 
-    RepMLP, arXiv:2105.01883.
+    RepMLP, arXiv:2105.01883, section 3.3.
 
-    (N, C, H, W) -> (N, C, H, W), H and W multiples of h and w.
+    (N, C, H, W) -> (N, C, H, W), H and W multiples of h and w, which is not checked.
 
     Args:
         channels: C.
-        size: (h, w) of a piece.
+        size: (h, w) of a piece, in pixels.
         sets: S, channels with weights of their own; C / S channels share each.
         kernels: sizes of the convolutions beside, odd.
 
-    Raises ValueError for sets that do not divide the channels, an even kernel, and sizes below 1.
+    Raises:
+        ValueError: sets that do not divide the channels; an even kernel; sizes below 1.
     """
 
     def __init__(

@@ -15,14 +15,17 @@ class _RepVGGBlock(NormedBlock):
 
     RepVGG, arXiv:2101.03697, section 3.2 and figure 4.
 
+    (N, I, *spatial) -> (N, O, *out), as an `nn.Conv{n}d` of these arguments; the norms need N.
+
     The 1x1 and the identity sit on the kernel's centre tap, k//2, whatever the padding: where it is more
     than `dilation*(k//2)` they read a padded input, where it is less a cropped one. The identity is there
     where it fits (`in_channels == out_channels` and stride 1), the 1x1 unless the kernel is itself 1x1.
 
     The convs have no bias: `bias` is accepted so that the block drops in, and the norms supply one either
-    way. The norms also need a batch dim on the input.
+    way.
 
-    Raises ValueError for arguments that `nn.Conv{n}d` could not work with, and for a complex dtype.
+    Raises:
+        ValueError: arguments that `nn.Conv{n}d` could not work with; a complex dtype.
     """
 
     def __init__(

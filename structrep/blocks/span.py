@@ -12,7 +12,9 @@ from structrep.blocks._geometry import ComputedConv, Device, Size, require_at_le
 class Conv3XC2d(ComputedConv):
     """One conv whose kernel is that of a 1x1, a k×k and a 1x1 in a row, plus that of a 1x1 beside them.
 
-    SPAN, arXiv:2311.12770.
+    SPAN, arXiv:2311.12770, Conv3XC.
+
+    (N, I, *spatial) -> (N, O, *out), as an `nn.Conv2d` of these arguments; also without N.
 
     The kernels are composed on every pass, in weight space, so that a pass over the pixels costs what the one conv
     does.
@@ -23,7 +25,8 @@ class Conv3XC2d(ComputedConv):
     Parameters: `expand (gain*I, I, 1, 1)`, `dense (gain*O, gain*I, *K)`, `reduce (O, gain*O, 1, 1)`, and
     `skip (O, I, 1, 1)`, which is on the centre tap; bias (O,), or None.
 
-    Raises ValueError for arguments that `nn.Conv2d` could not work with, for groups, and for a gain below 1.
+    Raises:
+        ValueError: arguments that `nn.Conv2d` could not work with; groups; a gain below 1.
     """
 
     dims = 2
