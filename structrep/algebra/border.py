@@ -19,12 +19,12 @@ from structrep.errors import Inexact
 if TYPE_CHECKING:
     from structrep.algebra.convmap import ConvMap
 
-CANCELLATION = 64.0  # a pad may cost six bits of the bias that it stands for, and no more
-ROUNDING = 64 * torch.finfo(torch.float64).eps  # two routes to one number, relative to its size
+CANCELLATION = 64.0  # a factor: a pad may cost six bits of the bias that it stands for, and no more
+ROUNDING = 64 * torch.finfo(torch.float64).eps  # two routes to one number may differ so much, relative to its size
 
 
 def composed_fill(first: ConvMap, second: ConvMap, rigour: Rigour) -> Tensor:
-    """What the composite is to read outside.
+    """What the composite is to read outside, (I,).
 
     Args:
         rigour: what to do where the border law forbids it, as for `ConvMap.then`.
@@ -125,7 +125,11 @@ def _sees_pixels(first: ConvMap, second: ConvMap) -> int | None:
 
 
 def common_border(first: ConvMap, second: ConvMap) -> ConvMap:
-    """Whichever of the two says what is read outside; raises if both do and differ."""
+    """Whichever of the two says what is read outside.
+
+    Raises:
+        Inexact: both do, and differ.
+    """
     if not second.geometry.pads:
         return first
     if first.geometry.pads and not (

@@ -120,7 +120,7 @@ class ConvMap:
     def of(
         cls, geometry: Geometry, kernel: Tensor, bias: Tensor | None = None, *, like: ConvMap | None = None
     ) -> ConvMap:
-        """The map of that geometry; its border is that of `like`."""
+        """The map of that geometry; its border is that of `like`. Raises as `ConvMap` does."""
         return cls(
             kernel,
             bias,
@@ -135,23 +135,22 @@ class ConvMap:
 
     @classmethod
     def identity(cls, channels: int, dims: int = 2) -> ConvMap:
-        """x itself: the 1 of `>>`."""
+        """x itself, of C channels and so many spatial dims: the 1 of `>>`. Raises as `ConvMap` does."""
         return cls.scale(torch.ones(channels, dtype=torch.float64), dims=dims)
 
     @classmethod
     def scale(cls, scale: Tensor, shift: Tensor | None = None, *, dims: int = 2) -> ConvMap:
-        """scale * x + shift per channel, both (C,): what a batch norm in eval mode is."""
+        """scale * x + shift per channel, both (C,): what a batch norm in eval mode is. Raises as `ConvMap` does."""
         return cls(scale.reshape(-1, 1, *[1] * dims), shift, groups=scale.numel())
 
     # --- the algebra -------------------------------------------------------------------------------------------------
 
     def __add__(self, other: ConvMap | int) -> ConvMap:
-        """Additivity: W1 x + b1 + W2 x + b2 = (W1 + W2) x + (b1 + b2), taps aligned by their offset from the output
-        pixel.
+        """Additivity: W1 x + b1 + W2 x + b2 = (W1 + W2) x + (b1 + b2), taps aligned by offset from the output pixel.
 
         Raises:
             Incompatible: channels, stride or output sizes differ.
-            Inexact: both read outside the input, and differently.
+            Inexact: both read outside the input, and differently; or a coefficient outgrows float64.
         """
         if isinstance(other, int) and other == 0:
             return self
@@ -169,7 +168,7 @@ class ConvMap:
 
         Raises:
             Incompatible: channels or spatial dims do not fit.
-            Inexact: `other` reads outside this map's output, where this map would not give what `other` reads.
+            Inexact: `other` reads outside what this map would not give there; or a coefficient outgrows float64.
         """
         if isinstance(other, int) and other == 1:
             return self
@@ -204,7 +203,8 @@ class ConvMap:
         """Outputs scaled by a number, or per output channel by a tensor (O,).
 
         Raises:
-            ValueError: as many factors as there are output channels, or one, are needed.
+            ValueError: the factors are neither one nor (O,).
+            Inexact: a factor is NaN or infinite, or a coefficient outgrows float64.
         """
         factor = torch.as_tensor(factor, dtype=torch.float64, device=self.kernel.device)
         if factor.shape not in ((), (self.out_channels,)):
@@ -270,14 +270,14 @@ class ConvMap:
         return ConvMap._of(self.geometry.widened(overhang), self.kernel, self.bias, self.fill, self.border)
 
     def shifted(self, shift: Tensor) -> ConvMap:
-        """The map that makes of x - shift what this one makes of x; `shift` is (I,), for a constant border."""
+        """The map that makes of x - shift what this one makes of x; `shift` is (I,), float64, for a constant border."""
         bias = self.bias + channel_mix(self.kernel, shift, self.geometry.groups)
         return ConvMap._of(self.geometry, self.kernel, bias, self.fill - shift, self.border)
 
     def unrolled(self, size: Sequence[int]) -> ConvMap:
         """The map of inputs of one spatial size, as a Linear on all their numbers: (N, I * size) -> (N, O * out).
 
-        Of the maps of one size, sums and compositions unroll to sums and compositions.
+        Of maps of one size, sums and compositions unroll to such. Raises where torch does: no output pixel.
         """
         g, dims = self.geometry, self.geometry.dims
         each = g.in_channels // g.groups

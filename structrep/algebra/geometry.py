@@ -14,25 +14,42 @@ from structrep.errors import Incompatible
 
 Border = Literal["constant", "reflect", "replicate", "circular"]
 Rigour = Literal["exact", "padded", "inside"]  # how the border law is kept, see `ConvMap.then`
-Ints = tuple[int, ...]
-Pads = tuple[tuple[int, int], ...]
-CONV = (None, F.conv1d, F.conv2d, F.conv3d)
-CONV_TRANSPOSE = (None, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
+Ints = tuple[int, ...]  # one for each spatial dim
+Pads = tuple[tuple[int, int], ...]  # (lo, hi) for each spatial dim, in pixels; negative ones crop
+CONV = (None, F.conv1d, F.conv2d, F.conv3d)  # by the number of spatial dims
+CONV_TRANSPOSE = (None, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)  # likewise
 
 
 @dataclass(frozen=True)
 class Geometry:
     """All of a map but its coefficients. `+` and `>>` here decide what `+` and `>>` of maps look like, and what they
-    cost, before a weight is touched."""
+    cost, before a weight is touched.
+
+    Args:
+        in_channels, out_channels: I and O.
+        kernel: taps per spatial dim; () is a Linear.
+        stride, dilation: per spatial dim; () for ones. The dilation of one tap is 1, whatever is given.
+        pad: (lo, hi) per spatial dim, negative ones crop; () for none.
+        groups: as in `torch.nn.Conv2d`.
+        transposed: the adjoint; pads then crop the output, and negative ones pad it.
+
+    Raises:
+        ValueError: the spatial dims differ, a number of taps, a stride, a dilation or the groups are below 1, or the
+            groups do not divide the channels.
+
+    Example:
+        >>> (Geometry(3, 8, (3, 3)) >> Geometry(8, 4, (5, 5), stride=(2, 2))).summary
+        '3 -> 4, 7x7, stride (2, 2)'
+    """
 
     in_channels: int
     out_channels: int
-    kernel: Ints = ()  # taps per spatial dim; () is a Linear
+    kernel: Ints = ()
     stride: Ints = ()
     dilation: Ints = ()
-    pad: Pads = ()  # (lo, hi) per spatial dim; negative ones crop
+    pad: Pads = ()
     groups: int = 1
-    transposed: bool = False  # then pads crop the output, and negative ones pad it
+    transposed: bool = False
 
     def __post_init__(self) -> None:
         dims = len(self.kernel)
@@ -63,7 +80,7 @@ class Geometry:
         groups: int,
         transposed: bool,
     ) -> Geometry:
-        """The geometry of a kernel of a shape, (O, I / groups, *K); one number stands for all spatial dims."""
+        """The geometry of a kernel, (O, I / groups, *K); one number stands for all dims. Raises as `Geometry` does."""
         out, inner, *taps = shape
 
         def each(value: int | Sequence[int]) -> Ints:
@@ -85,6 +102,7 @@ class Geometry:
 
     @property
     def dims(self) -> int:
+        """How many spatial dims there are: 0 for a Linear."""
         return len(self.kernel)
 
     @property
@@ -126,14 +144,22 @@ class Geometry:
         return self.pointwise and self.groups == self.in_channels == self.out_channels
 
     def output_size(self, size: Sequence[int]) -> Ints:
-        """Spatial output size, 0 where the input is too small."""
+        """Output size per spatial dim, for an input of that size; 0 where the input is too small.
+
+        Raises:
+            ValueError: the size has more or fewer dims.
+        """
         if self.transposed:
             return tuple(max(0, (n - 1) * s - o + 1) for n, o, s in zip(size, self.overhang, self.stride, strict=True))
         return tuple(max(0, (n + o - 1) // s + 1) for n, o, s in zip(size, self.overhang, self.stride, strict=True))
 
     def inside(self, values: Tensor, size: Sequence[int], room: Sequence[int] | None = None) -> Tensor:
         """Of outputs (N, O, *out) for inputs of a size, the pixels that are made of nothing outside the input, nor of
-        what lies nearer to its border than `room`."""
+        what lies nearer to its border than `room`; perhaps none.
+
+        Raises:
+            ValueError: the size or the room has more or fewer dims.
+        """
         rooms = room or (0,) * self.dims
         for dim, (n, (lo, _), step, reach, far) in enumerate(
             zip(size, self.pad, self.stride, self.reach, rooms, strict=True), 2
@@ -146,7 +172,7 @@ class Geometry:
         """The smallest frame that holds both maps' taps, on the coarsest lattice common to both.
 
         Raises:
-            Incompatible: channels, spatial dims, stride or overhang differ.
+            Incompatible: channels, spatial dims, stride or overhang differ, or one alone is transposed.
         """
         for what, mine, theirs, remedy in (
             ("spatial dims", self.dims, other.dims, "both must be on the same input"),
@@ -183,7 +209,7 @@ class Geometry:
         """Strides multiply, reaches add, groups meet at their gcd.
 
         Raises:
-            Incompatible: channels or spatial dims do not fit.
+            Incompatible: channels or spatial dims do not fit, or one is transposed and neither is pointwise.
         """
         if self.dims != other.dims:
             raise Incompatible(f"a map of {self.dims} spatial dims feeds one of {other.dims}; they must be equal")
@@ -226,11 +252,19 @@ class Geometry:
 
     def widened(self, overhang: Ints) -> Geometry:
         """The same taps with more padding behind them, up to that overhang: the same on all inputs where that gives no
-        more output pixels."""
+        more output pixels.
+
+        Raises:
+            ValueError: the overhang has more or fewer dims.
+        """
         pad = tuple((lo, hi + new - old) for (lo, hi), new, old in zip(self.pad, overhang, self.overhang, strict=True))
         return replace(self, pad=pad)
 
     def concat(self, other: Geometry) -> Geometry:
-        """Outputs stacked: the frame of a sum; dense, for stacked groups are no groups."""
+        """Outputs stacked: the frame of a sum; dense, for stacked groups are no groups.
+
+        Raises:
+            Incompatible: input channels, spatial dims, stride or overhang differ.
+        """
         frame = replace(self, out_channels=1, groups=1) + replace(other, out_channels=1, groups=1)
         return replace(frame, out_channels=self.out_channels + other.out_channels)

@@ -12,7 +12,11 @@ from structrep.errors import Inexact
 
 
 def swapped(kernel: Tensor, groups: int) -> Tensor:
-    """(O, I / groups, *K) <-> (I, O / groups, *K), torch's layout of a transposed convolution's kernel."""
+    """(O, I / groups, *K) <-> (I, O / groups, *K), torch's layout of a transposed convolution's kernel.
+
+    Raises:
+        RuntimeError: the groups do not divide the first dim.
+    """
     blocks = kernel.reshape(groups, -1, *kernel.shape[1:]).transpose(1, 2)
     return blocks.reshape(-1, *blocks.shape[2:])
 
@@ -37,6 +41,7 @@ def check_finite(owner: object, **coefficients: Tensor) -> None:
 
 
 def peak(values: Tensor) -> float:
+    """Largest absolute value."""
     return float(values.abs().max())
 
 

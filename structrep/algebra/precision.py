@@ -40,10 +40,12 @@ WIDER = {
 
 
 def wider(dtype: torch.dtype) -> torch.dtype:
+    """float64 for floats, complex128 for complex numbers; others as they are."""
     return WIDER.get(dtype, dtype)
 
 
 def is_inexact(tensor: Tensor) -> bool:
+    """Whether a tensor is of floats or of complex numbers."""
     return tensor.is_floating_point() or tensor.is_complex()
 
 
