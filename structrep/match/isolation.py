@@ -17,7 +17,7 @@ from structrep.graph.shapes import torch_name
 from structrep.match.shared_scales import readers_of
 from structrep.modules.parametrized import hooks
 from structrep.read.nodes import called
-from structrep.terms.layer import Layer, Readings, Same
+from structrep.terms.layer import Identity, Layer, Readings
 
 _KERNELS = {f"conv{kind}{dims}d" for kind in ("", "_transpose") for dims in (1, 2, 3)} | {"linear"}
 # What moves, averages or casts numbers, through which one still sees what stands behind.
@@ -66,7 +66,7 @@ def _before(node: fx.Node, others: list[fx.Node], readings: Readings) -> str:
     while (reason := _layer(node, readings)) is None:
         reading = readings.get(node)
         inputs = [one for one in node.all_input_nodes if not VALUE.known(one)]
-        if isinstance(reading, Same):
+        if isinstance(reading, Identity):
             node = reading.source
         elif _moves(node, readings) and inputs:
             between.append(node)

@@ -14,9 +14,9 @@ from torch import fx
 
 from structrep.algebra import ConvMap, Geometry, Ints
 from structrep.graph.shapes import torch_name
-from structrep.terms.layer import Layer, Readings, Same, Total
+from structrep.terms.layer import Identity, Layer, Readings, Sum
 from structrep.terms.layers import diagonal_layer
-from structrep.terms.term import ONE, Term, leaf, seq, signed, total
+from structrep.terms.term import ONE, Term, leaf, seq, signed, sum_terms
 
 MOST = 64  # nodes between the reshapes that make pieces and fold them together
 
@@ -124,22 +124,22 @@ class Pieces:
             self.entry = self.entry or node
             return ONE, found[0]
         self.nodes[node] = None
-        if isinstance(reading, Same):
+        if isinstance(reading, Identity):
             return self._read(reading.source)
-        if isinstance(reading, Total):
+        if isinstance(reading, Sum):
             return self._sum(reading)
         if not isinstance(reading, Layer) or reading.source is None or reading.through:
             return None
         inner = self._read(reading.source)
         return self._then(*inner, reading) if inner else None
 
-    def _sum(self, reading: Total) -> tuple[Term, int] | None:
+    def _sum(self, reading: Sum) -> tuple[Term, int] | None:
         self.nodes.update(dict.fromkeys(reading.through))
         found = [(self._read(part), sign) for part, sign in reading.parts]
         known = [(one[0], one[1], sign) for one, sign in found if one is not None]
         if len(known) < len(found) or len({channels for _, channels, _ in known}) > 1:
             return None
-        return total([signed(term, sign) for term, _, sign in known]), known[0][1]
+        return sum_terms([signed(term, sign) for term, _, sign in known]), known[0][1]
 
     def _then(self, term: Term, channels: int, layer: Layer) -> tuple[Term, int] | None:
         assert self.entry is not None

@@ -15,7 +15,7 @@ from structrep.match.refusals import Refusals
 from structrep.modules.parametrized import about_hooks, hooks
 from structrep.read.endings import read_ending
 from structrep.read.nodes import read_node
-from structrep.terms.layer import Layer, Reading, Readings, Same, Stack, Total
+from structrep.terms.layer import Concat, Identity, Layer, Reading, Readings, Sum
 
 
 def readable(trace: Trace, replicas: Replicas) -> list[fx.Node]:
@@ -62,8 +62,8 @@ def inputs_of(reading: Reading | None) -> tuple[fx.Node, ...]:
     """What a node is given, as it was read."""
     if isinstance(reading, Layer):
         return (reading.source,) if reading.source is not None else ()
-    if isinstance(reading, Same):
+    if isinstance(reading, Identity):
         return (reading.source,)
-    if isinstance(reading, Total):
+    if isinstance(reading, Sum):
         return tuple(node for node, _ in reading.parts)
-    return reading.parts if isinstance(reading, Stack) else ()
+    return reading.parts if isinstance(reading, Concat) else ()

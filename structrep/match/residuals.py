@@ -34,9 +34,9 @@ from structrep.match.segments import Segments
 from structrep.match.stretch import Segment, Stretch
 from structrep.modules.parametrized import hooks
 from structrep.terms import cost
-from structrep.terms.layer import Total
+from structrep.terms.layer import Sum
 from structrep.terms.layers import conv_layer, slice_layer
-from structrep.terms.term import ONE, Term, geometry, leaf, seq, stack, total
+from structrep.terms.term import ONE, Term, concat_terms, geometry, leaf, seq, sum_terms
 from structrep.terms.value import value
 
 RULE, SOURCE = "rmnet", "RMNet, arXiv:2111.00687, section 3"
@@ -54,7 +54,7 @@ def carried(findings: Findings, globs: Iterable[str]) -> tuple[list[Merge], list
     for search in findings.searches if globs else ():
         for node, reading in search.readings.items():
             named = any(fnmatch.fnmatchcase(path_of(node), glob) for glob in globs)
-            if not named or not isinstance(reading, Total) or len(reading.parts) != 2:
+            if not named or not isinstance(reading, Sum) or len(reading.parts) != 2:
                 continue
             if any(node in merge.nodes for merge in merges):
                 continue  # a sum of branches, which is one layer already
@@ -87,7 +87,7 @@ def _exchanged(merges: list[Merge], block: _Block) -> list[Merge]:
     return [*(merge for merge in merges if merge not in gone), *wide]
 
 
-def _block(search: Search, node: fx.Node, sum_: Total) -> _Block:
+def _block(search: Search, node: fx.Node, sum_: Sum) -> _Block:
     """The block that ends with an addition.
 
     Raises:
@@ -211,9 +211,9 @@ class _Block:
             carried = ONE if first else leaf(slice_layer(1, _after(shape.in_channels), width))
             own = seq([kept, term])
             if last:
-                wide = total([own, seq([carried, self._unstrided(skip, channels, dims)])], self.node)
+                wide = sum_terms([own, seq([carried, self._unstrided(skip, channels, dims)])], self.node)
             else:
-                wide = stack([own, seq([carried, _identity(channels, shape.stride, step)])])
+                wide = concat_terms([own, seq([carried, _identity(channels, shape.stride, step)])])
             yield self._merge(step, term, wide, last)
 
     def _unstrided(self, skip: Term, channels: int, dims: int) -> Term:
@@ -239,7 +239,7 @@ class _Block:
         segments = step
         if last:
             nodes = [node for segment in self.skip for node in segment.nodes]
-            segments = (*step, Segment(step[-1].root, self.node, total([ONE, ONE], self.node), (*nodes, self.node)))
+            segments = (*step, Segment(step[-1].root, self.node, sum_terms([ONE, ONE], self.node), (*nodes, self.node)))
         before, skip = cost.of_term(term), seq([segment.term for segment in self.skip])
         if last and any(layer.weight is not None for layer in skip.leaves()):
             before += cost.of_term(skip)

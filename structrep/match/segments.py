@@ -17,8 +17,8 @@ from structrep.graph.shapes import spatial_size, torch_name
 from structrep.match.readings import inputs_of
 from structrep.match.shared_scales import Absorption
 from structrep.match.stretch import Segment, Stretch
-from structrep.terms.layer import Layer, Reading, Readings, Same, Stack, Total
-from structrep.terms.term import ONE, Term, leaf, seq, signed, stack, total
+from structrep.terms.layer import Concat, Identity, Layer, Reading, Readings, Sum
+from structrep.terms.term import ONE, Term, concat_terms, leaf, seq, signed, sum_terms
 
 FARTHEST = 32  # how many dominators back a merge may reach
 LONGEST, DEEPEST = 64, 8  # how many steps a branch of a sum may have, and sums inside each other
@@ -51,14 +51,14 @@ class Segments:
         """What a node is; a scale that others have absorbed is nothing any more, and what was read by way of it, no
         more what it was."""
         if node in self._absorbed:
-            return Same(self._absorbed[node].source)
+            return Identity(self._absorbed[node].source)
         reading = self._readings.get(node)
-        made = reading.through if isinstance(reading, (Layer, Total)) else ()
+        made = reading.through if isinstance(reading, (Layer, Sum)) else ()
         return None if any(part in self._absorbed for part in made) else reading
 
     def same(self, node: fx.Node) -> bool:
         """Whether a node gives what it is given."""
-        return isinstance(self.reading(node), Same)
+        return isinstance(self.reading(node), Identity)
 
     def segment(self, root: fx.Node) -> Segment | None:
         """The segment that ends at a node; None if that is no linear map of one value."""
@@ -101,17 +101,17 @@ class Segments:
             return None
         nodes, branches = found
         root = additions[-1]
-        return Stretch((Segment(base, root, total(branches, root, spatial_size(base)), (*nodes, *additions)),))
+        return Stretch((Segment(base, root, sum_terms(branches, root, spatial_size(base)), (*nodes, *additions)),))
 
     def is_addend(self, node: fx.Node) -> bool:
         """Whether a sum is only a partial one."""
-        pending = list(node.users) if isinstance(self.reading(node), Total) else []
+        pending = list(node.users) if isinstance(self.reading(node), Sum) else []
         while pending:
             user = pending.pop()
             reading = self.reading(user)
-            if isinstance(reading, Same):
+            if isinstance(reading, Identity):
                 pending += user.users
-            elif isinstance(reading, Total) and self._dominators.get(user) is self._dominators.get(node):
+            elif isinstance(reading, Sum) and self._dominators.get(user) is self._dominators.get(node):
                 return True
         return False
 
@@ -140,21 +140,25 @@ class Segments:
                 if root in one.behind:
                     term = seq([term, leaf(one.behind[root])])
                 elif root in one.beside:
-                    term = total([term, one.beside[root]])
+                    term = sum_terms([term, one.beside[root]])
             return Segment(base, root, term, (*reading.through, root), taken)
-        if isinstance(reading, Same):
+        if isinstance(reading, Identity):
             return Segment(base, root, ONE, (root,))
-        parts = [(n, 1.0) for n in reading.parts] if isinstance(reading, Stack) else reading.parts
+        parts = [(n, 1.0) for n in reading.parts] if isinstance(reading, Concat) else reading.parts
         found = self._branches(parts, base)
         if found is None:
             return None
         nodes, branches = found
         if any(torch_name(node) == "detach" for node in nodes):
             return None  # one branch has no gradient
-        if isinstance(reading, Total):
+        if isinstance(reading, Sum):
             nodes.update(dict.fromkeys(reading.through))
         size = spatial_size(base)
-        term = stack(branches, root, reading.dim, size) if isinstance(reading, Stack) else total(branches, root, size)
+        term = (
+            concat_terms(branches, root, reading.dim, size)
+            if isinstance(reading, Concat)
+            else sum_terms(branches, root, size)
+        )
         ordered = sorted(nodes, key=INDEX.of)
         absorbed = dict.fromkeys(one for node in ordered for one in self._taken.get(node, ()))
         return Segment(base, root, term, (*ordered, root), tuple(absorbed))
@@ -178,7 +182,7 @@ class Segments:
 
     def _find_stretches(self, root: fx.Node) -> Iterator[Stretch]:
         reading = self.reading(root)
-        if isinstance(reading, Same) or (isinstance(reading, Layer) and reading.kind == "pad"):
+        if isinstance(reading, Identity) or (isinstance(reading, Layer) and reading.kind == "pad"):
             return  # what feeds it ends a stretch just as well; a pad belongs to what reads it
         taken: list[Segment] = []
         for segment in itertools.islice(self.walk(root, None), FARTHEST):

@@ -27,9 +27,9 @@ from structrep.graph.facts import INDEX, KEPT
 from structrep.graph.queries import asks_shape, only_asserted
 from structrep.graph.shapes import rank
 from structrep.match.pieces import Pieces, frame, is_matrix, pieces, spread, takes_together
-from structrep.terms.layer import Layer, Readings, Same, Stack, Total
+from structrep.terms.layer import Concat, Identity, Layer, Readings, Sum
 from structrep.terms.layers import diagonal_layer
-from structrep.terms.term import Term, signed, total
+from structrep.terms.term import Term, signed, sum_terms
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +83,7 @@ def absorptions(readings: Readings, endings: Mapping[fx.Node, Layer]) -> Iterato
     for node, reading in (*readings.items(), *endings.items()):
         if node in parts:
             continue
-        if isinstance(reading, Total) and (one := _by_sum(node, reading, readings, found)) is not None:
+        if isinstance(reading, Sum) and (one := _by_sum(node, reading, readings, found)) is not None:
             found[node] = one
             yield one
         if isinstance(reading, Layer) and reading.kind in ("norm", "affine") and not _seen_elsewhere(node, reading):
@@ -180,7 +180,7 @@ def _by_branches(node: fx.Node, scale: Layer, readings: Readings) -> Absorption 
     stacked = readings.get(concat)
     if scale.in_channels is None:
         return None  # one number for all
-    if not isinstance(stacked, Stack) or stacked.dim != 1 or _users(concat, readings) != [node]:
+    if not isinstance(stacked, Concat) or stacked.dim != 1 or _users(concat, readings) != [node]:
         return None
     behind: dict[fx.Node, Layer] = {}
     first = 0
@@ -243,7 +243,7 @@ def _by_matrix(node: fx.Node, scale: Layer, readings: Readings) -> Absorption | 
     return Absorption(node, scale.source, scale.through, {}, behind)
 
 
-def _by_sum(node: fx.Node, sum_: Total, readings: Readings, found: Mapping[fx.Node, Absorption]) -> Absorption | None:
+def _by_sum(node: fx.Node, sum_: Sum, readings: Readings, found: Mapping[fx.Node, Absorption]) -> Absorption | None:
     """What is added to what a matrix makes of all numbers of pieces is made of the same pieces by convolutions."""
     for main, sign in sum_.parts:
         maker, view = _matrix_behind(main, node, readings, found) or (None, None)
@@ -275,7 +275,7 @@ def _by_sum(node: fx.Node, sum_: Total, readings: Readings, found: Mapping[fx.No
         added = zip((other.term for other in others), rest, strict=True)
         terms = [signed(term, sign) for term, (_, sign) in added if term is not None]
         made = (layer.source, *(other.entry for other in others if other.entry is not None))
-        return Absorption(node, main, tuple(through), {}, {}, beside={maker: total(terms)}, views=made)
+        return Absorption(node, main, tuple(through), {}, {}, beside={maker: sum_terms(terms)}, views=made)
     return None
 
 
@@ -317,7 +317,7 @@ def _axis(node: fx.Node, scale: Layer) -> int | None:
 
 def _maker(node: fx.Node, readings: Readings) -> fx.Node:
     """What made a value, identities seen through."""
-    while isinstance(same := readings.get(node), Same):
+    while isinstance(same := readings.get(node), Identity):
         node = same.source
     return node
 
@@ -327,7 +327,7 @@ def readers_of(node: fx.Node, readings: Readings) -> list[fx.Node]:
     found, pending = [], [*reversed(node.users)]
     while pending:
         user = pending.pop()
-        if isinstance(readings.get(user), Same):
+        if isinstance(readings.get(user), Identity):
             pending += reversed(user.users)
         else:
             found.append(user)

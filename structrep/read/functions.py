@@ -19,7 +19,7 @@ from structrep.graph.queries import asks_kind
 from structrep.graph.shapes import argument, rank, torch_name
 from structrep.read.arguments import Arguments, reads
 from structrep.read.endings import _ENDINGS
-from structrep.terms.layer import Layer, Reading, Same, Stack, Total
+from structrep.terms.layer import Concat, Identity, Layer, Reading, Sum
 from structrep.terms.layers import (
     adaptive_pool_layer,
     channel_mix_layer,
@@ -256,7 +256,7 @@ def _(a: Arguments) -> Reading | None:
     known = exact(other)
     if "alpha" in a.node.kwargs:
         return None
-    return Total(((value, -1.0), (other, 1.0))) if known is None else scale_layer(-1.0, known)
+    return Sum(((value, -1.0), (other, 1.0))) if known is None else scale_layer(-1.0, known)
 
 
 def _signed_sum(a: Arguments, sign: float) -> Reading | None:
@@ -268,20 +268,20 @@ def _signed_sum(a: Arguments, sign: float) -> Reading | None:
     known_left, known_right = exact(left), exact(right)
     if known_left is None and known_right is None:
         both = isinstance(left, fx.Node) and isinstance(right, fx.Node)
-        return Total(((left, 1.0), (right, sign * alpha))) if both else None
+        return Sum(((left, 1.0), (right, sign * alpha))) if both else None
     if known_right is not None:
-        return Same(left) if is_number(known_right, 0) else scale_layer(1.0, sign * alpha * known_right)
+        return Identity(left) if is_number(known_right, 0) else scale_layer(1.0, sign * alpha * known_right)
     assert known_left is not None
-    return Same(right) if is_number(known_left, 0) and sign * alpha == 1 else scale_layer(sign * alpha, known_left)
+    return Identity(right) if is_number(known_left, 0) and sign * alpha == 1 else scale_layer(sign * alpha, known_left)
 
 
 @reads(operator.mul, operator.imul, torch.mul, torch.multiply, "mul", "imul", "rmul", "multiply")
-def _(a: Arguments) -> Layer | Same | None:
+def _(a: Arguments) -> Layer | Identity | None:
     left, right = a.pair()
     factor, value = (exact(right), left) if constant(left) is None else (exact(left), right)
     if factor is None:
         return None
-    return Same(value) if is_number(factor, 1) else scale_layer(factor)
+    return Identity(value) if is_number(factor, 1) else scale_layer(factor)
 
 
 @reads(
@@ -309,20 +309,20 @@ def _(a: Arguments) -> Layer | None:
 
 
 @reads(torch.cat, torch.concat, torch.concatenate)
-def _(a: Arguments) -> Stack | Same | Layer | None:
+def _(a: Arguments) -> Concat | Identity | Layer | None:
     parts, dim = a(0, "tensors"), a(1, "dim", 0)
     if not isinstance(parts, (list, tuple)) or not all(isinstance(p, fx.Node) and not VALUE.known(p) for p in parts):
         return None
     if isinstance(dim, int) and (padded := _stacked_border(parts, dim)) is not None:
         return padded
     if len(parts) == 1:
-        return Same(parts[0])
-    return Stack(tuple(parts), dim) if isinstance(dim, int) else None
+        return Identity(parts[0])
+    return Concat(tuple(parts), dim) if isinstance(dim, int) else None
 
 
 @reads(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout)
-def _(a: Arguments) -> Same | None:
-    return Same(a(0, "input")) if a(2, "training", True) is False else None
+def _(a: Arguments) -> Identity | None:
+    return Identity(a(0, "input")) if a(2, "training", True) is False else None
 
 
 @reads(torch.stack)
@@ -331,14 +331,14 @@ def _(a: Arguments) -> None:
 
 
 @reads(torch.lerp, "lerp")
-def _(a: Arguments) -> Total | None:
+def _(a: Arguments) -> Sum | None:
     (start, end), weight = a.pair("end"), a(2, "weight")
     number = isinstance(weight, (int, float)) and constant(start) is None and constant(end) is None
-    return Total(((start, 1.0 - weight), (end, float(weight)))) if number else None
+    return Sum(((start, 1.0 - weight), (end, float(weight)))) if number else None
 
 
 @reads(torch.sum, "sum", torch.mean, "mean")
-def _(a: Arguments) -> Total | None:
+def _(a: Arguments) -> Sum | None:
     stacked = a(0, "input")
     if not isinstance(stacked, fx.Node) or stacked.target is not torch.stack or set(a.node.kwargs) - {"dim", "axis"}:
         return None
@@ -349,7 +349,7 @@ def _(a: Arguments) -> Total | None:
         return None
     plain = all(isinstance(p, fx.Node) and not VALUE.known(p) for p in parts)
     share = 1.0 / len(parts) if a.node.target in (torch.mean, "mean") else 1.0
-    return Total(tuple((p, share) for p in parts), (stacked,)) if plain else None
+    return Sum(tuple((p, share) for p in parts), (stacked,)) if plain else None
 
 
 @reads(torch.flatten, "flatten")
@@ -369,8 +369,8 @@ def _(a: Arguments) -> Layer | None:
 
 
 @reads(F.leaky_relu)
-def _(a: Arguments) -> Same | None:
-    return Same(a(0, "input")) if a(1, "negative_slope", 0.01) == 1 else None
+def _(a: Arguments) -> Identity | None:
+    return Identity(a(0, "input")) if a(1, "negative_slope", 0.01) == 1 else None
 
 
 _CONVOLUTIONS = {*(F.linear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)}
@@ -422,23 +422,23 @@ def _dtype_of(node: fx.Node) -> torch.dtype | None:
 
 
 @reads("to", "type_as", "type", *CASTS)
-def _(a: Arguments) -> Same | None:
+def _(a: Arguments) -> Identity | None:
     """A value with the dtype or on the device of another one of the same model, or with a dtype that it has already."""
     to = cast_to(a.node)
     if to is not None and _dtype_of(a(0, "input")) is to:
-        return Same(a(0, "input"))
+        return Identity(a(0, "input"))
     if a.node.target not in ("to", "type_as"):
         return None
     given = [*a.node.args[1:], *(one for name, one in a.node.kwargs.items() if name in ("dtype", "device", "other"))]
     if len(given) > 1 or any(isinstance(VALUE.get(one), Tensor) for one in given if isinstance(one, fx.Node)):
         own = _dtype_of(a(0, "input"))
         same = own is not None and all(_is_own(one, own) for one in given)
-        return Same(a(0, "input")) if same and len(given) + 1 == len(a.node.args) + len(a.node.kwargs) else None
+        return Identity(a(0, "input")) if same and len(given) + 1 == len(a.node.args) + len(a.node.kwargs) else None
     like = a(1, "other" if a.node.target == "type_as" else "dtype", a.node.kwargs.get("device"))
     if not isinstance(like, fx.Node) or len(a.node.args) + len(a.node.kwargs) > 2:
         return None
     told = asks_kind(like) and VALUE.known(like)
-    return Same(a(0, "input")) if told or SAME_KIND.get(a.node) else None
+    return Identity(a(0, "input")) if told or SAME_KIND.get(a.node) else None
 
 
 def _is_own(given: Any, own: torch.dtype) -> bool:
@@ -453,5 +453,5 @@ def _is_own(given: Any, own: torch.dtype) -> bool:
 
 
 @reads(torch.clone, torch.detach, "contiguous", "clone", "detach")
-def _(a: Arguments) -> Same:
-    return Same(a(0, "input"))
+def _(a: Arguments) -> Identity:
+    return Identity(a(0, "input"))

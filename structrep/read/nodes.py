@@ -15,7 +15,7 @@ from structrep.graph.shapes import rank, spatial_size
 from structrep.modules.parametrized import hooks, plain
 from structrep.read.arguments import CALLS, Arguments, NotConstant
 from structrep.read.modules import IDENTITIES, POOLS, knows, read_module, settings
-from structrep.terms.layer import Computed, Formula, Layer, Reading, Same
+from structrep.terms.layer import Computed, Formula, Identity, Layer, Reading
 from structrep.terms.layers import adaptive_pool_layer, numbers_in, pool_layer
 
 
@@ -59,7 +59,7 @@ def hands_on(node: fx.Node) -> fx.Node | None:
         reading = read_node(node)
     except Refusal:  # a norm of each batch
         return None
-    return reading.source if isinstance(reading, Same) else None
+    return reading.source if isinstance(reading, Identity) else None
 
 
 def _within(scale: Layer, most: int) -> Layer:
@@ -105,7 +105,7 @@ def _read_call(node: fx.Node) -> Reading | None:
         return None
     if isinstance(module, IDENTITIES):
         inert = isinstance(module, nn.Identity) or not module.training or getattr(module, "p", 1) == 0
-        return Same(node.args[0]) if inert else None
+        return Identity(node.args[0]) if inert else None
     layer = _read_pool(module, spatial_size(node.args[0])) or read_module(called(node, exactly=False))
     if layer and (numbers := COMPUTED.of(node)):
         layer = replace(

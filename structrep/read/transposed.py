@@ -14,7 +14,7 @@ from structrep.errors import Unreadable
 from structrep.graph.facts import CALL
 from structrep.graph.shapes import torch_name
 from structrep.read.arguments import Arguments, reads
-from structrep.terms.layer import Layer, Same, Total
+from structrep.terms.layer import Identity, Layer, Sum
 from structrep.terms.layers import diagonal_layer
 
 _TRANSPOSES = ("transpose", "permute", "swapaxes")
@@ -64,7 +64,7 @@ def _swapped_step(a: Arguments, node: fx.Node, known: dict[fx.Node, _Scale | Non
     if torch_name(node) in _TRANSPOSES:
         return None
     reading = a.read(node)
-    if isinstance(reading, Same):
+    if isinstance(reading, Identity):
         return _behind(_swapped(a, reading.source, known), node, lambda map_, c: map_, False)
     if isinstance(reading, Layer) and reading.kind in ("norm", "affine") and not reading.through:
         layer = reading
@@ -73,7 +73,7 @@ def _swapped_step(a: Arguments, node: fx.Node, known: dict[fx.Node, _Scale | Non
         three = node.op == "call_module" and isinstance(CALL.of(node).module, nn.BatchNorm1d)
         inner = _swapped(a, reading.source, known)
         return _behind(inner, node, lambda map_, c: map_ >> layer.load(c, 1), three)
-    if isinstance(reading, Total) and not reading.through:
+    if isinstance(reading, Sum) and not reading.through:
         parts = [(_swapped(a, part, known), sign) for part, sign in reading.parts]
         found = [part for part, _ in parts if part is not None]
         if len(found) < len(parts) or len({part[1] for part in found}) != 1:

@@ -19,7 +19,7 @@ from structrep.match.isolation import named
 from structrep.match.merge import Merge
 from structrep.read.nodes import read_node
 from structrep.records.plan import MergeRecord, RefusalRecord
-from structrep.terms.layer import Layer, Reading, Same, Stack, Total
+from structrep.terms.layer import Concat, Identity, Layer, Reading, Sum
 
 MOST = 40  # boxes in one picture
 
@@ -103,7 +103,7 @@ def _graph(traced: Traced, merge_of: Callable[[fx.Node], int | None], refusals: 
                 continue
             sources = [step for source in node.all_input_nodes for step in steps.get(source, ())]
             reading = _read(node)
-            if isinstance(reading, Same):
+            if isinstance(reading, Identity):
                 steps[node] = sources
                 continue
             if node.op == "placeholder":
@@ -136,10 +136,10 @@ def _step(
     text, kind, count = name, name, 1
     if isinstance(reading, Layer) and reading.kind != "view":
         text, kind = str(reading), reading.kind
-    elif isinstance(reading, Total):
+    elif isinstance(reading, Sum):
         minus = any(sign < 0 for _, sign in reading.parts)
         text, kind, count = "−" if minus else "+", "+", len(reading.parts) - 1
-    elif isinstance(reading, Stack):
+    elif isinstance(reading, Concat):
         text, kind = "concat", "concat"
     elif name.lower().startswith("conv"):  # one that a hook or its settings keep from being read
         kind = "conv"

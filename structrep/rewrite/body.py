@@ -26,7 +26,7 @@ from structrep.rewrite.followed import Followed
 from structrep.rewrite.otherwise import Key
 from structrep.rewrite.spelling import Spelling
 from structrep.rewrite.structures import built, places
-from structrep.terms.layer import Layer, Same
+from structrep.terms.layer import Identity, Layer
 
 _ITSELF = "structrep_itself"  # an attribute path for the module itself, for which graphs have none
 
@@ -140,13 +140,13 @@ class Body:
         if node.op != "call_function" or asked or node in self.edits.dead or written_in(node.target) != "_operator":
             return None
         reading = read_node(node)
-        if not isinstance(reading, Same):
+        if not isinstance(reading, Identity):
             return None
         if reading.source in writes(node):
             return reading.source
         # An operation that changes nothing still gives a value of its own, and either may be written to.
         same = aliases(node) | aliases(reading.source)
-        written = any(not isinstance(read_node(writer), Same) for writer in writers(same))
+        written = any(not isinstance(read_node(writer), Identity) for writer in writers(same))
         alone = _is_new(reading.source) if written else len(reading.source.users) == 1
         return reading.source if alone else None
 
@@ -194,7 +194,7 @@ def _is_new(node: fx.Node) -> bool:
         reading = read_node(node)
         if isinstance(reading, Layer) and reading.kind in ("conv", "linear"):
             return True
-        if reading is None or not isinstance(reading, (Layer, Same)) or reading.source is None:
+        if reading is None or not isinstance(reading, (Layer, Identity)) or reading.source is None:
             return False
         node = reading.source
     return False

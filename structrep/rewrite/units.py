@@ -21,7 +21,7 @@ from structrep.modules.parametrized import computed, hooks
 from structrep.modules.wrappers import stands_in
 from structrep.read.modules import knows
 from structrep.read.nodes import read_node
-from structrep.terms.layer import Same
+from structrep.terms.layer import Identity
 from structrep.terms.term import ONE
 
 SUMS = (operator.add, operator.iadd)
@@ -107,7 +107,7 @@ def _same_as(result: Any, root: fx.Node) -> list[fx.Node]:
     found: list[fx.Node] = [result.node] if isinstance(result, fx.Proxy) else []
     while found and found[-1] is not root:
         reading = read_node(found[-1])
-        if not isinstance(reading, Same):
+        if not isinstance(reading, Identity):
             return []
         found.append(reading.source)
     return found

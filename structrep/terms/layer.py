@@ -100,7 +100,7 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Total:
+class Sum:
     """A signed sum: ((input, coefficient), ...), perhaps by way of other nodes."""
 
     parts: tuple[tuple[fx.Node, float], ...]
@@ -108,7 +108,7 @@ class Total:
 
 
 @dataclass(frozen=True)
-class Stack:
+class Concat:
     """Inputs concatenated along dimension `dim`."""
 
     parts: tuple[fx.Node, ...]
@@ -116,11 +116,11 @@ class Stack:
 
 
 @dataclass(frozen=True)
-class Same:
+class Identity:
     """The input itself."""
 
     source: fx.Node
 
 
-Reading = Layer | Total | Stack | Same
+Reading = Layer | Sum | Concat | Identity
 Readings = Mapping[fx.Node, Reading]  # what the nodes of a graph are

@@ -65,7 +65,7 @@ def seq(parts: Sequence[Term]) -> Term:
     return ONE if not flat else flat[0] if len(flat) == 1 else Term("seq", tuple(flat))
 
 
-def total(parts: Sequence[Term], node: fx.Node | None = None, size: Ints | None = None) -> Term:
+def sum_terms(parts: Sequence[Term], node: fx.Node | None = None, size: Ints | None = None) -> Term:
     """Branches added; nested sums are flattened."""
     flat = [item for part in parts for item in (part.parts if part.op == "sum" else (part,))]
     return Term("sum", tuple(flat), node=node, size=size)
@@ -77,7 +77,7 @@ def signed(term: Term, sign: float) -> Term:
     return seq([term, leaf(flip)]) if flip else term
 
 
-def stack(parts: Sequence[Term], node: fx.Node | None = None, dim: int = 1, size: Ints | None = None) -> Term:
+def concat_terms(parts: Sequence[Term], node: fx.Node | None = None, dim: int = 1, size: Ints | None = None) -> Term:
     """Branches stacked on the channels."""
     return Term("concat", tuple(parts), node=node, dim=dim, size=size)
 

@@ -15,7 +15,7 @@ from structrep.match.residuals import _range
 from structrep.match.shared_scales import Absorption, absorptions
 from structrep.match.sum_order import _write
 from structrep.terms.layers import diagonal_layer
-from structrep.terms.term import signed, total
+from structrep.terms.term import signed, sum_terms
 from tests.support.models import settled
 from tests.support.truth import EXACT, distance
 
@@ -224,7 +224,7 @@ def test_one_of_two_scales_that_a_layer_takes_is_caught(monkeypatch, wrong):
     caught(*model_of("moved"))
 
 
-@pytest.mark.parametrize("wrong", [lambda one: total([one, one]), lambda one: signed(one, -1.0)])
+@pytest.mark.parametrize("wrong", [lambda one: sum_terms([one, one]), lambda one: signed(one, -1.0)])
 def test_what_is_added_wrongly_beside_a_matrix_is_caught(monkeypatch, wrong):
     planted(monkeypatch, of_all(wrong), ("beside",))
     caught(*model_of("beside"))
