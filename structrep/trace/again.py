@@ -17,7 +17,7 @@ from structrep.modules.copies import shallow_copy
 from structrep.trace.folding import fold_constants
 from structrep.trace.follow import follow, unchanged
 from structrep.trace.held import untraced
-from structrep.trace.inputs import Slot
+from structrep.trace.inputs import Placeholder
 from structrep.trace.policy import Policy
 from structrep.trace.tracer import CallTracer, Root
 
@@ -56,7 +56,8 @@ def retrace(traced: Traced, call: Call, answers: Mapping[tuple[str, str], Any]) 
     again = untraced(_placed(twin, call.path), paths)
     count = itertools.count()
     arguments = pytree.tree_map(
-        lambda leaf: Slot(f"input_{next(count)}") if isinstance(leaf, fx.Proxy) else leaf, (call.args, call.kwargs)
+        lambda leaf: Placeholder(f"input_{next(count)}") if isinstance(leaf, fx.Proxy) else leaf,
+        (call.args, call.kwargs),
     )
     if is_traced(arguments):
         return None

@@ -1,4 +1,4 @@
-"""What a method is called with as a trace runs: slots for what may be another at the next call, all else as it is."""
+"""What a method is called with as a trace runs: placeholders for what may be another the next time, constants else."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from structrep.modules.arguments import Example, as_arguments
 
 
 @dataclass(frozen=True)
-class Slot:
+class Placeholder:
     """Stands for a tensor argument until there is a graph to make its placeholder in."""
 
     name: str
@@ -25,7 +25,7 @@ class Slot:
 
 
 class Inputs(NamedTuple):
-    """The arguments of a call, by position and by name, and what an example has in their slots, in order."""
+    """The arguments of a call, by position and by name, and what an example has in their placeholders, in order."""
 
     arguments: tuple[tuple[Any, ...], dict[str, Any]]
     values: list[Any]
@@ -41,8 +41,8 @@ def bind(
     """Decide what a method is called with.
 
     Args:
-        given: an example, or what a run was seen to give; without it, slots for what has no default.
-        flags: arguments by name, for want of an example; ... is a slot.
+        given: an example, or what a run was seen to give; without it, placeholders for what has no default.
+        flags: arguments by name, for want of an example; ... is a placeholder.
         paths: of the modules that may be among what a run gave.
 
     Raises:
@@ -60,17 +60,17 @@ def bind(
         raise BadInput(f"the model's {method}{signature} does not take the example inputs: {error}") from error
     tensors: list[Tensor] = []
 
-    def slot(leaf: Any) -> Any:
+    def placeholder(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
             return leaf
         tensors.append(leaf)
-        return Slot(f"input_{len(tensors)}")
+        return Placeholder(f"input_{len(tensors)}")
 
-    return Inputs(pytree.tree_map(slot, (tuple(args), dict(kwargs))), tensors)
+    return Inputs(pytree.tree_map(placeholder, (tuple(args), dict(kwargs))), tensors)
 
 
 def _required(signature: inspect.Signature, flags: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Slots for the parameters without a default, and the flags."""
+    """Placeholders for the parameters without a default, and the flags."""
     required = [
         p for p in signature.parameters.values()
         if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) and p.name not in flags
@@ -79,24 +79,24 @@ def _required(signature: inspect.Signature, flags: Mapping[str, Any]) -> tuple[t
     if not required and first is not None and first.default is None:
         required = [first]  # as in transformers, where all is optional and the first is the input
     by_name = any(name in flags and p.default is p.empty for name, p in signature.parameters.items())
-    positional = tuple(Slot(p.name) for p in required if p.kind is not p.KEYWORD_ONLY and not by_name)
+    positional = tuple(Placeholder(p.name) for p in required if p.kind is not p.KEYWORD_ONLY and not by_name)
     if not positional and any(p.kind is p.VAR_POSITIONAL for p in signature.parameters.values()):
-        positional = (Slot("input"),)  # a wrapper that hands on what it is given
-    named = {p.name: Slot(p.name) for p in required if p.kind is p.KEYWORD_ONLY or by_name}
-    more = {name: Slot(name) if value is ... else value for name, value in flags.items()}
+        positional = (Placeholder("input"),)  # a wrapper that hands on what it is given
+    named = {p.name: Placeholder(p.name) for p in required if p.kind is p.KEYWORD_ONLY or by_name}
+    more = {name: Placeholder(name) if value is ... else value for name, value in flags.items()}
     return positional, {**named, **more}
 
 
 def _as_called(called: Arguments, signature: inspect.Signature, modules: Mapping[str, nn.Module]) -> Inputs:
-    """Slots for tensors, numbers and objects, and constants for the rest."""
+    """Placeholders for tensors, numbers and objects, and constants for the rest."""
     values: list[Given | Thing] = []
 
-    def slot(leaf: Any) -> Any:
+    def placeholder(leaf: Any) -> Any:
         if isinstance(leaf, Part):
             return modules[leaf.path]
         if not isinstance(leaf, (Given, Thing)):
             return leaf
         values.append(leaf)
-        return Slot(f"input_{len(values)}", leaf)
+        return Placeholder(f"input_{len(values)}", leaf)
 
-    return Inputs(mapped(slot, called.bound(signature)), values)
+    return Inputs(mapped(placeholder, called.bound(signature)), values)

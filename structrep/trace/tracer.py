@@ -51,7 +51,7 @@ from structrep.trace.aten import gives_more, in_torch
 from structrep.trace.attributes import Attributes
 from structrep.trace.constants import Constants, compute
 from structrep.trace.environment import Environment
-from structrep.trace.inputs import Slot
+from structrep.trace.inputs import Placeholder
 from structrep.trace.observing import Observer
 from structrep.trace.origins import Origins
 from structrep.trace.patches import compiled_inlined, keep_scripted, keep_whole, show_tensors, take_traced_sizes
@@ -76,7 +76,7 @@ class CallTracer(process.Tracer):
     """Makes the graph of one call of a method.
 
     Args:
-        arguments: what it is called with, by position and by name, with slots for placeholders.
+        arguments: what it is called with, by position and by name, with placeholders for what may be another.
         paths: of the modules that the trace sees.
         held: the tensors of the model, by their names.
         policy: what is followed.
@@ -120,7 +120,7 @@ class CallTracer(process.Tracer):
 
     def arguments_of(self, root_fn: Any, is_module: bool, concrete_args: Any) -> tuple[Any, list[Any]]:
         def placed(leaf: Any) -> Any:
-            if not isinstance(leaf, Slot):
+            if not isinstance(leaf, Placeholder):
                 return leaf
             proxy = self.create_proxy("placeholder", leaf.name, (), {})
             if isinstance(leaf.given, Thing):
