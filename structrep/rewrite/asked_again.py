@@ -162,10 +162,10 @@ class AskedAgain:
             again = self.otherwise.told(dict.fromkeys(keys, other))
             if again is None and isinstance(other, torch.device):
                 continue  # constants cannot be made where there is no such device
-            slots = self.otherwise.slots(again)
-            if slots is None or any(slot.before != told or slot.after != other for slot in slots):
+            differences = self.otherwise.differences(again)
+            if differences is None or any(one.before != told or one.after != other for one in differences):
                 return None
-            places = {slot.where for slot in slots}
+            places = {one.where for one in differences}
             if any(where in self.changed for where, _ in places) and not isinstance(told, torch.dtype):
                 return None
             if found is not None and places != found:

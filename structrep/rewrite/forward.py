@@ -178,7 +178,7 @@ class Ways:
         """
         of_input = isinstance(read.holder, fx.Node)
         again = self.otherwise.told({key: not read.told})
-        if self.otherwise.slots(again) == []:
+        if self.otherwise.differences(again) == []:
             self.settled.add(key)
             return
         asked = self._comparison(read.holder) if of_input else self.spelling.question(key[0], read)

@@ -25,7 +25,7 @@ Where = tuple[Any, tuple[Any, ...]]  # a node, the id of a constant or a call, a
 
 
 @dataclass(frozen=True)
-class Slot:
+class ArgumentDifference:
     """An argument that is another, in the forward as it was followed."""
 
     where: Where
@@ -64,7 +64,7 @@ class Otherwise:
         again = retrace(self.followed.traced, self.followed.call, {**self.answers, **answers})
         return None if again is None else Followed(*again, self.followed.out)
 
-    def slots(self, again: Followed | None) -> list[Slot] | None:
+    def differences(self, again: Followed | None) -> list[ArgumentDifference] | None:
         """The arguments that differ in the forward as it is now; None if more does, or it was not followed again."""
         if again is None:
             return None
@@ -72,7 +72,7 @@ class Otherwise:
         if any(not call.reads.keys() <= asked or call.mutates for call in again.calls()):
             return None
         try:
-            return Comparison(self.followed, again).slots
+            return Comparison(self.followed, again).differences
         except Different:
             return None
 
@@ -117,7 +117,7 @@ class Comparison:
         before, after: as it was followed, and as it is otherwise.
 
     Attributes:
-        slots: arguments that are another; all else is the same.
+        differences: arguments that are another; all else is the same.
 
     Raises:
         Different: more is.
@@ -127,7 +127,7 @@ class Comparison:
         traces = before.traced, after.traced
         self.origins = traces[0].origins, traces[1].origins
         self.names: tuple[dict[int, Any], ...] = tuple({**one.entries, **one.names} for one in traces)
-        self.slots: list[Slot] = []
+        self.differences: list[ArgumentDifference] = []
         self.nodes: dict[fx.Node, fx.Node] = {}
         self.constants: dict[tuple[int, int], None] = {}
         first, second = before.call, after.call
@@ -187,7 +187,9 @@ class Comparison:
         elif one is not other and (type(one) is not type(other) or one != other):
             if where is None:
                 raise Different
-            self.slots.append(Slot((id(where) if isinstance(where, Tensor) else where, way), one, other))
+            self.differences.append(
+                ArgumentDifference((id(where) if isinstance(where, Tensor) else where, way), one, other)
+            )
 
     def _pair_nodes(self, one: fx.Node, other: fx.Node) -> None:
         if one.op == "get_attr" and other.op == "get_attr":
