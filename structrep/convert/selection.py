@@ -14,7 +14,7 @@ from structrep.match.find import again
 from structrep.match.findings import Findings
 from structrep.match.merge import Merge, Missed, together
 from structrep.match.residuals import carried
-from structrep.prove.region import border, prove
+from structrep.prove.differential import border, prove
 from structrep.records.plan import MergeRecord, Way
 from structrep.rewrite.draft import Draft
 from structrep.rewrite.units import fallen

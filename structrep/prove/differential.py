@@ -1,4 +1,4 @@
-"""Merges on random input, each on its own part of the graph."""
+"""The differential test of merges: both forms on random input, each on its own part of the graph."""
 
 from __future__ import annotations
 
