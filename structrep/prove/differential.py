@@ -13,7 +13,7 @@ from structrep.errors import BadInput, WrongMerge, listed, said
 from structrep.graph.facts import SHAPE
 from structrep.graph.shapes import spatial_size
 from structrep.match.merge import Merge
-from structrep.prove.regions import Region, Shapes, Trials, room
+from structrep.prove.region import Region, Shapes, Trials, room
 from structrep.prove.run import relative_error
 from structrep.read.lower import lower
 from structrep.records.plan import BorderRecord

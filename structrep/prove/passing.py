@@ -18,7 +18,7 @@ from structrep.graph.constants import held
 from structrep.graph.facts import CALL, HELD, INDEX, SHAPE, VALUE
 from structrep.match.merge import Merge, together
 from structrep.modules.arguments import Example, as_arguments
-from structrep.prove.regions import Region, given_as_traced, read_as_traced
+from structrep.prove.region import Region, given_as_traced, read_as_traced
 from structrep.prove.run import How, relative_error
 from structrep.records.verification import RegionRecord
 
