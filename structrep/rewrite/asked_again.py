@@ -17,8 +17,8 @@ from structrep.graph.reads import Read
 from structrep.graph.structures import proxies
 from structrep.modules import positions
 from structrep.rewrite import guards
-from structrep.rewrite.edits import Edits
 from structrep.rewrite.guards import Guard
+from structrep.rewrite.node_changes import NodeChanges
 from structrep.rewrite.otherwise import Key, Otherwise, Where, alternatives
 from structrep.rewrite.spelling import Spelling
 from structrep.trace.questions import INPUTS
@@ -37,8 +37,8 @@ class AskedAgain:
         guards: that answers are the same of which one is asked for.
     """
 
-    def __init__(self, otherwise: Otherwise, edits: Edits, spelling: Spelling) -> None:
-        self.otherwise, self.edits, self.spelling = otherwise, edits, spelling
+    def __init__(self, otherwise: Otherwise, changes: NodeChanges, spelling: Spelling) -> None:
+        self.otherwise, self.changes, self.spelling = otherwise, changes, spelling
         self.followed, self.call = otherwise.followed, otherwise.followed.call
         self.texts: dict[Where, _Text] = {}
         self.guards: list[Guard] = []
@@ -46,7 +46,7 @@ class AskedAgain:
     @functools.cached_property
     def changed(self) -> set[fx.Node]:
         """The nodes that are not written as they are."""
-        return self.edits.changed
+        return self.changes.changed
 
     def put(self, value: Any, where: Any, way: tuple[Any, ...]) -> Any:
         """An argument, with what is asked for again as code."""

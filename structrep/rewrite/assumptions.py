@@ -14,9 +14,9 @@ from structrep.graph.calls import Entry
 from structrep.graph.facts import FORMULA, VALUE
 from structrep.graph.reads import MISSING, Read
 from structrep.rewrite import guards
-from structrep.rewrite.edits import Edits
 from structrep.rewrite.followed import Followed
 from structrep.rewrite.guards import Guard
+from structrep.rewrite.node_changes import NodeChanges
 from structrep.rewrite.otherwise import Key
 from structrep.rewrite.spelling import Spelling
 from structrep.trace.class_reads import class_reads, methods_of, settings_given
@@ -32,8 +32,8 @@ class Assumptions:
         merged: plain tensors that are merged, by holder and a name there under which they are kept to compare with.
     """
 
-    def __init__(self, followed: Followed, edits: Edits, spelling: Spelling) -> None:
-        self.followed, self.edits, self.spelling = followed, edits, spelling
+    def __init__(self, followed: Followed, changes: NodeChanges, spelling: Spelling) -> None:
+        self.followed, self.changes, self.spelling = followed, changes, spelling
         self.traced, self.call = followed.traced, followed.call
         self.guards: list[Guard] = []
         self.merged: dict[tuple[str, str], Entry] = {}
@@ -65,7 +65,7 @@ class Assumptions:
             holder, _, name = self.spelling.question(path, read).rpartition(".")
             self.guards.append(guards.missing(f"{holder}.{name}", holder, name, self.call.shown))
             return
-        if path in self.edits.homes and (read.of_numbers or read.text.endswith(".shape")):
+        if path in self.changes.homes and (read.of_numbers or read.text.endswith(".shape")):
             return  # of a tensor that is merged, which is no more set
         asked = self.spelling.question(path, read)
         held = isinstance(read.holder, nn.Module) and read.text[1:] in read.holder.__dict__
@@ -98,7 +98,7 @@ class Assumptions:
     def add_merged(self) -> None:
         """Guard tensors that are merged to be what they were, or to be gone: nothing else would see them set."""
         for node in (step for step in self.followed.steps() if isinstance(step, fx.Node)):
-            merged = node in self.edits.dead or node in self.edits.ended
+            merged = node in self.changes.dead or node in self.changes.ended
             for given in (n for n in node.all_input_nodes if n.op == "get_attr") if merged else ():
                 formula = FORMULA.get(given)
                 for tensor in formula.tensors if formula else (VALUE.get(given),):

@@ -1,4 +1,4 @@
-"""The body of a forward that is written anew: the steps of its trace, with the edits made."""
+"""The body of a forward that is written anew: the steps of its trace, with the changes made."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from structrep.read.nodes import read_node
 from structrep.rewrite.asked_again import AskedAgain
 from structrep.rewrite.blocks import Blocks, indented
 from structrep.rewrite.constants import ConstantLoader
-from structrep.rewrite.edits import Edits
 from structrep.rewrite.followed import Followed
+from structrep.rewrite.node_changes import NodeChanges
 from structrep.rewrite.otherwise import Key
 from structrep.rewrite.spelling import Spelling
 from structrep.rewrite.structures import built, places
@@ -32,7 +32,7 @@ _ITSELF = "structrep_itself"  # an attribute path for the module itself, for whi
 
 
 class Body:
-    """The graph of a forward, in which nodes that edits touch are others; untouched children stay calls of children.
+    """The graph of a forward, in which nodes that changes touch are others; untouched children stay calls of children.
 
     Args:
         settled: questions about inputs that need not be asserted.
@@ -45,14 +45,14 @@ class Body:
     def __init__(
         self,
         followed: Followed,
-        edits: Edits,
+        changes: NodeChanges,
         spelling: Spelling,
         asked_again: AskedAgain,
         settled: Set[Key],
         graph: fx.Graph,
         given: Mapping[fx.Node, fx.Node],
     ) -> None:
-        self.followed, self.call, self.edits, self.settled = followed, followed.call, edits, settled
+        self.followed, self.call, self.changes, self.settled = followed, followed.call, changes, settled
         self.spelling, self.asked_again = spelling, asked_again
         self.graph = graph
         self.env: dict[fx.Node, Any] = dict(given)
@@ -98,25 +98,25 @@ class Body:
         if AUTOCAST.of(node):
             raise Unreadable(f"{self.call.path or 'the model'} runs part of its forward under autocast")
         self.blocks.enter(CONTEXTS.of(node))
-        if node in self.edits.refilled:
-            self.env[node] = self._refilled(node, *self.edits.refilled[node])
-        elif node in self.edits.replaced:
-            base, path = self.edits.replaced[node]
+        if node in self.changes.refilled:
+            self.env[node] = self._refilled(node, *self.changes.refilled[node])
+        elif node in self.changes.replaced:
+            base, path = self.changes.replaced[node]
             self.env[node] = self.graph.call_module(self.spelling.relative(path), (self._load(base),))
-        elif node in self.edits.bypassed:
-            self.env[node] = self._load(self.edits.bypassed[node])
+        elif node in self.changes.bypassed:
+            self.env[node] = self._load(self.changes.bypassed[node])
         elif (same := self._unchanged(node)) is not None:
             self.env[node] = self._load(same)
         elif asks_kind(node) and not self._has(cast(fx.Node, node.args[0])):
             self.env[node] = self.graph.call_function(getattr, (next(iter(self.env.values())), node.args[1]))
-        elif node in self.edits.dead or ASKED.get(node) in self.settled:
+        elif node in self.changes.dead or ASKED.get(node) in self.settled:
             return
         elif (only_asserted(node) or counts_sizes(node)) and not all(self._has(n) for n in node.all_input_nodes):
             return  # of sizes that are no longer there; whoever would need them says so
         else:
-            op, target, args = as_traced(node, self.edits.reordered)
+            op, target, args = as_traced(node, self.changes.reordered)
             target = self.spelling.relative(str(target)) if op == "call_module" else target
-            load = self._load_input if node in self.edits.ended else self._load
+            load = self._load_input if node in self.changes.ended else self._load
             args = fx.node.map_arg(self.asked_again.put(args, node, ("args",)), load)
             kwargs = fx.node.map_arg(self.asked_again.put(dict(node.kwargs), node, ("kwargs",)), load)
             self.env[node] = self.graph.create_node(op, target, args, kwargs)
@@ -137,7 +137,7 @@ class Body:
     def _unchanged(self, node: fx.Node) -> fx.Node | None:
         """What an arithmetic operation such as `x + 0` gives back as it is."""
         asked = self.asked_again.is_of(node)
-        if node.op != "call_function" or asked or node in self.edits.dead or written_in(node.target) != "_operator":
+        if node.op != "call_function" or asked or node in self.changes.dead or written_in(node.target) != "_operator":
             return None
         reading = read_node(node)
         if not isinstance(reading, Identity):

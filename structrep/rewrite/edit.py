@@ -19,11 +19,11 @@ from structrep.modules.source import functions, written_in
 from structrep.modules.uses import Use
 from structrep.rewrite import guards
 from structrep.rewrite.conditions import answer, of_rank
-from structrep.rewrite.edits import Edits
 from structrep.rewrite.expressions import edited
 from structrep.rewrite.followed import Followed
 from structrep.rewrite.gone_by import GoneBy
 from structrep.rewrite.guards import Guard
+from structrep.rewrite.node_changes import NodeChanges
 from structrep.rewrite.steps import Steps
 from structrep.rewrite.wanted import Edited
 
@@ -43,15 +43,15 @@ class Edit:
     """
 
     def __init__(
-        self, traced: Traced, edits: Edits, call: Call, written_out: Set[Call], misuses: Iterable[Use] = ()
+        self, traced: Traced, changes: NodeChanges, call: Call, written_out: Set[Call], misuses: Iterable[Use] = ()
     ) -> None:
-        self.traced, self.edits, self.call = traced, edits, call
+        self.traced, self.changes, self.call = traced, changes, call
         self.constants: dict[str, Any] = {}
         self.merged: dict[Any, Any] = {}
         self._check_method()
         known = ((test, self._answer(test) or self._of_rank(test)) for test in self._tests())
         answers = tuple((test, told[1]) for test, told in known if told is not None)
-        steps = Steps(edits, call, self.code, self.tree, self.space, list(misuses), answers)
+        steps = Steps(changes, call, self.code, self.tree, self.space, list(misuses), answers)
         self._check_changes(steps.gone)
         found = self.edited = edited(self.code, steps.wanted())
         self._check_source(found)
@@ -121,10 +121,10 @@ class Edit:
     def _check_changes(self, gone: set[fx.Node]) -> None:
         """Raise where more changes than expressions."""
         nodes = list(self.call.nodes())
-        if any(node in one.were for one in self.edits.reordered for node in nodes):
+        if any(node in one.were for one in self.changes.reordered for node in nodes):
             raise Unreadable(f"{self.call.shown} would add up in another order")
         for node in nodes:
-            if node in gone or node in self.edits.ended:
+            if node in gone or node in self.changes.ended:
                 for given in node.all_input_nodes:
                     formula = FORMULA.get(given)
                     held = formula.tensors if formula else (VALUE.get(given),)

@@ -1,7 +1,7 @@
 """The forward of one module, cut out of the flat graph of a model.
 
-The recorded calls say which nodes a module's own code made and which its children did. Nodes that edits touch are
-written out, with the edits made; untouched children stay calls of children.
+The recorded calls say which nodes a module's own code made and which its children did. Nodes that changes touch are
+written out, with the changes made; untouched children stay calls of children.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from structrep.rewrite import guards
 from structrep.rewrite.asked_again import AskedAgain
 from structrep.rewrite.assumptions import Assumptions
 from structrep.rewrite.body import Body
-from structrep.rewrite.edits import Edits
 from structrep.rewrite.followed import Followed
 from structrep.rewrite.guards import Guard
+from structrep.rewrite.node_changes import NodeChanges
 from structrep.rewrite.observed import demand_same_for_all
 from structrep.rewrite.otherwise import Key, Otherwise
 from structrep.rewrite.parameters import Parameters
@@ -108,8 +108,10 @@ class Forward:
         return known
 
 
-def written_anew(followed: Followed, edits: Edits, answers: Mapping[Key, Any] = MappingProxyType({})) -> Forward:
-    """A forward cut out of the flat graph, with the edits made.
+def written_anew(
+    followed: Followed, changes: NodeChanges, answers: Mapping[Key, Any] = MappingProxyType({})
+) -> Forward:
+    """A forward cut out of the flat graph, with the changes made.
 
     Args:
         answers: what it was told otherwise than the forward that it is another way of.
@@ -117,15 +119,15 @@ def written_anew(followed: Followed, edits: Edits, answers: Mapping[Key, Any] = 
     Raises:
         Unreadable: it takes values from elsewhere than its arguments, or cannot be written as code.
     """
-    demand_same_for_all(followed, edits.vanishing)
+    demand_same_for_all(followed, changes.vanishing)
     graph = fx.Graph()
     parameters = Parameters(followed.call)
     parameters.write(graph, followed.traced.observed)
-    spelling = Spelling(followed, edits)
+    spelling = Spelling(followed, changes)
     otherwise = Otherwise(followed, answers)
-    asked_again = AskedAgain(otherwise, edits, spelling)
-    assumptions = Assumptions(followed, edits, spelling)
-    ways = Ways(otherwise, edits, spelling, asked_again, parameters.given)
+    asked_again = AskedAgain(otherwise, changes, spelling)
+    assumptions = Assumptions(followed, changes, spelling)
+    ways = Ways(otherwise, changes, spelling, asked_again, parameters.given)
     reads = assumptions.questions(answers)
     left = asked_again.note((key, read) for key, read in reads.items() if not read.where_am_i)
     assumptions.guards += asked_again.guards
@@ -136,7 +138,7 @@ def written_anew(followed: Followed, edits: Edits, answers: Mapping[Key, Any] = 
             ways.add(key, read)
     assumptions.add_names()
     assumptions.add_merged()
-    body = Body(followed, edits, spelling, asked_again, ways.settled, graph, parameters.given)
+    body = Body(followed, changes, spelling, asked_again, ways.settled, graph, parameters.given)
     body.write()
     made = Forward(
         followed.call, body, parameters.guards, assumptions.guards, ways.found, spelling.names, assumptions.merged
@@ -159,12 +161,12 @@ class Ways:
     def __init__(
         self,
         otherwise: Otherwise,
-        edits: Edits,
+        changes: NodeChanges,
         spelling: Spelling,
         asked_again: AskedAgain,
         given: Mapping[fx.Node, fx.Node],
     ) -> None:
-        self.otherwise, self.edits, self.spelling = otherwise, edits, spelling
+        self.otherwise, self.changes, self.spelling = otherwise, changes, spelling
         self.asked_again, self.given, self.shown = asked_again, given, otherwise.followed.call.shown
         self.found: list[tuple[str, Forward | list[Guard]]] = []
         self.settled = set(otherwise.answers)
@@ -201,7 +203,7 @@ class Ways:
         again = Followed.of(again.traced, again.call, [one for one in again.calls() if site(one) in again.out])
         answers = {**self.otherwise.answers, **self.excluded, key: not read.told}
         where = f"where {read.text or 'the dtype of its input'} is {not read.told}"
-        return written_anew(again, self.otherwise.edits(self.edits, again, where), answers)
+        return written_anew(again, self.otherwise.changes(self.changes, again, where), answers)
 
     def _comparison(self, node: fx.Node) -> str | None:
         """A comparison of dtypes as code, of an argument of this forward; None if what is compared is made here."""

@@ -16,7 +16,7 @@ from structrep.guard.sharing import Replicas
 from structrep.match.merge import Merge
 from structrep.modules.parametrized import computed, made_of, settle
 from structrep.rewrite.edit import Edit
-from structrep.rewrite.edits import Edits
+from structrep.rewrite.node_changes import NodeChanges
 from structrep.rewrite.norms import shown_still
 from structrep.rewrite.refill import all_dead
 
@@ -29,9 +29,15 @@ class Leftovers:
     """
 
     def __init__(
-        self, traced: Traced, replicas: Replicas, edits: Edits, forwards: Mapping[Call, Any], merges: Sequence[Merge]
+        self,
+        traced: Traced,
+        replicas: Replicas,
+        changes: NodeChanges,
+        forwards: Mapping[Call, Any],
+        merges: Sequence[Merge],
     ) -> None:
-        self.traced, self.replicas, self.edits, self.forwards, self.merges = traced, replicas, edits, forwards, merges
+        self.traced, self.replicas, self.changes = traced, replicas, changes
+        self.forwards, self.merges = forwards, merges
 
     def _at(self, path: str) -> nn.Module:
         return self.model.get_submodule(path)
@@ -62,9 +68,9 @@ class Leftovers:
         """Take from modules whose forward is written anew what they compute tensors of, if nothing needs those; gives
         the paths of all other tensors that nothing needs."""
         self.model = model
-        dead = self._dead_tensors() if self.edits.owners else set()
+        dead = self._dead_tensors() if self.changes.owners else set()
         alive = {self.traced.names.get(tensor) for tensor in self.used()[1]} if dead else set()
-        for owner in self.edits.owners if dead else ():
+        for owner in self.changes.owners if dead else ():
             module, names = self._at(owner.path), computed(self._at(owner.path))
             held = {f"{owner.path}.{name}" if owner.path else name for name in made_of(module)}
             if held & dead and held.isdisjoint(alive):
@@ -83,7 +89,7 @@ class Leftovers:
         dead = {self._at(call.path) for call in self.dead_calls()} | self._idle_holders(tensors)
         mentions = self._mentions()
         kept = self._mentioned(mentions, dead)
-        for owner in self.edits.owners:
+        for owner in self.changes.owners:
             self._bury_below(self._at(owner.path), dead - kept)
         for name in tensors - mentions:
             with contextlib.suppress(AttributeError):  # buried with its module
@@ -142,7 +148,12 @@ class Leftovers:
         pending, seen = [node], {node}
         for one in pending:
             for user in one.users:
-                if user in seen or user in self.edits.dead or user in self.edits.ended or self.replicas.repeats(user):
+                if (
+                    user in seen
+                    or user in self.changes.dead
+                    or user in self.changes.ended
+                    or self.replicas.repeats(user)
+                ):
                     continue
                 if not VALUE.known(user):
                     return False
@@ -166,8 +177,10 @@ class Leftovers:
 
     def dead_calls(self) -> list[Call]:
         """Calls in which everything is dead."""
-        calls = {call for inner in self.edits.owners.values() for call in inner}
-        dead = {c for c in calls if all(n in self.edits.dead or only_asserted(n) or VALUE.known(n) for n in c.nodes())}
+        calls = {call for inner in self.changes.owners.values() for call in inner}
+        dead = {
+            c for c in calls if all(n in self.changes.dead or only_asserted(n) or VALUE.known(n) for n in c.nodes())
+        }
         return [
             c
             for c in dead

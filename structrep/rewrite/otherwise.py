@@ -16,8 +16,8 @@ from structrep.graph.facts import CALL, CONTEXTS, FORMULA, VALUE
 from structrep.graph.operations import writes
 from structrep.graph.shapes import torch_name
 from structrep.graph.structures import proxies
-from structrep.rewrite.edits import Edits
 from structrep.rewrite.followed import Followed
+from structrep.rewrite.node_changes import NodeChanges
 from structrep.trace.again import retrace
 
 Key = tuple[str, str]  # of a question, in `Call.reads`
@@ -76,8 +76,8 @@ class Otherwise:
         except Different:
             return None
 
-    def edits(self, edits: Edits, again: Followed, where: str) -> Edits:
-        """The edits of the forward as it is when told otherwise.
+    def changes(self, changes: NodeChanges, again: Followed, where: str) -> NodeChanges:
+        """The changes of the forward as it is when told otherwise.
 
         Args:
             where: how that is, as a message says it.
@@ -86,10 +86,10 @@ class Otherwise:
             Unreadable: it would not do the same with what is merged.
         """
         same = counterparts(self.followed, again)
-        self._check_merged(edits, again, {new: old for old, new in same.items()}, where)
-        return edits.carried(same)
+        self._check_merged(changes, again, {new: old for old, new in same.items()}, where)
+        return changes.carried(same)
 
-    def _check_merged(self, edits: Edits, again: Followed, back: Mapping[fx.Node, fx.Node], where: str) -> None:
+    def _check_merged(self, changes: NodeChanges, again: Followed, back: Mapping[fx.Node, fx.Node], where: str) -> None:
         """Raise where what it does only when told otherwise is about what is merged."""
         shown = self.followed.call.shown
         for node in (one for one in again.call.nodes() if one not in back):
@@ -100,13 +100,13 @@ class Otherwise:
             formulas = [FORMULA.of(n).tensors for n in node.all_input_nodes if FORMULA.get(n)]
             made_of = [*itertools.chain(*formulas), *(VALUE.get(n) for n in node.all_input_nodes)]
             held = {again.traced.names.get(id(tensor)) for tensor in made_of}
-            if str(node.target) in edits.layers if node.op == "call_module" else held & edits.homes.keys():
+            if str(node.target) in changes.layers if node.op == "call_module" else held & changes.homes.keys():
                 raise Unreadable(f"{shown} does not use {node.name} as it is merged {where}")
-            if gone := {n for n in node.all_input_nodes if back.get(n) in edits.vanishing}:
+            if gone := {n for n in node.all_input_nodes if back.get(n) in changes.vanishing}:
                 raise Unreadable(f"{shown} uses {next(iter(gone)).name}, which would be gone, {where}")
         given = {proxy.node for proxy in proxies(self.followed.call.result)}
         for proxy in proxies(again.call.result):
-            if back.get(proxy.node) in edits.vanishing - given:
+            if back.get(proxy.node) in changes.vanishing - given:
                 raise Unreadable(f"{shown} gives back {proxy.node.name}, which would be gone, {where}")
 
 

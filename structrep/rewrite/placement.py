@@ -16,7 +16,7 @@ from structrep.match.merge import Merge
 from structrep.match.stretch import Segment
 from structrep.modules.source import words
 from structrep.read.nodes import hands_on
-from structrep.rewrite.edits import Edits
+from structrep.rewrite.node_changes import NodeChanges
 from structrep.rewrite.slot import is_asked_for
 from structrep.rewrite.units import SUMS, Unit, handed_back, host_of, scales, units
 from structrep.rewrite.untaken import Untaken
@@ -33,7 +33,7 @@ class Placement:
         ended: calls of norms that give up their weight and bias.
         anew: calls whose forwards change in more than expressions.
         owned: the merges for which the forward of a call changes.
-        edits: what changes in forwards.
+        changes: what changes in forwards.
     """
 
     def __init__(self, traced: Traced, untaken: Untaken, merges: Sequence[Merge]) -> None:
@@ -44,7 +44,7 @@ class Placement:
         self.ended: set[Call] = set()
         self.anew: set[Call] = set()
         self.owned: dict[Call, set[Merge]] = {}
-        self.edits = Edits()
+        self.changes = NodeChanges()
 
     def decide(self) -> None:
         """Find a place for each merge."""
@@ -52,12 +52,12 @@ class Placement:
             self._decide(merge)
         self._change_untaken()
         swapped = {unit.module.module for unit in (*self.hosts.values(), *self.idle) if unit.module is not None}
-        for owner in [one for one in self.edits.owners if any(call.module in swapped for call in one.chain())]:
-            del self.edits.owners[owner]  # whose whole module is replaced
+        for owner in [one for one in self.changes.owners if any(call.module in swapped for call in one.chain())]:
+            del self.changes.owners[owner]  # whose whole module is replaced
             self.owned.pop(owner, None)
         nodes = (node for merge in self.merges for node in _all_nodes(merge))
-        self.edits.layers = {str(node.target) for node in nodes if node.op == "call_module"}
-        self.edits.homes = {name: home for merge in self.merges for name, home in self._tensors(merge)}
+        self.changes.layers = {str(node.target) for node in nodes if node.op == "call_module"}
+        self.changes.homes = {name: home for merge in self.merges for name, home in self._tensors(merge)}
 
     def where(self, merge: Merge) -> str:
         """The path that the merged layer will have."""
@@ -77,10 +77,10 @@ class Placement:
                 pending += node.users
         owners = {next(CALL.of(n).homes()) for n in same if n.op == "call_function" and n.target in SUMS}
         swapped = {unit.module for unit in (*self.hosts.values(), *self.idle)}
-        classes = {type(owner.module) for owner in self.edits.owners}
+        classes = {type(owner.module) for owner in self.changes.owners}
         return {
             call
-            for call in owners - self.edits.owners.keys()
+            for call in owners - self.changes.owners.keys()
             if type(call.module) in classes
             and len(self.traced.calls[call.module, call.method]) == 1
             and len(call.args) == len(signature(call.function).parameters) == 1
@@ -91,9 +91,9 @@ class Placement:
     def _decide(self, merge: Merge) -> None:
         parts = units(merge)
         host = self.hosts[merge] = host_of(parts)
-        self.edits.reordered |= merge.reordered
-        self.edits.vanishing.update(node for node in merge.nodes if node is not merge.root)
-        self.edits.vanishing.update(node for one in merge.absorbed for node in one.changed)
+        self.changes.reordered |= merge.reordered
+        self.changes.vanishing.update(node for node in merge.nodes if node is not merge.root)
+        self.changes.vanishing.update(node for one in merge.absorbed for node in one.changed)
         for unit in [*parts, *scales(merge)]:
             if unit.module is None:
                 self._change_text(unit, merge)
@@ -106,13 +106,13 @@ class Placement:
         for call in handed_back(merge, self.untaken.given):
             for depth, owner in enumerate(around := list(call.chain())):
                 if merge in self.owned.get(owner, ()):
-                    self.edits.owners[owner].update(around[:depth])
+                    self.changes.owners[owner].update(around[:depth])
         for node in (one.node for one in merge.absorbed if one.ends):
             if node.op == "call_module":
                 self.ended.add(CALL.of(node))
                 self._change_told(CALL.of(node), merge)
             else:
-                self.edits.ended.add(node)
+                self.changes.ended.add(node)
                 self._change(_lone(node), merge)
 
     def _change_text(self, unit: Unit, merge: Merge) -> None:
@@ -120,26 +120,26 @@ class Placement:
         host = unit is self.hosts[merge]
         refilled = self._refillable(unit, merge) if host else None
         owner = self._change(unit, merge)
-        self.edits.units[unit.root] = owner, unit.nodes
+        self.changes.units[unit.root] = owner, unit.nodes
         if refilled is not None:
             self.anew.add(owner)
             self.homes[merge] = (refilled, "")
-            self.edits.refilled[unit.root] = (unit.base, refilled)
+            self.changes.refilled[unit.root] = (unit.base, refilled)
             return
-        self.edits.dead.update(unit.nodes)
+        self.changes.dead.update(unit.nodes)
         if host:
             name = self._new_name(owner, merge)
             self.homes[merge] = (owner.path, name)
-            self.edits.replaced[unit.root] = (unit.base, f"{owner.path}.{name}" if owner.path else name)
+            self.changes.replaced[unit.root] = (unit.base, f"{owner.path}.{name}" if owner.path else name)
         else:
-            self.edits.bypassed[unit.root] = unit.base
+            self.changes.bypassed[unit.root] = unit.base
 
     def _change(self, unit: Unit, merge: Merge) -> Call:
         """Have the forward changed that a unit is written in: that of the innermost call that holds it, which it
         gives."""
         chains = [list(CALL.of(node).homes()) for node in unit.nodes]
         owner: Call = next(call for call in chains[0] if all(call in chain for chain in chains))
-        inner = self.edits.owners.setdefault(owner, set())
+        inner = self.changes.owners.setdefault(owner, set())
         for node in unit.nodes:
             inner.update(itertools.takewhile(lambda call: call is not owner, CALL.of(node).chain()))
         self.owned.setdefault(owner, set()).add(merge)
@@ -150,22 +150,22 @@ class Placement:
         for name in (*call.module._parameters, *call.module._buffers):
             for asker in self.traced.told.get(f"{call.path}.{name}", ()):
                 owner = next(asker.homes())
-                self.edits.owners.setdefault(owner, set())
+                self.changes.owners.setdefault(owner, set())
                 self.owned.setdefault(owner, set()).add(merge)
                 self.anew.add(owner)
 
     def _change_untaken(self) -> None:
         """Have forwards changed whose code, on a path that was not taken, reads a value that will be another, or gives
         another to what is merged: what the path hangs on is then guarded."""
-        written = self.edits.owners.keys() | set().union(*self.edits.owners.values())
+        written = self.changes.owners.keys() | set().union(*self.changes.owners.values())
         for merge in self.merges:
             for call in self.untaken.risks(merge).calls:
                 owner = next(call.homes())
                 if call not in written and owner not in written:
-                    inner = self.edits.owners.setdefault(owner, set())
+                    inner = self.changes.owners.setdefault(owner, set())
                     around = list(call.chain())
                     inner.update(around[: around.index(owner)])
-                if owner in self.edits.owners:
+                if owner in self.changes.owners:
                     self.owned.setdefault(owner, set()).add(merge)
 
     def _tensors(self, merge: Merge) -> Iterator[tuple[str, str]]:

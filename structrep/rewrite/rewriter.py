@@ -44,7 +44,7 @@ class Rewriter:
         """The methods that change, by their calls; and the merges of those that cannot be written, with the reasons."""
         written: dict[Call, Rewritten] = {}
         failed: dict[Merge, Refusal] = {}
-        for owner, written_out in placement.edits.owners.items():
+        for owner, written_out in placement.changes.owners.items():
             try:
                 written[owner] = (
                     self._slot(placement, owner, written_out)
@@ -58,7 +58,7 @@ class Rewriter:
                 failed.update(dict.fromkeys(placement.owned[owner], reason))
         for owner in placement.idle_sums():
             with contextlib.suppress(Refusal):
-                written[owner] = written_anew(Followed.of(self.traced, owner, ()), placement.edits)
+                written[owner] = written_anew(Followed.of(self.traced, owner, ()), placement.changes)
         return written, failed
 
     def _slot(self, placement: Placement, owner: Call, written_out: Set[Call]) -> Slot | None:
@@ -69,7 +69,7 @@ class Rewriter:
             return None
         with contextlib.suppress(Unreadable):
             forward = self._anew(placement, owner, written_out)
-            left = Leftovers(self.traced, self.replicas, placement.edits, {}, placement.merges)
+            left = Leftovers(self.traced, self.replicas, placement.changes, {}, placement.merges)
             return slot(forward, names[0], {call.module for call in left.dead_calls()})
         return None
 
@@ -77,7 +77,7 @@ class Rewriter:
         """The method with its own text edited; None if that is not all that changes, or would not be right."""
         if owner in placement.anew or self.callers.doubt(*site(owner)) is not None:
             return None
-        edits, misuses = placement.edits, list[Use]()
+        changes, misuses = placement.changes, list[Use]()
         for merge in placement.owned[owner]:
             if any(unit.module is not None for unit in units(merge)):  # which is another one on all paths
                 risks = self.untaken.risks(merge)
@@ -88,9 +88,9 @@ class Rewriter:
                 ]
         nodes = [node for node in owner.nodes() if next(CALL.of(node).homes()) is owner]
         try:
-            if any(node in edits.ended for node in nodes) and edits.dead.isdisjoint(nodes):
-                return Untouched(self.traced, edits, owner)
-            return Edit(self.traced, edits, owner, written_out, misuses)
+            if any(node in changes.ended for node in nodes) and changes.dead.isdisjoint(nodes):
+                return Untouched(self.traced, changes, owner)
+            return Edit(self.traced, changes, owner, written_out, misuses)
         except Unreadable as reason:
             self.unedited[site(owner)] = reason
             return None
@@ -98,7 +98,7 @@ class Rewriter:
     def _anew(self, placement: Placement, owner: Call, written_out: Set[Call]) -> Forward:
         if (doubt := self.callers.doubt(*site(owner))) is not None:
             raise Unreadable(doubt)
-        forward = written_anew(Followed.of(self.traced, owner, written_out), placement.edits)
+        forward = written_anew(Followed.of(self.traced, owner, written_out), placement.changes)
         inside = {owner, *written_out}
         self._check_choice(placement.owned[owner], inside, forward)
         return forward

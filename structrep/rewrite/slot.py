@@ -76,7 +76,7 @@ def slot(forward: Forward, name: str, dead: Set[nn.Module]) -> Slot | None:
     except Exception:  # whatever the user's own code raises, with a value that is none
         return None
     idle = set[fx.Node]()
-    env, changed = forward.body.env, forward.body.edits.changed
+    env, changed = forward.body.env, forward.body.changes.changed
     for old, new in env.items():
         source = hands_on(old) if old not in changed and isinstance(new, fx.Node) else None
         if source is not None and env.get(source) in new.all_input_nodes[:1]:

@@ -13,22 +13,22 @@ from structrep.deployed.answers import Cells, Space
 from structrep.errors import Unreadable
 from structrep.graph.reads import Read
 from structrep.modules.source import functions_in
-from structrep.rewrite.edits import Edits
 from structrep.rewrite.followed import Followed
+from structrep.rewrite.node_changes import NodeChanges
 
 
 class Spelling:
     """The names of things in the code of one method.
 
     Args:
-        edits: which say what becomes of tensors.
+        changes: which say what becomes of tensors.
 
     Attributes:
         names: names of what is outside of the module, and what they stand for.
     """
 
-    def __init__(self, followed: Followed, edits: Edits) -> None:
-        self.model, self.call, self.edits = followed.traced.model, followed.call, edits
+    def __init__(self, followed: Followed, changes: NodeChanges) -> None:
+        self.model, self.call, self.changes = followed.traced.model, followed.call, changes
         self.names: dict[str, Any] = {}
 
     def question(self, path: str, read: Read) -> str:
@@ -92,13 +92,13 @@ class Spelling:
 
     def _tensor(self, path: str) -> str:
         """A tensor, or one of the layer that it was merged into."""
-        if path not in self.edits.homes:
+        if path not in self.changes.homes:
             return self.part(path)
-        home, plain = self.edits.homes[path].removesuffix("+"), not self.edits.homes[path].endswith("+")
+        home, plain = self.changes.homes[path].removesuffix("+"), not self.changes.homes[path].endswith("+")
         try:
             spelt = self.part(home)
         except (Unreadable, AttributeError):
-            return self.edits.first_left(self.call)
+            return self.changes.first_left(self.call)
         return f"{spelt}.weight" if plain else f"next({spelt}.parameters())"
 
     def _cell(self, function: FunctionType, text: str) -> str:

@@ -22,7 +22,7 @@ from structrep.modules.positions import definition, parts_of, place
 from structrep.modules.source import functions, syntax, written_in
 from structrep.modules.uses import Place, Use, place_of
 from structrep.read.nodes import hands_on
-from structrep.rewrite.edits import Edits
+from structrep.rewrite.node_changes import NodeChanges
 from structrep.rewrite.syntax import in_place_alike
 from structrep.rewrite.wanted import Piece, Wanted
 
@@ -41,7 +41,7 @@ class Steps:
 
     def __init__(
         self,
-        edits: Edits,
+        changes: NodeChanges,
         call: Call,
         code: CodeType,
         tree: ast.FunctionDef,
@@ -49,10 +49,10 @@ class Steps:
         misuses: list[Use],
         answers: tuple[tuple[ast.expr, bool], ...],
     ) -> None:
-        self.edits, self.call, self.code, self.tree, self.space = edits, call, code, tree, space
+        self.changes, self.call, self.code, self.tree, self.space = changes, call, code, tree, space
         self.misuses, self.answers = misuses, answers
         self.numbers: dict[fx.Node, int] = {}
-        self.units = {root: set(nodes) for root, (owner, nodes) in edits.units.items() if owner is call}
+        self.units = {root: set(nodes) for root, (owner, nodes) in changes.units.items() if owner is call}
         self.gone = set[fx.Node]().union(*self.units.values())
 
     def wanted(self) -> Wanted:
@@ -100,7 +100,7 @@ class Steps:
             frozenset(
                 name for name, value in named.items() if not isinstance(value, ModuleType) and not callable(value)
             ),
-            frozenset(self.numbers[node] for node in self.edits.vanishing if node in self.numbers),
+            frozenset(self.numbers[node] for node in self.changes.vanishing if node in self.numbers),
             self.answers,
             frozenset(self._misused()),
             tuple(self._takers(texts, kinds)),
@@ -127,7 +127,7 @@ class Steps:
             of_call = [proxy.node for proxy in proxies((step.args, step.kwargs))] if isinstance(step, Call) else []
             given = step.all_input_nodes if isinstance(step, fx.Node) else of_call
             for node in given:
-                if node not in self.edits.vanishing or (isinstance(step, fx.Node) and asks_shape(step)):
+                if node not in self.changes.vanishing or (isinstance(step, fx.Node) and asks_shape(step)):
                     continue
                 if step not in placed:
                     raise Unreadable(f"{self.call.shown} has others take what a merged layer gives")
@@ -152,7 +152,7 @@ class Steps:
         values: dict[ast.AST | str, frozenset[int]],
         made_in: dict[fx.Node, ast.AST],
     ) -> Piece:
-        base, path = self.edits.replaced.get(node) or (self.edits.bypassed[node], None)
+        base, path = self.changes.replaced.get(node) or (self.changes.bypassed[node], None)
         number = self._number(node)
         if text is None or number not in values[text]:
             raise Unreadable(f"{self.call.shown} has no text for what is merged")
@@ -173,7 +173,7 @@ class Steps:
 
     def _source(self, node: fx.Node) -> fx.Node | None:
         """What a node hands on as it is, in its dtype too; None if it does something."""
-        if node in self.edits.ended or node in self.edits.refilled or node.target in _CASTS:
+        if node in self.changes.ended or node in self.changes.refilled or node.target in _CASTS:
             return None
         return hands_on(node)
 

@@ -33,7 +33,7 @@ class Surgery:
 
     def __init__(self, draft: Draft, model: nn.Module) -> None:
         self.draft, self.placement, self.model = draft, draft.placement, model
-        self.left = Leftovers(draft.traced, draft.replicas, self.placement.edits, draft.forwards, draft.merges)
+        self.left = Leftovers(draft.traced, draft.replicas, self.placement.changes, draft.forwards, draft.merges)
         self.places: dict[nn.Module, list[tuple[nn.Module, str]]] = {}  # who holds a module, under which name
         for parent in model.modules():
             for name, child in parent._modules.items():
@@ -108,7 +108,7 @@ class Surgery:
             return
         path, name = self.placement.homes[merge]
         module = self._at(path)
-        if host.root in self.placement.edits.refilled:
+        if host.root in self.placement.changes.refilled:
             module._parameters |= layer._parameters
         else:
             module.__dict__.pop(name, None)

@@ -13,8 +13,8 @@ from structrep.graph.calls import Call, Traced
 from structrep.graph.facts import AT, CALL, FORMULA, VALUE
 from structrep.modules.positions import definition, place
 from structrep.modules.presence import path_to
-from structrep.rewrite.edits import Edits
 from structrep.rewrite.guards import Guard
+from structrep.rewrite.node_changes import NodeChanges
 
 
 class Untouched:
@@ -24,13 +24,13 @@ class Untouched:
         Unreadable: its text does more with these than to hand them on.
     """
 
-    def __init__(self, traced: Traced, edits: Edits, call: Call) -> None:
+    def __init__(self, traced: Traced, changes: NodeChanges, call: Call) -> None:
         self.constants: dict[str, Any] = {}
         self.merged: dict[Any, Any] = {}
         read = definition(call.bytecode) if call.bytecode is not None else None
         nodes = list(call.nodes())
-        ended = [node for node in nodes if node in edits.ended]
-        if read is None or not isinstance(read[0], ast.FunctionDef) or not ended or not edits.dead.isdisjoint(nodes):
+        ended = [node for node in nodes if node in changes.ended]
+        if read is None or not isinstance(read[0], ast.FunctionDef) or not ended or not changes.dead.isdisjoint(nodes):
             raise Unreadable("more changes than parameters")
         prefix = f"{call.path}." if call.path else ""
         held: set[str] = set()

@@ -13,8 +13,8 @@ from structrep.match.sum_order import Reordered
 
 
 @dataclass
-class Edits:
-    """What changes in forwards, by node of the flat graph."""
+class NodeChanges:
+    """What becomes of the nodes of the flat graph in the forwards that are written."""
 
     dead: set[fx.Node] = field(default_factory=set)
     replaced: dict[fx.Node, tuple[fx.Node, str]] = field(default_factory=dict)  # root -> base and path of the new layer
@@ -37,8 +37,8 @@ class Edits:
         """The nodes that are not written as they are."""
         return {*self.dead, *self.replaced, *self.bypassed, *self.refilled, *self.ended, *self.vanishing}
 
-    def carried(self, same: Mapping[fx.Node, fx.Node]) -> Edits:
-        """These edits in one forward that was followed again.
+    def carried(self, same: Mapping[fx.Node, fx.Node]) -> NodeChanges:
+        """These changes in one forward that was followed again.
 
         Args:
             same: what does there what these nodes do.
