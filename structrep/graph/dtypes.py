@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from structrep.algebra.shadows import STEPS
 from structrep.graph import operations
-from structrep.graph.facts import AUTOCAST, CALL, DTYPE, KIND, UNFOLLOWED, VALUE
+from structrep.graph.facts import AUTOCAST, CALL, DTYPE, STATIC_DTYPE, UNFOLLOWED, VALUE
 from structrep.graph.queries import counts_sizes
 from structrep.graph.shapes import argument, torch_name
 from structrep.modules.parametrized import torch_kind
@@ -33,25 +33,25 @@ _ALIKE = {"chunk", "split", "tensor_split", "split_with_sizes", "unbind"}  # wha
 
 
 def note(node: fx.Node, own: torch.dtype) -> None:
-    """Note the dtype of a node's value, or None, as its `kind`; inputs are taken to be of the parameters' dtype."""
-    if not KIND.known(node):
-        KIND.note(node, DTYPE.get(node) or (own if node.op == "placeholder" else _kind(node)))
+    """Note the dtype of a node's value, or None, as `STATIC_DTYPE`; inputs are taken to be of the parameters' dtype."""
+    if not STATIC_DTYPE.known(node):
+        STATIC_DTYPE.note(node, DTYPE.get(node) or (own if node.op == "placeholder" else _static_dtype(node)))
 
 
-def _kind(node: fx.Node) -> torch.dtype | None:
+def _static_dtype(node: fx.Node) -> torch.dtype | None:
     value = VALUE.get(node)
     if isinstance(value, (Tensor, torch.dtype)):
         return value if isinstance(value, torch.dtype) else value.dtype
     if node.op == "output" or AUTOCAST.get(node):
         return None
     sources = [n for n in node.all_input_nodes if not counts_sizes(n)]
-    kinds = {KIND.of(n) for n in sources}
+    dtypes = {STATIC_DTYPE.of(n) for n in sources}
     if node.op == "call_module":
         module = CALL.of(node).module
-        kinds |= {p.dtype for p in module.parameters()} if torch_kind(module) else {None}
-        return _only(kinds)
+        dtypes |= {p.dtype for p in module.parameters()} if torch_kind(module) else {None}
+        return _only(dtypes)
     if node.target is getattr:  # of a question, that of the value which it is asked of
-        return KIND.of(sources[0]) if sources and node.args[1] in ("dtype", "T", "mT") else None
+        return STATIC_DTYPE.of(sources[0]) if sources and node.args[1] in ("dtype", "T", "mT") else None
     if (to := cast_to(node)) is not None:
         return to
     name = torch_name(node)
@@ -60,7 +60,7 @@ def _kind(node: fx.Node) -> torch.dtype | None:
     if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
         return _item(node.args[0], node.args[1])
     if name in _KEEPS:
-        return None if _is_told(node) else _only(kinds)
+        return None if _is_told(node) else _only(dtypes)
     return _computed(node) if operations.is_pointwise(node.target) else None
 
 
@@ -84,9 +84,9 @@ def keeps(node: fx.Node) -> bool:
     return known and given and not _is_told(node) and torch_name(node) not in STEPS
 
 
-def _only(kinds: set[torch.dtype | None]) -> torch.dtype | None:
+def _only(dtypes: set[torch.dtype | None]) -> torch.dtype | None:
     """The one dtype of floats that there is; integers beside them are indices, or of no account."""
-    floats = [one for one in kinds if one is None or one.is_floating_point or one.is_complex]
+    floats = [one for one in dtypes if one is None or one.is_floating_point or one.is_complex]
     return floats[0] if len(floats) == 1 else None
 
 
@@ -96,28 +96,30 @@ def _cast(node: fx.Node, sources: list[fx.Node]) -> torch.dtype | None:
     given = [one for one in (*node.args[1:], *node.kwargs.values()) if not isinstance(one, (fx.Node, torch.device))]
     if given or len(asked) > 1:
         return None
-    return KIND.of((asked or sources)[0])
+    return STATIC_DTYPE.of((asked or sources)[0])
 
 
 def _item(source: fx.Node, index: Any) -> torch.dtype | None:
     """The dtype of a part of a value, or of one of several."""
     several = source.op == "call_module" or operations.gives(source.target, source.args, source.kwargs) != "tensor"
     one = source.op == "placeholder" or not isinstance(index, int) or torch_name(source) in _ALIKE
-    return KIND.of(source) if one or not several or index == 0 else None
+    return STATIC_DTYPE.of(source) if one or not several or index == 0 else None
 
 
 def _computed(node: fx.Node) -> torch.dtype | None:
     """The dtype of what an operation makes of single numbers, which it makes of all others too."""
     given = [n for n in node.all_input_nodes if not counts_sizes(n)]
-    kinds = {KIND.of(n) for n in given if isinstance(VALUE.get(n, ...), (Tensor, type(...)))}
-    floats = [one for one in kinds if one is not None and one.is_floating_point]
-    if len(floats) > 1 or (None in kinds and not floats):
+    dtypes = {STATIC_DTYPE.of(n) for n in given if isinstance(VALUE.get(n, ...), (Tensor, type(...)))}
+    floats = [one for one in dtypes if one is not None and one.is_floating_point]
+    if len(floats) > 1 or (None in dtypes and not floats):
         return None  # where floats are mixed, dims count that nothing tells
 
     def load(one: fx.Node) -> Any:
         value = VALUE.get(one, 1 if counts_sizes(one) else None)
-        kind = KIND.of(one) or (floats[0] if floats else None)  # a part that is not followed gives no wider floats
-        return torch.ones(1, dtype=kind) if value is None or isinstance(value, Tensor) else value
+        dtype = STATIC_DTYPE.of(one) or (
+            floats[0] if floats else None
+        )  # a part that is not followed gives no wider floats
+        return torch.ones(1, dtype=dtype) if value is None or isinstance(value, Tensor) else value
 
     with torch.no_grad(), contextlib.suppress(Exception):
         args: tuple[Any, ...] = fx.node.map_arg(node.args, load)

@@ -71,13 +71,13 @@ FORMULA: Fact[Any] = Fact("formula")  # what it was computed with and from; none
 UNSTEADY: Fact[bool] = Fact("unsteady")  # whether it may be another at the next call
 RECOMPUTE: Fact[Callable[[], Any]] = Fact("recompute")  # computes it in float64; none if it was not computed
 EXACT: Fact[Any] = Fact("exact")  # what that gave, once it was asked for (`constants.exact`)
-SAME_KIND: Fact[bool] = Fact("same_kind")  # of a cast: whether it is to the dtype of the model, by folding
+TO_OWN_DTYPE: Fact[bool] = Fact("to_own_dtype")  # of a cast: whether it is to the dtype of the model, by folding
 
 # --- of values, by who asks first ---------------------------------------------------------------------------
 
 SHAPE: Fact[tuple[int, ...]] = Fact("shape")  # with example inputs, where they could be followed (`run.infer_shapes`)
 DTYPE: Fact[torch.dtype] = Fact("dtype")  # the same
-KIND: Fact[torch.dtype | None] = Fact("kind")  # its dtype, where that is known without a run; None where not (`dtypes`)
+STATIC_DTYPE: Fact[torch.dtype | None] = Fact("static_dtype")  # its dtype, as known without a run; or None (`dtypes`)
 RANK: Fact[int | None] = Fact("rank")  # how many dims it has; None if that is not known (`shapes`)
 STAND_IN: Fact[Any] = Fact("stand_in")  # a number or tensor that answers for it when it is asked (`structures`)
 COUNTS_SIZES: Fact[bool] = Fact("counts_sizes")  # whether it is made of sizes alone (`queries`)

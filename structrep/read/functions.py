@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from structrep.algebra.precision import doubled
 from structrep.graph.constants import constant, exact
 from structrep.graph.dtypes import CASTS, cast_to
-from structrep.graph.facts import AUTOCAST, CALL, INDEX, SAME_KIND, VALUE
+from structrep.graph.facts import AUTOCAST, CALL, INDEX, TO_OWN_DTYPE, VALUE
 from structrep.graph.queries import asks_kind
 from structrep.graph.shapes import argument, rank, torch_name
 from structrep.read.arguments import Arguments, reads
@@ -438,7 +438,7 @@ def _(a: Arguments) -> Identity | None:
     if not isinstance(like, fx.Node) or len(a.node.args) + len(a.node.kwargs) > 2:
         return None
     told = asks_kind(like) and VALUE.known(like)
-    return Identity(a(0, "input")) if told or SAME_KIND.get(a.node) else None
+    return Identity(a(0, "input")) if told or TO_OWN_DTYPE.get(a.node) else None
 
 
 def _is_own(given: Any, own: torch.dtype) -> bool:

@@ -13,7 +13,7 @@ from structrep.algebra.precision import as_stored, doubled
 from structrep.algebra.shadows import Shadows
 from structrep.graph import constants, dtypes, operations
 from structrep.graph.calls import storage
-from structrep.graph.facts import FORMULA, KIND, RECOMPUTE, SAME_KIND, UNSTEADY, VALUE
+from structrep.graph.facts import FORMULA, RECOMPUTE, STATIC_DTYPE, TO_OWN_DTYPE, UNSTEADY, VALUE
 from structrep.graph.queries import asks_kind
 from structrep.graph.run import computed
 from structrep.terms.layer import Formula
@@ -35,11 +35,11 @@ def fold_constants(tracer: CallTracer) -> None:
             continue
         if not asks_kind(node):
             _fold(node, tracer)
-        elif node.args[1] == "device" or KIND.of(node.args[0]) is owner.dtype:
+        elif node.args[1] == "device" or STATIC_DTYPE.of(node.args[0]) is owner.dtype:
             VALUE.note(node, getattr(owner, node.args[1]))
         dtypes.note(node, owner.dtype)
         if node.target == "type_as" and len(node.args) == 2:
-            SAME_KIND.note(node, KIND.of(node.args[1]) is owner.dtype)
+            TO_OWN_DTYPE.note(node, STATIC_DTYPE.of(node.args[1]) is owner.dtype)
 
 
 def _fold(node: fx.Node, tracer: CallTracer) -> None:

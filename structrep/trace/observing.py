@@ -23,7 +23,7 @@ from torch.fx.proxy import TraceError
 
 from structrep.graph import dtypes
 from structrep.graph.answers import answer
-from structrep.graph.facts import ASKED, KIND, RANK, RELIED
+from structrep.graph.facts import ASKED, RANK, RELIED, STATIC_DTYPE
 from structrep.graph.known import Known
 from structrep.graph.reads import Read
 from structrep.graph.run import Failed, Partial
@@ -212,8 +212,8 @@ class Observer:
         """The dtype that a question gives: its value's, and where nothing tells that, the model's."""
         if node.target is not getattr or node.args[1] != "dtype":
             return None
-        kind = KIND.of(node.all_input_nodes[0]) or own
-        return self.tracer.questions.answers.get(INPUTS, own) if kind is own else kind
+        dtype = STATIC_DTYPE.of(node.all_input_nodes[0]) or own
+        return self.tracer.questions.answers.get(INPUTS, own) if dtype is own else dtype
 
     def _note_dtype(self, asked: fx.Proxy, told: bool) -> bool:
         """Note a condition on the dtype of an input, and assert what it is taken to be."""
