@@ -20,7 +20,7 @@ from structrep.algebra import ConvMap, Ints
 from structrep.errors import Incompatible, Mutated, Refusal, Shared, Unreadable
 from structrep.graph.aliases import aliases, writers
 from structrep.graph.calls import Trace
-from structrep.graph.facts import CALL, INDEX, KEPT
+from structrep.graph.facts import CALL, INDEX, STORED
 from structrep.graph.names import path_of
 from structrep.graph.queries import asks_kind, only_asserted
 from structrep.graph.shapes import torch_name
@@ -141,7 +141,7 @@ def _check_uses(block: _Block, acts: list[fx.Node], borders: Borders) -> None:
     changed = block.inside.union(acts)
     for value_ in changed - {block.node}:
         others = [u for u in value_.users if u not in changed and not only_asserted(u) and not asks_kind(u)]
-        if others or KEPT.get(value_):
+        if others or STORED.get(value_):
             raise Shared(f"{value_.name}, a value inside the block, is used elsewhere")
     base = block.carried.base
     if any(INDEX.of(writer) > INDEX.of(base) for writer in writers(aliases(base))):

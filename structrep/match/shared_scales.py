@@ -23,7 +23,7 @@ from structrep.algebra import ConvMap
 from structrep.errors import Mutated, Refusal
 from structrep.graph.aliases import aliases, writers
 from structrep.graph.axes import axis_after, axis_before
-from structrep.graph.facts import INDEX, KEPT
+from structrep.graph.facts import INDEX, STORED
 from structrep.graph.queries import asks_shape, only_asserted
 from structrep.graph.shapes import rank
 from structrep.match.pieces import Pieces, frame, is_matrix, pieces, spread, takes_together
@@ -114,7 +114,7 @@ def _parts(readings: Readings) -> set[fx.Node]:
 def _seen_elsewhere(node: fx.Node, scale: Layer) -> bool:
     """Whether what a scale is made of, or what it gives, is of use to what a graph does not show, or it not all."""
     inside = {*scale.through, node}
-    return any(KEPT.get(part) for part in inside) or any(
+    return any(STORED.get(part) for part in inside) or any(
         user not in inside for part in scale.through for user in part.users
     )
 
@@ -270,7 +270,7 @@ def _by_sum(node: fx.Node, sum_: Sum, readings: Readings, found: Mapping[fx.Node
                 return None
         if any(user not in inside and not asks_shape(user) for one in through for user in one.users):
             return None
-        if any(KEPT.get(one) for one in inside) or writers(aliases(base)) - {node, *through}:
+        if any(STORED.get(one) for one in inside) or writers(aliases(base)) - {node, *through}:
             return None
         added = zip((other.term for other in others), rest, strict=True)
         terms = [signed(term, sign) for term, (_, sign) in added if term is not None]
@@ -336,8 +336,8 @@ def readers_of(node: fx.Node, readings: Readings) -> list[fx.Node]:
 
 def _users(node: fx.Node, readings: Readings) -> list[fx.Node]:
     """What reads a value, but for what asks for its shape; the value itself, if its module keeps it."""
-    kept = [node] if KEPT.get(node) else []
-    return kept + [user for user in readers_of(node, readings) if not only_asserted(user) and not asks_shape(user)]
+    stored = [node] if STORED.get(node) else []
+    return stored + [user for user in readers_of(node, readings) if not only_asserted(user) and not asks_shape(user)]
 
 
 def _channels(scale: Layer, first: int, count: int) -> Layer:

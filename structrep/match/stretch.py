@@ -8,7 +8,7 @@ from functools import cached_property
 
 from torch import fx
 
-from structrep.graph.facts import KEPT
+from structrep.graph.facts import STORED
 from structrep.graph.queries import asks_kind, asks_shape, asserts_rank, counts_sizes, only_asserted
 from structrep.match.shared_scales import Absorption
 from structrep.terms.term import Term, seq
@@ -70,7 +70,7 @@ class Stretch:
             for node in segment.nodes:
                 if node is self.root:
                     continue
-                if KEPT.get(node):
+                if STORED.get(node):
                     return node
                 users = [user for user in node.users if user not in inside and not _vanishes(user, inside)]
                 # Before the merged layer stands its input, behind it its output: their shapes may be those asked for.

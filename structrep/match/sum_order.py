@@ -17,7 +17,7 @@ from torch import fx
 
 from structrep.graph.aliases import aliases, writers
 from structrep.graph.calls import Trace
-from structrep.graph.facts import AUTOCAST, CALL, COUNTS_SIZES, INDEX, KEPT, RANK, REORDERED
+from structrep.graph.facts import AUTOCAST, CALL, COUNTS_SIZES, INDEX, RANK, REORDERED, STORED
 from structrep.graph.structures import proxies
 
 Merges = Callable[[Sequence[fx.Node], Sequence[fx.Node]], bool]
@@ -117,7 +117,7 @@ def _is_sum(node: fx.Node) -> bool:
     """Whether a node adds two values, and writes to neither."""
     adds = node.target in (operator.add, torch.add) or (node.op, node.target) == ("call_method", "add")
     plain = len(node.args) == 2 and not node.kwargs and all(isinstance(one, fx.Node) for one in node.args)
-    return adds and plain and not AUTOCAST.of(node) and not KEPT.get(node)
+    return adds and plain and not AUTOCAST.of(node) and not STORED.get(node)
 
 
 def _sum_of(addition: fx.Node, passed: Set[fx.Node]) -> fx.Node | None:

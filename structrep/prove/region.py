@@ -22,7 +22,7 @@ from structrep.algebra.shadows import Doubled, Shadows
 from structrep.errors import WrongMerge
 from structrep.graph.constants import held
 from structrep.graph.dtypes import keeps
-from structrep.graph.facts import CALL, DTYPE, HELD, INDEX, KEPT, SHAPE, VALUE
+from structrep.graph.facts import CALL, DTYPE, HELD, INDEX, SHAPE, STORED, VALUE
 from structrep.graph.queries import asks_shape, counts_sizes, only_asserted
 from structrep.graph.run import computed
 from structrep.graph.shapes import rank, torch_name
@@ -74,7 +74,7 @@ class Region:
 
     def _is_output(self, node: fx.Node) -> bool:
         users = (user for user in node.users if user not in self.inside)
-        return bool(KEPT.get(node)) or any(not asks_shape(user) and not only_asserted(user) for user in users)
+        return bool(STORED.get(node)) or any(not asks_shape(user) and not only_asserted(user) for user in users)
 
     def reads(self, node: fx.Node) -> list[fx.Node]:
         """What a node reads once the merges are done."""

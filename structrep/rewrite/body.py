@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from structrep.errors import Unreadable
 from structrep.graph.aliases import aliases, writers
 from structrep.graph.calls import Call
-from structrep.graph.facts import ASKED, AUTOCAST, CONSTANT, CONTEXTS, HELD, KEPT, VALUE
+from structrep.graph.facts import ASKED, AUTOCAST, CONSTANT, CONTEXTS, HELD, STORED, VALUE
 from structrep.graph.operations import writes
 from structrep.graph.queries import asks_kind, counts_sizes, only_asserted
 from structrep.match.sum_order import as_traced
@@ -190,7 +190,7 @@ class Body:
 
 def _is_new(node: fx.Node) -> bool:
     """Whether a node gives what a convolution or Linear has made, perhaps normed, and nothing else can look at."""
-    while sum(not only_asserted(user) for user in node.users) == 1 and not KEPT.get(node):
+    while sum(not only_asserted(user) for user in node.users) == 1 and not STORED.get(node):
         reading = read_node(node)
         if isinstance(reading, Layer) and reading.kind in ("conv", "linear"):
             return True

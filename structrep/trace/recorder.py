@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from structrep.graph.calls import Call
 from structrep.graph.contexts import Contexts
-from structrep.graph.facts import KEPT
+from structrep.graph.facts import STORED
 from structrep.graph.structures import alike, held, holds_still, is_traced, proxies, snapshot
 from structrep.modules import parametrized
 from structrep.modules.source import written_first
@@ -137,7 +137,7 @@ class Recorder:
         if parent and dropped:
             del parent.steps[-1], self.calls[-1]  # its origin says how it came about
         if not leaf:
-            self._note_kept(call, attributes)
+            self._note_stored(call, attributes)
         own = {} if leaf else m.__dict__
         now = {key: value for key, value in own.items() if not self._settles(m, key, attributes.get(key), value)}
         before = {key: value for key, value in attributes.items() if key in now or key not in own}
@@ -177,12 +177,12 @@ class Recorder:
             if call is not None and self.state != before:
                 call.mutates = True
 
-    def _note_kept(self, call: Call, before: dict[str, Any]) -> None:
-        """Mark the traced values that a call has left in its module: they are looked at later."""
-        kept = {key: value for key, value in call.module.__dict__.items() if before.get(key) is not value}
-        for proxy in proxies(kept):
+    def _note_stored(self, call: Call, before: dict[str, Any]) -> None:
+        """Mark the traced values that a call has stored in its module: they are looked at later."""
+        stored = {key: value for key, value in call.module.__dict__.items() if before.get(key) is not value}
+        for proxy in proxies(stored):
             if isinstance(proxy, TracedValue):
-                KEPT.note(proxy.node, True)
+                STORED.note(proxy.node, True)
                 call.mutates = True
 
 
