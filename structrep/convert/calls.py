@@ -79,7 +79,7 @@ def plan(
     )
     made = planned(model, example_inputs, options)
     for merge in made.merged.values():
-        merge.kept = None  # weights may be written to before the plan is applied
+        merge.cached = None  # weights may be written to before the plan is applied
     return made
 
 

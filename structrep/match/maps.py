@@ -1,4 +1,4 @@
-"""Merged maps at hand, so that they need not be computed once more when they are placed."""
+"""Merged maps, cached, so that they need not be computed once more when they are placed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class MergedMaps:
         self._room = ROOM
 
     def hold(self, stretch: Stretch, map_: ConvMap) -> None:
-        """Keep a stretch's map, in the place of an earlier one."""
+        """Cache a stretch's map, in the place of an earlier one."""
         ends = stretch.base, stretch.root
         if (old := self._made.pop(ends, None)) is not None:
             self._room += old.kernel.nbytes

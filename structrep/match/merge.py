@@ -42,7 +42,7 @@ class Merge:
     trace: Trace
     fit: Fit
     carried: Carried | None = None
-    kept: ConvMap | None = None  # its value, until that is placed
+    cached: ConvMap | None = None  # its value, until that is placed
 
     @property
     def base(self) -> fx.Node:
@@ -77,8 +77,8 @@ class Merge:
         return {*self.absorbed, *self.reordered, *([] if self.carried is None else [self.carried])}
 
     def value(self) -> ConvMap:
-        """The merged map; read from the weights as they are now, if it was not kept."""
-        return self.kept or value(self.term, rigour=self.fit.rigour)
+        """The merged map; read from the weights as they are now, if it is not cached."""
+        return self.cached or value(self.term, rigour=self.fit.rigour)
 
     @property
     def sizes(self) -> tuple[Ints, Ints] | None:

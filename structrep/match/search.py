@@ -125,7 +125,7 @@ class Search:
                 self.merges.append(merge)
                 taken.update(merge.nodes)
         self.merges.reverse()
-        self.maps = MergedMaps()  # those of merges are kept there
+        self.maps = MergedMaps()  # those of merges are cached there
 
     def refused(self) -> list[Missed]:
         """The refusals that matter beside what was merged; also, of every norm that stays and that none is about, what
@@ -282,7 +282,7 @@ class Search:
             owner_of({*stretch.nodes, *stretch.scales}),
             self.trace,
             fitted,
-            kept=self.maps.get(stretch),
+            cached=self.maps.get(stretch),
         )
 
     def _matters(self, miss: Missed) -> bool:

@@ -88,7 +88,7 @@ class Surgery:
 
     def _place(self, merge: Merge) -> None:
         map_, host = merge.value(), self.placement.hosts[merge]
-        merge.kept = None
+        merge.cached = None
         bias = any(layer.shifts for layer in merge.term.leaves())
         kernels = [layer for segment in host.segments for layer in segment.term.leaves() if layer.weight is not None]
         learned = any(tensor.requires_grad for layer in kernels for tensor in kernels_of(layer))
