@@ -19,7 +19,7 @@ from structrep.match.find import find
 from structrep.match.merge import Missed
 from structrep.modules.arguments import Example
 from structrep.modules.copies import eval_copy, shallow_copy
-from structrep.modules.wrappers import kept, settle, unwrapped
+from structrep.modules.wrappers import excluded, settle, unwrapped
 from structrep.prove.run import observe
 from structrep.read.probe import probe as find_map
 from structrep.records.base import counted
@@ -105,7 +105,7 @@ def planned(model: nn.Module, example_inputs: Example | None, options: Options) 
         )
     with process.same_chance(), precision.whole():  # a forward may draw numbers
         borders = options.inexact_borders
-        found = find(model, example_inputs, registry, borders, maps, refused, blocks, observed, kept(model))
+        found = find(model, example_inputs, registry, borders, maps, refused, blocks, observed, excluded(model))
     measured = None if options.cost == "counted" else IN_TORCH if options.cost == "measured" else options.cost
     plan = Plan(model, select(found, options.reserve), measured, given)
     if example_inputs is None or measured is None:

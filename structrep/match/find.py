@@ -29,7 +29,7 @@ def find(
     beforehand: Iterable[Missed] = (),
     blocks: tuple[str, ...] = (),
     observed: Observed | None = None,
-    kept: Mapping[str, str] | None = None,
+    excluded: Mapping[str, str] | None = None,
 ) -> Findings:
     """Trace the model and find all its merges; those of layers that `inexact_borders` names may differ at the border.
 
@@ -38,14 +38,15 @@ def find(
         beforehand: refusals that are there already.
         blocks: modules by path, inside each of which is all that may be merged; () for anywhere.
         observed: what the model was seen to give to its parts.
-        kept: layers by path that stay as they are, and why.
+        excluded: layers by path that stay as they are, and why.
 
     Raises:
         TrainingMode, Uninitialized, Sharded, BadInput: the model cannot be planned as it is.
     """
     check_ready(model)
     traced = trace(model, example_inputs, probed or {}, observed=observed)
-    return _search(Findings(traced, registry, tuple(inexact_borders), tuple(beforehand), blocks, kept=kept or {}))
+    borders, refused = tuple(inexact_borders), tuple(beforehand)
+    return _search(Findings(traced, registry, borders, refused, blocks, excluded=excluded or {}))
 
 
 def again(
@@ -63,7 +64,7 @@ def again(
         found.blocks,
         {**found.unwritable, **(unwritable or {})},
         {**found.slower, **left},
-        found.kept,
+        found.excluded,
     )
     return _search(findings)
 

@@ -32,7 +32,7 @@ class Findings:
     blocks: tuple[str, ...] = ()  # modules by path, inside each of which is all that may be merged; () for anywhere
     unwritable: Mapping[tuple[str, str], Refusal] = field(default_factory=dict)  # methods that cannot be written anew
     slower: Mapping[tuple[fx.Node, fx.Node], Refusal] = field(default_factory=dict)  # stretches, by base and root
-    kept: Mapping[str, str] = field(default_factory=dict)  # layers by path that stay as they are, and why
+    excluded: Mapping[str, str] = field(default_factory=dict)  # layers by path that stay as they are, and why
     merges: list[Merge] = field(default_factory=list)
     missed: list[Missed] = field(default_factory=list)
     searches: list[Search] = field(default_factory=list)
@@ -43,7 +43,7 @@ class Findings:
 
     def __post_init__(self) -> None:
         self.callers = Callers(self.traced)
-        self.adapters = Adapters(self.traced.model, self.kept)
+        self.adapters = Adapters(self.traced.model, self.excluded)
         self.look_again()
 
     def look_again(self) -> None:

@@ -74,7 +74,7 @@ def settle(model: nn.Module, change: bool = True) -> bool:
     return bool(places)
 
 
-def kept(model: nn.Module) -> dict[str, str]:
+def excluded(model: nn.Module) -> dict[str, str]:
     """Paths of layers that stay as they are, with what makes them, adapters of a wrapper that stays; and of the models
     in such wrappers, which would not be themselves if anything outside were merged into them."""
     found: dict[str, str] = {}
