@@ -130,8 +130,8 @@ def _probed(model: nn.Module, observed: Observed) -> tuple[dict[str, ConvMap], l
     """The maps that layers were found to be, and why others were not."""
     found: dict[str, ConvMap] = {}
     refused: list[Missed] = []
-    for path in sorted(observed.keep):
-        given = observed.kept.get(path, ())
+    for path in sorted(observed.capture):
+        given = observed.captured.get(path, ())
         try:
             if len(given) != 1:
                 raise Unreadable("the model does not call it with one argument for the example inputs")

@@ -86,14 +86,14 @@ class Observed:
 
     Args:
         paths: the modules of the model that will run, by which they are known.
-        keep: paths of modules whose arguments, at their first call, are kept as they are.
+        capture: paths of modules whose arguments, at their first call, are captured as they are.
         inputs: what the model was given, in a dtype that it has.
     """
 
     paths: dict[nn.Module, str] = field(default_factory=dict)
-    keep: Collection[str] = ()
+    capture: Collection[str] = ()
     inputs: Any = None
-    kept: dict[str, tuple[Any, ...]] = field(default_factory=dict)
+    captured: dict[str, tuple[Any, ...]] = field(default_factory=dict)
     # what is called -> by which code -> in which forms; None for one that cannot be noted
     calls: dict[Site, dict[Site, dict[Any, Arguments | None]]] = field(default_factory=dict)
 
@@ -139,8 +139,8 @@ class Observed:
         self, stack: list[Site], module: nn.Module, site: Site, function: Callable[..., Any], /, *args: Any, **kw: Any
     ) -> Any:
         path, method = site
-        if path in self.keep and method == "forward":
-            self.kept.setdefault(path, () if kw else args)
+        if path in self.capture and method == "forward":
+            self.captured.setdefault(path, () if kw else args)
         if stack:
             forms = self.calls.setdefault(site, {}).setdefault(stack[-1], {})
             self._note(forms, function, args, kw)

@@ -156,11 +156,11 @@ class Run:
         return hook
 
 
-def observe(model: nn.Module, example_inputs: Example, keep: Collection[str] = ()) -> Observed:
+def observe(model: nn.Module, example_inputs: Example, capture: Collection[str] = ()) -> Observed:
     """Run a copy of a model where it is, and note what it gives to each of its parts.
 
     Args:
-        keep: paths of modules whose arguments, at their first call, are kept as they are.
+        capture: paths of modules whose arguments, at their first call, are captured as they are.
 
     Raises:
         BadInput: the model rejects the inputs.
@@ -169,14 +169,14 @@ def observe(model: nn.Module, example_inputs: Example, keep: Collection[str] = (
     twin = how.model(model)
     known = twin.named_modules()
     parts = {part: path for path, part in known if "._orig_mod." not in f".{path}."}  # not of what is compiled
-    observed = Observed(parts, keep, inputs=how.inputs(example_inputs, model))
+    observed = Observed(parts, capture, inputs=how.inputs(example_inputs, model))
     args, kwargs = as_arguments(how.inputs(example_inputs, model))
     try:
         with observed.watching():
             how.run(lambda: twin(*args, **kwargs))
     except Exception:  # the model's own, or one of code that does not bear to be watched
         accepted(model, example_inputs, how)
-        return Observed(keep=keep, inputs=observed.inputs)
+        return Observed(capture=capture, inputs=observed.inputs)
     return observed
 
 
