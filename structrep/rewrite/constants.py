@@ -1,4 +1,4 @@
-"""The constants that a forward which is written anew uses: by name, computed again from those, or kept."""
+"""The constants that a forward which is written anew uses: by name, computed again from those, or lifted."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class ConstantLoader:
         asked_again: what they are computed with is asked for again there.
 
     Attributes:
-        kept: those of which nothing is known but their numbers, by a name of their own.
+        lifted: those of which nothing is known but their numbers, each an attribute of a name of its own.
     """
 
     def __init__(
@@ -31,7 +31,7 @@ class ConstantLoader:
         self.graph, self.traced, self.spelling = graph, traced, spelling
         self.asked_again, self.blocks = asked_again, blocks
         self.written: dict[int, Any] = {}  # by id
-        self.kept: dict[str, Tensor] = {}
+        self.lifted: dict[str, Tensor] = {}
 
     def load(self, tensor: Tensor) -> Any:
         """A tensor in the graph, with all that it is computed from.
@@ -56,7 +56,7 @@ class ConstantLoader:
         return self.written[id(tensor)]
 
     def _origin(self, tensor: Tensor) -> Origin | None:
-        """How a tensor is computed again; None if it is held, or kept as it is."""
+        """How a tensor is computed again; None if it is held, or lifted."""
         origin = self.traced.origins.get(id(tensor))
         if id(tensor) in self.traced.names or origin is None or storage(tensor) in self.traced.written:
             return None
@@ -81,6 +81,6 @@ class ConstantLoader:
             for how, key in steps:
                 found = self.graph.call_function(getattr if how == "." else operator.getitem, (found, key))
             return found
-        name = f"constant_{len(self.kept)}"
-        self.kept[name] = tensor
+        name = f"constant_{len(self.lifted)}"
+        self.lifted[name] = tensor
         return self.graph.get_attr(name)

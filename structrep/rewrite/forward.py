@@ -59,7 +59,7 @@ class Forward:
     @property
     def constants(self) -> dict[str, Tensor]:
         """The tensors that it alone has, by name."""
-        return self.body.constants.kept
+        return self.body.constants.lifted
 
     def method(self, holds: Callable[[Guard], bool] = lambda guard: True) -> Method:
         """The method as text, with the guards for which something holds.
