@@ -67,7 +67,7 @@ class Steps:
                 texts.setdefault(text, []).append(step)
             elif not self.gone.isdisjoint(nodes):
                 raise Unreadable(f"{self.call.shown} has others compute what is merged")
-        kinds = {text: self._kind(text, steps) for text, steps in texts.items()}
+        fates = {text: self._fate(text, steps) for text, steps in texts.items()}
         values: dict[ast.AST | str, frozenset[int]] = {}
         for name, given in self.call.arguments().items():
             if isinstance(given, fx.Proxy) and not VALUE.known(given.node):
@@ -87,9 +87,9 @@ class Steps:
         named = {name: self.space[name] for name in self.code.co_names if name in self.space}
         return Wanted(
             pieces,
-            frozenset(text for text, kind in kinds.items() if kind == "gone"),
-            frozenset(text for text, kind in kinds.items() if kind == "free"),
-            frozenset(text for text, kind in kinds.items() if kind == "kept"),
+            frozenset(text for text, fate in fates.items() if fate == "gone"),
+            frozenset(text for text, fate in fates.items() if fate == "free"),
+            frozenset(text for text, fate in fates.items() if fate == "kept"),
             tuple(values.items()),
             parts_of(self.call.module),
             frozenset(
@@ -103,7 +103,7 @@ class Steps:
             frozenset(self.numbers[node] for node in self.changes.vanishing if node in self.numbers),
             self.answers,
             frozenset(self._misused()),
-            tuple(self._takers(texts, kinds)),
+            tuple(self._takers(texts, fates)),
             frozenset(
                 [
                     *_calm_methods(_class_of(self.call.module)),
@@ -119,7 +119,7 @@ class Steps:
         )
 
     def _takers(
-        self, texts: dict[ast.AST, list[fx.Node | Call]], kinds: dict[ast.AST, str]
+        self, texts: dict[ast.AST, list[fx.Node | Call]], fates: dict[ast.AST, str]
     ) -> Iterator[tuple[ast.AST, int]]:
         """The texts that stay and take values that will be others."""
         placed = {step: text for text, steps in texts.items() for step in steps}
@@ -131,7 +131,7 @@ class Steps:
                     continue
                 if step not in placed:
                     raise Unreadable(f"{self.call.shown} has others take what a merged layer gives")
-                if kinds[placed[step]] != "gone":
+                if fates[placed[step]] != "gone":
                     yield placed[step], self._number(node)
 
     def _misused(self) -> Iterator[ast.AST]:
@@ -159,7 +159,7 @@ class Steps:
         gone = frozenset(made_in[one] for one in self.units[node] if one in made_in)
         return Piece(text, number, self._number(base), path and path.rpartition(".")[2], gone)
 
-    def _kind(self, text: ast.AST, steps: list[fx.Node | Call]) -> str:
+    def _fate(self, text: ast.AST, steps: list[fx.Node | Call]) -> str:
         nodes = [n for step in steps for n in ([step] if isinstance(step, fx.Node) else step.nodes())]
         changed = [node for node in nodes if node in self.gone]
         rest = [node for node in nodes if node not in self.gone and not self._is_idle(node)]
