@@ -17,7 +17,7 @@ def asks_shape(node: fx.Node) -> bool:
     )
 
 
-def asks_kind(node: fx.Node) -> bool:
+def asks_dtype(node: fx.Node) -> bool:
     """Whether a node is a question about a value's dtype or device, which all values of a model have in common."""
     return node.target is getattr and node.args[1] in ("dtype", "device")
 

@@ -22,7 +22,7 @@ from structrep.graph.aliases import aliases, writers
 from structrep.graph.calls import Trace
 from structrep.graph.facts import CALL, INDEX, STORED
 from structrep.graph.names import path_of
-from structrep.graph.queries import asks_kind, only_asserted
+from structrep.graph.queries import asks_dtype, only_asserted
 from structrep.graph.shapes import torch_name
 from structrep.guard.other_forwards import Borders
 from structrep.match.findings import Findings
@@ -140,7 +140,7 @@ def _check_uses(block: _Block, acts: list[fx.Node], borders: Borders) -> None:
     """Raise where a value that will be another is of use elsewhere."""
     changed = block.inside.union(acts)
     for value_ in changed - {block.node}:
-        others = [u for u in value_.users if u not in changed and not only_asserted(u) and not asks_kind(u)]
+        others = [u for u in value_.users if u not in changed and not only_asserted(u) and not asks_dtype(u)]
         if others or STORED.get(value_):
             raise Shared(f"{value_.name}, a value inside the block, is used elsewhere")
     base = block.carried.base

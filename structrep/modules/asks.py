@@ -35,7 +35,7 @@ _OF_TYPES = {"type": TYPE, "isinstance": CLASS}
 _EACH = {"map", "filter"}
 _INSIDE = {"values", "items"}
 _LOOPS = {"enumerate", "zip", "reversed", "list", "tuple", "iter", "chain", "islice", "sorted"}
-_KINDS = {"dtype", "device"}  # what no merge changes, where all parameters have the same
+_INVARIANT = {"dtype", "device"}  # what no merge changes, where all parameters have the same
 
 Names = tuple[
     str | None, ...
@@ -296,12 +296,12 @@ def _asks_first(walk: ast.AST, parents: dict[ast.AST, ast.AST], nodes: list[ast.
     if isinstance(parent, ast.Assign) and len(parent.targets) == 1 and isinstance(parent.targets[0], ast.Name):
         name = parent.targets[0].id
         uses = [n for n in nodes if isinstance(n, ast.Name) and n.id == name and isinstance(n.ctx, ast.Load)]
-        return taken and all(_is_kind(parents.get(one)) for one in uses)
-    return taken and _is_kind(parent)
+        return taken and all(_is_invariant(parents.get(one)) for one in uses)
+    return taken and _is_invariant(parent)
 
 
-def _is_kind(node: ast.AST | None) -> bool:
-    return isinstance(node, ast.Attribute) and node.attr in _KINDS
+def _is_invariant(node: ast.AST | None) -> bool:
+    return isinstance(node, ast.Attribute) and node.attr in _INVARIANT
 
 
 def _only_runs(walk: ast.AST, parents: dict[ast.AST, ast.AST], nodes: list[ast.AST]) -> bool:

@@ -23,7 +23,7 @@ _PASSES = (ast.Tuple, ast.List, ast.Set, ast.Dict, ast.Starred, ast.keyword, ast
            ast.ListComp, ast.GeneratorExp, ast.comprehension)  # fmt: skip
 _SHOWN = (ast.Dict, ast.List, ast.Tuple)
 _TORCHS = {"torch", "F", "nn", "functional", "super", "range", "reversed", "int", "float", "bool", "str"}
-_KINDS = {"ndim", "dtype", "device", "is_cuda", "requires_grad"}
+_INVARIANT = {"ndim", "dtype", "device", "is_cuda", "requires_grad"}
 _GOING_THROUGH = HANDING_ON | {"range", "len", "children", "named_children", "values", "items", "keys", "zip"}
 _CHANGES = {"pop", "popleft", "remove", "insert", "rotate", "reverse", "sort", "clear"}
 NOT, MAYBE, SURELY = range(3)  # whether something holds the value
@@ -354,7 +354,7 @@ class _Walk:
         around = self.parents[node]
         unpacked = node.attr == "shape" and isinstance(around, ast.Assign) and self.takers.intersection(around.targets)
         self.met |= unpacked or set()
-        return bool(unpacked) or node.attr in _KINDS
+        return bool(unpacked) or node.attr in _INVARIANT
 
     def _takes_some(self, node: ast.AST, inner: ast.AST) -> bool:
         """Whether code makes another tensor of one without a call, or writes to it: `y[:, 0]`, `y.T`, `a, b = y`."""

@@ -15,7 +15,7 @@ from structrep.algebra.precision import doubled
 from structrep.graph.constants import constant, exact
 from structrep.graph.dtypes import CASTS, cast_to
 from structrep.graph.facts import AUTOCAST, CALL, INDEX, TO_OWN_DTYPE, VALUE
-from structrep.graph.queries import asks_kind
+from structrep.graph.queries import asks_dtype
 from structrep.graph.shapes import argument, rank, torch_name
 from structrep.read.arguments import Arguments, reads
 from structrep.read.endings import _ENDINGS
@@ -437,14 +437,14 @@ def _(a: Arguments) -> Identity | None:
     like = a(1, "other" if a.node.target == "type_as" else "dtype", a.node.kwargs.get("device"))
     if not isinstance(like, fx.Node) or len(a.node.args) + len(a.node.kwargs) > 2:
         return None
-    told = asks_kind(like) and VALUE.known(like)
+    told = asks_dtype(like) and VALUE.known(like)
     return Identity(a(0, "input")) if told or TO_OWN_DTYPE.get(a.node) else None
 
 
 def _is_own(given: Any, own: torch.dtype) -> bool:
     """Whether a cast leaves the dtype, and the device on which a model is, as they are."""
     if isinstance(given, fx.Node):
-        asked = asks_kind(given)
+        asked = asks_dtype(given)
         given = VALUE.get(given)
         if asked and isinstance(given, torch.device):
             return True

@@ -13,7 +13,7 @@ from torch import fx
 from structrep.errors import Refusal
 from structrep.graph.calls import Call, Traced
 from structrep.graph.facts import CALL, VALUE
-from structrep.graph.queries import asks_kind, counts_sizes, only_asserted
+from structrep.graph.queries import asks_dtype, counts_sizes, only_asserted
 from structrep.guard.sharing import Replicas
 from structrep.match.isolation import named
 from structrep.match.merge import Merge
@@ -118,7 +118,7 @@ def _graph(traced: Traced, merge_of: Callable[[fx.Node], int | None], refusals: 
 
 def _asks(node: fx.Node) -> bool:
     """Whether a node is a question about a value, and no value."""
-    return node.op != "placeholder" and (counts_sizes(node) or asks_kind(node) or only_asserted(node))
+    return node.op != "placeholder" and (counts_sizes(node) or asks_dtype(node) or only_asserted(node))
 
 
 def _read(node: fx.Node) -> Reading | None:

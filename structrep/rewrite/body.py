@@ -14,7 +14,7 @@ from structrep.graph.aliases import aliases, writers
 from structrep.graph.calls import Call
 from structrep.graph.facts import ASKED, AUTOCAST, CONSTANT, CONTEXTS, HELD, STORED, VALUE
 from structrep.graph.operations import writes
-from structrep.graph.queries import asks_kind, counts_sizes, only_asserted
+from structrep.graph.queries import asks_dtype, counts_sizes, only_asserted
 from structrep.match.sum_order import as_traced
 from structrep.modules.source import written_in
 from structrep.read.nodes import read_node
@@ -107,7 +107,7 @@ class Body:
             self.env[node] = self._load(self.changes.bypassed[node])
         elif (same := self._unchanged(node)) is not None:
             self.env[node] = self._load(same)
-        elif asks_kind(node) and not self._has(cast(fx.Node, node.args[0])):
+        elif asks_dtype(node) and not self._has(cast(fx.Node, node.args[0])):
             self.env[node] = self.graph.call_function(getattr, (next(iter(self.env.values())), node.args[1]))
         elif node in self.changes.dead or ASKED.get(node) in self.settled:
             return

@@ -11,7 +11,7 @@ from structrep.modules.definitions import Definition, Reaching
 from structrep.modules.presence import path_to
 from structrep.rewrite.syntax import COMPREHENSIONS, Syntax, in_place_alike, names_in
 
-_KINDS = {"ndim", "dtype", "device", "dim", "is_cuda", "requires_grad"}  # what a merge changes of no value
+_INVARIANT = {"ndim", "dtype", "device", "dim", "is_cuda", "requires_grad"}  # what a merge changes of no value
 
 
 class Judge:
@@ -69,7 +69,7 @@ class Judge:
             changed = any(self.syntax.wanted.changed & numbers for numbers in found)
             always = all(numbers and numbers <= self.syntax.wanted.changed for numbers in found)
             taken = always and self._is_taken(node, frozenset().union(*found))
-            if changed and not self._asks_kind(node) and not taken:
+            if changed and not self._asks_invariant(node) and not taken:
                 raise Unreadable(f"line {node.lineno} reads {node.id}, which is what a merged layer gives")
         for text, numbers in self.syntax.values.items():
             kept = isinstance(text, ast.expr) and text not in self.vanished
@@ -108,11 +108,11 @@ class Judge:
             return frozenset().union(*found) if all(found) else frozenset()
         return self.syntax.values.get(node, frozenset())
 
-    def _asks_kind(self, name: ast.Name) -> bool:
+    def _asks_invariant(self, name: ast.Name) -> bool:
         parent = self.syntax.parents.get(name)
         if isinstance(parent, ast.Call) and isinstance(parent.func, ast.Name):
             return parent.func.id == "isinstance"
-        return isinstance(parent, ast.Attribute) and parent.attr in _KINDS
+        return isinstance(parent, ast.Attribute) and parent.attr in _INVARIANT
 
     def _is_taken(self, value: ast.expr, numbers: frozenset[int]) -> bool:
         """Whether it was seen what takes a value: an operation, another name, or who called the method."""

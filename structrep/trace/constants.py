@@ -30,7 +30,7 @@ from structrep.trace.recorder import Recorder
 
 # How code is told of the shape of a tensor, of what its dtype says, and of its numbers.
 _SHAPES = {"shape", "ndim", "size", "numel", "nelement", "dim", "ndimension", "__len__"}
-_KINDS = {
+_DTYPES = {
     **{"element_size": "element_size()", "itemsize": "itemsize", "type": "type()", "is_complex": "is_complex()"},
     "is_floating_point": "is_floating_point()",
 }
@@ -85,8 +85,8 @@ class Constants(TorchFunctionMode):
         if is_traced((args, kwargs)):
             return func(*args, **kwargs)
         if isinstance(func, OpOverload) and not gives_more(func):
-            kind, func, args, kwargs = in_torch(func, args, kwargs)
-            func = getattr(Tensor, func) if kind == "call_method" else func
+            op, func, args, kwargs = in_torch(func, args, kwargs)
+            func = getattr(Tensor, func) if op == "call_method" else func
         func = unwatched(func)
         name = getattr(func, "__name__", "")
         self._note_touched(func, pytree.tree_leaves((args, kwargs)))
@@ -146,7 +146,7 @@ class Constants(TorchFunctionMode):
     def _note_told(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], told: Any) -> None:
         """Note what code is told of the shape, the dtype or the numbers of tensors that the model holds, or of what it
         computes of them."""
-        asks = name in _NUMBERS or name in _SHAPES or name in _KINDS
+        asks = name in _NUMBERS or name in _SHAPES or name in _DTYPES
         for given in pytree.tree_leaves((args, kwargs)) if asks else ():
             formula = self.origins.formula(given) if isinstance(given, Tensor) else None
             for one in formula.tensors if formula else (given,):
@@ -155,13 +155,13 @@ class Constants(TorchFunctionMode):
                     continue
                 if name in _SHAPES:
                     text, answer = f"{PLACEHOLDER}.shape", tuple(one.shape)
-                elif name in _KINDS:
-                    text, answer = f"{PLACEHOLDER}.{_KINDS[name]}", told
+                elif name in _DTYPES:
+                    text, answer = f"{PLACEHOLDER}.{_DTYPES[name]}", told
                 elif one is given and len(args) == 1 and _NUMBERS[name]:
                     text, answer = _NUMBERS[name], told
                 else:
                     text, answer = f"structrep_numbers({PLACEHOLDER})", numbers(one)
-                if name in _KINDS and (len(args) > 1 or kwargs or one.dtype != given.dtype):
+                if name in _DTYPES and (len(args) > 1 or kwargs or one.dtype != given.dtype):
                     continue  # a cast; a source of another dtype
                 if path is not None:
                     self.questions.ask(one, path, text, answer, counts=False)

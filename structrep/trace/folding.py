@@ -14,7 +14,7 @@ from structrep.algebra.shadows import Shadows
 from structrep.graph import constants, dtypes, operations
 from structrep.graph.calls import storage
 from structrep.graph.facts import FORMULA, RECOMPUTE, STATIC_DTYPE, TO_OWN_DTYPE, UNSTEADY, VALUE
-from structrep.graph.queries import asks_kind
+from structrep.graph.queries import asks_dtype
 from structrep.graph.run import computed
 from structrep.terms.layer import Formula
 from structrep.trace.held import owner_of
@@ -28,12 +28,12 @@ def fold_constants(tracer: CallTracer) -> None:
     `torch.eye(n, device=x.device)` is a constant; inputs are taken to be where the parameters are, and of their dtype.
     """
     owner = owner_of(tracer.module)
-    asks = any(asks_kind(node) or node.target == "type_as" for node in tracer.graph.nodes)
+    asks = any(asks_dtype(node) or node.target == "type_as" for node in tracer.graph.nodes)
     for node in tracer.graph.nodes:
         if owner is None or not asks:
             _fold(node, tracer)
             continue
-        if not asks_kind(node):
+        if not asks_dtype(node):
             _fold(node, tracer)
         elif node.args[1] == "device" or STATIC_DTYPE.of(node.args[0]) is owner.dtype:
             VALUE.note(node, getattr(owner, node.args[1]))
