@@ -14,7 +14,7 @@ from structrep.graph import operations
 from structrep.graph.facts import AUTOCAST, CALL, DTYPE, STATIC_DTYPE, UNFOLLOWED, VALUE
 from structrep.graph.queries import counts_sizes
 from structrep.graph.shapes import argument, torch_name
-from structrep.modules.parametrized import torch_kind
+from structrep.modules.parametrized import torch_class
 
 _KEEPS = {
     *("permute", "transpose", "movedim", "swapaxes", "t", "view", "view_as", "reshape", "reshape_as", "flatten"),
@@ -48,7 +48,7 @@ def _static_dtype(node: fx.Node) -> torch.dtype | None:
     dtypes = {STATIC_DTYPE.of(n) for n in sources}
     if node.op == "call_module":
         module = CALL.of(node).module
-        dtypes |= {p.dtype for p in module.parameters()} if torch_kind(module) else {None}
+        dtypes |= {p.dtype for p in module.parameters()} if torch_class(module) else {None}
         return _only(dtypes)
     if node.target is getattr:  # of a question, that of the value which it is asked of
         return STATIC_DTYPE.of(sources[0]) if sources and node.args[1] in ("dtype", "T", "mT") else None
@@ -76,7 +76,7 @@ def keeps(node: fx.Node) -> bool:
     if AUTOCAST.get(node) or UNFOLLOWED.get(node):
         return False
     if node.op == "call_module":
-        return torch_kind(CALL.of(node).module) is not None
+        return torch_class(CALL.of(node).module) is not None
     if node.target in (operator.getitem, *operations.AUGMENTED):
         return True
     known = torch_name(node) in _KEEPS or operations.is_pointwise(node.target)

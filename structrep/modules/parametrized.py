@@ -19,7 +19,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 # The hooks, and how the names end of what they keep beside the tensor that they set.
-_KEPT: dict[type, tuple[str, ...]] = {
+_HOOK_TENSORS: dict[type, tuple[str, ...]] = {
     WeightNorm: ("_g", "_v"), SpectralNorm: ("_orig", "_u", "_v"), BasePruningMethod: ("_orig", "_mask"),
 }  # fmt: skip
 _REMOVERS = {WeightNorm: "remove_weight_norm", SpectralNorm: "remove_spectral_norm", BasePruningMethod: "prune.remove"}
@@ -28,14 +28,14 @@ _HELD = ("weight", "bias", "running_mean", "running_var")
 _RUNS = ("forward", "_conv_forward", "__call__")
 
 
-def _kind(hook: Any) -> type | None:
+def _hook_class(hook: Any) -> type | None:
     """Which of torch's hooks one is that set a tensor of their module and see no values; None for any other."""
-    return next((kind for kind in _KEPT if isinstance(hook, kind) and type(hook).__call__ is kind.__call__), None)
+    return next((cls for cls in _HOOK_TENSORS if isinstance(hook, cls) and type(hook).__call__ is cls.__call__), None)
 
 
-def _kept(hook: Any) -> tuple[str, ...]:
-    kind = _kind(hook)
-    return _KEPT[kind] if kind else ()
+def _hook_tensors(hook: Any) -> tuple[str, ...]:
+    cls = _hook_class(hook)
+    return _HOOK_TENSORS[cls] if cls else ()
 
 
 def _sets(hook: Any) -> str:
@@ -45,13 +45,13 @@ def _sets(hook: Any) -> str:
 
 def computed(module: nn.Module) -> tuple[str, ...]:
     """The names of the tensors that a module computes before every call, or when its forward, torch's own, asks."""
-    by_hooks = (_sets(hook) for hook in module._forward_pre_hooks.values() if _kind(hook))
+    by_hooks = (_sets(hook) for hook in module._forward_pre_hooks.values() if _hook_class(hook))
     return tuple(dict.fromkeys((*_lists(module), *by_hooks, *by_properties(module))))
 
 
 def by_properties(module: nn.Module) -> list[str]:
     """The names of those that the module's own class has as properties."""
-    cls, base = own_class(module), torch_kind(module)
+    cls, base = own_class(module), torch_class(module)
     return [name for name in _HELD if base not in (None, cls) and isinstance(getattr(cls, name, None), property)]
 
 
@@ -60,7 +60,7 @@ def own_class(module: nn.Module) -> type[nn.Module]:
     return type(module).__bases__[0] if _lists(module) else type(module)
 
 
-def torch_kind(module: nn.Module) -> type[nn.Module] | None:
+def torch_class(module: nn.Module) -> type[nn.Module] | None:
     """The class of torch's whose forward a module runs; None for a module that does more than that."""
     homes = ((base, getattr(base, "__module__", None) or "") for base in type(module).__mro__)
     base = next((base for base, home in homes if home.startswith("torch.nn.modules.")), None)
@@ -77,14 +77,14 @@ def _lists(module: nn.Module) -> dict[str, nn.Module | None]:
 def compute(module: nn.Module) -> dict[str, Tensor]:
     """Those tensors, computed as a call does it."""
     for hook in module._forward_pre_hooks.values():
-        if _kind(hook):
+        if _hook_class(hook):
             hook(module, ())
     return {name: getattr(module, name) for name in computed(module)}
 
 
 def made_of(module: nn.Module) -> set[str]:
     """The names of the parameters and buffers that a module computes tensors of."""
-    ends = {_sets(hook) + end for hook in module._forward_pre_hooks.values() for end in _kept(hook)}
+    ends = {_sets(hook) + end for hook in module._forward_pre_hooks.values() for end in _hook_tensors(hook)}
     held = (*module.named_parameters(), *module.named_buffers())
     return {name for name, _ in held if name in ends or name.startswith("parametrizations.")}
 
@@ -92,13 +92,13 @@ def made_of(module: nn.Module) -> set[str]:
 def hooks(module: nn.Module) -> bool:
     """Whether something watches or changes what goes in or out of a module, or the gradients of that."""
     watched = module._forward_hooks or module._backward_hooks or module._backward_pre_hooks
-    return bool(watched) or not all(map(_kind, module._forward_pre_hooks.values()))
+    return bool(watched) or not all(map(_hook_class, module._forward_pre_hooks.values()))
 
 
 def about_hooks(module: nn.Module) -> str:
     """What the hook of a module is, and what to do about it."""
     after = next(iter(module._forward_hooks.values()), None)
-    before = next((hook for hook in module._forward_pre_hooks.values() if not _kind(hook)), None)
+    before = next((hook for hook in module._forward_pre_hooks.values() if not _hook_class(hook)), None)
     of_gradients = next(iter((*module._backward_hooks.values(), *module._backward_pre_hooks.values())), None)
     kind, does = (
         ("forward hook", "must go on seeing its own values")
@@ -118,7 +118,7 @@ def may_set(module: nn.Module) -> str:
     for hook in module._forward_pre_hooks.values():
         function = getattr(hook, "__func__", getattr(hook, "func", hook))
         code = getattr(function, "__code__", getattr(type(hook).__call__, "__code__", None))
-        if not _kind(hook) and (code is None or _stores(code)):
+        if not _hook_class(hook) and (code is None or _stores(code)):
             return f"the forward pre-hook {_named(hook)}"
     return ""
 
@@ -133,8 +133,8 @@ def removals(module: nn.Module, path: str) -> str:
     """What makes constants of the tensors that a module computes, as calls of torch's functions."""
     at = f"model.get_submodule({path!r})" if path else "model"
     calls = [f"parametrize.remove_parametrizations({at}, {name!r})" for name in _lists(module)]
-    kinds = ((hook, _kind(hook)) for hook in module._forward_pre_hooks.values())
-    calls += [f"{_REMOVERS[kind]}({at}, {_sets(hook)!r})" for hook, kind in kinds if kind]
+    classes = ((hook, _hook_class(hook)) for hook in module._forward_pre_hooks.values())
+    calls += [f"{_REMOVERS[cls]}({at}, {_sets(hook)!r})" for hook, cls in classes if cls]
     return " and ".join(f"torch.nn.utils.{call}" for call in calls)
 
 
@@ -152,7 +152,7 @@ def plain(module: nn.Module, numbers: Mapping[str, Tensor]) -> nn.Module:
     buffers = _buffered(module)
     settle(twin)
     if by_properties(twin):
-        twin.__class__ = torch_kind(twin) or cls
+        twin.__class__ = torch_class(twin) or cls
     for name, number in numbers.items():
         if name in buffers:
             twin._buffers[name] = number
@@ -175,9 +175,9 @@ def settle(module: nn.Module) -> None:
         module.__class__ = own_class(module)
         del module._modules["parametrizations"]
     for key, hook in list(module._forward_pre_hooks.items()):
-        if _kind(hook):
+        if _hook_class(hook):
             del module._forward_pre_hooks[key]
-            _forget(module, {_sets(hook) + end for end in _kept(hook)})
+            _forget(module, {_sets(hook) + end for end in _hook_tensors(hook)})
     for table in (module._state_dict_hooks, module._load_state_dict_pre_hooks):
         for key, hook in list(table.items()):
             if getattr(getattr(hook, "hook", hook), "__module__", "") in _TRANSLATE:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from structrep.algebra import ConvMap
 from structrep.deployed.layers import Features2d
 from structrep.graph.shapes import rank
-from structrep.modules.parametrized import by_properties, settle, torch_kind
+from structrep.modules.parametrized import by_properties, settle, torch_class
 from structrep.read.lower import lower
 from structrep.read.modules import read_module
 from structrep.rewrite.units import Unit
@@ -40,8 +40,8 @@ def all_dead(module: nn.Module, dead: set[nn.Module]) -> bool:
 def refill(module: nn.Module, map_: ConvMap, like: Tensor, *, bias: bool, requires_grad: bool) -> bool:
     """Give a plain layer new coefficients where it stands, in place of those that it has or computes; False if the map
     does not have its geometry."""
-    kind, g = torch_kind(module), map_.geometry
-    if kind is None or not issubclass(kind, (nn.Linear, nn.modules.conv._ConvNd)) or by_properties(module):
+    cls, g = torch_class(module), map_.geometry
+    if cls is None or not issubclass(cls, (nn.Linear, nn.modules.conv._ConvNd)) or by_properties(module):
         return False
     layer = read_module(module)
     if layer is None or isinstance(module, nn.modules.conv._ConvTransposeNd) != g.transposed:
