@@ -191,11 +191,11 @@ class Drawing:
             bar.append((start, length - (length > GAP), "" if merge is None else self.key(merge).colour))
             start += length
         used = Counter(self.key(merge).rules for merge in {step.merge for step in steps} if merge is not None)
-        title = [f"{part.name} ({part.kind}): {len(steps):,} operations"]
+        title = [f"{part.name} ({part.module_class}): {len(steps):,} operations"]
         title += [f"{counted(count, 'merge')} by {rules}" for rules, count in used.items()]
         name = _within(part.name, around.name) or part.name
         return Box(
-            _end(name, 18), _start(part.kind, 17), title="\n".join(title), count=len(steps), bar=tuple(bar),
+            _end(name, 18), _start(part.module_class, 17), title="\n".join(title), count=len(steps), bar=tuple(bar),
             width=BAR + 120, height=38.0,
         )  # fmt: skip
 

@@ -49,7 +49,7 @@ class View:
 
     anchor: str
     name: str
-    kind: str
+    module_class: str
     steps: tuple[int, int]
     merges: list[tuple[Key, int]]
     refusals: int
@@ -185,7 +185,7 @@ def _view(drawing: Drawing, part: Part, anchor: str) -> View:
     return View(
         anchor=anchor,
         name=part.name,
-        kind=part.kind,
+        module_class=part.module_class,
         steps=(len(part.sides[0]), len(part.sides[1])),
         merges=[(key, len(found)) for key, found in merges.items()],
         refusals=len({index for steps in part.sides for step in steps for index in step.refused}),

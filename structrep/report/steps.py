@@ -31,7 +31,7 @@ class Place:
     path: str
     method: str = "forward"
     nth: int = 0  # of its calls
-    kind: str = field(default="", compare=False)  # the module's class
+    module_class: str = field(default="", compare=False)
 
     def __str__(self) -> str:
         method = "" if self.method == "forward" else f"{'.' if self.path else ''}{self.method}()"
@@ -166,13 +166,13 @@ class Part:
 
     Args:
         name: its path, or those of its first and last part.
-        kind: the class of the module that it is.
+        module_class: of the module that it is.
         sides: its steps at training time and at deploy time.
         depth: how many calls are around each of its parts.
     """
 
     name: str
-    kind: str
+    module_class: str
     sides: Sides
     depth: int = 0
 
@@ -216,7 +216,7 @@ class Part:
                 whole = len(step.way) >= depth
                 place = step.way[depth - 1] if whole else Place(step.path or step.text)
                 key: Hashable = step.way[:depth] if whole else step
-                found.setdefault(key, Part(str(place), place.kind, ([], []), depth)).sides[side].append(step)
+                found.setdefault(key, Part(str(place), place.module_class, ([], []), depth)).sides[side].append(step)
         return found
 
     def _stretches(self, parts: dict[Hashable, Part]) -> dict[Hashable, Part]:
