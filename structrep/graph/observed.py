@@ -52,7 +52,7 @@ class Part:
 class Thing:
     """An object that a part was given, of which only the type is noted: it may hold anything, and change."""
 
-    kind: type
+    cls: type
 
 
 @dataclass(eq=False)

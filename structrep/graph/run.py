@@ -67,7 +67,7 @@ def _fake(mode: FakeTensorMode, given: Tensor | Given | Thing) -> Any:
     if isinstance(given, Tensor):
         return mode.from_tensor(given.detach())
     if isinstance(given, Thing):
-        raise TypeError(f"a {given.kind.__name__} has no shape")
+        raise TypeError(f"a {given.cls.__name__} has no shape")
     if given.number is not None:
         return given.number
     return torch.empty_strided(given.shape, given.stride, dtype=given.dtype, device=given.device)

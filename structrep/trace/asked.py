@@ -98,10 +98,10 @@ class Asked:
             what = TYPE if name == "__class__" else name
             self._note(call, path, what, shown.f_code, shown.f_lineno, apart=not own)
 
-    def kind(self, module: nn.Module, kind: type, told: bool, frame: FrameType) -> None:
+    def is_instance(self, module: nn.Module, cls: type, told: bool, frame: FrameType) -> None:
         """Note that code asks whether a part is of a class, if that may be otherwise for what it becomes."""
         call, path = self.current(), self.paths.get(id(module))
-        if call is not None and path is not None and any(issubclass(one, kind) != told for one in _LATER):
+        if call is not None and path is not None and any(issubclass(one, cls) != told for one in _LATER):
             self._note(call, path, CLASS, frame.f_code, frame.f_lineno)
 
     def store(self, module: nn.Module, name: str, frame: FrameType) -> None:

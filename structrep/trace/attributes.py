@@ -61,7 +61,7 @@ class Attributes:
                 _watch(cls, get, self._of_module)
             elif library.startswith("torch.nn."):
                 _watch(cls, get, self._of_layer, _OF_TORCH)
-        for cls in [one for one in _PARTS if any(issubclass(kind, one) for kind in plain)]:
+        for cls in [one for one in _PARTS if any(issubclass(own, one) for own in plain)]:
             self._watch_parts(cls)
 
     def _of_layer(self, module: nn.Module, name: str, get: Callable[[Any, str], Any]) -> Any:
@@ -230,15 +230,15 @@ class Attributes:
             if name in vars(cls):
                 process.change(cls, name, watched(vars(cls)[name], name))
 
-    def is_instance(self, module: nn.Module, kinds: Any, frame: FrameType) -> None:
+    def is_instance(self, module: nn.Module, classes: Any, frame: FrameType) -> None:
         """Note of which classes a part of the model is, or is not."""
-        for kind in kinds if isinstance(kinds, tuple) else (kinds,):
-            if isinstance(kind, tuple):
-                self.is_instance(module, kind, frame)
-            elif isinstance(kind, type):
-                told = isinstance(module, kind)
-                self.parts.kind(module, kind, told, frame)
-                self._of_part(module, f"structrep_is({PLACEHOLDER}, {described(kind)!r})", told, frame)
+        for cls in classes if isinstance(classes, tuple) else (classes,):
+            if isinstance(cls, tuple):
+                self.is_instance(module, cls, frame)
+            elif isinstance(cls, type):
+                told = isinstance(module, cls)
+                self.parts.is_instance(module, cls, told, frame)
+                self._of_part(module, f"structrep_is({PLACEHOLDER}, {described(cls)!r})", told, frame)
 
     def _of_part(self, module: nn.Module, text: str, told: Any, frame: FrameType) -> None:
         path = self.paths.get(id(module))

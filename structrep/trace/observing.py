@@ -73,11 +73,11 @@ class Observer:
         self._note(frame, demanded, asserted=True)
         return demanded
 
-    def number(self, asked: fx.Proxy, kind: Callable[[Any], Any]) -> Any:
+    def number(self, asked: fx.Proxy, convert: Callable[[Any], Any]) -> Any:
         """What a number is."""
-        return self._told(asked, kind, "a number that depends on the input is needed")
+        return self._told(asked, convert, "a number that depends on the input is needed")
 
-    def kind(self, asked: fx.Proxy) -> Any:
+    def of_same_type(self, asked: fx.Proxy) -> Any:
         """A value of the type that one is of."""
         return self._told(asked, lambda value: value, "the type of a value that nothing tells")
 
@@ -92,7 +92,7 @@ class Observer:
 
     # --- telling -----------------------------------------------------------------------------------------------------
 
-    def _told(self, asked: fx.Proxy, kind: Callable[[Any], Any], what: str) -> Any:
+    def _told(self, asked: fx.Proxy, convert: Callable[[Any], Any], what: str) -> Any:
         frame = self._frame()
         call = self.recorder.current
         if frame is None or call is None or len(call.answers) > MOST:
@@ -104,11 +104,11 @@ class Observer:
         owner = owner_of(self.tracer.module)
         known = Known(owner.device if owner is not None else None, self._likely_dims)
         try:
-            told = self._find(asked.node, kind, known)
+            told = self._find(asked.node, convert, known)
         except Failed as reason:
-            if kind is not bool or type(call.module) not in self.assumed or self.guesses > MOST_ASSUMED:
+            if convert is not bool or type(call.module) not in self.assumed or self.guesses > MOST_ASSUMED:
                 remedy = REMEDY if self.run is None else str(reason)
-                refusal = Unanswered if kind is bool else TraceError
+                refusal = Unanswered if convert is bool else TraceError
                 raise self.recorder.refuse(refusal(f"{what}: {where}; {remedy}")) from reason
             self.guesses += 1
             told = False
@@ -117,7 +117,7 @@ class Observer:
         self._note(frame, told, asserted=not known.loose)
         return told
 
-    def _find(self, node: fx.Node, kind: Callable[[Any], Any], known: Known) -> Any:
+    def _find(self, node: fx.Node, convert: Callable[[Any], Any], known: Known) -> Any:
         """What a node gives, as a number or a length.
 
         Raises:
@@ -126,14 +126,14 @@ class Observer:
         found: Exception = Failed("it is not known")
         with self._apart():
             try:
-                fixed: Any = kind(known.value(node))
+                fixed: Any = convert(known.value(node))
             except Exception:  # of a size that is not known, or of what is no number
                 fixed, known.loose = found, True
             if not known.loose:
                 return fixed
             for way in (self.run.shown, self.run.value) if self.run is not None else ():
                 try:
-                    return kind(way(node))
+                    return convert(way(node))
                 except Failed as reason:
                     found = reason
                 except Exception as error:  # a tensor without numbers, or nothing that has any

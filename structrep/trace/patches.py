@@ -179,15 +179,15 @@ def show_tensors(model: nn.Module, note: Callable[[nn.Module, Any, FrameType], N
         note: is told what is asked of modules.
     """
 
-    def is_instance(value: Any, kinds: Any) -> bool:
+    def is_instance(value: Any, classes: Any) -> bool:
         if not isinstance(value, fx.Proxy):
             if isinstance(value, nn.Module):
-                note(value, kinds, sys._getframe(1))
-            return isinstance(value, kinds)
+                note(value, classes, sys._getframe(1))
+            return isinstance(value, classes)
         try:
-            return isinstance(stand_in(value.node), kinds)
+            return isinstance(stand_in(value.node), classes)
         except Unknown:
-            return isinstance(value.tracer.observer.kind(value), kinds)  # type: ignore[attr-defined]
+            return isinstance(value.tracer.observer.of_same_type(value), classes)  # type: ignore[attr-defined]
 
     def is_tensor(value: Any) -> bool:
         return is_instance(value, Tensor)

@@ -124,7 +124,7 @@ class CallTracer(process.Tracer):
                 return leaf
             proxy = self.create_proxy("placeholder", leaf.name, (), {})
             if isinstance(leaf.given, Thing):
-                UNKNOWN.note(proxy.node, leaf.given.kind)
+                UNKNOWN.note(proxy.node, leaf.given.cls)
             elif leaf.given is not None and leaf.given.number is not None:
                 STAND_IN.note(proxy.node, leaf.given.number)
             return proxy
