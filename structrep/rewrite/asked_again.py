@@ -21,7 +21,7 @@ from structrep.rewrite.guards import Guard
 from structrep.rewrite.node_changes import NodeChanges
 from structrep.rewrite.otherwise import Key, Otherwise, Where, alternatives
 from structrep.rewrite.spelling import Spelling
-from structrep.trace.questions import INPUTS
+from structrep.trace.reads import INPUTS
 
 _HANDED = (bool, int, float, str, tuple, list, type(None), torch.dtype, torch.device)
 

@@ -21,7 +21,7 @@ from structrep.rewrite.otherwise import Key
 from structrep.rewrite.spelling import Spelling
 from structrep.trace.class_reads import class_reads, methods_of, settings_given
 from structrep.trace.instructions import namespace_reads
-from structrep.trace.questions import WHOLE
+from structrep.trace.reads import WHOLE
 
 
 class Assumptions:

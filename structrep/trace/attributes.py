@@ -22,7 +22,7 @@ from structrep.trace.asked import STORES, WALKS, Asked
 from structrep.trace.class_reads import is_type
 from structrep.trace.frames import is_engine, is_library
 from structrep.trace.instructions import _is_constant, has_settings, instructions_of, onward
-from structrep.trace.questions import Questions
+from structrep.trace.reads import Reads
 
 _METHODS = {name: value for name, value in vars(nn.Module).items() if not name.startswith("__")}
 _OF_CLASS = ("__class__", "__dict__")
@@ -36,17 +36,17 @@ _PARTS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)  # torch's own containers
 
 
 class Attributes:
-    """Watches lookups of plain attributes, of entries behind them, and of parts; asks each as a question.
+    """Watches lookups of plain attributes, of entries behind them, and of parts; notes each as a read.
 
     Args:
-        questions: of the trace.
-        parts: questions about parts, which are told of lookups too.
+        reads: of the trace.
+        parts: are told of lookups of parts too.
         hooks: functions by id, each with itself and what is found in its place (`Environment.hooks`).
     """
 
-    def __init__(self, questions: Questions, parts: Asked, hooks: Mapping[int, tuple[Any, Callable[..., Any]]]) -> None:
-        self.questions, self.parts, self.hooks = questions, parts, hooks
-        self.current, self.paths = questions.current, parts.paths
+    def __init__(self, reads: Reads, parts: Asked, hooks: Mapping[int, tuple[Any, Callable[..., Any]]]) -> None:
+        self.reads, self.parts, self.hooks = reads, parts, hooks
+        self.current, self.paths = reads.current, parts.paths
         self.routes: dict[int, tuple[Any, nn.Module, str]] = {}  # of objects, by id: themselves, who holds them, how
         self.thread = threading.get_ident()
         self.patched: set[type] = set()
@@ -84,7 +84,7 @@ class Attributes:
             self.parts.attribute(module, name, frame)
         if torchs:
             return get(module, name)
-        before = self.questions.asked
+        before = self.reads.noted
         try:
             value = get(module, name)
         except AttributeError:
@@ -107,7 +107,7 @@ class Attributes:
             return self.hooks[id(value)][1]
         if isinstance(value, nn.Module) and users:
             self.parts.part(value, (), frame)
-        if isinstance(value, (nn.Module, Tensor, fx.Proxy)) or self.questions.asked > before:
+        if isinstance(value, (nn.Module, Tensor, fx.Proxy)) or self.reads.noted > before:
             return value  # a property's parts were noted
         path = self.paths.get(id(module))
         if path is None or self.current() is None or is_engine(frame):
@@ -165,14 +165,14 @@ class Attributes:
         route = self.routes.get(id(held))
         if route is None or route[0] is not held or name.startswith("__") or threading.get_ident() != self.thread:
             return get(held, name)
-        before, frame = self.questions.asked, sys._getframe(2)
+        before, frame = self.reads.noted, sys._getframe(2)
         try:
             value = get(held, name)
         except AttributeError:
             if self.current() is not None and not is_engine(frame):
-                self.questions.note(route[1], self.paths[id(route[1])], f"{route[2]}.{name}", MISSING, frame)
+                self.reads.note(route[1], self.paths[id(route[1])], f"{route[2]}.{name}", MISSING, frame)
             raise
-        if isinstance(value, (nn.Module, Tensor, fx.Proxy, MethodType)) or self.questions.asked > before:
+        if isinstance(value, (nn.Module, Tensor, fx.Proxy, MethodType)) or self.reads.noted > before:
             return value
         if self.current() is None or is_engine(frame):
             return value
@@ -190,7 +190,7 @@ class Attributes:
             if further and is_object(told) and self._adopt(told, module, text + further):
                 return value
         deep = further.count("[") if "(" not in further else 99  # which no code is
-        again = self.questions.note(module, path, text + further, told, frame, counts=not further, deep=deep)
+        again = self.reads.note(module, path, text + further, told, frame, counts=not further, deep=deep)
         return value if further else again
 
     def _adopt(self, value: Any, module: nn.Module, text: str) -> bool:
@@ -243,7 +243,7 @@ class Attributes:
     def _of_part(self, module: nn.Module, text: str, told: Any, frame: FrameType) -> None:
         path = self.paths.get(id(module))
         if path is not None and self.current() is not None and not is_engine(frame):
-            self.questions.note(module, path, text, told, frame, counts=False)
+            self.reads.note(module, path, text, told, frame, counts=False)
 
 
 @functools.lru_cache(4096)

@@ -24,8 +24,8 @@ from structrep.trace.aten import gives_more, in_torch
 from structrep.trace.origins import Origins
 from structrep.trace.patches import unwatched
 from structrep.trace.proxies import ASKED, TOLD
-from structrep.trace.questions import Questions
 from structrep.trace.reach import Reach
+from structrep.trace.reads import Reads
 from structrep.trace.recorder import Recorder
 
 # How code is told of the shape of a tensor, of what its dtype says, and of its numbers.
@@ -55,7 +55,7 @@ class Constants(TorchFunctionMode):
     """Watches what the trace computes for real: notes where constants come from, stops what must not be baked in.
 
     Args:
-        recorder, reach, origins, questions: are told of it.
+        recorder, reach, origins, reads: are told of it.
         entries: plain tensors in what modules hold, by id.
         parameters, buffers: of the module that is traced.
     """
@@ -65,13 +65,13 @@ class Constants(TorchFunctionMode):
         recorder: Recorder,
         reach: Reach,
         origins: Origins,
-        questions: Questions,
+        reads: Reads,
         entries: Mapping[int, Entry],
         parameters: Iterable[Tensor],
         buffers: Iterable[Tensor],
     ) -> None:
         super().__init__()
-        self.recorder, self.reach, self.origins, self.questions = recorder, reach, origins, questions
+        self.recorder, self.reach, self.origins, self.reads = recorder, reach, origins, reads
         self.names, self.entries = reach.names, entries
         self.stored = {storage(p) for p in parameters if p.numel()}
         self.held = self.stored | {storage(b) for b in buffers if b.numel()}
@@ -141,7 +141,7 @@ class Constants(TorchFunctionMode):
                 return told
             tensor = source
         path = self.names.get(id(tensor))
-        return told if path is None else self.questions.ask(tensor, path, f".{what}", told)
+        return told if path is None else self.reads.ask(tensor, path, f".{what}", told)
 
     def _note_told(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], told: Any) -> None:
         """Note what code is told of the shape, the dtype or the numbers of tensors that the model holds, or of what it
@@ -164,11 +164,11 @@ class Constants(TorchFunctionMode):
                 if name in _DTYPES and (len(args) > 1 or kwargs or one.dtype != given.dtype):
                     continue  # a cast; a source of another dtype
                 if path is not None:
-                    self.questions.ask(one, path, text, answer, counts=False)
+                    self.reads.ask(one, path, text, answer, counts=False)
                 elif entry is not None:
                     holder = next(module for module, where in self.recorder.paths.items() if where == entry.holder)
                     asked = text.replace(PLACEHOLDER, f"{PLACEHOLDER}{entry.text}")
-                    self.questions.ask(holder, entry.holder, asked, answer, counts=False)
+                    self.reads.ask(holder, entry.holder, asked, answer, counts=False)
 
     def _note_touched(self, func: Any, given: list[Any]) -> None:
         """Raise where a forward computes with weights that it assigns: it may do another thing at every call."""

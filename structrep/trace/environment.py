@@ -19,7 +19,7 @@ from structrep.graph.reads import OF_TORCH, UNSTABLE
 from structrep.modules.source import functions, functions_in, is_full
 from structrep.trace.frames import is_library
 from structrep.trace.patches import exchange, namespaces
-from structrep.trace.questions import Questions
+from structrep.trace.reads import Reads
 
 _get_tracing_state = torch._C._get_tracing_state
 _OF_SYSTEM = ("os", "collections.abc", "_collections_abc")  # which look up variables of the system for code
@@ -27,14 +27,14 @@ _PLAIN_TENSORS = (None, Tensor.__torch_function__, nn.Parameter.__torch_function
 
 
 class Environment:
-    """Watches the functions that tell where code runs; asks what they are asked as questions.
+    """Watches the functions that tell where code runs; notes what they are asked as reads.
 
     Args:
-        questions: of the trace.
+        reads: of the trace.
     """
 
-    def __init__(self, questions: Questions) -> None:
-        self.questions = questions
+    def __init__(self, reads: Reads) -> None:
+        self.reads = reads
         self.thread = threading.get_ident()
         self.hooks: dict[int, tuple[Any, Callable[..., Any]]] = {}  # of functions in C, which may have any name, by id
 
@@ -81,7 +81,7 @@ class Environment:
             if threading.get_ident() != self.thread or is_library(frame):
                 return told
             given = ", ".join([*map(repr, args), *(f"{key}={value!r}" for key, value in kwargs.items())])
-            return self.questions.note(None, "", f"{text}({given})", told, frame)
+            return self.reads.note(None, "", f"{text}({given})", told, frame)
 
         return asked
 
@@ -105,7 +105,7 @@ class Environment:
             if threading.get_ident() != self.thread or is_library(frame):
                 return state
             traces = state is not None
-            told = self.questions.note(None, "", "torch._C._get_tracing_state() is not None", traces, frame)
+            told = self.reads.note(None, "", "torch._C._get_tracing_state() is not None", traces, frame)
             return state if told is traces else object() if told else None
 
         return asked
@@ -125,7 +125,7 @@ class Environment:
                 return told
             finally:
                 if noted and frame is not None and not is_library(frame):
-                    self.questions.note(None, "", f"os.environ.get({key!r})", told, frame, counts=False)
+                    self.reads.note(None, "", f"os.environ.get({key!r})", told, frame, counts=False)
 
         return get
 

@@ -32,7 +32,7 @@ from structrep.trace.conditions import length, sized, spared
 from structrep.trace.frames import outside
 from structrep.trace.held import owner_of
 from structrep.trace.patches import plain_function
-from structrep.trace.questions import INPUTS
+from structrep.trace.reads import INPUTS
 
 if TYPE_CHECKING:
     from structrep.trace.tracer import CallTracer
@@ -213,7 +213,7 @@ class Observer:
         if node.target is not getattr or node.args[1] != "dtype":
             return None
         dtype = STATIC_DTYPE.of(node.all_input_nodes[0]) or own
-        return self.tracer.questions.answers.get(INPUTS, own) if dtype is own else dtype
+        return self.tracer.reads.answers.get(INPUTS, own) if dtype is own else dtype
 
     def _note_dtype(self, asked: fx.Proxy, told: bool) -> bool:
         """Note a condition on the dtype of an input, and assert what it is taken to be."""
@@ -221,7 +221,7 @@ class Observer:
         place = sum(isinstance(read.holder, fx.Node) for read in call.reads.values())
         key = f"{call.path}.{call.method}", f"dtype {place}"
         call.reads[key] = Read(asked.node, "", told)
-        told = self.tracer.questions.answers.get(key, told)
+        told = self.tracer.reads.answers.get(key, told)
         holds = self.tracer.create_proxy("call_function", operator.eq, (asked, told), {})
         ASKED.note(holds.node, key)
         said = "the forward was reparameterized for an input of another dtype: convert the model again for that"

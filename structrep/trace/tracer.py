@@ -2,7 +2,7 @@
 
 * `recorder` has the calls, for each node to say which made it; `contexts` what they run in.
 * `constants` sees what is computed of weights alone; `origins` knows how.
-* `attributes` and `environment` see what code looks up and asks; `questions` notes it in the call that asks, `parts`
+* `attributes` and `environment` see what code looks up and asks; `reads` notes it in the call that asks, `parts`
   what is about parts, `reach` who uses what is not its own.
 * `observer` answers where code asks what hangs on the input.
 """
@@ -57,8 +57,8 @@ from structrep.trace.origins import Origins
 from structrep.trace.patches import compiled_inlined, keep_scripted, keep_whole, show_tensors, take_traced_sizes
 from structrep.trace.policy import Policy
 from structrep.trace.proxies import TracedValue
-from structrep.trace.questions import Questions
 from structrep.trace.reach import Reach
+from structrep.trace.reads import Reads
 from structrep.trace.recorder import Recorder
 
 
@@ -80,7 +80,7 @@ class CallTracer(process.Tracer):
         paths: of the modules that the trace sees.
         held: the tensors of the model, by their names.
         policy: what is followed.
-        answers: what questions are answered otherwise than it is, by `Call.reads`' keys.
+        answers: what reads are answered otherwise than it is, by `Call.reads`' keys.
         contexts: that the call is made in.
         run: of the example.
         look: gives what objects hold of which it is noted which call changes them.
@@ -106,11 +106,11 @@ class CallTracer(process.Tracer):
         self.contexts, self.origins = Contexts(contexts), Origins()
         self.recorder = Recorder(paths, self.contexts, self.origins, look)
         self.reach = Reach(held.names, paths, self.recorder)
-        self.questions = Questions(lambda: self.recorder.current, answers)
-        self.parts = Asked(paths, self.questions.current, self.reach.look_up)
-        self.environment = Environment(self.questions)
-        self.attributes = Attributes(self.questions, self.parts, self.environment.hooks)
-        watched = self.recorder, self.reach, self.origins, self.questions
+        self.reads = Reads(lambda: self.recorder.current, answers)
+        self.parts = Asked(paths, self.reads.current, self.reach.look_up)
+        self.environment = Environment(self.reads)
+        self.attributes = Attributes(self.reads, self.parts, self.environment.hooks)
+        watched = self.recorder, self.reach, self.origins, self.reads
         self.constants = Constants(*watched, held.entries, module.parameters(), module.buffers())
         self.observer = Observer(self, run)
         self.count = 0

@@ -1,12 +1,12 @@
-"""What a forward asks for while a trace runs, beside the values that it is given.
+"""The reads of a forward while a trace runs: what it asks for beside the values that it is given.
 
 * Plain attributes of modules, and of objects that modules hold (configurations), by any way of asking: `self.low`,
   `getattr(self, name)`, a helper that is given the object (`attributes`).
 * Entries of dicts and lists, where code asks for one of a constant key; else the whole.
-* Questions about where it runs: `torch.jit.is_tracing()`, `torch.is_grad_enabled()` (`environment`).
+* Where it runs: `torch.jit.is_tracing()`, `torch.is_grad_enabled()` (`environment`).
 * dtype and device of tensors that the model holds (`constants`).
 
-What a trace was told holds for that trace. Told otherwise (`Observed(answers=...)`), a forward shows what hangs on it.
+What a trace was told holds for that trace. Told otherwise (`CallTracer(answers=)`), a forward shows what hangs on it.
 Module-level names and closures' cells are found in the code that ran (`namespace_reads`): nothing can watch those.
 """
 
@@ -35,8 +35,8 @@ INPUTS = "", "the dtype of inputs"  # what is answered for the dtype of inputs
 WHOLE = ".__dict__"  # all that a module has, of which no guard could say that it is the same
 
 
-class Questions:
-    """The questions that calls ask, each noted there, and the answers.
+class Reads:
+    """Notes the reads of calls, each in its call, and tells what they are told.
 
     Args:
         current: the call that runs.
@@ -46,16 +46,16 @@ class Questions:
     def __init__(self, current: Callable[[], Call | None], answers: Mapping[tuple[str, str], Any] | None) -> None:
         self.current = current
         self.answers = dict(answers or {})
-        self.asked = 0  # how many were noted
+        self.noted = 0  # how many were noted
 
     def note(
         self, holder: Any, path: str, text: str, told: Any, frame: FrameType, counts: bool = True, deep: int = 0
     ) -> Any:
-        """Note a question of the call that runs; returns what it is told."""
+        """Note a read of the call that runs; returns what it is told."""
         call = self.current()
         if call is None:
             return told
-        self.asked += 1
+        self.noted += 1
         call.codes[frame.f_code] = frame.f_globals
         if frame.f_code is not call.bytecode:  # a function that it calls
             for proxy in proxies([one for one in frame.f_locals.values() if isinstance(one, HOLDERS)]):
@@ -66,6 +66,6 @@ class Questions:
         return self.answers.get(key, told) if counts else told
 
     def ask(self, holder: Any, path: str, text: str, told: Any, counts: bool = True) -> Any:
-        """A question about a tensor of the model: its dtype, where it is, what its numbers are."""
+        """A read of a tensor of the model: its dtype, where it is, what its numbers are."""
         frame = outside(sys._getframe(1), _BETWEEN)
         return told if frame is None or is_library(frame) else self.note(holder, path, text, told, frame, counts)
