@@ -1,4 +1,4 @@
-"""Answers that a forward only hands to operations: where these are written, the question is written in their place."""
+"""Answers that a forward only hands to operations: where these are written, the read is written in their place."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class AskedAgain:
         otherwise: the forward, which is told otherwise to see what hangs on an answer.
 
     Attributes:
-        texts: the questions, as code, by where they stand.
+        texts: the reads, as code, by where they stand.
         guards: that answers are the same of which one is asked for.
     """
 
@@ -65,7 +65,7 @@ class AskedAgain:
         return any(where is node for where, _ in self.texts)
 
     def note(self, reads: Iterable[tuple[Key, Read]]) -> list[tuple[Key, Read]]:
-        """Note what is asked for again; gives the questions on whose answers more hangs."""
+        """Note what is asked for again; gives the reads on whose answers more hangs."""
         staying, calls = set(self.followed.steps()), list(self.followed.calls())
         done = {
             call: [(step, at) for step in call.steps if step in staying and (at := _at(step)) is not None]
@@ -78,7 +78,7 @@ class AskedAgain:
             if found is None:
                 left.append((key, read))
             elif found:
-                self._note(found, self.spelling.question(key[0], read))
+                self._note(found, self.spelling.read(key[0], read))
         cast = self._note_cast(left)
         return [(key, read) for key, read in left if key not in cast]
 
@@ -86,14 +86,14 @@ class AskedAgain:
         self.texts |= dict.fromkeys(found, _Text(text))
 
     def _note_cast(self, reads: Sequence[tuple[Key, Read]]) -> set[Key]:
-        """Note of questions for dtypes those that have one answer, if to change it for all, inputs too, is what casting
+        """Note of reads of dtypes those that have one answer, if to change it for all, inputs too, is what casting
         the model does; gives those. Others of them than the first are guarded to be as that is."""
         for dtype in {read.told for _, read in reads if isinstance(read.told, torch.dtype)}:
             same = [(key, read) for key, read in reads if read.told == dtype and isinstance(read.holder, Tensor)]
             found = self._handed(dtype, [*(key for key, _ in same), INPUTS]) if same else None
             if found is None:
                 continue
-            texts = [self.spelling.question(key[0], read) for key, read in same]
+            texts = [self.spelling.read(key[0], read) for key, read in same]
             self._note(found, texts[0])
             others = (text for text in texts if text != texts[0])
             self.guards += [guards.alike(text, texts[0], self.call.shown) for text in others]
@@ -155,7 +155,7 @@ class AskedAgain:
         """The arguments that an answer is, whatever it is; None if anything else hangs on it.
 
         Args:
-            keys: the questions that have this answer.
+            keys: the reads that have this answer.
         """
         found: set[Where] | None = None
         for other in alternatives(told):

@@ -38,11 +38,11 @@ class Assumptions:
         self.guards: list[Guard] = []
         self.merged: dict[tuple[str, str], Entry] = {}
 
-    def questions(self, answers: Container[Key]) -> dict[Key, Read]:
+    def reads(self, answers: Container[Key]) -> dict[Key, Read]:
         """What it asked for as it was traced.
 
         Args:
-            answers: questions that are left out.
+            answers: reads that are left out.
 
         Raises:
             Unreadable: one of them no guard can ask again.
@@ -62,12 +62,12 @@ class Assumptions:
             path: of the module or tensor that was asked.
         """
         if read.told is MISSING:
-            holder, _, name = self.spelling.question(path, read).rpartition(".")
+            holder, _, name = self.spelling.read(path, read).rpartition(".")
             self.guards.append(guards.missing(f"{holder}.{name}", holder, name, self.call.shown))
             return
         if path in self.changes.homes and (read.of_numbers or read.text.endswith(".shape")):
             return  # of a tensor that is merged, which is no more set
-        asked = self.spelling.question(path, read)
+        asked = self.spelling.read(path, read)
         held = isinstance(read.holder, nn.Module) and read.text[1:] in read.holder.__dict__
         named = asked.replace("structrep_is(", "isinstance(") if isinstance(read.holder, nn.Module) else read.of(path)
         made = guards.guard(asked, named, read.told, self.call.shown, scripted=held)

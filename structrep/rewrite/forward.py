@@ -128,7 +128,7 @@ def written_anew(
     asked_again = AskedAgain(otherwise, changes, spelling)
     assumptions = Assumptions(followed, changes, spelling)
     ways = Ways(otherwise, changes, spelling, asked_again, parameters.given)
-    reads = assumptions.questions(answers)
+    reads = assumptions.reads(answers)
     left = asked_again.note((key, read) for key, read in reads.items() if not read.where_am_i)
     assumptions.guards += asked_again.guards
     for (path, _), read in left:
@@ -183,7 +183,7 @@ class Ways:
         if self.otherwise.differences(again) == []:
             self.settled.add(key)
             return
-        asked = self._comparison(read.holder) if of_input else self.spelling.question(key[0], read)
+        asked = self._comparison(read.holder) if of_input else self.spelling.read(key[0], read)
         if asked is None:
             return  # it is asserted where it is asked
         condition = f"not {asked}" if read.told else asked

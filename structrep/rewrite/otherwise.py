@@ -20,7 +20,7 @@ from structrep.rewrite.followed import Followed
 from structrep.rewrite.node_changes import NodeChanges
 from structrep.trace.again import retrace
 
-Key = tuple[str, str]  # of a question, in `Call.reads`
+Key = tuple[str, str]  # of a read, in `Call.reads`
 Where = tuple[Any, tuple[Any, ...]]  # a node, the id of a constant or a call, and the way to one of its arguments
 
 
@@ -38,7 +38,7 @@ class Different(Exception):
 
 
 def alternatives(told: Any) -> list[Any]:
-    """The other answers to a question, if they are few; none for a dtype that no model is cast to."""
+    """The other answers to a read, if they are few; none for a dtype that no model is cast to."""
     if isinstance(told, bool):
         return [not told]
     if isinstance(told, torch.dtype):

@@ -31,8 +31,8 @@ class Spelling:
         self.model, self.call, self.changes = followed.traced.model, followed.call, changes
         self.names: dict[str, Any] = {}
 
-    def question(self, path: str, read: Read) -> str:
-        """A question as code.
+    def read(self, path: str, read: Read) -> str:
+        """A read as code.
 
         Args:
             path: of the module or tensor that it is about.
