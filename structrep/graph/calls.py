@@ -110,7 +110,7 @@ class Call:
 
 
 @dataclass(frozen=True)
-class Question:
+class Introspection:
     """Something that code asked about a part of the model, beside running it, or may ask.
 
     Args:
@@ -129,7 +129,7 @@ class Question:
     apart: bool = False
 
     def said_of(self, path: str) -> str:
-        """The question about the part at a path, with the line that asks it."""
+        """The introspection of the part at a path, with the line that asks it."""
         where = f"{self.file}:{self.line}: {linecache.getline(self.file, self.line).strip()}"
         return f"{self.by or 'the model'} asks for {self.what} of {path} ({where})"
 
@@ -203,7 +203,8 @@ class Traced:
         default_factory=dict
     )  # path of a child or tensor -> forwards of others using it
 
-    asked: dict[str, list[Question]] = field(default_factory=lambda: defaultdict(list))  # path of a part -> about it
+    # path of a part -> what was asked about it
+    introspections: dict[str, list[Introspection]] = field(default_factory=lambda: defaultdict(list))
     told: dict[str, set[Call]] = field(default_factory=dict)  # and by those that ask no more than a dtype or a device
     handed: dict[Any, Any] = field(default_factory=dict)  # what was found to hang on answers, for calls that are alike
     # which objects change as a method runs, by its path and name (`states.Holdings.changes`); and which of them were
@@ -240,7 +241,7 @@ class Method:
 
     calls: list[Call]
     reached: set[str]
-    asked: set[str]  # paths of parts that it asks for more than to run
+    introspected: set[str]  # paths of parts that it asks for more than to run
     forwards: dict[str, list[Call]] = field(default_factory=dict)  # calls of modules, by their paths
 
     def __post_init__(self) -> None:

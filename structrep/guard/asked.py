@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import fx, nn
 
-from structrep.graph.calls import Call, Question, Traced
+from structrep.graph.calls import Call, Introspection, Traced
 from structrep.graph.facts import CALL
 from structrep.modules.asks import FIRST, asks, resolve
 
@@ -21,7 +21,9 @@ class Asking:
     """
 
     def __init__(self, traced: Traced) -> None:
-        self.found: dict[str, list[Question]] = defaultdict(list, {k: [*v] for k, v in traced.asked.items()})
+        self.found: dict[str, list[Introspection]] = defaultdict(
+            list, {k: [*v] for k, v in traced.introspections.items()}
+        )
         self.perhaps: dict[tuple[nn.Module, str], frozenset[str]] = {}
         for path in sorted(traced.whole | traced.untraced.keys()):
             module = traced.model.get_submodule(path)
@@ -32,7 +34,7 @@ class Asking:
             for below, one in asks(module, by, picked=True):
                 if one.what != FIRST or not _is_uniform(module):
                     where = ".".join(filter(None, (path, below)))
-                    self.found[where].append(Question(None, path, one.what, one.file, one.line))
+                    self.found[where].append(Introspection(None, path, one.what, one.file, one.line))
 
     def otherwise(self, nodes: Iterable[fx.Node]) -> set[Call]:
         """The calls whose code may ask layers of a merge for something, on a path that was not taken."""

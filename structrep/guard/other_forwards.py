@@ -157,7 +157,7 @@ class Borders:
         given = any(isinstance(p, fx.Proxy) and p.node in inside for p in call.args)
         return (
             any(path.startswith(f"{call.path}.") for path in method.reached)
-            or (call.leaf and call.path in method.asked)
+            or (call.leaf and call.path in method.introspected)
             or (not last and any(not any(_readers(one.result) <= some for some in read) for one in calls))
             or (given and any(_feeders(one) not in fed for one in calls))
         )

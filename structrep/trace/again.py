@@ -37,8 +37,8 @@ def follow_method(module: nn.Module, path: str, method: str, flags: Mapping[str,
         for node in tracer.graph.nodes
         if node.op == "get_attr" and any(CALL.of(user) is calls[0] for user in node.users)
     }
-    asked = {where for where, question in tracer.parts.all() if not question.apart}
-    return Method(calls, held | scratch.reached.keys(), asked)
+    introspected = {where for where, one in tracer.parts.all() if not one.apart}
+    return Method(calls, held | scratch.reached.keys(), introspected)
 
 
 def retrace(traced: Traced, call: Call, answers: Mapping[tuple[str, str], Any]) -> tuple[Traced, Call] | None:

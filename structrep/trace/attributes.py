@@ -18,10 +18,10 @@ from structrep.deployed.contents import described
 from structrep.graph.reads import MISSING, PLACEHOLDER
 from structrep.modules.objects import CONTAINERS, OF_MODULES, is_object
 from structrep.modules.source import written_in
-from structrep.trace.asked import STORES, WALKS, Asked
 from structrep.trace.class_reads import is_type
 from structrep.trace.frames import is_engine, is_library
 from structrep.trace.instructions import _is_constant, has_settings, instructions_of, onward
+from structrep.trace.introspection import STORES, WALKS, Introspections
 from structrep.trace.reads import Reads
 
 _METHODS = {name: value for name, value in vars(nn.Module).items() if not name.startswith("__")}
@@ -44,7 +44,9 @@ class Attributes:
         hooks: functions by id, each with itself and what is found in its place (`Environment.hooks`).
     """
 
-    def __init__(self, reads: Reads, parts: Asked, hooks: Mapping[int, tuple[Any, Callable[..., Any]]]) -> None:
+    def __init__(
+        self, reads: Reads, parts: Introspections, hooks: Mapping[int, tuple[Any, Callable[..., Any]]]
+    ) -> None:
         self.reads, self.parts, self.hooks = reads, parts, hooks
         self.current, self.paths = reads.current, parts.paths
         self.routes: dict[int, tuple[Any, nn.Module, str]] = {}  # of objects, by id: themselves, who holds them, how

@@ -272,7 +272,7 @@ def follow(
             traced.untraced.setdefault(call.path, reason)
             if call.module is module or type(call.module) in opaque:
                 recorder.stopped = recorder.calls[0]
-                _note_questions(traced, tracer)
+                _note_introspections(traced, tracer)
                 return tracer
             opaque = opaque | {type(call.module)}
             continue
@@ -288,13 +288,13 @@ def follow(
         traced.origins.update(tracer.origins.known)
         traced.written |= tracer.origins.written
         _note_reach(traced, tracer)
-        _note_questions(traced, tracer)
+        _note_introspections(traced, tracer)
         return tracer
 
 
-def _note_questions(traced: Traced, tracer: CallTracer) -> None:
-    for path, question in tracer.parts.all():
-        traced.asked[path].append(question)
+def _note_introspections(traced: Traced, tracer: CallTracer) -> None:
+    for path, one in tracer.parts.all():
+        traced.introspections[path].append(one)
 
 
 def _note_reach(traced: Traced, tracer: CallTracer) -> None:

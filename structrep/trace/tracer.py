@@ -46,12 +46,12 @@ from structrep.modules.copies import is_compiled
 from structrep.read.endings import ends
 from structrep.read.modules import knows
 from structrep.terms.layer import Computed
-from structrep.trace.asked import Asked
 from structrep.trace.aten import gives_more, in_torch
 from structrep.trace.attributes import Attributes
 from structrep.trace.constants import Constants, compute
 from structrep.trace.environment import Environment
 from structrep.trace.inputs import Placeholder
+from structrep.trace.introspection import Introspections
 from structrep.trace.observing import Observer
 from structrep.trace.origins import Origins
 from structrep.trace.patches import compiled_inlined, keep_scripted, keep_whole, show_tensors, take_traced_sizes
@@ -107,7 +107,7 @@ class CallTracer(process.Tracer):
         self.recorder = Recorder(paths, self.contexts, self.origins, look)
         self.reach = Reach(held.names, paths, self.recorder)
         self.reads = Reads(lambda: self.recorder.current, answers)
-        self.parts = Asked(paths, self.reads.current, self.reach.look_up)
+        self.parts = Introspections(paths, self.reads.current, self.reach.look_up)
         self.environment = Environment(self.reads)
         self.attributes = Attributes(self.reads, self.parts, self.environment.hooks)
         watched = self.recorder, self.reach, self.origins, self.reads

@@ -1,6 +1,6 @@
 """What code asks about parts of the model as a trace runs: who asks whom for what, and where.
 
-A merge changes layers: their types, settings and parameters. A question about one counts if it was asked; what code
+A merge changes layers: their types, settings and parameters. An introspection of one counts if it was seen; what code
 might ask on other paths is another matter. Noted are attributes of parts that are not the asker's own, parts that are
 handed to somebody, and walks over all that is below a module.
 """
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from structrep.graph.calls import Call, Question
+from structrep.graph.calls import Call, Introspection
 from structrep.modules.asks import (
     BY_NAME,
     CLASS,
@@ -65,8 +65,8 @@ class Got(NamedTuple):
     typed: bool
 
 
-class Asked:
-    """The questions of a trace about parts.
+class Introspections:
+    """The introspections of a trace: what code asks about parts.
 
     Args:
         paths: of the modules of the model.
@@ -79,7 +79,7 @@ class Asked:
     ) -> None:
         self.paths = {id(module): path for module, path in paths.items()}  # whose hash may ask them for attributes
         self.current, self.reach = current, reach
-        self.questions: dict[tuple[str, int, str], Question] = {}  # by path, call and what
+        self.found: dict[tuple[str, int, str], Introspection] = {}  # by path, call and what
         self.got: dict[tuple[Any, ...], Got] = {}
         self.own: set[tuple[int, str]] = set()  # attributes that calls look up in their own modules
 
@@ -156,12 +156,12 @@ class Asked:
                 self._note(call, self.paths[id(part)], WHAT, code, line)
 
     def _note(self, call: Call, path: str, what: str, code: CodeType, line: int, apart: bool = False) -> None:
-        known = self.questions.get((path, id(call), what))
+        known = self.found.get((path, id(call), what))
         if known is None or (known.apart and not apart):
-            self.questions[path, id(call), what] = Question(call, call.path, what, code.co_filename, line, apart)
+            self.found[path, id(call), what] = Introspection(call, call.path, what, code.co_filename, line, apart)
 
-    def all(self) -> Iterator[tuple[str, Question]]:
-        """The questions that were asked, each with the path of the part that it is about."""
+    def all(self) -> Iterator[tuple[str, Introspection]]:
+        """The introspections, each with the path of the part that it is about."""
         for got in self.got.values():
             for one in handed(got.code, got.at):
                 noted = one.helper in _NOTED or (one.helper == "isinstance" and got.typed)
@@ -172,14 +172,14 @@ class Asked:
                     if id(part) in self.paths:
                         self._note(got.call, self.paths[id(part)], one.what, got.code, one.line)
                         self._types(got, one, part)
-        yield from ((path, question) for (path, _, _), question in self.questions.items())
+        yield from ((path, one) for (path, _, _), one in self.found.items())
 
     def _types(self, got: Got, one: Handed, part: nn.Module) -> None:
-        """Note the questions for the type of a part that a function asks which is given it: no trace sees those."""
+        """Note what is asked for the type of a part that a function asks which is given it: no trace sees those."""
         method = getattr(type(got.call.module), one.method, None)
         function = method or vars(got.call.module).get(one.method) or got.space.get(one.helper)
         for below, ask in asks(part, [(function, one.place + (method is not None))], picked=False):
             if not below and ask.what in (TYPE, CLASS):
                 path = self.paths[id(part)]
                 key = path, id(got.call), ask.what
-                self.questions.setdefault(key, Question(got.call, got.call.path, ask.what, ask.file, ask.line))
+                self.found.setdefault(key, Introspection(got.call, got.call.path, ask.what, ask.file, ask.line))
