@@ -15,11 +15,11 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
 from structrep.errors import Untraceable
-from structrep.graph.answers import Answer
 from structrep.graph.contexts import Context
 from structrep.graph.facts import CALL
 from structrep.graph.observed import Observed
 from structrep.graph.reads import Read
+from structrep.graph.specializations import Specialization
 
 
 @dataclass(eq=False)
@@ -45,7 +45,7 @@ class Call:
     held: dict[fx.Node, set[CodeType]] = field(default_factory=dict)  # values that code of no call had as it asked
     at: int | None = None  # the instruction of its parent's code that it is called by, if that code itself calls it
     contexts: tuple[Context, ...] = ()  # that it is called in
-    answers: list[Answer] = field(default_factory=list)  # what its code was told of its input, for the example alone
+    specializations: list[Specialization] = field(default_factory=list)  # what its code was told of its input
 
     @property
     def code(self) -> Callable[..., Any]:
@@ -91,9 +91,9 @@ class Call:
             if isinstance(step, Call) and not step.leaf:
                 yield from step.all_calls()
 
-    def observed(self) -> Iterator[tuple[Call, Answer]]:
+    def observed(self) -> Iterator[tuple[Call, Specialization]]:
         """What it, and what it calls, was told that may be otherwise for another input, and is not asserted."""
-        return ((call, one) for call in self.all_calls() for one in call.answers if not one.asserted)
+        return ((call, one) for call in self.all_calls() for one in call.specializations if not one.asserted)
 
     @functools.cached_property
     def counted(self) -> bool:

@@ -42,7 +42,7 @@ class Callers:
         elif call is not root and root.module is not self.traced.model and self.doubt(root.path, root.method):
             yield from self._inside(call, root)
         parent = call.parent
-        if parent is not None and not all(one.asserted for one in parent.answers):
+        if parent is not None and not all(one.asserted for one in parent.specializations):
             calls = sites(type(parent.module), _way(call, parent), tuple(_parameters(call)), call.method == "forward")
             yield from self._others(call, calls)  # there may be calls on a way that the example does not take
         if not self.traced.observed.calls:

@@ -91,7 +91,7 @@ class GoneBy:
         for one in self.followed.calls():
             here = one is self.call
             told += [
-                (one, answer) for answer in one.answers
+                (one, answer) for answer in one.specializations
                 if not here or answer.code is not self.code or place(self.code, answer.at) in gone
             ]  # fmt: skip
         for asker, answer in told:

@@ -9,9 +9,9 @@ import torch
 from torch import fx
 
 from structrep.errors import ExampleOnly, Unreadable
-from structrep.graph.answers import Answer
 from structrep.graph.calls import Call
 from structrep.graph.facts import RELIED, VALUE
+from structrep.graph.specializations import Specialization
 from structrep.graph.structures import holds_tensor, proxies
 from structrep.modules.positions import branches, definition, place
 from structrep.rewrite.followed import Followed
@@ -35,7 +35,7 @@ def demand_same_for_all(followed: Followed, gone: Set[fx.Node]) -> None:
                 f"{one.path or 'the model'} calls a function of TorchScript, which has no name in written code"
             )
         lost = any(isinstance(step, fx.Node) and RELIED.get(step) in gone for step in one.steps)
-        for told in one.answers:
+        for told in one.specializations:
             if not told.asserted or lost:  # of what is gone nothing is asserted
                 raise _alone(one, told, (one.path, one.method))
     for step in followed.steps():
@@ -70,7 +70,7 @@ def _demand_one_value(call: Call) -> None:
         raise ExampleOnly(reason, (call.path, call.method))
 
 
-def _alone(call: Call, told: Answer, where: tuple[str, str]) -> ExampleOnly:
+def _alone(call: Call, told: Specialization, where: tuple[str, str]) -> ExampleOnly:
     asks = f"{type(call.module).__name__}.{call.method} asks {told}"
     return ExampleOnly(f"{asks}, which holds for the example alone: it cannot be written anew", where)
 

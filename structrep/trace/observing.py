@@ -4,7 +4,7 @@
 * The dtype of an input is that of the parameters; a forward that is written anew asks again.
 * A plain function that asks is kept whole, if it can be: then nothing is told.
 * All else is told as it is for the example inputs, by a run of the graph as far as it is made; without them, as what is
-  known of ranks and channels says. `Call.answers` has it: the path that was taken is one of several.
+  known of ranks and channels says. `Call.specializations` has it: the path that was taken is one of several.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from torch import Tensor, fx
 from torch.fx.proxy import TraceError
 
 from structrep.graph import dtypes
-from structrep.graph.answers import answer
 from structrep.graph.facts import ASKED, RANK, RELIED, STATIC_DTYPE
 from structrep.graph.known import Known
 from structrep.graph.reads import Read
 from structrep.graph.run import Failed, Partial
 from structrep.graph.shapes import _of_module, rank
+from structrep.graph.specializations import specialized
 from structrep.trace.conditions import length, sized, spared
 from structrep.trace.frames import outside
 from structrep.trace.held import owner_of
@@ -95,9 +95,9 @@ class Observer:
     def _told(self, asked: fx.Proxy, convert: Callable[[Any], Any], what: str) -> Any:
         frame = self._frame()
         call = self.recorder.current
-        if frame is None or call is None or len(call.answers) > MOST:
+        if frame is None or call is None or len(call.specializations) > MOST:
             raise self.recorder.refuse(TraceError(what))
-        where = answer(frame.f_code, frame.f_lasti, frame.f_lineno, None)
+        where = specialized(frame.f_code, frame.f_lasti, frame.f_lineno, None)
         function = plain_function(frame, call.bytecode)
         if function is not None and function not in self.followed:
             raise self.recorder.refuse(TraceError(f"{what}: {where}"))
@@ -187,8 +187,8 @@ class Observer:
 
     def _note(self, frame: FrameType | None, told: Any, *, asserted: bool = False) -> None:
         if frame is not None and (call := self.recorder.current) is not None:
-            made = answer(frame.f_code, frame.f_lasti, frame.f_lineno, told, asserted=asserted)
-            call.answers.append(made)
+            made = specialized(frame.f_code, frame.f_lasti, frame.f_lineno, told, asserted=asserted)
+            call.specializations.append(made)
 
     def _assert(self, holds: fx.Proxy, said: str) -> fx.Node:
         return self.tracer.create_proxy("call_function", torch._assert, (holds, said), {}).node

@@ -252,10 +252,10 @@ def test_what_was_told_is_noted_with_the_call():
     plan = structrep.plan(made(adds_a_batch), X)
     assert len(plan.merges) == 1
     (trace,) = [one for one in plan._selection.findings.traced.traces if not one.path]
-    (answer,) = trace.root.answers
-    assert (answer.text, answer.told, answer.asserted) == ("x.dim() == 3", False, False)
-    assert answer.code is adds_a_batch.__code__
-    assert answer.line == answer.code.co_firstlineno + 2
+    (one,) = trace.root.specializations
+    assert (one.text, one.told, one.asserted) == ("x.dim() == 3", False, False)
+    assert one.code is adds_a_batch.__code__
+    assert one.line == one.code.co_firstlineno + 2
 
 
 def test_the_example_is_not_written_to():

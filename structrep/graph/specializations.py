@@ -1,4 +1,4 @@
-"""What a forward was told where it asked what hangs on its input."""
+"""What a forward was told where it asked what hangs on its input: the trace is specialized to the answer."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from structrep.modules.positions import place
 
 
 @dataclass(frozen=True)
-class Answer:
-    """One answer, which may be another for another input.
+class Specialization:
+    """An answer to what hangs on the input, taken for the example: it may be another for another input.
 
     Args:
         code, at: whose instruction asked.
@@ -34,9 +34,9 @@ class Answer:
         return f"`{self.text}` ({self.code.co_filename}:{self.line})"
 
 
-def answer(code: CodeType, at: int, line: int, told: Any, *, asserted: bool = False) -> Answer:
+def specialized(code: CodeType, at: int, line: int, told: Any, *, asserted: bool = False) -> Specialization:
     """What an instruction was told, with what it asks as it is written."""
     node = place(code, at)
     inner = node.test if isinstance(node, ast.Assert) else node
     text = ast.unparse(inner) if inner is not None else linecache.getline(code.co_filename, line).strip()
-    return Answer(code, at, text, told, line, asserted)
+    return Specialization(code, at, text, told, line, asserted)
