@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from structrep.errors import Unreadable
 from structrep.graph.aliases import aliases, writers
 from structrep.graph.calls import Call
-from structrep.graph.facts import ASKED, AUTOCAST, CONSTANT, CONTEXTS, HELD, STORED, VALUE
+from structrep.graph.facts import ASSERTED, AUTOCAST, CONSTANT, CONTEXTS, HELD, STORED, VALUE
 from structrep.graph.operations import writes
 from structrep.graph.queries import asks_dtype, counts_sizes, only_asserted
 from structrep.match.sum_order import as_traced
@@ -109,7 +109,7 @@ class Body:
             self.env[node] = self._load(same)
         elif asks_dtype(node) and not self._has(cast(fx.Node, node.args[0])):
             self.env[node] = self.graph.call_function(getattr, (next(iter(self.env.values())), node.args[1]))
-        elif node in self.changes.dead or ASKED.get(node) in self.settled:
+        elif node in self.changes.dead or ASSERTED.get(node) in self.settled:
             return
         elif (only_asserted(node) or counts_sizes(node)) and not all(self._has(n) for n in node.all_input_nodes):
             return  # of sizes that are no longer there; whoever would need them says so

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from structrep.graph.calls import Call, Traced
-from structrep.graph.facts import ASKED
+from structrep.graph.facts import ASSERTED
 from structrep.guard.sharing import site
 
 
@@ -43,7 +43,7 @@ class Followed:
     def _steps_of(self, call: Call) -> Iterator[fx.Node | Call]:
         for step in call.steps:
             if isinstance(step, fx.Node):
-                if not ASKED.known(step):
+                if not ASSERTED.known(step):
                     yield step
             elif self.writes_out(step):
                 yield from self._steps_of(step)

@@ -22,7 +22,7 @@ from torch import Tensor, fx
 from torch.fx.proxy import TraceError
 
 from structrep.graph import dtypes
-from structrep.graph.facts import ASKED, RANK, RELIED, STATIC_DTYPE
+from structrep.graph.facts import ASSERTED, RANK, RELIED, STATIC_DTYPE
 from structrep.graph.known import Known
 from structrep.graph.reads import Read
 from structrep.graph.run import Failed, Partial
@@ -223,7 +223,7 @@ class Observer:
         call.reads[key] = Read(asked.node, "", told)
         told = self.tracer.reads.answers.get(key, told)
         holds = self.tracer.create_proxy("call_function", operator.eq, (asked, told), {})
-        ASKED.note(holds.node, key)
+        ASSERTED.note(holds.node, key)
         said = "the forward was reparameterized for an input of another dtype: convert the model again for that"
-        ASKED.note(self._assert(holds, said), key)
+        ASSERTED.note(self._assert(holds, said), key)
         return told
