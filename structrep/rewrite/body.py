@@ -18,12 +18,12 @@ from structrep.graph.queries import asks_dtype, counts_sizes, only_asserted
 from structrep.match.sum_order import as_traced
 from structrep.modules.source import written_in
 from structrep.read.nodes import read_node
-from structrep.rewrite.asked_again import AskedAgain
 from structrep.rewrite.blocks import Blocks, indented
 from structrep.rewrite.constants import ConstantLoader
 from structrep.rewrite.followed import Followed
 from structrep.rewrite.node_changes import NodeChanges
 from structrep.rewrite.otherwise import Key
+from structrep.rewrite.reads_again import ReadsAgain
 from structrep.rewrite.spelling import Spelling
 from structrep.rewrite.structures import built, places
 from structrep.terms.layer import Identity, Layer
@@ -47,17 +47,17 @@ class Body:
         followed: Followed,
         changes: NodeChanges,
         spelling: Spelling,
-        asked_again: AskedAgain,
+        reads_again: ReadsAgain,
         settled: Set[Key],
         graph: fx.Graph,
         given: Mapping[fx.Node, fx.Node],
     ) -> None:
         self.followed, self.call, self.changes, self.settled = followed, followed.call, changes, settled
-        self.spelling, self.asked_again = spelling, asked_again
+        self.spelling, self.reads_again = spelling, reads_again
         self.graph = graph
         self.env: dict[fx.Node, Any] = dict(given)
         self.blocks = Blocks(graph, followed.call)
-        self.constants = ConstantLoader(graph, followed.traced, spelling, asked_again, self.blocks)
+        self.constants = ConstantLoader(graph, followed.traced, spelling, reads_again, self.blocks)
 
     def write(self) -> None:
         """Write the graph.
@@ -117,8 +117,8 @@ class Body:
             op, target, args = as_traced(node, self.changes.reordered)
             target = self.spelling.relative(str(target)) if op == "call_module" else target
             load = self._load_input if node in self.changes.ended else self._load
-            args = fx.node.map_arg(self.asked_again.put(args, node, ("args",)), load)
-            kwargs = fx.node.map_arg(self.asked_again.put(dict(node.kwargs), node, ("kwargs",)), load)
+            args = fx.node.map_arg(self.reads_again.put(args, node, ("args",)), load)
+            kwargs = fx.node.map_arg(self.reads_again.put(dict(node.kwargs), node, ("kwargs",)), load)
             self.env[node] = self.graph.create_node(op, target, args, kwargs)
             CONSTANT.note(self.env[node], VALUE.known(node))
 
@@ -136,7 +136,7 @@ class Body:
 
     def _unchanged(self, node: fx.Node) -> fx.Node | None:
         """What an arithmetic operation such as `x + 0` gives back as it is."""
-        asked = self.asked_again.is_of(node)
+        asked = self.reads_again.is_of(node)
         if node.op != "call_function" or asked or node in self.changes.dead or written_in(node.target) != "_operator":
             return None
         reading = read_node(node)
@@ -153,8 +153,8 @@ class Body:
     def _write_call(self, call: Call) -> None:
         """Write a child's call, as it stands in its parent's forward."""
         self.blocks.enter(call.contexts)
-        args = self._built(self.asked_again.put(call.args, call, ("args",)))
-        kwargs = self._built(self.asked_again.put(call.kwargs, call, ("kwargs",)))
+        args = self._built(self.reads_again.put(call.args, call, ("args",)))
+        kwargs = self._built(self.reads_again.put(call.kwargs, call, ("kwargs",)))
         node = self.graph.call_module(self.spelling.relative(call.path), args, kwargs)
         for before, after in call.written:
             self.env[after] = self._load(before)

@@ -10,8 +10,8 @@ from torch import Tensor, fx
 
 from structrep.graph.calls import Origin, Traced, storage
 from structrep.graph.facts import CONSTANT
-from structrep.rewrite.asked_again import AskedAgain
 from structrep.rewrite.blocks import Blocks
+from structrep.rewrite.reads_again import ReadsAgain
 from structrep.rewrite.spelling import Spelling
 
 
@@ -19,17 +19,17 @@ class ConstantLoader:
     """The loader of tensors that do not depend on the input, into a graph that is written.
 
     Args:
-        asked_again: what they are computed with is asked for again there.
+        reads_again: what they are computed with is asked for again there.
 
     Attributes:
         lifted: those of which nothing is known but their numbers, each an attribute of a name of its own.
     """
 
     def __init__(
-        self, graph: fx.Graph, traced: Traced, spelling: Spelling, asked_again: AskedAgain, blocks: Blocks
+        self, graph: fx.Graph, traced: Traced, spelling: Spelling, reads_again: ReadsAgain, blocks: Blocks
     ) -> None:
         self.graph, self.traced, self.spelling = graph, traced, spelling
-        self.asked_again, self.blocks = asked_again, blocks
+        self.reads_again, self.blocks = reads_again, blocks
         self.written: dict[int, Any] = {}  # by id
         self.lifted: dict[str, Tensor] = {}
 
@@ -67,8 +67,8 @@ class ConstantLoader:
             return self.graph.get_attr(self.spelling.relative(self.traced.names[id(tensor)]))
         if origin is not None:
             given = (
-                self.asked_again.put(origin.args, id(tensor), ("args",)),
-                self.asked_again.put(origin.kwargs, id(tensor), ("kwargs",)),
+                self.reads_again.put(origin.args, id(tensor), ("args",)),
+                self.reads_again.put(origin.kwargs, id(tensor), ("kwargs",)),
             )
             args, kwargs = pytree.tree_map(lambda one: self.written[id(one)] if isinstance(one, Tensor) else one, given)
             name = origin.function.__name__

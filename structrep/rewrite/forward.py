@@ -24,7 +24,6 @@ from structrep.graph.calls import Call, Entry
 from structrep.graph.reads import Read
 from structrep.guard.sharing import site
 from structrep.rewrite import guards
-from structrep.rewrite.asked_again import AskedAgain
 from structrep.rewrite.assumptions import Assumptions
 from structrep.rewrite.body import Body
 from structrep.rewrite.followed import Followed
@@ -33,6 +32,7 @@ from structrep.rewrite.node_changes import NodeChanges
 from structrep.rewrite.observed import demand_same_for_all
 from structrep.rewrite.otherwise import Key, Otherwise
 from structrep.rewrite.parameters import Parameters
+from structrep.rewrite.reads_again import ReadsAgain
 from structrep.rewrite.spelling import Spelling
 
 
@@ -125,12 +125,12 @@ def written_anew(
     parameters.write(graph, followed.traced.observed)
     spelling = Spelling(followed, changes)
     otherwise = Otherwise(followed, answers)
-    asked_again = AskedAgain(otherwise, changes, spelling)
+    reads_again = ReadsAgain(otherwise, changes, spelling)
     assumptions = Assumptions(followed, changes, spelling)
-    ways = Ways(otherwise, changes, spelling, asked_again, parameters.given)
+    ways = Ways(otherwise, changes, spelling, reads_again, parameters.given)
     reads = assumptions.reads(answers)
-    left = asked_again.note((key, read) for key, read in reads.items() if not read.where_am_i)
-    assumptions.guards += asked_again.guards
+    left = reads_again.note((key, read) for key, read in reads.items() if not read.where_am_i)
+    assumptions.guards += reads_again.guards
     for (path, _), read in left:
         assumptions.add(path, read)
     for key, read in reads.items():
@@ -138,7 +138,7 @@ def written_anew(
             ways.add(key, read)
     assumptions.add_names()
     assumptions.add_merged()
-    body = Body(followed, changes, spelling, asked_again, ways.settled, graph, parameters.given)
+    body = Body(followed, changes, spelling, reads_again, ways.settled, graph, parameters.given)
     body.write()
     made = Forward(
         followed.call, body, parameters.guards, assumptions.guards, ways.found, spelling.names, assumptions.merged
@@ -163,11 +163,11 @@ class Ways:
         otherwise: Otherwise,
         changes: NodeChanges,
         spelling: Spelling,
-        asked_again: AskedAgain,
+        reads_again: ReadsAgain,
         given: Mapping[fx.Node, fx.Node],
     ) -> None:
         self.otherwise, self.changes, self.spelling = otherwise, changes, spelling
-        self.asked_again, self.given, self.shown = asked_again, given, otherwise.followed.call.shown
+        self.reads_again, self.given, self.shown = reads_again, given, otherwise.followed.call.shown
         self.found: list[tuple[str, Forward | list[Guard]]] = []
         self.settled = set(otherwise.answers)
         self.excluded: dict[Key, Any] = {}  # answers that ways before have taken care of
@@ -216,5 +216,5 @@ class Ways:
                     return None
                 sides.append(f"{str(given.target).strip('*')}.dtype")
             else:
-                sides.append(repr(self.asked_again.put(side, node, ("args", place))))
+                sides.append(repr(self.reads_again.put(side, node, ("args", place))))
         return f"({sides[0]} {'==' if node.target is operator.eq else '!='} {sides[1]})"

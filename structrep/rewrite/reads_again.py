@@ -26,7 +26,7 @@ from structrep.trace.reads import INPUTS
 _HANDED = (bool, int, float, str, tuple, list, type(None), torch.dtype, torch.device)
 
 
-class AskedAgain:
+class ReadsAgain:
     """The arguments of operations, constants and calls that are answers to what a forward asked.
 
     Args:
