@@ -10,7 +10,7 @@ from torch import fx, nn
 
 from structrep.graph.calls import Call, Introspection, Traced
 from structrep.graph.facts import CALL
-from structrep.modules.asks import FIRST, asks, resolve
+from structrep.modules.introspection import FIRST, asks, resolve
 
 
 class Asking:

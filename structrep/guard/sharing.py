@@ -15,8 +15,8 @@ from structrep.graph.calls import Call, Traced
 from structrep.graph.facts import ASSIGNED, CALL, COMPUTED, FORMULA, INDEX, SHAPE, VALUE
 from structrep.graph.names import is_lone_layer, path_of
 from structrep.guard.asked import Asking
-from structrep.modules.asks import CLASS, TYPE
 from structrep.modules.holders import held_elsewhere
+from structrep.modules.introspection import CLASS, TYPE
 from structrep.modules.source import names_reached
 
 

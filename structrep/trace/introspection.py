@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from structrep.graph.calls import Call, Introspection
-from structrep.modules.asks import (
+from structrep.modules.introspection import (
     BY_NAME,
     CLASS,
     GEOMETRY,
