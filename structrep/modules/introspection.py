@@ -212,7 +212,7 @@ def _own(function: FunctionType, place: int) -> _Own:
                 if isinstance(name, ast.Constant):
                     named.add(str(name.value))
                 elif node in run:
-                    computed.add(_Computed(_beginning(name), _count(parents[node])))
+                    computed.add(_Computed(beginning(name), _count(parents[node])))
                 else:
                     picks.append(line)
             else:
@@ -280,7 +280,7 @@ def _gets(call: ast.Call, itself: str) -> bool:
     return plain and isinstance(call.args[0], ast.Name) and call.args[0].id == itself
 
 
-def _beginning(name: ast.expr) -> str:
+def beginning(name: ast.expr) -> str:
     """How a computed name begins, as far as is known: "by_" of `f"by_{how}"`."""
     first = name.values[0] if isinstance(name, ast.JoinedStr) and name.values else None
     return first.value if isinstance(first, ast.Constant) and isinstance(first.value, str) else ""
@@ -368,6 +368,14 @@ def handed(code: CodeType, at: int) -> frozenset[Handed]:
     attributes."""
     found, node = definition_around(code), place_around(code, at)
     return frozenset(_Part(*found[:2]).handed(node, (), 0)) if found is not None and node is not None else frozenset()
+
+
+def given_away(node: ast.AST, parents: dict[ast.AST, ast.AST]) -> Iterator[Handed]:
+    """The same of the part that an expression gives."""
+    tree = node
+    while tree in parents:
+        tree = parents[tree]
+    yield from _Part(tree, parents).handed(node, (), 0)
 
 
 class _Part:

@@ -13,7 +13,6 @@ from structrep.deployed.edited import EditedMethod, compiled, layers, original, 
 from structrep.errors import Unreadable
 from structrep.graph.calls import Call, Traced
 from structrep.graph.facts import FORMULA, SHAPE, VALUE
-from structrep.modules.mentions import mentions
 from structrep.modules.positions import definition, imported
 from structrep.modules.source import functions, written_in
 from structrep.modules.uses import Use
@@ -23,6 +22,7 @@ from structrep.rewrite.expressions import edited
 from structrep.rewrite.followed import Followed
 from structrep.rewrite.gone_by import GoneBy
 from structrep.rewrite.guards import Guard
+from structrep.rewrite.mentioned import Mentioned
 from structrep.rewrite.node_changes import NodeChanges
 from structrep.rewrite.steps import Steps
 from structrep.rewrite.wanted import Edited
@@ -55,7 +55,7 @@ class Edit:
         self._check_changes(steps.gone)
         found = self.edited = edited(self.code, steps.wanted())
         self._check_source(found)
-        self.mentions = {f"{call.path}.{path}" if call.path else path for path in self._mentioned(found.mentions)}
+        self.mentions = {f"{call.path}.{path}" if call.path else path for path in self._mentioned(found.stays)}
         followed = Followed.of(traced, call, written_out)
         went_by = GoneBy(followed, self.function, found, self.mentions, self._answer, self._of_rank)
         went_by.note()
@@ -140,19 +140,15 @@ class Edit:
         if as_read is None or not same(as_read, self.code):
             raise Unreadable(f"the source of {self.call.shown} is not what runs")
 
-    def _mentioned(self, paths: frozenset[str]) -> set[str]:
-        """The paths of all that text may ask a module for, by its methods too."""
-        module, known = self.call.module, functions(type(self.call.module))
-        named: set[str] = set(paths)
-        for name in [path.partition(".")[0] for path in paths]:
-            inner = mentions(type(module), name) if name in known else frozenset()
-            named |= {"*"} if inner is None or hasattr(nn.Module, name) else inner
-            held = module._modules.get(name)
-            if held is not None and any(f"{name}." in path and not _has(module, path) for path in paths):
-                named.add(f"{name}.*")
-        every = {prefix.removesuffix("*") for prefix in named if prefix.endswith("*")}
-        below = {path for path, _ in module.named_modules() if any(path.startswith(prefix) for prefix in every)}
-        return {path for path in named | below if path and not path.endswith("*")}
+    def _mentioned(self, stays: Set[ast.AST]) -> set[str]:
+        """The paths of all that the text may ask its module for, by its methods too."""
+        module = self.call.module
+        calls = {name: self.traced.calls.get((module, name), ()) for name in functions(type(module))}
+        edited = {name for name, made in calls.items() if made and all(one in self.changes.owners for one in made)}
+        found = Mentioned(module, edited)
+        parents = {child: one for one in ast.walk(self.tree) for child in ast.iter_child_nodes(one)}
+        found.add(stays, self.tree.args.args[0].arg, parents)
+        return set(found.paths())
 
     def _tests(self) -> Iterator[ast.expr]:
         return (node.test for node in ast.walk(self.tree) if isinstance(node, (ast.If, ast.IfExp)))
@@ -174,15 +170,3 @@ class Edit:
             raise Unreadable(f"{self.call.shown} has no line of its own for its first statement")
         after = (body[0].end_lineno or 0) + 1 if doc else first.lineno
         return after - self.edited.line, first.col_offset
-
-
-def _has(module: nn.Module, path: str) -> bool:
-    """Whether there is a module, a tensor or a setting of a module at a path."""
-    *way, name = path.split(".")
-    for one in way:
-        found = module._modules.get(one)
-        if found is None:
-            return False
-        module = found
-    held = (module._modules, module._parameters, module._buffers, vars(module))
-    return any(name in one for one in held)

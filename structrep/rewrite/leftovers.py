@@ -51,11 +51,10 @@ class Leftovers:
 
     def of_what_is_mentioned(self) -> Iterator[int]:
         """The tensors that edited text still asks for on some path, by id."""
-        for path in self._mentions():
-            with contextlib.suppress(AttributeError):
-                yield from map(id, self.traced.model.get_submodule(path).parameters())
-        names = {name: tensor for tensor, name in self.traced.names.items()}
-        yield from (names[path] for path in self._mentions() if path in names)
+        mentions = self._mentions()
+        for path in mentions & {call.path for call in self.dead_calls()}:
+            yield from map(id, self.traced.model.get_submodule(path).parameters())
+        yield from (tensor for tensor, path in self.traced.names.items() if path in mentions)
 
     def _mentions(self) -> set[str]:
         return {path for one in self.forwards.values() if isinstance(one, Edit) for path in one.mentions}
@@ -98,13 +97,8 @@ class Leftovers:
 
     def _mentioned(self, paths: set[str], dead: set[nn.Module]) -> set[nn.Module]:
         """The dead modules that edited text still asks for on some path, with all that is in them."""
-        found: set[nn.Module] = set()
-        for path in paths:
-            with contextlib.suppress(AttributeError):  # it is a tensor
-                part = self._at(path)
-                if part in dead or isinstance(part, (nn.ModuleList, nn.ModuleDict)):
-                    found |= set(part.modules())
-        return found.intersection(*[{inner for one in dead for inner in one.modules()}])
+        asked = (part for path, part in self.model.named_modules(remove_duplicate=False) if path in paths)
+        return {inner for part in asked if part in dead for inner in part.modules()}
 
     def _dead_tensors(self) -> set[str]:
         """Paths of the tensors that dead nodes were computed from, and nothing else."""

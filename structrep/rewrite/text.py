@@ -67,7 +67,8 @@ class Writer:
         gone = vanished | {node for one in idle for node in ast.walk(one)}
         stays = [node for node in ast.walk(self.syntax.tree) if node not in gone]
         runs = [node for node in stays if not self.syntax.is_unreachable(node, self.syntax.known_in_eval)]
-        for name in {piece.layer for piece in self.pieces.values()} & self._mentions(stays):
+        paths = {path_to(node, self.syntax.itself) for node in stays if isinstance(node, ast.Attribute)}
+        for name in {piece.layer for piece in self.pieces.values()} & paths:
             raise Unreadable(f"it asks for {name} already")
         before, after = text.lines()
         return Edited(
@@ -76,28 +77,10 @@ class Writer:
             self.syntax.code.co_filename,
             text.first,
             frozenset(gone | asked),
-            frozenset(self._mentions(runs)),
+            frozenset(runs),
             tuple(self.syntax.answers),
             sum(isinstance(node, (ast.BinOp, ast.AugAssign)) and node in self.syntax.wanted.free for node in stays),
         )
-
-    def _mentions(self, nodes: Iterable[ast.AST]) -> set[str]:
-        """What syntax asks the module for."""
-        paths = {path for n in nodes if isinstance(n, ast.Attribute) and (path := path_to(n, self.syntax.itself))}
-        named = (n for n in nodes if isinstance(n, ast.Name) and n.id == self.syntax.itself)
-        return paths.union(*map(self._asked, named))
-
-    def _asked(self, itself: ast.Name) -> Iterator[str]:
-        """What a mention of the module asks it for, if not by an attribute; "*" if that may be anything."""
-        around = self.syntax.parents.get(itself)
-        if isinstance(around, ast.Attribute):
-            return
-        asks = around.func.id if isinstance(around, ast.Call) and isinstance(around.func, ast.Name) else ""
-        named = around.args[1:2] if isinstance(around, ast.Call) and asks in ("getattr", "hasattr") else []
-        if named and isinstance(named[0], ast.Constant):
-            yield str(named[0].value)
-        elif asks not in ("isinstance", "super", "type", "id"):
-            yield "*"
 
     def _emptied(self, idle: set[ast.stmt]) -> list[tuple[ast.stmt, bool]]:
         """Statements that are all that a block has, of which the first becomes `pass`."""

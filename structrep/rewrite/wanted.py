@@ -72,7 +72,7 @@ class Edited:
         before, after: the lines of its definition.
         line: the number of the first in its file.
         vanished: the syntax that is no more, and what stays of that which it went by.
-        mentions: paths of what the rest of the method asks its module for; "*" if that may be anything.
+        stays: the syntax that may run still.
         assumed: conditions that have to have the answers still that they had.
         sums: how many additions of 0 are left.
     """
@@ -82,6 +82,6 @@ class Edited:
     file: str
     line: int
     vanished: frozenset[ast.AST]
-    mentions: frozenset[str]
+    stays: frozenset[ast.AST]
     assumed: tuple[ast.expr, ...]
     sums: int

@@ -1,0 +1,104 @@
+"""What the text of an edited method may still ask its module for, on some path."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterable, Iterator, Set
+
+from torch import nn
+
+from structrep.modules.introspection import beginning, given_away
+from structrep.modules.source import attribute_of, functions, read_function
+
+_ORDERED = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+_ASK_NO_PART = {"isinstance", "super", "type", "id", "len", "bool"}
+
+
+class Mentioned:
+    """What code asks a module for: itself, and in methods that it calls.
+
+    Args:
+        edited: the methods of the module that are edited too, and say themselves what they ask for.
+
+    Attributes:
+        own: attributes of the module.
+        below: attributes of anything else, such as of a part that a loop gives.
+        picked: how computed names begin of own attributes, and of those of anything else.
+        inside: own attributes that are lists or dicts of parts, and are handed to others.
+        everything: whether it may ask for anything.
+    """
+
+    def __init__(self, module: nn.Module, edited: Set[str]) -> None:
+        self.module, self.edited = module, edited
+        self.own, self.below, self.inside = set[str](), set[str](), set[str]()
+        self.picked: tuple[set[str], set[str]] = set(), set()
+        self.everything = False
+
+    def add(self, nodes: Iterable[ast.AST], itself: str, parents: dict[ast.AST, ast.AST]) -> None:
+        """Add what syntax asks for, and the methods that it calls."""
+        known, pending = functions(type(self.module)), self._add(nodes, itself, parents)
+        seen = set(self.edited)
+        while pending and not self.everything:
+            name = pending.pop()
+            self.everything |= hasattr(nn.Module, name)
+            if name not in known or name in seen or self.everything:
+                continue
+            seen.add(name)
+            read = read_function(known[name])
+            if read is None or any(isinstance(one, ast.Name) and one.id == "super" for one in ast.walk(read[0])):
+                self.everything = True
+                continue
+            tree, its = read
+            around = {child: one for one in ast.walk(tree) for child in ast.iter_child_nodes(one)}
+            pending |= self._add(ast.walk(tree), its, around)
+
+    def _add(self, nodes: Iterable[ast.AST], itself: str, parents: dict[ast.AST, ast.AST]) -> set[str]:
+        """The same of syntax alone; gives the attributes that it asks the module for."""
+        found: set[str] = set()
+        for node in nodes:
+            around = parents.get(node)
+            if attribute_of(node, itself):
+                assert isinstance(node, ast.Attribute)
+                found.add(node.attr)
+                if isinstance(self.module._modules.get(node.attr), (nn.ModuleList, nn.ModuleDict)):
+                    self.inside |= {node.attr} if self._is_handed(node, parents) else set()
+            elif isinstance(node, ast.Attribute):
+                self.below.add(node.attr)
+            elif isinstance(node, ast.Call) and _asks_by_name(node):
+                of_itself, name = isinstance(node.args[0], ast.Name) and node.args[0].id == itself, node.args[1]
+                if not isinstance(name, ast.Constant):
+                    self.picked[not of_itself].add(beginning(name))
+                else:
+                    (found if of_itself else self.below).add(str(name.value))
+            elif isinstance(node, ast.Name) and node.id == itself and not isinstance(around, ast.Attribute):
+                asks = around.func.id if isinstance(around, ast.Call) and isinstance(around.func, ast.Name) else ""
+                self.everything |= asks not in _ASK_NO_PART and not (
+                    isinstance(around, ast.Call) and _asks_by_name(around) and around.args[0] is node
+                )
+        self.own |= found
+        return found
+
+    def _is_handed(self, node: ast.AST, parents: dict[ast.AST, ast.AST]) -> bool:
+        """Whether a list of parts, or what is in it, is handed to others than the module's own methods."""
+        methods = functions(type(self.module))
+        away = given_away(node, parents)
+        return any(one.method not in methods and one.helper not in _ASK_NO_PART for one in away)
+
+    def paths(self) -> Iterator[str]:
+        """The paths of all modules and tensors that it may ask for."""
+        pending = [("", self.module, self.everything)]
+        while pending:
+            at, one, every = pending.pop()
+            named = self.below if at else self.own
+            starts = tuple(self.picked[bool(at)])
+            for name in (*one._modules, *one._parameters, *one._buffers):
+                if every or name in named or name.startswith(starts) or isinstance(one, _ORDERED):
+                    path = f"{at}.{name}" if at else name
+                    yield path
+                    if (part := one._modules.get(name)) is not None:
+                        pending.append((path, part, every or path in self.inside))
+
+
+def _asks_by_name(call: ast.Call) -> bool:
+    """Whether a call is `getattr(...)` or `hasattr(...)`."""
+    return isinstance(call.func, ast.Name) and call.func.id in ("getattr", "hasattr") and len(call.args) > 1
