@@ -36,6 +36,12 @@ def axis_after(node: fx.Node, axis: int, channels: int) -> int | None:
     return axis if _leaves(node, axis) else None
 
 
+def swaps_unknown_dims(node: fx.Node) -> bool:
+    """Whether a node swaps dims of a value, and nothing says how many that has."""
+    return torch_name(node) in _SWAPS and rank(node) is None
+
+
+_SWAPS = {"transpose", "swapaxes"}
 _FOLDS = {"view", "reshape", "flatten"}
 
 
@@ -71,7 +77,7 @@ def _order(node: fx.Node) -> list[int] | None:
     if name == "permute":
         places = _ints(argument(node, 1, "dims") if not _ints(node.args[1:]) else node.args[1:])
         return [place % len(places) for place in places] if places else None
-    if name in ("transpose", "swapaxes"):
+    if name in _SWAPS:
         known = rank(node)
         first, second = (argument(node, at, name) for at, name in ((1, "dim0"), (2, "dim1")))
         if known is None or not isinstance(first, int) or not isinstance(second, int):

@@ -20,9 +20,9 @@ from dataclasses import dataclass, field, replace
 from torch import fx
 
 from structrep.algebra import ConvMap
-from structrep.errors import Mutated, Refusal
+from structrep.errors import Isolated, Mutated, Refusal
 from structrep.graph.aliases import aliases, writers
-from structrep.graph.axes import axis_after, axis_before
+from structrep.graph.axes import axis_after, axis_before, swaps_unknown_dims
 from structrep.graph.facts import INDEX, STORED
 from structrep.graph.queries import asks_shape, only_asserted
 from structrep.graph.shapes import rank
@@ -154,6 +154,11 @@ def _by_readers(node: fx.Node, scale: Layer, readings: Readings) -> Absorption |
         elif axis is not None and count is not None and (new := axis_after(user, axis, count)) is not None:
             pending += [(other, new) for other in _users(user, readings)]
             apart = True
+        elif axis is not None and swaps_unknown_dims(user):
+            raise Isolated(
+                f"{user.name} swaps dims of a value of which only example inputs tell how many it has: "
+                f"structrep.plan(model, example_inputs) knows whether what reads it takes the scale"
+            )
         else:
             return None
     if len(takers) < 2 - apart:

@@ -145,15 +145,27 @@ def _own_calls(function: FunctionType, callers: frozenset[FunctionType] = frozen
 
 def function_of(callee: ast.expr, function: FunctionType) -> FunctionType | None:
     """The function that code calls by its name, or by that of the module which it is in; not one of torch's."""
-    found: Any = None
-    if isinstance(callee, ast.Name):
+    found = named(callee, function)
+    return found if isinstance(found, FunctionType) and written_in(found).partition(".")[0] != "torch" else None
+
+
+def named(callee: ast.expr, function: FunctionType) -> Any:
+    """What code calls by its name, or by that of the modules which it is in; None if that is not known."""
+    if isinstance(callee, ast.Name) and callee.id in function.__code__.co_freevars:
         cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
         with contextlib.suppress(ValueError):  # a cell that has no value yet
-            found = cells[callee.id].cell_contents if callee.id in cells else function.__globals__.get(callee.id)
-    elif isinstance(callee, ast.Attribute) and isinstance(callee.value, ast.Name):
-        home = function.__globals__.get(callee.value.id)
-        found = getattr(home, callee.attr, None) if isinstance(home, ModuleType) else None
-    return found if isinstance(found, FunctionType) and written_in(found).partition(".")[0] != "torch" else None
+            return cells[callee.id].cell_contents
+        return None
+    return in_space(ast.unparse(callee), function.__globals__)
+
+
+def in_space(name: str, space: Mapping[str, Any]) -> Any:
+    """What a name means, or one behind modules (`cp.checkpoint`), in a namespace; None if that is nothing."""
+    first, *inner = name.split(".")
+    found = space.get(first)
+    for one in inner:
+        found = getattr(found, one, None) if isinstance(found, ModuleType) else None
+    return found
 
 
 COMPUTED = object()  # an argument that a forward computes, or chooses

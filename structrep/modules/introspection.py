@@ -52,8 +52,8 @@ class Ask(NamedTuple):
 
 
 class Handed(NamedTuple):
-    """A part that is given away: the way to it, in which line, and as which argument of which function, if that is
-    called by a plain name, or of which method of the module whose code it is."""
+    """A part that is given away: the way to it, in which line, and as which argument of which function, by the name
+    that code calls it by, or of which method of the module whose code it is."""
 
     way: Names
     line: int
@@ -406,11 +406,12 @@ class _Part:
                 return
             elif isinstance(parent, ast.Call) and parent.func is not node:
                 called = parent.func
-                helper = called.id if isinstance(called, ast.Name) else ""
-                if (helper or getattr(called, "attr", "")) in _LOOPS:
+                of_itself = isinstance(called, ast.Attribute) and self._is_itself(called.value)
+                helper, method = ast.unparse(called), getattr(called, "attr", "")
+                if method in _LOOPS or helper in _LOOPS:
                     node = parent
                     continue
-                method = called.attr if isinstance(called, ast.Attribute) and self._is_itself(called.value) else ""
+                helper, method = ("", method) if of_itself else (helper, "")
                 place = parent.args.index(node) if node in parent.args else -1
                 way = (*way, None) if helper in _EACH and not boxed else way
                 yield Handed(way, line, _OF_TYPES.get(helper, WHAT), place, helper, method)

@@ -70,11 +70,14 @@ def argument(code: CodeType, at: int, deep: int) -> tuple[ast.AST, tuple[str, in
 
 
 def _places(tree: ast.AST) -> dict[Any, ast.AST]:
-    """The parts of code by where they stand; calls of methods over several lines by where the method's name does."""
+    """The parts of code by where they stand; calls of methods over several lines by where the method's name does.
+
+    Where a choice stands is what it is made by: all that an instruction does there is to ask that."""
     found: dict[Any, ast.AST] = {}
     for node in ast.walk(tree):
-        if isinstance(node, (ast.expr, ast.AugAssign)):
-            found.setdefault((node.lineno, node.end_lineno, node.col_offset, node.end_col_offset), node)
+        if isinstance(node, (ast.expr, ast.AugAssign, ast.If, ast.While)):
+            asked = node.test if isinstance(node, (ast.If, ast.IfExp, ast.While)) else node
+            found.setdefault((node.lineno, node.end_lineno, node.col_offset, node.end_col_offset), asked)
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.end_col_offset is not None:
             name = node.func
             if name.lineno != name.end_lineno:

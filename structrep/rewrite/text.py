@@ -68,7 +68,7 @@ class Writer:
         stays = [node for node in ast.walk(self.syntax.tree) if node not in gone]
         runs = [node for node in stays if not self.syntax.is_unreachable(node, self.syntax.known_in_eval)]
         paths = {path_to(node, self.syntax.itself) for node in stays if isinstance(node, ast.Attribute)}
-        for name in {piece.layer for piece in self.pieces.values()} & paths:
+        for name in {piece.layer for piece in self.pieces.values() if piece.layer is not None} & paths:
             raise Unreadable(f"it asks for {name} already")
         before, after = text.lines()
         return Edited(

@@ -32,7 +32,9 @@ from structrep.modules.introspection import (
     only_runs,
     resolve,
 )
+from structrep.modules.call_sites import in_space
 from structrep.modules.objects import OF_MODULES
+from structrep.modules.runners import only_calls
 
 WALKS = MODULES.keys() | TENSORS | {BY_NAME}
 STORES = {"_modules", "_parameters", "_buffers"}
@@ -166,7 +168,8 @@ class Introspections:
             for one in handed(got.code, got.at):
                 noted = one.helper in _NOTED or (one.helper == "isinstance" and got.typed)
                 ran = not one.method or (id(got.call), one.method) in self.own
-                if noted or not ran or asks_for_geometry(got.space.get(one.helper), one.place):
+                function = in_space(one.helper, got.space)
+                if noted or not ran or asks_for_geometry(function, one.place) or only_calls(function, one.place):
                     continue
                 for _, part in resolve(got.module, (*got.way, *one.way)):
                     if id(part) in self.paths:
@@ -177,7 +180,7 @@ class Introspections:
     def _types(self, got: Got, one: Handed, part: nn.Module) -> None:
         """Note what is asked for the type of a part that a function asks which is given it: no trace sees those."""
         method = getattr(type(got.call.module), one.method, None)
-        function = method or vars(got.call.module).get(one.method) or got.space.get(one.helper)
+        function = method or vars(got.call.module).get(one.method) or in_space(one.helper, got.space)
         for below, ask in asks(part, [(function, one.place + (method is not None))], picked=False):
             if not below and ask.what in (TYPE, CLASS):
                 path = self.paths[id(part)]

@@ -220,7 +220,9 @@ class Observer:
         call = self.recorder.stack[-1]
         place = sum(isinstance(read.holder, fx.Node) for read in call.reads.values())
         key = f"{call.path}.{call.method}", f"dtype {place}"
-        call.reads[key] = Read(asked.node, "", told)
+        frame = self._frame()
+        places = [(frame.f_code, frame.f_lasti, 0)] if frame is not None else []
+        call.reads[key] = Read(asked.node, "", told, places=places)
         told = self.tracer.reads.answers.get(key, told)
         holds = self.tracer.create_proxy("call_function", operator.eq, (asked, told), {})
         ASSERTED.note(holds.node, key)

@@ -26,7 +26,7 @@ Record = Callable[[str, Any, tuple[Any, ...], dict[str, Any]], Any]
 _SIZED_METHODS = ("expand", "repeat", "tile", "view", "reshape", "broadcast_to", "new_zeros", "new_ones", "new_full",
                   "new_empty")  # fmt: skip
 _SIZED_FACTORIES = ("zeros", "ones", "full", "empty", "arange", "linspace", "eye", "rand", "randn", "broadcast_to",
-                    "as_tensor", "asarray")  # fmt: skip
+                    "tensor", "as_tensor", "asarray", "finfo", "iinfo")  # fmt: skip
 _SIZED_POOLS = ("avg_pool1d", "avg_pool2d", "avg_pool3d")  # which take a traced size for a number
 _ENGINE = ("torch.fx", "structrep.", "torch._", "torch.overrides")
 
@@ -173,7 +173,7 @@ def unwatched(function: Callable[..., Any]) -> Callable[..., Any]:
 def show_tensors(model: nn.Module, note: Callable[[nn.Module, Any, FrameType], None]) -> None:
     """Make type questions of a model's code see traced values as what they stand for.
 
-    `isinstance` is shadowed in the namespaces of that code alone: torch's own code has to see proxies.
+    `isinstance` and `callable` are shadowed in the namespaces of that code alone: torch's own code has to see proxies.
 
     Args:
         note: is told what is asked of modules.
@@ -192,9 +192,13 @@ def show_tensors(model: nn.Module, note: Callable[[nn.Module, Any, FrameType], N
     def is_tensor(value: Any) -> bool:
         return is_instance(value, Tensor)
 
+    def is_callable(value: Any) -> bool:
+        return callable(value) and (not isinstance(value, fx.Proxy) or isinstance(value, fx.proxy.Attribute))
+
     for space in namespaces(model):
-        if "isinstance" not in space:
-            process.change(space, "isinstance", is_instance)
+        for name, answer in (("isinstance", is_instance), ("callable", is_callable)):
+            if name not in space:
+                process.change(space, name, answer)
     process.change(torch, "is_tensor", is_tensor)
 
 

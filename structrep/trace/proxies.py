@@ -6,6 +6,7 @@ import operator
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, fx
 
 from structrep.graph import operations
@@ -26,9 +27,17 @@ class TracedValue(fx.Proxy):
     def __getattr__(self, k: str) -> Any:
         if not hasattr(Tensor, k):
             raise AttributeError(f"'Tensor' object has no attribute {k!r}")
-        if k in ("grad", "grad_fn"):
+        if k in _OF_AUTOGRAD:
             raise self._refuse(TypeError(f"the .{k} of a value that depends on the input"))
-        return TracedAttribute(self, k)
+        return torch.strided if k == "layout" else TracedAttribute(self, k)
+
+    @property
+    def keys(self) -> Any:
+        """Of torch.fx's own, which tensors have none of."""
+        raise AttributeError("'Tensor' object has no attribute 'keys'")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise self._refuse(TypeError("'Tensor' object is not callable"))
 
     def __len__(self) -> int:
         return self.tracer.observer.length(self, "the length of a value that nothing tells")
@@ -72,12 +81,29 @@ class TracedValue(fx.Proxy):
 class TracedAttribute(fx.proxy.Attribute, TracedValue):
     """An attribute of a traced value; if it is called, a call of a method."""
 
+    def __getattr__(self, k: str) -> Any:
+        if self.attr == "device" and k == "index":  # None, perhaps, which no traced value is
+            raise self._refuse(TypeError("the .index of the device of a value that depends on the input"))
+        return super().__getattr__(k)
+
     def __str__(self) -> str:
         inner = getattr(self.root, "attr", None) if self.attr == "type" else None
         owner = owner_of(self.tracer.module)  # inputs are taken to be where the parameters are, and of their dtype
         if owner is None or (self.attr not in ("device", "dtype") and inner != "device"):
             return super().__str__()
         return str(owner.device.type if inner else getattr(owner, self.attr))
+
+
+INFOS = (torch.finfo, torch.iinfo)
+
+
+class TracedInfo(TracedValue):
+    """What `torch.finfo` and `torch.iinfo` tell of the dtype of a traced value."""
+
+    def __getattr__(self, k: str) -> Any:
+        if not any(hasattr(one, k) for one in INFOS):
+            raise AttributeError(f"'torch.finfo' object has no attribute {k!r}")
+        return self.tracer.create_proxy("call_function", getattr, (self, k), {})
 
 
 def augmented(function: Callable[[Any, Any], Any]) -> Callable[[TracedValue, Any], TracedValue]:
@@ -88,6 +114,11 @@ def augmented(function: Callable[[Any, Any], Any]) -> Callable[[TracedValue, Any
     return write
 
 
+# What autograd tells of a tensor, which may be None, and names of its own.
+_OF_AUTOGRAD = {
+    *("grad", "grad_fn", "_grad", "_grad_fn", "_base", "_version", "_backward_hooks", "_post_accumulate_grad_hooks"),
+    *("grad_dtype", "name", "output_nr", "retains_grad", "volatile", "_cdata", "_python_dispatch"),
+}
 # What a tensor tells apart from its numbers.
 TOLD = {"dtype", "device", "shape", "ndim", "requires_grad", "is_cuda", "layout", "grad"}
 ASKED = {"dtype", "device", "is_cuda", "is_cpu", "is_mps", "is_xpu", "requires_grad"}

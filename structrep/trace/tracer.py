@@ -56,7 +56,7 @@ from structrep.trace.observing import Observer
 from structrep.trace.origins import Origins
 from structrep.trace.patches import compiled_inlined, keep_scripted, keep_whole, show_tensors, take_traced_sizes
 from structrep.trace.policy import Policy
-from structrep.trace.proxies import TracedValue
+from structrep.trace.proxies import INFOS, TracedInfo, TracedValue
 from structrep.trace.reach import Reach
 from structrep.trace.reads import Reads
 from structrep.trace.recorder import Recorder
@@ -206,7 +206,7 @@ class CallTracer(process.Tracer):
         return attr_val
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        return TracedValue(node, self)
+        return (TracedInfo if node.target in INFOS else TracedValue)(node, self)
 
     def to_bool(self, obj: fx.Proxy) -> bool:
         """Called for every condition on a traced value."""

@@ -9,8 +9,8 @@ from torch import nn
 
 import structrep
 from structrep.trace.follow import trace
-from tests.support.models import settled
-from tests.support.truth import EXACT, distance, relative_error
+from tests.support.models import noise, settled
+from tests.support.truth import CLOSE, EXACT, distance, relative_error, says
 
 X = torch.randn(2, 4, 6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
@@ -670,3 +670,19 @@ def test_a_norm_that_is_given_the_parameters_of_a_part(holder, given):
     plan = structrep.plan(model, *((x,) if given else ()))
     assert len(plan.merges) == 1
     assert relative_error(plan.reparameterize()(x), model(x)) < EXACT
+
+
+class Swapped(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.conv = nn.LayerNorm(4), nn.Conv1d(4, 6, 1)
+
+    def forward(self, x):
+        return self.conv(self.norm(x).transpose(1, 2))
+
+
+def test_swapped_dims_that_only_an_example_tells():
+    model, x = settled(Swapped()), noise(2, 5, 4)
+    (refusal,) = says(structrep.plan(model), 0, "Isolated").refusals
+    assert "structrep.plan(model, example_inputs)" in refusal.reason
+    assert relative_error(says(structrep.plan(model, x), 1).apply()(x), model(x)) < CLOSE
