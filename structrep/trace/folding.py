@@ -81,8 +81,8 @@ def _fold(node: fx.Node, tracer: CallTracer) -> None:
 
 def _recomputed(node: fx.Node) -> Any:
     """The value of a node, its constants computed in float64."""
-    steady = {n for n in node.all_input_nodes if RECOMPUTE.known(n) and not UNSTEADY.get(n)}
-    given = [doubled(constants.exact(n) if n in steady else VALUE.of(n)) for n in node.all_input_nodes]
+    exact = {n: constants.exact(n) for n in node.all_input_nodes if RECOMPUTE.known(n) and not UNSTEADY.get(n)}
+    given = [doubled(VALUE.of(n) if exact.get(n) is None else exact[n]) for n in node.all_input_nodes]
     with torch.no_grad(), Shadows() as shadows:
         own = map(as_stored, given, (VALUE.of(n) for n in node.all_input_nodes))
         found = computed(node, dict(zip(node.all_input_nodes, own, strict=True)).__getitem__)
