@@ -135,9 +135,10 @@ class Partial:
                 try:
                     known[last] = self._one(last, known, given, own)
                 except Exception as error:  # whatever code that is kept whole raises
-                    known[last] = error if isinstance(error, Failed) else Failed(f"{type(error).__name__}: {error}")
+                    said = error.args if isinstance(error, Failed) else (f"{type(error).__name__}: {error}",)
+                    known[last] = Failed(*said)  # one of its own, which holds nothing of what ran
         if isinstance(known[node], Failed):
-            raise known[node]
+            raise Failed(*known[node].args)
         return known[node]
 
     def _one(
@@ -149,7 +150,7 @@ class Partial:
     ) -> Any:
         failed = next((known[one] for one in node.all_input_nodes if isinstance(known[one], Failed)), None)
         if failed is not None:
-            raise failed
+            raise Failed(*failed.args)
         if node.op == "placeholder":
             place = [one for one in node.graph.nodes if one.op == "placeholder"].index(node)
             return given(self.inputs[place])

@@ -34,12 +34,12 @@ def proxies(value: Any) -> Iterator[fx.Proxy]:
     elif hasattr(type(value), "__dataclass_fields__"):  # `is_dataclass` would ask the value: a question of the user's
         for f in fields(value):
             yield from proxies(getattr(value, f.name))
-    elif _is_record(value):
+    elif is_record(value):
         for item in vars(value).values():
             yield from proxies(item)
 
 
-def _is_record(value: Any) -> bool:
+def is_record(value: Any) -> bool:
     """Whether a value is an object of somebody's own class that holds others by name."""
     library = written_in(type(value)).partition(".")[0]
     own = library not in ("torch", "builtins", "functools", "collections", "numpy", "structrep")
@@ -139,7 +139,7 @@ def holds_tensor(value: Any) -> bool:
 def snapshot(value: Any) -> Any:
     """A structure as it is now: whoever holds its lists, dicts and traced values may write to them later."""
     if isinstance(value, fx.Proxy):
-        return value.tracer.proxy(value.node)  # also of an attribute, which is a node only once it is used
+        return value.tracer.again(value.node)  # type: ignore[attr-defined]  # also of an attribute, which is a node only once it is used
     if type(value) in (list, tuple):
         return type(value)(snapshot(item) for item in value)
     if type(value) is dict:
@@ -194,7 +194,7 @@ def stand_in(node: fx.Node) -> Any:
                     continue
                 found = _of_inputs(last, [STAND_IN.of(n) for n in inputs])
         except Unknown as reason:
-            found = reason
+            found = Unknown(*reason.args)
         STAND_IN.note(last, found)
     if isinstance(STAND_IN.of(node), Unknown):
         raise Unknown(*STAND_IN.of(node).args)

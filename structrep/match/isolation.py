@@ -10,7 +10,7 @@ from torch import fx, nn
 from structrep.errors import Unreadable
 from structrep.graph.constants import constant
 from structrep.graph.dtypes import CASTS
-from structrep.graph.facts import CALL, UNFOLLOWED, VALUE
+from structrep.graph.facts import CALL, STORED, UNFOLLOWED, VALUE
 from structrep.graph.names import layer_of
 from structrep.graph.queries import only_asserted
 from structrep.graph.shapes import torch_name
@@ -75,6 +75,8 @@ def _before(node: fx.Node, others: list[fx.Node], readings: Readings) -> str:
             return ""
     if not reason and not between and others:
         reason = "gives its values to more than the norm"
+    if not reason and STORED.get(node):
+        reason = "gives its values to something that outlives the forward"
     return _told(node, "before", reason, between)
 
 

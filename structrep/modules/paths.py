@@ -191,6 +191,10 @@ class _Walk:
         nodes = list(ast.walk(tree))
         inner = (n for n in nodes if n is not tree and isinstance(n, (ast.FunctionDef, ast.Lambda)))
         self.inner = {name.id for one in inner for name in ast.walk(one) if isinstance(name, ast.Name)}
+        given = {one.arg for node in nodes if isinstance(node, ast.arguments) for one in ast.walk(node)
+                 if isinstance(one, ast.arg)}  # fmt: skip
+        stored = {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+        self.own = stored - given  # names that nobody else has anything by
         odd = (ast.Global, ast.Nonlocal, ast.Yield, ast.YieldFrom, ast.Await)
         called = {n.func.id for n in nodes if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}
         if any(isinstance(node, odd) for node in nodes) or called & {"locals", "vars", "eval", "exec", "dir"}:
@@ -253,7 +257,7 @@ class _Walk:
         stored = {n.id for n in changed if isinstance(n, ast.Name) and isinstance(n.ctx, (ast.Store, ast.Del))}
         if held:
             kept = any(isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store) for n in changed)
-            self.exposed |= kept or bool(self.inner & stored)
+            self.exposed |= kept or bool(self.inner & stored) or not self._filled(one) <= self.own
         new = frozenset((stored | self._filled(one)) if held else ())
         return (state[0] - stored) | new, (state[1] - stored) | (new if held == SURELY else frozenset())
 

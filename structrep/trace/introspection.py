@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from structrep.graph.calls import Call, Introspection
+from structrep.modules.call_sites import in_space
 from structrep.modules.introspection import (
     BY_NAME,
     CLASS,
@@ -32,7 +33,6 @@ from structrep.modules.introspection import (
     only_runs,
     resolve,
 )
-from structrep.modules.call_sites import in_space
 from structrep.modules.objects import OF_MODULES
 from structrep.modules.runners import only_calls
 

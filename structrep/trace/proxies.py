@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dis
 import operator
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -41,6 +43,14 @@ class TracedValue(fx.Proxy):
 
     def __len__(self) -> int:
         return self.tracer.observer.length(self, "the length of a value that nothing tells")
+
+    def __iter__(self) -> Iterator[Any]:
+        """As torch.fx's own, which leaves a frame that holds itself, and all that it has in hand."""
+        caller = sys._getframe(1)
+        code, at = caller.f_code.co_code, caller.f_lasti
+        if code[at] == dis.opmap["UNPACK_SEQUENCE"]:
+            return (self[index] for index in range(code[at + 1]))  # type: ignore[index]
+        return self.tracer.iter(self)
 
     def __hash__(self) -> int:
         raise self._refuse(TypeError("a value that depends on the input is used as a key"))

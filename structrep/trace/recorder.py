@@ -7,15 +7,15 @@ import functools
 import inspect
 import random
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import FunctionType
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from structrep.graph.calls import Call
 from structrep.graph.contexts import Contexts
-from structrep.graph.facts import STORED
+from structrep.graph.facts import CALL, STORED
 from structrep.graph.structures import alike, held, holds_still, is_traced, proxies, snapshot
 from structrep.modules import parametrized
 from structrep.modules.source import written_first
@@ -184,6 +184,16 @@ class Recorder:
             if isinstance(proxy, TracedValue):
                 STORED.note(proxy.node, True)
                 call.mutates = True
+
+    def note_escaped(self, values: Iterable[fx.Proxy]) -> None:
+        """Mark traced values that something outside holds when all is done, and the calls that may have given them
+        away."""
+        for value in values:
+            STORED.note(value.node, True)
+            makers = set(CALL.of(value.node).chain()) if CALL.get(value.node) is not None else set()
+            for call in self.calls:
+                given = {proxy.node for proxy in proxies((call.args, call.kwargs, call.result))}
+                call.mutates |= call in makers or value.node in given
 
 
 def _chance() -> tuple[Any, ...]:

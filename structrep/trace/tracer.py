@@ -13,6 +13,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, fx, nn
@@ -115,6 +116,7 @@ class CallTracer(process.Tracer):
         self.observer = Observer(self, run)
         self.count = 0
         self.tensor_nodes: dict[int, fx.Node] = {}
+        self.values: list[ref[fx.Proxy]] = []
 
     # --- torch.fx's hooks --------------------------------------------------------------------------------------------
 
@@ -206,6 +208,12 @@ class CallTracer(process.Tracer):
         return attr_val
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
+        made = self.again(node)
+        self.values.append(ref(made))
+        return made
+
+    def again(self, node: fx.Node) -> fx.Proxy:
+        """A value once more, which no code of the user's gets hold of."""
         return (TracedInfo if node.target in INFOS else TracedValue)(node, self)
 
     def to_bool(self, obj: fx.Proxy) -> bool:
