@@ -27,16 +27,25 @@ def escaped(values: Iterable[ref[fx.Proxy]], calls: Iterable[Call]) -> list[fx.P
         values: all that the forward had in hand.
         calls: of the trace.
     """
-    alive = [proxy for one in values if (proxy := one()) is not None]
+    alive = [one for one in [known() for known in values] if one is not None]
     if not alive:
         return []
     gc.collect()  # what only garbage holds is held by nobody
-    own = {id(alive), *(id(one) for call in calls for one in _objects((call.args, call.kwargs, call.result)))}
-    holders = [one for one in gc.get_referrers(*alive) if id(one) not in own and not _is_own(one)]
-    held = {id(one) for holder in holders for one in gc.get_referents(holder)}
-    found = [proxy for proxy in alive if id(proxy) in held]
+    of_calls = {id(one) for call in calls for one in _objects((call.args, call.kwargs, call.result))}
+    holders: list[Any] = []
+    ours: set[int] = set()  # what our own structures, or code that runs, hold
+    held: set[int] = set()
+    for holder in gc.get_referrers(*alive):
+        inside = {id(one) for one in gc.get_referents(holder)}
+        if id(holder) in of_calls or isinstance(holder, (FrameType, fx.proxy.Attribute)):
+            ours |= inside
+        elif holder is not alive:
+            held |= inside
+            holders.append(holder)
+    # What nothing is seen to hold is held where the collector does not look, as after `gc.freeze()`.
+    found = [one for one in alive if id(one) in held or id(one) not in ours]
     for holder in holders:
-        _let_go(holder, {id(proxy) for proxy in found})
+        _let_go(holder, set(map(id, found)))
     return found
 
 
@@ -52,11 +61,6 @@ def _objects(value: Any) -> Iterator[Any]:
         inner = [getattr(value, "__dict__", {})]
     for one in inner:
         yield from _objects(one)
-
-
-def _is_own(holder: Any) -> bool:
-    """Whether what holds a value is code that runs, or an attribute of that value."""
-    return isinstance(holder, (FrameType, fx.proxy.Attribute))
 
 
 def _let_go(holder: Any, values: set[int]) -> None:

@@ -2,6 +2,7 @@
 trace leaves nothing there."""
 
 import collections
+import gc
 import queue
 import sys
 
@@ -70,6 +71,7 @@ def test_what_is_given_away_stays(name, example):
     torch.manual_seed(0)
     give, got = GIVES[name]
     model = settled(type("Gives", (Net,), {"give": give})())
+    gc.unfreeze()  # what is frozen is not found, and has to stay right all the same
     plan = structrep.plan(model, *example)
     assert not any(isinstance(one, torch.fx.Proxy) for one in (*SEEN, *BY_NAME.values(), *LATEST, *QUEUE.queue, LAST))
     assert not plan.merges
@@ -79,6 +81,16 @@ def test_what_is_given_away_stays(name, example):
         assert relative_error(deploy(X), model(X)) < CLOSE
         given = getattr(deploy.act, "seen", None) if name == "another module" else (deploy(X), got())[1]
         assert relative_error(given, model.a(X)) < CLOSE
+
+
+def test_what_the_collector_does_not_see():
+    torch.manual_seed(0)
+    model = settled(type("Gives", (Net,), {"give": GIVES["append"][0]})())
+    gc.freeze()
+    try:
+        assert not structrep.plan(model).merges
+    finally:
+        gc.unfreeze()
 
 
 class Inside(Net):
