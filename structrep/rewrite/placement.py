@@ -176,6 +176,7 @@ class Placement:
         single = merge.sizes is None and not merge.fit.remedy
         for node in _all_nodes(merge):
             held = [VALUE.of(n) for n in node.all_input_nodes if VALUE.known(n)]
+            held += [tensor for n in node.all_input_nodes if FORMULA.get(n) for tensor in FORMULA.of(n).tensors]
             if node.op == "call_module":
                 held += CALL.of(node).module.parameters()
                 held += CALL.of(node).module.buffers()

@@ -10,7 +10,7 @@ from torch import nn
 
 import structrep
 from tests.support.models import settled
-from tests.support.truth import EXACT, relative_error
+from tests.support.truth import EXACT, relative_error, says
 
 X = torch.randn(4, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 IDS = {"input_ids": torch.arange(8)[None]}
@@ -97,6 +97,24 @@ def test_the_model_inside_comes_back_with_plain_layers(name, inputs):
     assert not hasattr(deploy, "peft_config")
     deploy.train()  # a layer of peft's or of loralib's may take its adapter out again
     assert relative_error(deploy.eval()(X), truth) < EXACT
+
+
+class Normed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.a = nn.LayerNorm(8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.a(self.norm(x))
+
+
+@pytest.mark.parametrize("inputs", [(), (X,)], ids=["alone", "with inputs"])
+def test_a_scale_of_inputs_is_merged(inputs):
+    """Its layer asks for the dtype of the scale, which is no more then: that of the layer that took it is the same."""
+    model = adapted(peft.IA3Config(target_modules=["a"], feedforward_modules=["a"]), settled(Normed()))
+    deploy = says(structrep.plan(model, *inputs), 1).reparameterize(*inputs)
+    assert relative_error(deploy(X), model(X)) < EXACT
+    assert not [name for name, _ in deploy.named_parameters() if "ia3" in name]
 
 
 @pytest.mark.parametrize("name", ["LoRA", "both", "AdaLoRA", "LoHa", "VeRA", "IA3", "LN tuning"])
