@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from collections.abc import Iterator
 
 BOXES = (ast.Tuple, ast.List, ast.Set, ast.Dict, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
@@ -22,7 +23,8 @@ def _is_box(node: ast.AST, known: set[str]) -> bool:
     return isinstance(node, BOXES) or any(_is_box(one, known) for one in inner)
 
 
-def boxed(tree: ast.AST) -> set[str]:
+@functools.lru_cache(4096)
+def boxed(tree: ast.AST) -> frozenset[str]:
     """The names in code that may hold what holds a value."""
     found: set[str] = set()
     bound: list[tuple[list[ast.expr], ast.AST]] = []
@@ -39,7 +41,7 @@ def boxed(tree: ast.AST) -> set[str]:
         for targets, value in bound:
             for one in targets if _is_box(value, found) else ():
                 found |= {name.id for name in ast.walk(one) if isinstance(name, ast.Name)}
-    return found
+    return frozenset(found)
 
 
 def written(statement: ast.AST) -> Iterator[str]:

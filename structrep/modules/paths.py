@@ -75,9 +75,16 @@ def strays(
 
 def _loops_apart(tree: ast.AST, steps: set[ast.AST | None]) -> bool:
     """Whether code has a loop in which the trace did nothing with a value: over nothing, up to now."""
-    return any(isinstance(one, ast.For) and steps.isdisjoint(ast.walk(one)) for one in ast.walk(tree))
+    return any(map(steps.isdisjoint, _loops(tree)))
 
 
+@functools.lru_cache(4096)
+def _loops(tree: ast.AST) -> tuple[frozenset[ast.AST], ...]:
+    """What is in each loop."""
+    return tuple(frozenset(ast.walk(one)) for one in ast.walk(tree) if isinstance(one, ast.For))
+
+
+@functools.lru_cache(4096)
 def _hands(tree: ast.AST, code: CodeType) -> bool:
     """Whether code calls by name what is none of torch's, and may pick between what it is given."""
     for node in ast.walk(tree):
@@ -164,6 +171,21 @@ def _of_first(node: ast.AST, tree: ast.AST) -> bool:
     return False
 
 
+@functools.lru_cache(4096)
+def _names(tree: ast.AST) -> tuple[frozenset[str], frozenset[str], bool]:
+    """The names that functions inside of a function know, those by which nobody else has anything, and whether its
+    names may be set or read in ways that no walk follows."""
+    nodes = list(ast.walk(tree))
+    inner = (n for n in nodes if n is not tree and isinstance(n, (ast.FunctionDef, ast.Lambda)))
+    known = {name.id for one in inner for name in ast.walk(one) if isinstance(name, ast.Name)}
+    given = {one.arg for one in nodes if isinstance(one, ast.arg)}
+    stored = {one.id for one in nodes if isinstance(one, ast.Name) and isinstance(one.ctx, ast.Store)}
+    odd = (ast.Global, ast.Nonlocal, ast.Yield, ast.YieldFrom, ast.Await)
+    called = {n.func.id for n in nodes if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}
+    exposed = any(isinstance(node, odd) for node in nodes) or bool(called & {"locals", "vars", "eval", "exec", "dir"})
+    return frozenset(known), frozenset(stored - given), exposed
+
+
 class _Walk:
     """A walk along all paths of a function, with the names that may hold one value and those that surely do."""
 
@@ -182,23 +204,12 @@ class _Walk:
         self.boxed = boxed(tree)
         # what the value is made of: a layer that does nothing any more hands it on
         self.bases = {one.id for one in getattr(site, "args", ()) if isinstance(one, ast.Name)}
-        self.exposed = False
         self.met: set[ast.AST | None] = set()  # of what has taken the value
         self.returns: set[ast.AST] = set()
         self.loops: list[tuple[list[State], list[State]]] = []  # where each is left, where each goes on to the next
         self.rounds = 0  # loops around that hand the value on from round to round
         self.arguments = tree.args.args
-        nodes = list(ast.walk(tree))
-        inner = (n for n in nodes if n is not tree and isinstance(n, (ast.FunctionDef, ast.Lambda)))
-        self.inner = {name.id for one in inner for name in ast.walk(one) if isinstance(name, ast.Name)}
-        given = {one.arg for node in nodes if isinstance(node, ast.arguments) for one in ast.walk(node)
-                 if isinstance(one, ast.arg)}  # fmt: skip
-        stored = {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
-        self.own = stored - given  # names that nobody else has anything by
-        odd = (ast.Global, ast.Nonlocal, ast.Yield, ast.YieldFrom, ast.Await)
-        called = {n.func.id for n in nodes if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}
-        if any(isinstance(node, odd) for node in nodes) or called & {"locals", "vars", "eval", "exec", "dir"}:
-            self.exposed = True
+        self.inner, self.own, self.exposed = _names(tree)
 
     def run(self, given: frozenset[str]) -> None:
         self.exposed |= bool(given & self.inner)

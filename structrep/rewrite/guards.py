@@ -37,6 +37,7 @@ class Guard:
     message: tuple[str, str]  # what is said before and after what is found
     later: bool = False  # whether it is of the deploy model alone: what is merged is gone from there
     of_inputs: bool = False  # whether it asks for what a method is given, not for its module
+    shows: bool = True  # whether the message says what is found: a tensor would fill pages
 
     def passes(self, module: nn.Module, names: Mapping[str, Any]) -> bool:
         """Whether a module would pass."""
@@ -49,6 +50,8 @@ class Guard:
 
     def lines(self) -> list[str]:
         before, after = self.message
+        if not self.shows:
+            return [f"if {self.unlike}:", f"    raise ValueError({before + after!r})"]
         behind = f" + {after!r}" if after else ""
         return [f"if {self.unlike}:", f"    raise ValueError({before!r} + str({self.asked}){behind})"]
 
@@ -85,8 +88,10 @@ def argument(name: str, told: Any) -> Guard | None:
     if found is None:
         return None
     plain = told is None or type(told) in (bool, int, float, str)
-    before = f"this forward was reparameterized for {name}={literal(told)} and was called with {name}="
-    return Guard(name, literal(told), found, plain, (before, ""))
+    before = f"this forward was reparameterized for {name}={literal(told)} and was called with "
+    before += "another" if told is None else f"{name}="
+    after = ": convert the model again with example inputs, or in a model, that call it so"
+    return Guard(name, literal(told), found, plain, (before, after), shows=told is not None)
 
 
 def given(name: str) -> Guard:

@@ -5,6 +5,7 @@ forward with the merge would."""
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
 from collections.abc import Set
 from types import FunctionType, NoneType
@@ -44,8 +45,13 @@ def is_asked_for(call: Call, name: str) -> bool:
     read = definition(call.bytecode) if call.bytecode is not None else None
     if read is None or not read[0].args.args:
         return False
-    itself = read[0].args.args[0].arg
-    return any(isinstance(node, ast.Attribute) and path_to(node, itself) == name for node in ast.walk(read[0]))
+    return name in _asked_for(read[0])
+
+
+@functools.lru_cache(4096)
+def _asked_for(tree: ast.FunctionDef | ast.Lambda) -> frozenset[str | None]:
+    itself = tree.args.args[0].arg
+    return frozenset(path_to(node, itself) for node in ast.walk(tree) if isinstance(node, ast.Attribute))
 
 
 def slot(forward: Forward, name: str, dead: Set[nn.Module]) -> Slot | None:
