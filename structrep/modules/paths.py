@@ -70,7 +70,8 @@ def strays(
         return False  # which it has never left
     walk = _Walk(tree, parents, site, takers, dict(parts), single, counted)
     walk.run(names)
-    return walk.exposed or len(walk.returns) > 1 or bool(walk.returns) != returned or walk.met != takers
+    leaves = len(walk.returns) > 1 or bool(walk.returns) != returned or (returned and walk.gives_others)
+    return walk.exposed or leaves or walk.met != takers
 
 
 def _loops_apart(tree: ast.AST, steps: set[ast.AST | None]) -> bool:
@@ -206,6 +207,7 @@ class _Walk:
         self.bases = {one.id for one in getattr(site, "args", ()) if isinstance(one, ast.Name)}
         self.met: set[ast.AST | None] = set()  # of what has taken the value
         self.returns: set[ast.AST] = set()
+        self.gives_others = False  # whether it may return something else
         self.loops: list[tuple[list[State], list[State]]] = []  # where each is left, where each goes on to the next
         self.rounds = 0  # loops around that hand the value on from round to round
         self.arguments = tree.args.args
@@ -262,6 +264,7 @@ class _Walk:
         if isinstance(one, (ast.Return, ast.Raise)):
             if held and isinstance(one, ast.Return):
                 self.returns.add(one)
+            self.gives_others |= isinstance(one, ast.Return) and held != SURELY
             return None
         targets = one.targets if isinstance(one, (ast.Assign, ast.Delete)) else [getattr(one, "target", None)]
         changed = [n for target in targets if target is not None for n in ast.walk(target)]

@@ -39,11 +39,28 @@ class Judge:
         used = (n for n in self.syntax.wanted.misused if n not in self.vanished and not self.syntax.is_unreachable(n))
         if (first := next(used, None)) is not None:
             raise Unreadable(f"line {getattr(first, 'lineno', 0)} may use what is merged otherwise")
+        self._check_returns()
         self._check_writes()
         self._check_vanished(bases)
         asked = self._gone_by()
         self._check_effects(asked)
         return asked
+
+    def _check_returns(self) -> None:
+        """Raise if the method may return something else than what was merged with layers behind it, which would be
+        missing there, or call another method that is changed where it was not seen to."""
+        for node in ast.walk(self.syntax.tree):
+            own = path_to(node.func, self.syntax.itself) if isinstance(node, ast.Call) else None
+            seen = node in self.syntax.located or self.syntax.is_unreachable(node)
+            if own in self.syntax.wanted.altered and not seen:
+                raise Unreadable(f"line {getattr(node, 'lineno', 0)} calls {own}, which does what is merged")
+        changed = self.syntax.wanted.changed
+        if changed.isdisjoint(self.syntax.values.get("return", ())):
+            return
+        for one in self.syntax.returns(self.syntax.tree.body)[0]:
+            sources = self._sources(one.value) if one.value is not None else frozenset()
+            if not sources or not sources <= changed:
+                raise Unreadable(f"line {one.lineno} gives what was not merged with the layers behind it")
 
     def _check_writes(self) -> None:
         """Raise if text that stays, and was not seen to run, may write to what a layer hands on that does nothing any

@@ -122,7 +122,6 @@ class Placement:
         owner = self._change(unit, merge)
         self.changes.units[unit.root] = owner, unit.nodes
         if refilled is not None:
-            self.anew.add(owner)
             self.homes[merge] = (refilled, "")
             self.changes.refilled[unit.root] = (unit.base, refilled)
             return

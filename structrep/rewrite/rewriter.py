@@ -88,7 +88,10 @@ class Rewriter:
                 ]
         nodes = [node for node in owner.nodes() if next(CALL.of(node).homes()) is owner]
         try:
-            if any(node in changes.ended for node in nodes) and changes.dead.isdisjoint(nodes):
+            filled = any(node in changes.refilled for node in nodes)
+            if filled and any(owner in self.untaken.risks(merge).strays for merge in placement.owned[owner]):
+                return None
+            if filled or (any(node in changes.ended for node in nodes) and changes.dead.isdisjoint(nodes)):
                 return Untouched(self.traced, changes, owner)
             return Edit(self.traced, changes, owner, written_out, misuses)
         except Unreadable as reason:

@@ -103,6 +103,7 @@ class Steps:
             frozenset(self.numbers[node] for node in self.changes.vanishing if node in self.numbers),
             self.answers,
             frozenset(self._misused()),
+            frozenset(self._altered()),
             tuple(self._takers(texts, fates)),
             frozenset(
                 [
@@ -144,6 +145,14 @@ class Steps:
         for node in ast.walk(self.tree):
             if isinstance(node, ast.expr) and place_of(node, self.code) in places:
                 yield node
+
+    def _altered(self) -> Iterator[str]:
+        """The names of other methods of the module that change, and give or take what will be another."""
+        for one in self.changes.owners:
+            if one.module is self.call.module and one.method != self.call.method:
+                seen = {proxy.node for proxy in proxies((one.args, one.kwargs, one.result))}
+                if not seen.isdisjoint(self.changes.vanishing):
+                    yield one.method
 
     def _piece(
         self,

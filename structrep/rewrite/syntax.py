@@ -284,6 +284,25 @@ class Syntax:
     def is_unreachable(self, node: ast.AST, known: Callable[[ast.expr], bool | None] | None = None) -> bool:
         return any(self.is_dead(one, inner, known) for inner, one in itertools.pairwise((node, *self.around(node))))
 
+    def returns(self, body: list[ast.stmt]) -> tuple[list[ast.Return], bool]:
+        """What may be returned from some statements in eval mode, and whether what follows them may run."""
+        found: list[ast.Return] = []
+        for one in body:
+            if isinstance(one, (ast.Return, ast.Raise)):
+                return [*found, *([one] if isinstance(one, ast.Return) else [])], False
+            known = self.known_in_eval(one.test) if isinstance(one, ast.If) else None
+            blocks = [block for name in ("body", "orelse", "finalbody") if (block := getattr(one, name, None))]
+            blocks += [inner.body for name in ("handlers", "cases") for inner in getattr(one, name, ())]
+            if isinstance(one, ast.If):
+                blocks = [one.body, one.orelse] if known is None else [one.body if known else one.orelse]
+            elif isinstance(one, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+                continue
+            ways = [self.returns(block) for block in blocks]
+            found += [inner for way, _ in ways for inner in way]
+            if isinstance(one, (ast.If, ast.With)) and not any(goes_on for _, goes_on in ways):
+                return found, False
+        return found, True
+
     def around(self, node: ast.AST) -> Iterator[ast.AST]:
         while node in self.parents and not isinstance(self.parents[node], ast.FunctionDef):
             node = self.parents[node]

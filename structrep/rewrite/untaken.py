@@ -20,7 +20,8 @@ from structrep.guard.asked import Asking
 from structrep.guard.other_forwards import Borders
 from structrep.match.merge import Merge
 from structrep.modules.paths import strays
-from structrep.modules.positions import branches, parts_of, place, span
+from structrep.modules.positions import branches, definition, parts_of, place, span
+from structrep.modules.presence import path_to
 from structrep.modules.uses import Place, Use, place_of, uses
 from structrep.read.nodes import hands_on
 
@@ -165,6 +166,18 @@ def _told_to_do_nothing(nodes: Sequence[fx.Node]) -> Iterator[Call]:
             yield CALL.of(node)
 
 
+def _is_called_elsewhere(call: Call, method: Call) -> bool:
+    """Whether a call's code has another call of one of its module's methods, which the trace did not see."""
+    code = call.bytecode
+    found = definition(code) if code is not None else None
+    if code is None or found is None or not found[0].args.args:
+        return True
+    ran = {place(code, step.at) for step in call.steps if isinstance(step, Call) and step.at is not None}
+    itself, name = found[0].args.args[0].arg, method.method
+    calls = (node for node in ast.walk(found[0]) if isinstance(node, ast.Call) and node not in ran)
+    return any(path_to(node.func, itself) == name for node in calls)
+
+
 def _strays(node: fx.Node, call: Call) -> bool:
     """Whether a call's code may read a value on a path that was not taken, or read another instead."""
     code = call.bytecode
@@ -184,6 +197,8 @@ def _strays(node: fx.Node, call: Call) -> bool:
             taken.append(step.at)
         if step in CALL.of(node).chain():
             maker = step
+    if isinstance(maker, Call) and maker.module is call.module and _is_called_elsewhere(call, maker):
+        return True
     given = inspect.signature(call.function).bind(*call.args, **call.kwargs).arguments
     names = [name for name, value in given.items() if node in {proxy.node for proxy in proxies(value)}]
     at = maker.at if isinstance(maker, Call) else AT.of(maker) if CALL.of(maker) is call else None

@@ -489,3 +489,49 @@ class MovesItself(nn.Sequential):
 def test_a_model_whose_to_takes_a_device_alone():
     model = settled(MovesItself(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)))
     assert isinstance(structrep.reparameterize(model, IMAGE)[1], nn.Identity)
+
+
+class Adaptive(nn.Conv2d):
+    """A convolution that pads by what its input's size asks for, as OpenMMLab's and TensorFlow's do."""
+
+    def forward(self, x):
+        h, w = x.size()[-2:]
+        kernel, _ = self.weight.size()[-2:]
+        pads = [max((-(-one // self.stride[0]) - 1) * self.stride[0] + kernel - one, 0) for one in (w, h)]
+        if pads[0] > 0 or pads[1] > 0:
+            x = F.pad(x, [pads[0] // 2, pads[0] - pads[0] // 2, pads[1] // 2, pads[1] - pads[1] // 2])
+        return F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+
+
+class WithoutBias(Adaptive):
+    def forward(self, x):
+        return F.conv2d(F.pad(x, [max(x.shape[3] % 2, 1)] * 4), self.weight, None, self.stride)
+
+
+class AsksForItsBias(Adaptive):
+    def forward(self, x):
+        y = F.conv2d(F.pad(x, [max(x.shape[3] % 2, 1)] * 4), self.weight, self.bias, self.stride)
+        return y if self.bias is None else y * 2
+
+
+class OnTwoWays(Adaptive):
+    def forward(self, x):
+        if x.shape[3] % 2:
+            return F.conv2d(F.pad(x, [1] * 4), self.weight, self.bias, self.stride)
+        return F.conv2d(x, self.weight, self.bias, self.stride)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("make", [Adaptive, WithoutBias, AsksForItsBias, OnTwoWays])
+def test_a_convolution_that_pads_by_itself_keeps_its_forward(make, bias):
+    torch.manual_seed(0)
+    model = settled(nn.Sequential(make(3, 8, 3, stride=2, bias=bias), nn.BatchNorm2d(8)))
+    plan = structrep.plan(model, IMAGE)
+    assert len(plan.merges) == {Adaptive: 1, WithoutBias: bias, AsksForItsBias: 0, OnTwoWays: 0}[make], plan
+    deploy = plan.apply()
+    if make is Adaptive:
+        assert type(deploy[0]) is Adaptive
+        assert deploy[0].weight.shape == model[0].weight.shape
+    for size in (9, 8, 7, 12):
+        x = IMAGE.repeat(1, 1, 2, 2)[..., :size, :size]
+        assert relative_error(deploy(x), model(x)) < EXACT
