@@ -259,6 +259,8 @@ class _Walk:
         if isinstance(one, (ast.Break, ast.Continue)):
             self.loops[-1][isinstance(one, ast.Continue)].append(state)
             return None
+        if isinstance(one, ast.Assign) and (pairs := _pairs(one)):
+            return self._each(pairs, state)
         held = self._use(one, state)
         self.exposed |= bool(state[0]) and not self.bases.isdisjoint(written(one))
         if isinstance(one, (ast.Return, ast.Raise)):
@@ -274,6 +276,15 @@ class _Walk:
             self.exposed |= kept or bool(self.inner & stored) or not self._filled(one) <= self.own
         new = frozenset((stored | self._filled(one)) if held else ())
         return (state[0] - stored) | new, (state[1] - stored) | (new if held == SURELY else frozenset())
+
+    def _each(self, pairs: list[tuple[ast.expr, ast.expr]], state: Holders) -> State:
+        """What holds the value after names are given as many values at once: `x, y = self.a(x), x`."""
+        held = [(target, self._use(value, state)) for target, value in pairs]
+        stored = frozenset(one.id for one, _ in held if isinstance(one, ast.Name))
+        maybe, surely = (frozenset(one.id for one, holds in held if isinstance(one, ast.Name) and holds >= least)
+                         for least in (MAYBE, SURELY))  # fmt: skip
+        self.exposed |= any(holds and not isinstance(one, ast.Name) for one, holds in held) or bool(self.inner & maybe)
+        return (state[0] - stored) | maybe, (state[1] - stored) | surely
 
     def _loop(self, loop: ast.For | ast.While, state: Holders) -> State:
         parts = list(ast.walk(loop))
@@ -397,6 +408,18 @@ class _Walk:
             if isinstance(inner, ast.Name):
                 found.add(inner.id)
         return found
+
+
+def _pairs(one: ast.Assign) -> list[tuple[ast.expr, ast.expr]]:
+    """The targets of an assignment with the value of each, where both are written out; none otherwise."""
+    target, value = one.targets[0], one.value
+    both = (ast.Tuple, ast.List)
+    if len(one.targets) != 1 or not isinstance(target, both) or not isinstance(value, both):
+        return []
+    starred = any(isinstance(inner, ast.Starred) for inner in (*target.elts, *value.elts))
+    return (
+        list(zip(target.elts, value.elts, strict=True)) if len(target.elts) == len(value.elts) and not starred else []
+    )
 
 
 def _either(*states: State) -> State:

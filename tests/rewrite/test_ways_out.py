@@ -82,7 +82,14 @@ def twice(self, x):
     return self.run(x)
 
 
-BY_FLAG = (early, late, either, named, functional, nested, twice)
+def exchanged(self, x):
+    y = self.a(x)
+    if self.flag:
+        y, x = self.b(x), y
+    return y
+
+
+BY_FLAG = (early, late, either, named, functional, nested, twice, exchanged)
 
 
 @pytest.mark.parametrize("example", [(), (X,)], ids=["without", "with inputs"])

@@ -225,8 +225,8 @@ class Writer:
         )
         return self.step(f"F.conv{d}d({x}, {kernel}, None, {self.number(1, 2)}, {self.number(0, 2)})")
 
-    def norm(self) -> bool:
-        x = self.value()
+    def norm(self, x: str = "") -> bool:
+        x = x or self.value()
         name = self.hold(f"nn.BatchNorm{self.dims}d({self.channels(x)})")
         return self.step(f"self.{name}({x})")
 
@@ -362,7 +362,8 @@ class Writer:
             return False
         block = self.one(*self.blocks)
         self.namespace.setdefault(block.name, _compiled(block, self.namespace))
-        return self.step(f"self.{self.hold(f'{block.name}()')}({self.value()})")
+        made = self.step(f"self.{self.hold(f'{block.name}()')}({self.value()})")
+        return made and (self.draw(st.booleans()) or self.norm(list(self.text.values)[-1]))
 
     def run(self, steps: int) -> None:
         """That many steps, then what is given back."""
@@ -389,7 +390,11 @@ def _written(
     text = Text(name, [f"x{index}" for index in range(len(inputs))])
     text.values.update(zip(text.arguments, inputs, strict=True))
     writer = Writer(draw, dims, text, blocks)
+    if name == "Block" and draw(st.booleans()):
+        writer.early()
     writer.run(steps)
+    if name == "Block" and draw(st.booleans()):
+        writer.plain_conv()
     last = list(text.values)[-1]
     if name == "Net" and draw(st.booleans()):
         given = [last, *draw(st.lists(st.sampled_from(list(text.values)), max_size=2))]
