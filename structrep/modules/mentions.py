@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
+from collections.abc import Set
 from types import FunctionType
 
 from torch import nn
@@ -24,6 +25,14 @@ def mentions(cls: type, name: str) -> frozenset[str] | None:
         pending += [attribute for attribute in one - found if attribute in known]
         found |= one
     return frozenset(found)
+
+
+def comes_to(cls: type, name: str | None, methods: Set[str]) -> bool:
+    """Whether a call of a method, by a name that a class may have none of, may come to one of some methods."""
+    if name is None or name not in functions(cls):
+        return False
+    found = mentions(cls, name)
+    return name in methods or found is None or not found.isdisjoint(methods)
 
 
 @functools.lru_cache(4096)

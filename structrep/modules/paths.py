@@ -294,7 +294,7 @@ class _Walk:
             self.counted and not self._of_parts(loop.iter)
         )  # any number of rounds
         chosen = isinstance(loop, ast.For) and _chooses(self.tree, loop.iter)
-        self.exposed |= handed and (perhaps or chosen or _picks(self.tree))
+        self.exposed |= within and (perhaps or chosen or _picks(self.tree))
         before = state
         if isinstance(loop, ast.For):
             held = self._use(loop.iter, state)

@@ -49,11 +49,13 @@ class Judge:
     def _check_returns(self) -> None:
         """Raise if the method may return something else than what was merged with layers behind it, which would be
         missing there, or call another method that is changed where it was not seen to."""
+        own, others = self.syntax.wanted.altered
         for node in ast.walk(self.syntax.tree):
-            own = path_to(node.func, self.syntax.itself) if isinstance(node, ast.Call) else None
-            seen = node in self.syntax.located or self.syntax.is_unreachable(node)
-            if own in self.syntax.wanted.altered and not seen:
-                raise Unreadable(f"line {getattr(node, 'lineno', 0)} calls {own}, which does what is merged")
+            if not isinstance(node, ast.Attribute) or self.syntax.parents.get(node) in self.syntax.located:
+                continue
+            altered = path_to(node, self.syntax.itself) in own or node.attr in others
+            if altered and not self.syntax.is_unreachable(node):
+                raise Unreadable(f"line {node.lineno} asks for {node.attr}, which does what is merged")
         changed = self.syntax.wanted.changed
         if changed.isdisjoint(self.syntax.values.get("return", ())):
             return

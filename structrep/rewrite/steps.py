@@ -18,6 +18,7 @@ from structrep.graph.facts import AT, VALUE
 from structrep.graph.queries import asks_shape, only_asserted
 from structrep.graph.structures import is_torch, proxies
 from structrep.modules.boxes import written
+from structrep.modules.mentions import comes_to
 from structrep.modules.positions import definition, parts_of, place
 from structrep.modules.source import functions, syntax, written_in
 from structrep.modules.uses import Place, Use, place_of
@@ -103,7 +104,7 @@ class Steps:
             frozenset(self.numbers[node] for node in self.changes.vanishing if node in self.numbers),
             self.answers,
             frozenset(self._misused()),
-            frozenset(self._altered()),
+            self._altered(),
             tuple(self._takers(texts, fates)),
             frozenset(
                 [
@@ -146,13 +147,17 @@ class Steps:
             if isinstance(node, ast.expr) and place_of(node, self.code) in places:
                 yield node
 
-    def _altered(self) -> Iterator[str]:
-        """The names of other methods of the module that change, and give or take what will be another."""
-        for one in self.changes.owners:
-            if one.module is self.call.module and one.method != self.call.method:
+    def _altered(self) -> tuple[frozenset[str], frozenset[str]]:
+        """The names of methods of the module, and of others, that come to such as give or take what will be another."""
+        module, own, others = self.call.module, set[str](), set[str]()
+        for one in (*self.call.all_calls(), *self.changes.owners):
+            if one.method not in ("forward", self.call.method):
                 seen = {proxy.node for proxy in proxies((one.args, one.kwargs, one.result))}
                 if not seen.isdisjoint(self.changes.vanishing):
-                    yield one.method
+                    (own if one.module is module else others).add(one.method)
+        known = functions(_class_of(module)) if own else ()
+        comes = frozenset(name for name in known if comes_to(_class_of(module), name, own))
+        return comes, frozenset(others)
 
     def _piece(
         self,

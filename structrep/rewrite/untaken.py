@@ -19,6 +19,7 @@ from structrep.graph.structures import proxies
 from structrep.guard.asked import Asking
 from structrep.guard.other_forwards import Borders
 from structrep.match.merge import Merge
+from structrep.modules.mentions import comes_to
 from structrep.modules.paths import strays
 from structrep.modules.positions import branches, definition, parts_of, place, span
 from structrep.modules.presence import path_to
@@ -166,16 +167,27 @@ def _told_to_do_nothing(nodes: Sequence[fx.Node]) -> Iterator[Call]:
             yield CALL.of(node)
 
 
-def _is_called_elsewhere(call: Call, method: Call) -> bool:
-    """Whether a call's code has another call of one of its module's methods, which the trace did not see."""
+def _methods_with(node: fx.Node, call: Call) -> tuple[set[str], set[str]]:
+    """The methods of a call's module, and those of others, that made a value or were given it as it ran; not the
+    forwards of others, which are called as parts."""
+    makers = itertools.takewhile(lambda one: one is not call, CALL.of(node).chain())
+    takers = (one for step in call.steps if isinstance(step, Call) for one in step.all_calls())
+    given = (one for one in takers if node in {proxy.node for proxy in proxies((one.args, one.kwargs))})
+    found = [one for one in (*makers, *given) if not one.leaf]
+    own = {one.method for one in found if one.module is call.module and one.method != call.method}
+    return own, {one.method for one in found if one.module is not call.module} - {"forward"}
+
+
+def _is_called_elsewhere(call: Call, own: set[str], others: set[str]) -> bool:
+    """Whether a call's code has another call, which the trace did not see, that comes to one of some methods."""
     code = call.bytecode
-    found = definition(code) if code is not None else None
+    found = definition(code) if code is not None and (own or others) else None
     if code is None or found is None or not found[0].args.args:
-        return True
+        return bool(own or others)
     ran = {place(code, step.at) for step in call.steps if isinstance(step, Call) and step.at is not None}
-    itself, name = found[0].args.args[0].arg, method.method
-    calls = (node for node in ast.walk(found[0]) if isinstance(node, ast.Call) and node not in ran)
-    return any(path_to(node.func, itself) == name for node in calls)
+    itself, cls = found[0].args.args[0].arg, type(call.module)
+    asked = (node for node in ast.walk(found[0]) if isinstance(node, ast.Attribute) and found[1].get(node) not in ran)
+    return any(node.attr in others or comes_to(cls, path_to(node, itself), own) for node in asked)
 
 
 def _strays(node: fx.Node, call: Call) -> bool:
@@ -197,7 +209,7 @@ def _strays(node: fx.Node, call: Call) -> bool:
             taken.append(step.at)
         if step in CALL.of(node).chain():
             maker = step
-    if isinstance(maker, Call) and maker.module is call.module and _is_called_elsewhere(call, maker):
+    if _is_called_elsewhere(call, *_methods_with(node, call)):
         return True
     given = inspect.signature(call.function).bind(*call.args, **call.kwargs).arguments
     names = [name for name, value in given.items() if node in {proxy.node for proxy in proxies(value)}]

@@ -44,7 +44,7 @@ class Wanted:
         computed: names of what the module's class computes when it is asked for; "*" if it may be any.
         calm: paths of parts, and names of methods, that surely write to nothing that they are given, nor set anything.
         functions: names of torch's functions that write to nothing.
-        altered: names of methods of the module that are changed too, and give or take other values then.
+        altered: names of methods of the module, and of others, that give or take other values then.
         takers: texts that stay, and take values that will be others, with the numbers of these.
     """
 
@@ -59,7 +59,7 @@ class Wanted:
     changed: frozenset[int]
     answers: tuple[tuple[ast.expr, bool], ...]
     misused: frozenset[ast.AST]
-    altered: frozenset[str]
+    altered: tuple[frozenset[str], frozenset[str]]
     takers: tuple[tuple[ast.AST, int], ...]
     calm: frozenset[str]
     computed: frozenset[str]

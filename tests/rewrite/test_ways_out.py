@@ -186,3 +186,75 @@ def test_a_layer_of_its_own(layer, around, example):
     for size in (9, 8):
         x = X[..., :size, :size]
         assert relative_error(deploy(x), model(x)) < EXACT
+
+
+class Called(nn.Module):
+    """A convolution by methods, with a norm outside of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.n = Inner(), nn.BatchNorm2d(4)
+        self.a, self.b, self.flag = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1), False
+
+    def one(self, x):
+        return self.two(x)
+
+    def two(self, x):
+        return self.a(x) + self.b(x)
+
+    def other(self, x):
+        return torch.relu(self.two(x))
+
+
+def once_more(self, x):
+    if self.flag:
+        x = torch.relu(self.one(x))
+    return self.n(self.one(x))
+
+
+def from_within(self, x):
+    if self.flag:
+        x = torch.relu(self.two(x))
+    return self.n(self.one(x))
+
+
+def by_way_of_another(self, x):
+    if self.flag:
+        x = self.other(x)
+    return self.n(self.one(x))
+
+
+def of_a_part(self, x):
+    if self.flag:
+        x = torch.relu(self.inner.run(x))
+    return self.n(self.inner.run(x))
+
+
+def by_a_name(self, x):
+    run = self.inner.run
+    if self.flag:
+        x = torch.relu(run(x))
+    return self.n(run(x))
+
+
+def in_rounds(self, x):
+    for _ in range(1 + int(self.flag)):
+        x = self.inner.run(x)
+    return self.n(x)
+
+
+@pytest.mark.parametrize("example", [(), (X,)], ids=["without", "with inputs"])
+@pytest.mark.parametrize("forward", [once_more, from_within, by_way_of_another, of_a_part, by_a_name, in_rounds])
+def test_a_method_that_is_called_from_another_path(forward, example):
+    torch.manual_seed(0)
+    model = settled(type("Calls", (Called,), {"forward": forward})())
+    deploy = structrep.plan(model, *example).apply()
+    assert relative_error(deploy(X), model(X)) < EXACT
+    for one in (model, deploy):
+        one.flag = True
+    told = ""
+    try:
+        assert relative_error(deploy(X), model(X)) < EXACT
+    except ValueError as error:
+        told = str(error)
+    assert not told or "convert the model again" in told
