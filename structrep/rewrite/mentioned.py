@@ -30,6 +30,7 @@ class Mentioned:
 
     def __init__(self, module: nn.Module, edited: Set[str]) -> None:
         self.module, self.edited = module, edited
+        self.parts = dict(module.named_children())
         self.own, self.below, self.inside = set[str](), set[str](), set[str]()
         self.picked: tuple[set[str], set[str]] = set(), set()
         self.everything = False
@@ -60,7 +61,7 @@ class Mentioned:
             if attribute_of(node, itself):
                 assert isinstance(node, ast.Attribute)
                 found.add(node.attr)
-                if isinstance(self.module._modules.get(node.attr), (nn.ModuleList, nn.ModuleDict)):
+                if isinstance(self.parts.get(node.attr), (nn.ModuleList, nn.ModuleDict)):
                     self.inside |= {node.attr} if self._is_handed(node, parents) else set()
             elif isinstance(node, ast.Attribute):
                 self.below.add(node.attr)
@@ -91,11 +92,16 @@ class Mentioned:
             at, one, every = pending.pop()
             named = self.below if at else self.own
             starts = tuple(self.picked[bool(at)])
-            for name in (*one._modules, *one._parameters, *one._buffers):
+            parts = dict(one._modules.items())
+            for name, _ in (
+                *parts.items(),
+                *one._parameters.items(),
+                *one._buffers.items(),
+            ):  # of a ScriptModule, no dicts
                 if every or name in named or name.startswith(starts) or isinstance(one, _ORDERED):
                     path = f"{at}.{name}" if at else name
                     yield path
-                    if (part := one._modules.get(name)) is not None:
+                    if (part := parts.get(name)) is not None:
                         pending.append((path, part, every or path in self.inside))
 
 

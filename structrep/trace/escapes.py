@@ -7,6 +7,7 @@ gives. So all values that are still held when a trace is done are looked for whe
 from __future__ import annotations
 
 import gc
+import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
 from types import CellType, FrameType
@@ -17,6 +18,13 @@ from torch import fx
 
 from structrep.graph.calls import Call
 from structrep.graph.structures import is_record
+
+
+def _counts(values: list[Any]) -> list[int]:
+    return [sys.getrefcount(one) for one in values]
+
+
+_ALONE = _counts([object()])[0]  # references to what only that list holds
 
 
 def escaped(values: Iterable[ref[fx.Proxy]], calls: Iterable[Call]) -> list[fx.Proxy]:
@@ -42,8 +50,11 @@ def escaped(values: Iterable[ref[fx.Proxy]], calls: Iterable[Call]) -> list[fx.P
         elif holder is not alive:
             held |= inside
             holders.append(holder)
-    # What nothing is seen to hold is held where the collector does not look, as after `gc.freeze()`.
-    found = [one for one in alive if id(one) in held or id(one) not in ours]
+    # What nothing is seen to hold may be held where the collector does not look, as after `gc.freeze()`.
+    unseen = {
+        id(one) for one, count in zip(alive, _counts(alive), strict=True) if id(one) not in ours and count > _ALONE
+    }
+    found = [one for one in alive if id(one) in held | unseen]
     for holder in holders:
         _let_go(holder, set(map(id, found)))
     return found
