@@ -10,7 +10,6 @@ from structrep.algebra import ConvMap
 from structrep.errors import Refusal
 from structrep.graph.calls import Trace
 from structrep.graph.observed import Observed
-from structrep.guard.ready import check_ready
 from structrep.match.findings import Findings
 from structrep.match.merge import Merge, Missed
 from structrep.match.search import Search, search
@@ -34,6 +33,7 @@ def find(
     """Trace the model and find all its merges; those of layers that `inexact_borders` names may differ at the border.
 
     Args:
+        model: is ready (`guard.ready`).
         probed: layers by path that are taken to be those maps.
         beforehand: refusals that are there already.
         blocks: modules by path, inside each of which is all that may be merged; () for anywhere.
@@ -41,9 +41,8 @@ def find(
         excluded: layers by path that stay as they are, and why.
 
     Raises:
-        TrainingMode, Uninitialized, Sharded, BadInput: the model cannot be planned as it is.
+        BadInput: the model cannot be planned as it is.
     """
-    check_ready(model)
     traced = trace(model, example_inputs, probed or {}, observed=observed)
     borders, refused = tuple(inexact_borders), tuple(beforehand)
     return _search(Findings(traced, registry, borders, refused, blocks, excluded=excluded or {}))

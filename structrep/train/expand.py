@@ -24,6 +24,7 @@ from structrep.algebra import ConvMap
 from structrep.blocks.places import CONVOLUTIONS, EXPANDED, NormInBlock, expand_layers
 from structrep.errors import BadInput, listed
 from structrep.graph.facts import CALL
+from structrep.guard.ready import check_ready
 from structrep.match.find import find
 from structrep.modules.copies import demand_python, eval_copy, own_copy
 from structrep.modules.parametrized import computed, hooks
@@ -302,7 +303,9 @@ def _norms_behind(model: nn.Module) -> dict[str, str]:
     pair = Registry()
     pair.rule(Seq(Conv().named("conv"), Norm().named("norm")), source="a convolution and its norm")(_folded)
     pairs: dict[str, str] = {}
-    for merge in find(eval_copy(model), None, pair).merges:
+    ready = eval_copy(model)
+    check_ready(ready)
+    for merge in find(ready, None, pair).merges:
         called = [node for node in merge.nodes if node.op == "call_module"]
         kinds = [type(CALL.of(node).module) for node in called]
         if len(called) == len(merge.nodes) == 2 and kinds[0] in CONVOLUTIONS and kinds[1] in _NORMS:
