@@ -12,7 +12,9 @@ from typing import Any
 from torch import fx, nn
 
 from structrep.graph.facts import CALL, SHAPE
-from structrep.graph.shapes import argument, rank, torch_name
+from structrep.graph.operations import does, torch_name
+from structrep.graph.shapes import argument, rank, sizes_told
+from structrep.graph.table import Is, facts
 
 
 def axis_before(node: fx.Node, axis: int, channels: int) -> int | None:
@@ -21,7 +23,7 @@ def axis_before(node: fx.Node, axis: int, channels: int) -> int | None:
     order = _order(node)
     if order is not None:
         return order[axis] - len(order) if -axis <= len(order) else None
-    if torch_name(node) in _FOLDS:
+    if does(node, Is.FOLDS):
         return axis if axis == -1 and _last_size(node.all_input_nodes[0]) == channels else None
     return axis if _leaves(node, axis) else None
 
@@ -31,18 +33,19 @@ def axis_after(node: fx.Node, axis: int, channels: int) -> int | None:
     order = _order(node)
     if order is not None:
         return order.index(len(order) + axis) - len(order) if -axis <= len(order) else None
-    if torch_name(node) in _FOLDS:
+    if does(node, Is.FOLDS):
         return axis if axis == -1 and _last_size(node) == channels else None
     return axis if _leaves(node, axis) else None
 
 
 def swaps_unknown_dims(node: fx.Node) -> bool:
     """Whether a node swaps dims of a value, and nothing says how many that has."""
-    return torch_name(node) in _SWAPS and rank(node) is None
+    return _swaps(node) and rank(node) is None
 
 
-_SWAPS = {"transpose", "swapaxes"}
-_FOLDS = {"view", "reshape", "flatten"}
+def _swaps(node: fx.Node) -> bool:
+    name = torch_name(node)
+    return Is.PERMUTES in facts(name) and name != "permute"
 
 
 def _last_size(node: fx.Node) -> int | None:
@@ -51,10 +54,8 @@ def _last_size(node: fx.Node) -> int | None:
         return int(SHAPE.of(node)[-1]) if SHAPE.of(node) else None
     if node.op == "call_module" and isinstance(module := CALL.of(node).module, nn.Linear):
         return module.out_features
-    if torch_name(node) in ("view", "reshape"):
-        sizes = node.args[1] if isinstance(node.args[1], (list, tuple)) else node.args[1:]
-        return sizes[-1] if isinstance(sizes[-1], int) and sizes[-1] > 0 else None
-    return None
+    *_, size = sizes_told(node) or (None,)
+    return size if isinstance(size, int) and size > 0 else None
 
 
 def _leaves(node: fx.Node, axis: int) -> bool:
@@ -77,7 +78,7 @@ def _order(node: fx.Node) -> list[int] | None:
     if name == "permute":
         places = _ints(argument(node, 1, "dims") if not _ints(node.args[1:]) else node.args[1:])
         return [place % len(places) for place in places] if places else None
-    if name in _SWAPS:
+    if _swaps(node):
         known = rank(node)
         first, second = (argument(node, at, name) for at, name in ((1, "dim0"), (2, "dim1")))
         if known is None or not isinstance(first, int) or not isinstance(second, int):

@@ -12,24 +12,11 @@ from torch import Tensor, fx
 from structrep.algebra.shadows import STEPS
 from structrep.graph import operations
 from structrep.graph.facts import AUTOCAST, CALL, DTYPE, STATIC_DTYPE, UNFOLLOWED, VALUE
+from structrep.graph.operations import does, torch_name
 from structrep.graph.queries import counts_sizes
-from structrep.graph.shapes import argument, torch_name
+from structrep.graph.shapes import argument
+from structrep.graph.table import CASTS, Is
 from structrep.modules.parametrized import torch_class
-
-_KEEPS = {
-    *("permute", "transpose", "movedim", "swapaxes", "t", "view", "view_as", "reshape", "reshape_as", "flatten"),
-    *("unflatten", "squeeze", "unsqueeze", "contiguous", "expand", "expand_as", "repeat", "narrow", "select", "roll"),
-    *("flip", "pad", "cat", "concat", "concatenate", "stack", "chunk", "split", "tensor_split", "split_with_sizes"),
-    *("unbind", "clone", "detach", "matmul", "imatmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "linear"),
-    *("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "normalize"),
-    *("batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm", "softmax", "log_softmax", "dropout"),
-    *("mean", "sum", "amax", "amin", "std", "var", "norm", "interpolate", "max_pool1d", "max_pool2d", "max_pool3d"),
-    *("avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d"),
-    *("unfold", "fold", "pixel_shuffle", "pixel_unshuffle", "scaled_dot_product_attention", "embedding"),
-    *("new_zeros", "new_ones", "new_full", "new_empty", "zeros_like", "ones_like", "full_like", "empty_like"),
-    *("sort", "topk", "max", "min", "cummax", "cummin", "kthvalue", "median", "mode"),
-}  # the dtype of a call's floats, if they have one and it is told none; of the first thing given, if it gives several
-_ALIKE = {"chunk", "split", "tensor_split", "split_with_sizes", "unbind"}  # what gives several of one dtype
 
 
 def note(node: fx.Node, own: torch.dtype) -> None:
@@ -54,12 +41,11 @@ def _static_dtype(node: fx.Node) -> torch.dtype | None:
         return STATIC_DTYPE.of(sources[0]) if sources and node.args[1] in ("dtype", "T", "mT") else None
     if (to := cast_to(node)) is not None:
         return to
-    name = torch_name(node)
-    if name in ("to", "type", "type_as"):
+    if does(node, Is.CAST):
         return _cast(node, sources)
     if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
         return _item(node.args[0], node.args[1])
-    if name in _KEEPS:
+    if does(node, Is.DTYPE):
         return None if _is_told(node) else _only(dtypes)
     return _computed(node) if operations.is_pointwise(node.target) else None
 
@@ -79,7 +65,7 @@ def keeps(node: fx.Node) -> bool:
         return torch_class(CALL.of(node).module) is not None
     if node.target in (operator.getitem, *operations.AUGMENTED):
         return True
-    known = torch_name(node) in _KEEPS or operations.is_pointwise(node.target)
+    known = does(node, Is.DTYPE) or operations.is_pointwise(node.target)
     given = any(isinstance(VALUE.get(n, ...), (Tensor, type(...))) for n in node.all_input_nodes)
     return known and given and not _is_told(node) and torch_name(node) not in STEPS
 
@@ -102,7 +88,7 @@ def _cast(node: fx.Node, sources: list[fx.Node]) -> torch.dtype | None:
 def _item(source: fx.Node, index: Any) -> torch.dtype | None:
     """The dtype of a part of a value, or of one of several."""
     several = source.op == "call_module" or operations.gives(source.target, source.args, source.kwargs) != "tensor"
-    one = source.op == "placeholder" or not isinstance(index, int) or torch_name(source) in _ALIKE
+    one = source.op == "placeholder" or not isinstance(index, int) or does(source, Is.PIECES)
     return STATIC_DTYPE.of(source) if one or not several or index == 0 else None
 
 
@@ -130,14 +116,11 @@ def _computed(node: fx.Node) -> torch.dtype | None:
     return None
 
 
-CASTS = {"float": torch.float32, "double": torch.float64, "half": torch.float16, "bfloat16": torch.bfloat16}
-
-
 def cast_to(node: fx.Node) -> torch.dtype | None:
     """The dtype that a cast gives, if it does no more."""
     if len(node.args) + len(node.kwargs) == 1:
-        return CASTS.get(str(node.target))
-    if len(node.args) + len(node.kwargs) > 2 or node.target not in ("to", "type"):
+        return CASTS.get(torch_name(node))
+    if len(node.args) + len(node.kwargs) > 2 or torch_name(node) not in ("to", "type"):
         return None
     to = argument(node, 1, "dtype")
     to = VALUE.get(to) if isinstance(to, fx.Node) else to

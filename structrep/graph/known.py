@@ -11,18 +11,11 @@ import torch
 from torch import fx, nn
 
 from structrep.graph.facts import CALL, STAND_IN, VALUE
+from structrep.graph.operations import does, torch_name
 from structrep.graph.run import Failed, computed
-from structrep.graph.shapes import channels, rank, torch_name
+from structrep.graph.shapes import channels, rank
+from structrep.graph.table import MIRRORED, QUESTIONS, Is
 
-_RANKS = {"dim", "ndim", "ndimension"}
-_FLAGS = {
-    **dict.fromkeys(("requires_grad", "is_sparse", "is_quantized", "is_nested", "is_mkldnn", "is_meta"), False),
-    **{"is_contiguous": True, "is_floating_point": True, "is_complex": False, "is_inference": False},
-}
-_PLACES = {"is_cuda": "cuda", "is_cpu": "cpu", "is_mps": "mps", "is_xpu": "xpu"}
-_COMPARES = {operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge}
-_ARITHMETIC = {operator.add, operator.sub, operator.mul, operator.floordiv, operator.mod, operator.neg, operator.not_}
-_MIRRORED = {operator.lt: operator.gt, operator.gt: operator.lt, operator.le: operator.ge, operator.ge: operator.le}
 _DEEPEST = 50  # questions inside each other
 
 
@@ -83,21 +76,20 @@ class Known:
             sizes = self._sizes(source)
             at: Any = of(node.args[1]) if name == "size" and len(node.args) > 1 else node.kwargs.get("dim")
             return sizes if at is None else operator.getitem(sizes, at)
-        if node.target in _COMPARES and len(node.args) == 2:
-            return self._compared(node.target, *map(of, node.args))
-        if node.target in _ARITHMETIC or node.target is operator.getitem:
+        if name in MIRRORED and len(node.args) == 2:
+            return self._compared(name, *map(of, node.args))
+        if does(node, Is.COUNTS) or node.target is operator.not_:
             return computed(node, of)
         self.loose = True
-        if name in _RANKS:
+        asked = QUESTIONS.get(name)
+        if asked and asked.of == "rank":
             return self._dims(source)
-        if name in ("numel", "nelement"):
+        if asked and asked.of == "sizes":
             return Some()
-        if name in _FLAGS:
-            return _FLAGS[name]
-        if self.device is not None and name in _PLACES:
-            return self.device.type == _PLACES[name]
-        if self.device is not None and name == "device":
-            return self.device
+        if asked and asked.of == "place" and self.device is not None:
+            return self.device if name == "device" else self.device.type == name.removeprefix("is_")
+        if asked and asked.of != "place" and isinstance(asked.like, bool):
+            return asked.like
         if node.target is getattr:
             return computed(node, of)
         raise Failed("it is not known")
@@ -122,14 +114,14 @@ class Known:
             found[-1] = module.out_features
         return tuple(found)
 
-    def _compared(self, function: Any, one: Any, other: Any) -> bool:
+    def _compared(self, how: str, one: Any, other: Any) -> bool:
         if isinstance(other, Some) and not isinstance(one, Some):
-            return self._compared(_MIRRORED.get(function, function), other, one)
+            return self._compared(MIRRORED[how], other, one)
         if not isinstance(one, Some):
-            return bool(function(one, other))
+            return bool(getattr(operator, how)(one, other))
         self.loose = True
-        if type(other) is int and other <= 0 and function in (operator.eq, operator.ne, operator.gt, operator.le):
-            return function in (operator.ne, operator.gt)
-        if type(other) is int and other <= 1 and function in (operator.lt, operator.ge):
-            return function is operator.ge
+        if type(other) is int and other <= 0 and how in ("eq", "ne", "gt", "le"):
+            return how in ("ne", "gt")
+        if type(other) is int and other <= 1 and how in ("lt", "ge"):
+            return how == "ge"
         raise Failed("a size that is not known")

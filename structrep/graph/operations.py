@@ -4,7 +4,8 @@ The schema of an ATen operator says which arguments it writes to and which of th
 that it draws random numbers. What has no such words is listed here:
 
 * composite operators, and functions in Python: some give back what they were given (`dropout`, `einsum`, `type_as`).
-  They may, unless `COPIES` has their name: one that is missing there costs a merge, and never makes a wrong one.
+  They may, unless a row of the table says that their result is their `OWN`: one that is missing there costs a merge,
+  and never makes a wrong one. What else no schema says, of shapes and dtypes, is in the same row.
 * what writes without a word: running statistics, embeddings that are renormed as they are looked up.
 * modules, by the file of torch that they are from.
 
@@ -28,6 +29,7 @@ from torch import fx, nn
 from torch._ops import OpOverload, OpOverloadPacket
 
 from structrep.graph.facts import CALL, SHARES, UNFOLLOWED, WRITES, Fact, Made
+from structrep.graph.table import CASTS, QUESTIONS, Is, facts
 
 Target = Callable[..., Any] | str  # a function, or the name of a method of tensors
 AUGMENTED = (
@@ -35,20 +37,6 @@ AUGMENTED = (
     operator.iand, operator.ior, operator.ixor, operator.ilshift, operator.irshift,
 )  # fmt: skip
 _WRITES_FIRST = {"setitem", "delitem", *(function.__name__ for function in AUGMENTED)}
-# Composite operators, functions in Python, and operators of Python itself whose result is memory of its own.
-COPIES = re.compile(
-    r"(batch|layer|group|instance|rms)_norm|normalize|linear|bilinear|inner|outer|ger|kron|cross"
-    r"|conv(_transpose)?[123]d|(adaptive_)?(avg|max)_pool[123]d(_with_indices)?|lp_pool[123]d|max_unpool1d"
-    r"|upsample(_\w+)?|interpolate|grid_sampler?|affine_grid|fold|one_hot|embedding_bag|lstm|gru|rnn_(tanh|relu)"
-    r"|relu6|rrelu|selu|prelu|(log_)?softmax|softmin|softsign|tanhshrink|log_?sigmoid|scaled_dot_product_attention"
-    r"|concat(enate)?|[hvd]stack|(row|column)_stack|tile|where|repeat_interleave|flip(lr|ud)|take_along_dim|msort"
-    r"|clip|square|absolute|arc(cos|sin|tan)h?|arctan2|isclose|isfinite|isreal|max|min|std(_mean)?|var(_mean)?|nanmean"
-    r"|(nan)?quantile|argsort|\w+_loss|cosine_similarity|special_\w+|multiply|(true_)?divide|subtract|negative"
-    r"|(greater|less|not)(_equal)?|[ir]?(add|sub|mul|truediv|div|floordiv|mod|pow|matmul|and|or|xor|lshift|rshift)_?"
-    r"|neg|abs|inv|invert|eq|ne|lt|le|gt|ge|not_|truth|is_|is_not|contains|index|len"
-)
-# Operators whose schemas do not say that they may look at what they are given, on some devices.
-_UNSAID_VIEWS = re.compile(r"_?unsafe_\w+|(native_)?channel_shuffle|pixel_(un)?shuffle")
 # Operators whose schemas do not say that they write to these arguments, if another one is given.
 _UNSAID_WRITES = {
     "batch_norm": (("running_mean", "running_var"), "training"),
@@ -59,9 +47,6 @@ _UNSAID_WRITES = {
 }
 # Files of torch.nn whose modules give memory of their own, unless they are told to work in place.
 _MAKERS = {"activation", "batchnorm", "conv", "instancenorm", "loss", "normalization", "pooling", "rnn", "sparse"}
-# What a tensor tells apart from its numbers and its memory.
-_TOLD = {"shape", "ndim", "dtype", "device", "layout", "requires_grad", "itemsize", "nbytes", "names"}
-_CASTS = {"float", "double", "half", "bfloat16", "int", "long", "short", "char", "byte", "bool", "cfloat", "cdouble"}
 # Modules of torch whose functions in Python do what the operators of their names do.
 _HOMES = ("torch", "torch.functional", "torch._tensor", "torch.nn.functional", "torch._jit_internal", "_operator")
 # Arguments with which a function gives several tensors.
@@ -82,6 +67,29 @@ def name_of(target: Target) -> str:
         return str(getattr(getattr(target, "__self__", None), "__name__", ""))
     own = isinstance(target, str) or _is_torch(target)
     return (name.strip("_") if name.startswith("__") else name) if own else ""
+
+
+def torch_name(node: fx.Node) -> str:
+    """What torch calls the operation that a node is; "" for modules, and for functions of others."""
+    own = node.op in ("call_function", "call_method") and not UNFOLLOWED.get(node)
+    return name_of(node.target) if own else ""
+
+
+def does(node: fx.Node, what: Is) -> bool:
+    """Whether a node is an operation that is all this, in place or not."""
+    name = torch_name(node)
+    return bool(name) and what in facts(name) | facts(name.rstrip("_"))
+
+
+def of_modules(cls: type) -> str:
+    """What torch calls the operation of a class of its modules: `nn.PixelShuffle` is `pixel_shuffle`; "" for others."""
+    own = (getattr(cls, "__module__", None) or "").startswith("torch.nn.modules.")
+    return re.sub(r"(?<=[a-z])(?=[A-Z][a-z])", "_", cls.__name__).lower() if own else ""
+
+
+def module_does(module: nn.Module, what: Is) -> bool:
+    """Whether a module, or one that it inherits from, is an operation that is all this."""
+    return any(what in facts(of_modules(base)) for base in type(module).__mro__)
 
 
 def _is_torch(target: Callable[..., Any]) -> bool:
@@ -154,10 +162,10 @@ def _marked(target: Target) -> tuple[frozenset[int | str], frozenset[int | str],
 def _may_share(target: Target) -> bool:
     """Whether an operation may give back any memory that it is given: its schema does not say, or there is none."""
     name = name_of(target)
-    if _UNSAID_VIEWS.fullmatch(name):
+    if Is.VIEW in facts(name):
         return True
     overloads = _overloads(target)
-    return not COPIES.fullmatch(name) and (not overloads or any(map(_is_composite, overloads)))
+    return Is.OWN not in facts(name) and (not overloads or any(map(_is_composite, overloads)))
 
 
 @functools.cache
@@ -211,7 +219,7 @@ def written(target: Target, args: Sequence[Any], kwargs: Mapping[str, Any]) -> l
 def shared(target: Target, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
     """What a call's result may look at of what it is given, or hold."""
     if target is getattr:
-        return [] if args[1] in _TOLD else [args[0]]
+        return [] if args[1] in QUESTIONS else [args[0]]
     if name_of(target) == "getitem":
         return _first(args, kwargs)
     if getattr(target, "__module__", "") == "_operator" and any(map(_is_sequence, args)):
@@ -247,6 +255,19 @@ def is_pointwise(target: Target) -> bool:
     return _tagged(target, "pointwise")
 
 
+@functools.cache
+def _is_elementwise(target: Target) -> bool:
+    """Whether an operation, whatever it is given beside a tensor, makes each number of the one at its place."""
+    overloads = _overloads(target)
+    return bool(overloads) and all(torch.Tag.pointwise in one.tags for one in overloads) and _given(target) == "tensor"
+
+
+def keeps_shape(node: fx.Node) -> bool:
+    """Whether a node gives a value of the shape of the first one that it is given."""
+    alone = len(node.all_input_nodes) == 1  # several are brought to one shape
+    return does(node, Is.SHAPE) or (alone and bool(torch_name(node)) and _is_elementwise(node.target))
+
+
 def reshapes(target: Target) -> bool:
     """Whether an operation gives the very tensor that it is given another shape."""
     return _tagged(target, "inplace_view")
@@ -276,7 +297,7 @@ def _given(target: Target) -> str:
         if "args" in known:  # one of several functions, by what it is told
             return ""
     found = {_kind(overload._schema.returns) for overload in overloads} or {
-        "tensor" if name_of(target) in _CASTS else ""
+        "tensor" if name_of(target) in CASTS else ""
     }
     return found.pop() if len(found) == 1 else ""
 

@@ -5,16 +5,19 @@ from __future__ import annotations
 from torch import fx
 
 from structrep.graph.facts import COUNTS_SIZES, VALUE
-from structrep.graph.shapes import torch_name
+from structrep.graph.operations import does, torch_name
+from structrep.graph.table import QUESTIONS, Is
 
-_QUERIES = {"shape", "ndim", "dtype", "device", "is_cuda", "size", "dim", "numel", "is_floating_point"}
+
+def asked_of(node: fx.Node) -> str:
+    """What a node asks a value for, as `Question.of`; "" if it is no question."""
+    name = node.args[1] if node.target is getattr else node.target if node.op == "call_method" else ""
+    return QUESTIONS[str(name)].of if name in QUESTIONS else ""
 
 
 def asks_shape(node: fx.Node) -> bool:
     """Whether a node is a question about a value's shape or type."""
-    return (node.target is getattr and node.args[1] in _QUERIES) or (
-        node.op == "call_method" and node.target in _QUERIES
-    )
+    return asked_of(node) in ("rank", "sizes", "dtype", "kind", "place")
 
 
 def asks_dtype(node: fx.Node) -> bool:
@@ -28,7 +31,7 @@ def counts_sizes(node: fx.Node) -> bool:
     while pending:  # no recursion, here and below: a chain of nodes may be longer than Python's stack
         last = pending[-1]
         if not COUNTS_SIZES.known(last):
-            made = last.all_input_nodes if torch_name(last) in _SIZE_ARITHMETIC else ()
+            made = last.all_input_nodes if does(last, Is.COUNTS) else ()
             inputs = [n for n in made if not VALUE.known(n)]
             if left := [n for n in inputs if not COUNTS_SIZES.known(n)]:
                 pending += left
@@ -40,24 +43,20 @@ def counts_sizes(node: fx.Node) -> bool:
     return found
 
 
-_SIZE_ARITHMETIC = {"getitem", "add", "sub", "mul", "floordiv", "mod", "neg"}
-
-
 def asserts_rank(node: fx.Node) -> bool:
     """Whether a node is asked for an assertion only, on what no merge changes: how many dims a value has, its type."""
-    return only_asserted(node) and not (node.target in ("size", "numel") or (asks_shape(node) and "shape" in node.args))
+    return only_asserted(node) and asked_of(node) != "sizes"
 
 
 def only_asserted(node: fx.Node) -> bool:
     """Whether a node is a question about a shape or type, asked for nothing but an assertion."""
     pending, seen = [node], {node}
     for one in pending:
-        name = one.target if isinstance(one.target, str) else getattr(one.target, "__name__", "")
-        if name in ("_assert", "_assert_with_msg", "_assert_tensor_metadata"):
+        if does(one, Is.ASSERTS):
             if one.users:
                 return False
             continue
-        follows = name in (*_COMPARES, "len", "contains") and all(_asked(n) for n in one.all_input_nodes)
+        follows = (_computes(one) or torch_name(one) == "len") and all(_asked(n) for n in one.all_input_nodes)
         if not (asks_shape(one) or follows):
             return False
         pending += [user for user in one.users if user not in seen]
@@ -70,11 +69,13 @@ def _asked(node: fx.Node) -> bool:
     pending, seen = [node], {node}
     for one in pending:
         if not asks_shape(one):
-            if torch_name(one) not in _COMPARES or not one.all_input_nodes:
+            if not _computes(one) or not one.all_input_nodes:
                 return False
             pending += [n for n in one.all_input_nodes if n not in seen]
             seen.update(one.all_input_nodes)
     return True
 
 
-_COMPARES = ("eq", "ne", "ge", "gt", "le", "lt", "not_", "getitem", "mod", "floordiv")
+def _computes(node: fx.Node) -> bool:
+    """Whether a node makes an answer of answers."""
+    return does(node, Is.COUNTS) or does(node, Is.COMPARES)

@@ -11,26 +11,13 @@ from typing import Any, cast
 
 from torch import fx, nn
 
-from structrep.graph.facts import CALL, RANK, SHAPE, UNFOLLOWED, VALUE
+from structrep.graph.facts import CALL, RANK, SHAPE, VALUE
+from structrep.graph.operations import does, keeps_shape, torch_name
+from structrep.graph.table import Is, spatial_dims
 from structrep.modules.source import written_in
 
 # A layer that looks at its input's last dim or at single values gives back the rank that it is given.
 _KEEPS = (nn.Linear, nn.LayerNorm, nn.GroupNorm, nn.Identity, nn.modules.dropout._DropoutNd, nn.AlphaDropout)
-_ELEMENTWISE = {
-    *("add", "iadd", "radd", "sub", "isub", "rsub", "mul", "imul", "rmul", "truediv", "itruediv", "div", "neg", "pow"),
-    *("relu", "relu6", "leaky_relu", "gelu", "silu", "mish", "elu", "celu", "selu", "sigmoid", "tanh", "exp", "clamp"),
-    *("hardswish", "hardsigmoid", "hardtanh", "softmax", "softplus", "dropout", "contiguous", "clone", "detach", "to"),
-    *("reshape_as", "view_as", "expand_as", "scaled_dot_product_attention"),
-    *("float", "half", "linear", "layer_norm", "batch_norm", "transpose", "swapaxes", "roll", "flip", "type_as"),
-    *("cat", "concat", "concatenate", "chunk", "split", "tensor_split", "split_with_sizes"),
-}
-_ACTS = {
-    *("relu", "relu6", "leaky_relu", "gelu", "silu", "mish", "elu", "celu", "selu", "sigmoid", "tanh", "hardswish"),
-    *("hardsigmoid", "hardtanh", "softplus", "dropout", "contiguous", "clone", "float", "half", "batch_norm"),
-}
-_PIECES = {"chunk", "split", "tensor_split", "split_with_sizes"}  # whose rank is that of each piece
-_REDUCTIONS = {"mean", "sum", "amax", "amin", "std", "var", "logsumexp", "norm", "vector_norm"}
-_OF_DIMS = re.compile(r"(conv|conv_transpose|(adaptive_)?(avg|max)_pool)([123])d")
 _MODULE_OF_DIMS = re.compile(
     r"(Conv|ConvTranspose|(Adaptive)?(Avg|Max)Pool|BatchNorm|InstanceNorm)([23])d|(Conv|\w*Pool)1d"
 )
@@ -71,7 +58,7 @@ def channels(node: fx.Node) -> int | None:
             batch, some = cast("tuple[Any, Any]", node.args[1][:2])
             first = isinstance(some, slice) and batch == slice(None) and not some.start and some.step in (None, 1)
             return some.stop if first and isinstance(some.stop, int) and some.stop > 0 else None
-        elif source is None or torch_name(node).strip("_") not in _ACTS:
+        elif source is None or not (keeps_shape(node) or does(node, Is.LIKE)):
             return None
         node = source
 
@@ -81,24 +68,21 @@ def spatial_size(node: fx.Node) -> tuple[int, ...] | None:
     return SHAPE.get(node, ())[2:] or None
 
 
-def torch_name(node: fx.Node) -> str:
-    """What torch calls the operation that a node is; "" for functions of others."""
-    if node.op == "call_method":
-        return str(node.target)
-    library = written_in(node.target).partition(".")[0]
-    own = library in ("torch", "_operator", "builtins", "") and not UNFOLLOWED.get(node)
-    return getattr(node.target, "__name__", "") if own else ""
-
-
 def argument(node: fx.Node, place: int, name: str, default: Any = None) -> Any:
     """An argument of a call by name or place, as the function's own signature has it."""
     return node.kwargs.get(name, node.args[place] if len(node.args) > place else default)
 
 
+def sizes_told(node: fx.Node) -> tuple[Any, ...]:
+    """The sizes that a reshape is told one by one; () for any other node."""
+    told: tuple[Any, ...] = node.args[1:] if does(node, Is.RESHAPES) else ()
+    return tuple(told[0]) if len(told) == 1 and isinstance(told[0], (list, tuple)) else told
+
+
 def _source(node: fx.Node) -> fx.Node | None:
     """The input whose rank matters."""
     inputs = [n for n in node.all_input_nodes if not VALUE.known(n)]
-    if node.target in ("reshape_as", "view_as", "expand_as"):
+    if does(node, Is.LIKE):
         return inputs[-1]
     return inputs[0] if inputs else None
 
@@ -113,9 +97,9 @@ def _rank(node: fx.Node, source: fx.Node | None) -> int | None:
         return None
     name = torch_name(node).strip("_")
     rest: tuple[Any, ...] = node.args[1:]
-    if match := _OF_DIMS.fullmatch(name):
-        return int(match[4]) + 2
-    if name in ("view", "reshape", "permute"):
+    if dims := spatial_dims(name):
+        return dims + 2
+    if does(node, Is.RESHAPES) or name == "permute":
         sizes = rest[0] if len(rest) == 1 and isinstance(rest[0], (list, tuple)) else rest
         unknown = node.kwargs or not sizes or (len(rest) == 1 and isinstance(rest[0], fx.Node))
         return None if unknown else len(sizes)
@@ -124,30 +108,31 @@ def _rank(node: fx.Node, source: fx.Node | None) -> int | None:
         end = node.kwargs.get("end_dim", rest[1] if len(rest) > 1 else -1)
         return _flattened(start, end, given)
     if name == "getitem":
-        piece = source is not None and torch_name(source) in _PIECES
+        piece = source is not None and does(source, Is.PIECES | Is.RANK)
         return given if piece else _indexed(rest[0], given)
-    if name in _REDUCTIONS:
-        dims, keep = (
+    if does(node, Is.REDUCES):
+        over, keep = (
             node.kwargs.get("dim", rest[0] if rest else None),
             node.kwargs.get("keepdim", node.kwargs.get("keepdims", len(rest) > 1 and rest[1])),
         )
         if name in ("norm", "vector_norm") and "dim" not in node.kwargs:
             return None  # the first argument is which norm
-        if given is None or dims is None or (name in ("std", "var") and len(rest) > 1):
+        if given is None or over is None or (name in ("std", "var") and len(rest) > 1):
             return None
-        gone = len(dims) if isinstance(dims, (list, tuple)) else 1
+        gone = len(over) if isinstance(over, (list, tuple)) else 1
         return given if keep else given - gone
     if name == "unsqueeze":
         return None if given is None else given + 1
-    return given if name in _ELEMENTWISE else None
+    same = keeps_shape(node) or does(node, Is.RANK) or does(node, Is.LIKE)
+    return given if same else None
 
 
 def _demanded(user: fx.Node) -> int | None:
     """How many dims a layer needs that is given a value."""
     if user.op == "call_module":
         return _of_module(CALL.of(user).module, None)
-    match = _OF_DIMS.fullmatch(torch_name(user)) if user.op == "call_function" else None
-    return int(match[4]) + 2 if match else None
+    dims = spatial_dims(torch_name(user)) if user.op == "call_function" else None
+    return dims + 2 if dims else None
 
 
 def _of_module(module: nn.Module, given: int | None) -> int | None:

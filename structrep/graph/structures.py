@@ -15,7 +15,8 @@ from torch import Tensor, fx, nn
 
 from structrep.graph import operations
 from structrep.graph.facts import CALL, STAND_IN, UNFOLLOWED, UNKNOWN, VALUE
-from structrep.graph.shapes import torch_name
+from structrep.graph.operations import does, torch_name
+from structrep.graph.table import QUESTIONS, Is
 from structrep.modules.source import written_in
 
 
@@ -165,11 +166,6 @@ class Unknown(Exception):
     """What type a traced value will be of."""
 
 
-_SIZES: dict[str, Any] = {
-    **{"size": torch.Size(), "dim": 0, "ndimension": 0, "numel": 0, "nelement": 0, "stride": (), "shape": torch.Size()},
-    **{"ndim": 0, "dtype": torch.float32, "device": torch.device("cpu"), "is_cuda": False, "requires_grad": False},
-    **{"layout": torch.strided, "is_floating_point": False, "is_complex": False, "itemsize": 0, "nbytes": 0},
-}
 _PROBE = torch.empty(0)
 
 
@@ -213,10 +209,11 @@ def _of_itself(node: fx.Node) -> Any:
         if not _gives_a_tensor(module):
             raise Unknown(f"what {type(module).__name__} gives")
         return _PROBE
-    if node.op == "call_method" and name in _SIZES:
-        return 0 if name in ("size", "stride") and (len(node.args) > 1 or node.kwargs) else _SIZES[name]
+    if node.op == "call_method" and name in QUESTIONS:
+        return 0 if name in ("size", "stride") and (len(node.args) > 1 or node.kwargs) else QUESTIONS[name].like
     if node.target is getattr:
-        return _SIZES.get(str(node.args[1]), _PROBE)
+        asked = QUESTIONS.get(str(node.args[1]))
+        return asked.like if asked else _PROBE
     return ...
 
 
@@ -238,7 +235,7 @@ def _of_inputs(node: fx.Node, inputs: list[Any]) -> Any:
         return () if kind == "several" else _PROBE
     if not inputs or any(isinstance(one, Tensor) for one in inputs):
         return _PROBE
-    if name in ("eq", "ne", "lt", "le", "gt", "ge", "not_", "contains"):
+    if does(node, Is.COMPARES):
         return False
     return 0.0 if node.target is operator.truediv or any(isinstance(one, float) for one in inputs) else 0
 

@@ -9,28 +9,18 @@ from torch import fx, nn
 
 from structrep.errors import Unreadable
 from structrep.graph.constants import constant
-from structrep.graph.dtypes import CASTS
 from structrep.graph.facts import CALL, STORED, UNFOLLOWED, VALUE
 from structrep.graph.names import layer_of
+from structrep.graph.operations import does, module_does
 from structrep.graph.queries import only_asserted
-from structrep.graph.shapes import torch_name
+from structrep.graph.table import Is
 from structrep.match.shared_scales import readers_of
 from structrep.modules.parametrized import hooks
 from structrep.read.nodes import called
 from structrep.terms.layer import Identity, Layer, Readings
 
-_KERNELS = {f"conv{kind}{dims}d" for kind in ("", "_transpose") for dims in (1, 2, 3)} | {"linear"}
-# What moves, averages or casts numbers, through which one still sees what stands behind.
-_MOVES = {
-    *("flatten", "unflatten", "reshape", "view", "permute", "transpose", "swapaxes", "movedim", "squeeze", "unsqueeze"),
-    *("pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "chunk", "split", "getitem", "contiguous", "roll", "mean"),
-    *("unfold", "fold", "to", "type", "type_as", "flip", "rot90", "repeat", "tile", "repeat_interleave", "expand"),
-    *("expand_as", "gather", "index_select", "select", "narrow", "interpolate", "upsample", "tensor_split", *CASTS),
-}
+_SEEN_THROUGH = (Is.MOVES, Is.AVERAGES, Is.CAST)
 _TURNS = {"T", "mT", "H", "mH"}
-_MOVING = (nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle, nn.Fold, nn.Unfold,
-           nn.Upsample)  # fmt: skip
-_POOLS = (nn.modules.pooling._AdaptiveAvgPoolNd, nn.modules.pooling._AvgPoolNd)
 
 
 def isolated(readings: Readings, covered: Set[fx.Node], told: Set[str]) -> Iterator[tuple[fx.Node, str]]:
@@ -114,7 +104,7 @@ def _layer(node: fx.Node, readings: Readings) -> str | None:
             return "computes its weights, and they are no constants"
         given = [*(["more than its input"] if len(node.args) > 1 else []), *(f"{name}=" for name in node.kwargs)]
         return f"is called with {' and '.join(given)}" if given else "is not read as one map"
-    if torch_name(node) not in _KERNELS:
+    if not does(node, Is.KERNEL):
         return None
     fixed = all(constant(one) is not None or one is None for one in node.args[1:3] if isinstance(one, fx.Node))
     return "" if node in readings else "is not read as one map" if fixed else "has a kernel that depends on the input"
@@ -126,13 +116,13 @@ def _moves(node: fx.Node, readings: Readings) -> bool:
     if isinstance(reading, Layer):
         return reading.moves or reading.kind == "pool"
     if node.op == "call_module":
-        return isinstance(CALL.of(node).module, (*_MOVING, *_POOLS))
+        return any(module_does(CALL.of(node).module, what) for what in _SEEN_THROUGH)
     if node.target is getattr:
         return node.args[1] in _TURNS
     if node.target is torch.einsum:
         given, _, found = str(node.args[0]).replace(" ", "").partition("->")
         return len(node.args) == 2 and len(set(given)) == len(given) and sorted(given) == sorted(found)
-    return torch_name(node) in _MOVES or torch_name(node).startswith(("avg_pool", "adaptive_avg_pool"))
+    return any(does(node, what) for what in _SEEN_THROUGH)
 
 
 def _told(layer: fx.Node, where: str, reason: str, between: Iterable[fx.Node]) -> str:

@@ -13,7 +13,7 @@ from dataclasses import replace
 from torch import fx
 
 from structrep.algebra import ConvMap, Geometry, Ints
-from structrep.graph.shapes import torch_name
+from structrep.graph.shapes import sizes_told
 from structrep.terms.layer import Identity, Layer, Readings, Sum
 from structrep.terms.layers import diagonal_layer
 from structrep.terms.term import ONE, Term, leaf, seq, signed, sum_terms
@@ -23,11 +23,8 @@ MOST = 64  # nodes between the reshapes that make pieces and fold them together
 
 def frame(node: fx.Node) -> Ints:
     """The last sizes of a reshape, as far as they are written down; () for any other node."""
-    if torch_name(node) not in ("view", "reshape"):
-        return ()
-    sizes = node.args[1] if isinstance(node.args[1], (list, tuple)) else node.args[1:]
     known: list[int] = []
-    for size in reversed(sizes):
+    for size in reversed(sizes_told(node)):
         if not isinstance(size, int) or size < 1:
             break
         known.insert(0, size)
@@ -42,8 +39,7 @@ def takes_together(node: fx.Node, numbers: int) -> bool:
 
 def pieces(node: fx.Node) -> Ints:
     """(C, *size) of a reshape to (..., C, *size) with one dim before; () for any other node."""
-    sizes = frame(node)
-    count = len(node.args[1]) if sizes and isinstance(node.args[1], (list, tuple)) else len(node.args) - 1
+    sizes, count = frame(node), len(sizes_told(node))
     return sizes[-(count - 1) :] if sizes and len(sizes) >= count - 1 > 1 else ()
 
 

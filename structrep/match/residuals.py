@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
-from torch import fx, nn
+from torch import fx
 
 from structrep.algebra import ConvMap, Ints
 from structrep.errors import Incompatible, Mutated, Refusal, Shared, Unreadable
@@ -22,8 +22,9 @@ from structrep.graph.aliases import aliases, writers
 from structrep.graph.calls import Trace
 from structrep.graph.facts import CALL, INDEX, STORED
 from structrep.graph.names import path_of
+from structrep.graph.operations import does, module_does, of_modules, torch_name
 from structrep.graph.queries import asks_dtype, only_asserted
-from structrep.graph.shapes import torch_name
+from structrep.graph.table import CLAMPS, RANGES, Is
 from structrep.guard.other_forwards import Borders
 from structrep.match.findings import Findings
 from structrep.match.fit import fit
@@ -40,11 +41,6 @@ from structrep.terms.term import ONE, Term, concat_terms, geometry, leaf, seq, s
 from structrep.terms.value import value
 
 RULE, SOURCE = "rmnet", "RMNet, arXiv:2111.00687, section 3"
-# What a value is that has passed one of them, the other leaves as it is: relu(relu6(x)) = relu6(x).
-_UNCHANGED = {"relu": {"relu", "relu6", "sigmoid", "hardsigmoid"}, "relu6": {"relu6", "sigmoid", "hardsigmoid"}}
-_MODULES = {nn.ReLU: "relu", nn.ReLU6: "relu6", nn.Sigmoid: "sigmoid", nn.Hardsigmoid: "hardsigmoid"}
-_POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
-_POOL_NAMES = {"max_pool1d", "max_pool2d", "max_pool3d"}
 
 
 def carried(findings: Findings, globs: Iterable[str]) -> tuple[list[Merge], list[Missed]]:
@@ -107,7 +103,7 @@ def _block(search: Search, node: fx.Node, sum_: Sum) -> _Block:
         block = _Block(search.trace, search.legality, node, Carried(base, node, through), steps, added)
         for act in acts:
             kind = _activation(act)
-            if made not in _UNCHANGED.get(kind, ()):
+            if not _unchanged(kind, made):
                 raise Incompatible(
                     f"what is added would pass {kind} on its way, which leaves it as it is only if it is one's own "
                     f"output, and it is that of {base.name}"
@@ -130,7 +126,7 @@ def _steps(
         steps.insert(0, step)
         if step[0].base is base:
             return (tuple(steps), acts) if acts else None
-        if _activation(step[0].base) not in _UNCHANGED:
+        if _activation(step[0].base) not in CLAMPS:
             return None
         acts.append(step[0].base)
         node = step[0].base.all_input_nodes[0]
@@ -153,9 +149,18 @@ def _activation(node: fx.Node) -> str:
     """What an activation is called; "" for anything else."""
     if node.op == "call_module":
         module = CALL.of(node).module
-        return "" if hooks(module) else _MODULES.get(type(module), "")
-    name = torch_name(node).strip("_")
-    return name if name in _MODULES.values() else ""
+        name = "" if hooks(module) else of_modules(type(module))
+    else:
+        name = torch_name(node).strip("_")
+    return name if name in RANGES else ""
+
+
+def _unchanged(clamp: str, made: str) -> bool:
+    """Whether an activation leaves what another gives as it is: relu(relu6(x)) = relu6(x)."""
+    if clamp not in CLAMPS or made not in RANGES:
+        return False
+    (low, high), (least, most) = RANGES[clamp], RANGES[made]
+    return low <= least and most <= high
 
 
 def _range(node: fx.Node) -> tuple[str, tuple[fx.Node, ...]]:
@@ -163,8 +168,8 @@ def _range(node: fx.Node) -> tuple[str, tuple[fx.Node, ...]]:
     through = [node]
     while True:
         node = through[-1]
-        pool = node.op == "call_module" and isinstance(CALL.of(node).module, _POOLS)
-        if not pool and torch_name(node) not in _POOL_NAMES:
+        called = node.op == "call_module"
+        if not (module_does(CALL.of(node).module, Is.MAXIMUM) if called else does(node, Is.MAXIMUM)):
             return _activation(node), tuple(through)
         through.append(node.all_input_nodes[0])
 

@@ -13,7 +13,8 @@ import networkx as nx
 from torch import fx
 
 from structrep.graph.facts import INDEX
-from structrep.graph.shapes import spatial_size, torch_name
+from structrep.graph.operations import torch_name
+from structrep.graph.shapes import spatial_size
 from structrep.match.readings import inputs_of
 from structrep.match.shared_scales import Absorption
 from structrep.match.stretch import Segment, Stretch

@@ -23,9 +23,11 @@ from structrep.errors import WrongMerge
 from structrep.graph.constants import held
 from structrep.graph.dtypes import keeps
 from structrep.graph.facts import CALL, DTYPE, HELD, INDEX, SHAPE, STORED, VALUE
+from structrep.graph.operations import does, torch_name
 from structrep.graph.queries import asks_shape, counts_sizes, only_asserted
 from structrep.graph.run import computed
-from structrep.graph.shapes import rank, torch_name
+from structrep.graph.shapes import rank
+from structrep.graph.table import Is
 from structrep.match.merge import Merge
 from structrep.match.pieces import frame
 from structrep.match.sum_order import as_traced, reordered
@@ -351,7 +353,7 @@ class Trials:
     def _folded(self) -> Iterator[Shapes]:
         """Shapes of values that are folded to sizes that are written down."""
         written: set[int] = set()
-        pending = [node for node in self.region.nodes if torch_name(node) in ("view", "reshape", "unflatten")]
+        pending = [node for node in self.region.nodes if does(node, Is.RESHAPES) or torch_name(node) == "unflatten"]
         for node in pending:
             sizes = (size for arg in node.args[1:] for size in (arg if isinstance(arg, (list, tuple)) else [arg]))
             written.update(size for size in sizes if type(size) is int and size > 1)

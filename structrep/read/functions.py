@@ -13,10 +13,12 @@ from torch import Tensor, fx, nn
 
 from structrep.algebra.precision import doubled
 from structrep.graph.constants import constant, exact
-from structrep.graph.dtypes import CASTS, cast_to
+from structrep.graph.dtypes import cast_to
 from structrep.graph.facts import AUTOCAST, CALL, INDEX, TO_OWN_DTYPE, VALUE
+from structrep.graph.operations import does, torch_name
 from structrep.graph.queries import asks_dtype
-from structrep.graph.shapes import argument, rank, torch_name
+from structrep.graph.shapes import argument, rank
+from structrep.graph.table import CASTS, Is, spatial_dims
 from structrep.read.arguments import Arguments, reads
 from structrep.read.endings import _ENDINGS
 from structrep.terms.layer import Concat, Identity, Layer, Reading, Sum
@@ -106,7 +108,8 @@ def _(a: Arguments) -> Layer:
 
 @reads(F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)
 def _(a: Arguments) -> Layer | None:
-    dims = {F.avg_pool1d: 1, F.avg_pool2d: 2, F.avg_pool3d: 3}[a.node.target]  # type: ignore[index]
+    dims = spatial_dims(torch_name(a.node))
+    assert dims is not None
     stride, padding = a(2, "stride"), a(3, "padding", 0)
     ceil, counted, divisor = a(4, "ceil_mode", False), a(5, "count_include_pad", True), a(6, "divisor_override")
     return pool_layer(dims, a(1, "kernel_size"), stride, padding, ceil, counted, divisor, a.size)
@@ -114,7 +117,8 @@ def _(a: Arguments) -> Layer | None:
 
 @reads(F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)
 def _(a: Arguments) -> Layer | None:
-    dims = next(d for d in (1, 2, 3) if torch_name(a.node) == f"adaptive_avg_pool{d}d")
+    dims = spatial_dims(torch_name(a.node))
+    assert dims is not None
     return adaptive_pool_layer(dims, a(1, "output_size"), a.size)
 
 
@@ -373,16 +377,10 @@ def _(a: Arguments) -> Identity | None:
     return Identity(a(0, "input")) if a(1, "negative_slope", 0.01) == 1 else None
 
 
-_CONVOLUTIONS = {*(F.linear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)}
-_KEEP_DTYPES = {
-    *("permute", "transpose", "movedim", "swapaxes", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze"),
-    *("contiguous", "expand", "batch_norm"),
-}
-
-
 def _keeps_dtype(node: fx.Node) -> bool:
     """Whether a node gives floats in the dtype that it is given them in: a `view` may be one of the bits."""
-    return torch_name(node) in _KEEP_DTYPES or (torch_name(node) == "view" and _are_ints(node.args[1:]))
+    moved = does(node, Is.MOVES | Is.DTYPE) and (torch_name(node) != "view" or _are_ints(node.args[1:]))
+    return moved or torch_name(node) == "batch_norm"
 
 
 def _weight_of(node: fx.Node) -> Tensor | None:
@@ -390,7 +388,7 @@ def _weight_of(node: fx.Node) -> Tensor | None:
     module = CALL.of(node).module if node.op == "call_module" else None
     if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)):
         return module.weight
-    weight = constant(argument(node, 1, "weight")) if node.target in _CONVOLUTIONS else None
+    weight = constant(argument(node, 1, "weight")) if does(node, Is.KERNEL) else None
     return weight if isinstance(weight, Tensor) else None
 
 

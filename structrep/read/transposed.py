@@ -12,12 +12,12 @@ from torch import fx, nn
 from structrep.algebra import ConvMap
 from structrep.errors import Unreadable
 from structrep.graph.facts import CALL
-from structrep.graph.shapes import torch_name
+from structrep.graph.operations import does, torch_name
+from structrep.graph.table import Is
 from structrep.read.arguments import Arguments, reads
 from structrep.terms.layer import Identity, Layer, Sum
 from structrep.terms.layers import diagonal_layer
 
-_TRANSPOSES = ("transpose", "permute", "swapaxes")
 MOST_SWAPPED = 32  # nodes between two transpositions
 _Scale = tuple[Callable[[int], ConvMap], fx.Node | None, dict[fx.Node, None], bool]
 
@@ -41,7 +41,7 @@ def _(a: Arguments) -> Layer | None:
         map_ = load(c)
         return ConvMap.scale(map_.kernel.flatten(), map_.bias, dims=0)
 
-    known = (a.read(node) for node in through if torch_name(node) not in _TRANSPOSES)
+    known = (a.read(node) for node in through if not does(node, Is.PERMUTES))
     count = next((r.in_channels for r in known if isinstance(r, Layer) and r.in_channels is not None), None)
     layer = diagonal_layer("affine", scale, count, 0, 0)
     return replace(layer, source=source, through=tuple(through))
@@ -61,7 +61,7 @@ def _swapped(a: Arguments, node: Any, known: dict[fx.Node, _Scale | None]) -> _S
 def _swapped_step(a: Arguments, node: fx.Node, known: dict[fx.Node, _Scale | None]) -> _Scale | None:
     if _swaps_last_two(node):
         return (lambda c: ConvMap.identity(c, 1)), node, {node: None}, False
-    if torch_name(node) in _TRANSPOSES:
+    if does(node, Is.PERMUTES):
         return None
     reading = a.read(node)
     if isinstance(reading, Identity):

@@ -13,8 +13,9 @@ from structrep.errors import Unreadable
 from structrep.graph.aliases import aliases, writers
 from structrep.graph.calls import Call
 from structrep.graph.facts import ASSERTED, AUTOCAST, CONSTANT, CONTEXTS, HELD, STORED, VALUE
-from structrep.graph.operations import writes
+from structrep.graph.operations import does, writes
 from structrep.graph.queries import asks_dtype, counts_sizes, only_asserted
+from structrep.graph.table import Is
 from structrep.match.sum_order import as_traced
 from structrep.modules.source import written_in
 from structrep.read.nodes import read_node
@@ -69,7 +70,7 @@ class Body:
         self.blocks.enter(self.call.contexts)
         self.graph.output(self._built(self.call.result))
         for node in reversed(self.graph.nodes):
-            unused = node.target in (operator.getitem, getattr, "view", "reshape") or CONSTANT.get(node)
+            unused = node.target in (operator.getitem, getattr) or does(node, Is.RESHAPES) or CONSTANT.get(node)
             if not node.users and unused:
                 self.graph.erase_node(node)
 

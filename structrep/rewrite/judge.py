@@ -6,12 +6,14 @@ import ast
 from collections.abc import Sequence
 
 from structrep.errors import Unreadable
+from structrep.graph.table import QUESTIONS
 from structrep.modules.boxes import FILLS
 from structrep.modules.definitions import Definition, Reaching
 from structrep.modules.presence import path_to
 from structrep.rewrite.syntax import COMPREHENSIONS, Syntax, in_place_alike, names_in
 
-_INVARIANT = {"ndim", "dtype", "device", "dim", "is_cuda", "requires_grad"}  # what a merge changes of no value
+# What a merge changes of no value.
+_INVARIANT = {name for name, one in QUESTIONS.items() if one.of in ("rank", "dtype", "kind", "place", "gradient")}
 
 
 class Judge:

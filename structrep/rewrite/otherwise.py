@@ -13,8 +13,7 @@ from torch import Tensor, fx
 from structrep.errors import Unreadable
 from structrep.graph.calls import Call
 from structrep.graph.facts import CALL, CONTEXTS, FORMULA, VALUE
-from structrep.graph.operations import writes
-from structrep.graph.shapes import torch_name
+from structrep.graph.operations import torch_name, writes
 from structrep.graph.structures import proxies
 from structrep.rewrite.followed import Followed
 from structrep.rewrite.node_changes import NodeChanges

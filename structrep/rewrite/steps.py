@@ -13,10 +13,11 @@ from torch import fx, nn
 
 from structrep.errors import Unreadable
 from structrep.graph.calls import Call
-from structrep.graph.dtypes import CASTS
 from structrep.graph.facts import AT, VALUE
+from structrep.graph.operations import does
 from structrep.graph.queries import asks_shape, only_asserted
 from structrep.graph.structures import is_torch, proxies
+from structrep.graph.table import Is
 from structrep.modules.boxes import written
 from structrep.modules.mentions import comes_to
 from structrep.modules.positions import definition, parts_of, place
@@ -27,7 +28,6 @@ from structrep.rewrite.node_changes import NodeChanges
 from structrep.rewrite.syntax import in_place_alike
 from structrep.rewrite.wanted import Piece, Wanted
 
-_CASTS = {"to", "type", "type_as", *CASTS}
 _LIBRARIES = {"torch", "math", "numpy", "operator", "functools", "itertools"}
 
 
@@ -187,7 +187,7 @@ class Steps:
 
     def _source(self, node: fx.Node) -> fx.Node | None:
         """What a node hands on as it is, in its dtype too; None if it does something."""
-        if node in self.changes.ended or node in self.changes.refilled or node.target in _CASTS:
+        if node in self.changes.ended or node in self.changes.refilled or does(node, Is.CAST):
             return None
         return hands_on(node)
 

@@ -14,7 +14,7 @@ from torch import fx, nn
 
 from structrep.graph.calls import Call, Traced
 from structrep.graph.facts import AT, CALL
-from structrep.graph.shapes import torch_name
+from structrep.graph.operations import torch_name
 from structrep.graph.structures import proxies
 from structrep.guard.asked import Asking
 from structrep.guard.other_forwards import Borders

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._ops import OpOverload
 
+from structrep.algebra.geometry import CONV, CONV_TRANSPOSE
+
 Called = tuple[Literal["call_function", "call_method"], Any, tuple[Any, ...], dict[str, Any]]
 # Where the function takes its arguments in another order than the operator, or fewer of them.
 _REORDERED: dict[str, tuple[Callable[..., Any], tuple[int, ...]]] = {
@@ -85,10 +87,6 @@ def _moved(op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Cal
     return ("call_method", "to", (source, *others), named) if others or named else None
 
 
-_CONVS = (F.conv1d, F.conv2d, F.conv3d)
-_CONV_TRANSPOSES = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
-
-
 def _convolution(
     x: Any, weight: Any, bias: Any, stride: Any, padding: Any, dilation: Any, transposed: bool, extra: Any, groups: int
 ) -> Called | None:
@@ -98,5 +96,5 @@ def _convolution(
         return None
     if transposed:
         given = (x, weight, bias, stride, padding, extra, groups, dilation)
-        return "call_function", _CONV_TRANSPOSES[dims - 1], given, {}
-    return "call_function", _CONVS[dims - 1], (x, weight, bias, stride, padding, dilation, groups), {}
+        return "call_function", CONV_TRANSPOSE[dims], given, {}
+    return "call_function", CONV[dims], (x, weight, bias, stride, padding, dilation, groups), {}

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from structrep.graph.shapes import argument, channels, rank, torch_name
+from structrep.graph.operations import torch_name
+from structrep.graph.shapes import argument, channels, rank
 
 Span = tuple[int | None, int | None, int | None, int | None]
 

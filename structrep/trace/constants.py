@@ -18,18 +18,20 @@ from structrep.graph.calls import Call, Entry, Origin, storage
 from structrep.graph.facts import ASSIGNED
 from structrep.graph.reads import PLACEHOLDER
 from structrep.graph.structures import alike, is_traced, snapshot
+from structrep.graph.table import QUESTIONS
 from structrep.modules import parametrized
 from structrep.terms.layer import Formula
 from structrep.trace.aten import gives_more, in_torch
 from structrep.trace.origins import Origins
 from structrep.trace.patches import unwatched
-from structrep.trace.proxies import ASKED, TOLD
 from structrep.trace.reach import Reach
 from structrep.trace.reads import Reads
 from structrep.trace.recorder import Recorder
 
-# How code is told of the shape of a tensor, of what its dtype says, and of its numbers.
-_SHAPES = {"shape", "ndim", "size", "numel", "nelement", "dim", "ndimension", "__len__"}
+_ASKED = {name for name, one in QUESTIONS.items() if one.of in ("dtype", "place", "gradient")}
+_TOLD = QUESTIONS.keys() | {"grad"}
+_SHAPES = {"__len__", *(name for name, one in QUESTIONS.items() if one.of in ("rank", "sizes"))}
+# How code is told what the dtype of a tensor is like, and of its numbers.
 _DTYPES = {
     **{"element_size": "element_size()", "itemsize": "itemsize", "type": "type()", "is_complex": "is_complex()"},
     "is_floating_point": "is_floating_point()",
@@ -107,7 +109,7 @@ class Constants(TorchFunctionMode):
         result = func(*args, **kwargs)
         if drawn is not None and not torch.equal(drawn, torch.get_rng_state()):
             raise RuntimeError(f"{name} draws new random numbers at every call")
-        if name == "__get__" and func.__self__.__name__ in ASKED:
+        if name == "__get__" and func.__self__.__name__ in _ASKED:
             return self._ask(args[0], func.__self__.__name__, result)
         self._note_told(func.__self__.__name__ if name == "__get__" else name, args, kwargs, result)
         itself = any(result is one for one in pytree.tree_leaves((args, kwargs)))  # `x.to(x.dtype)`
@@ -177,9 +179,9 @@ class Constants(TorchFunctionMode):
             changed, given = given[0], given[1:]
             if id(changed) in self.touched:
                 raise RuntimeError("it assigns to weights that it computes with")
-        if what not in TOLD:
+        if what not in _TOLD:
             self.touched.update(id(one) for one in given if isinstance(one, Tensor))
-        if any(id(one) in self.assigned for one in given if isinstance(one, Tensor) and what not in TOLD):
+        if any(id(one) in self.assigned for one in given if isinstance(one, Tensor) and what not in _TOLD):
             raise RuntimeError("it computes with weights that it assigns to")
 
     def note_assigned(self, node: fx.Node, call: Call) -> None:

@@ -14,20 +14,15 @@ from types import CodeType, FrameType, FunctionType, ModuleType, TracebackType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
 from structrep import process
 from structrep.graph.structures import Unknown, is_traced, proxies, stand_in
+from structrep.graph.table import SIZED
 from structrep.modules.source import gives_something, reads_settings_only, written_in
 
 Record = Callable[[str, Any, tuple[Any, ...], dict[str, Any]], Any]
-_SIZED_METHODS = ("expand", "repeat", "tile", "view", "reshape", "broadcast_to", "new_zeros", "new_ones", "new_full",
-                  "new_empty")  # fmt: skip
-_SIZED_FACTORIES = ("zeros", "ones", "full", "empty", "arange", "linspace", "eye", "rand", "randn", "broadcast_to",
-                    "tensor", "as_tensor", "asarray", "finfo", "iinfo")  # fmt: skip
-_SIZED_POOLS = ("avg_pool1d", "avg_pool2d", "avg_pool3d")  # which take a traced size for a number
 _ENGINE = ("torch.fx", "structrep.", "torch._", "torch.overrides")
 
 
@@ -135,14 +130,11 @@ def _holds_values(container: Any) -> bool:
 
 def take_traced_sizes(record: Record) -> None:
     """Make real tensors and factories take traced sizes: such a call becomes a node."""
-    for name in _SIZED_METHODS:
-        process.change(Tensor, name, _sized(getattr(Tensor, name), "call_method", name, record))
-    for name in _SIZED_FACTORIES:
-        factory = getattr(torch, name)
-        process.change(torch, name, _sized(factory, "call_function", factory, record))
-    for name in _SIZED_POOLS:
-        pool = getattr(F, name)
-        process.change(F, name, _sized(pool, "call_function", pool, record))
+    for place, names in SIZED.items():
+        for name in names:
+            function = getattr(place, name)
+            kind, target = ("call_method", name) if place is Tensor else ("call_function", function)
+            process.change(place, name, _sized(function, kind, target, record))
 
 
 def _sized(function: Callable[..., Any], kind: str, target: Any, record: Record) -> Callable[..., Any]:

@@ -129,9 +129,6 @@ _OF_AUTOGRAD = {
     *("grad", "grad_fn", "_grad", "_grad_fn", "_base", "_version", "_backward_hooks", "_post_accumulate_grad_hooks"),
     *("grad_dtype", "name", "output_nr", "retains_grad", "volatile", "_cdata", "_python_dispatch"),
 }
-# What a tensor tells apart from its numbers.
-TOLD = {"dtype", "device", "shape", "ndim", "requires_grad", "is_cuda", "layout", "grad"}
-ASKED = {"dtype", "device", "is_cuda", "is_cpu", "is_mps", "is_xpu", "requires_grad"}
 
 
 for _function in operations.AUGMENTED:
