@@ -12,12 +12,10 @@ from typing import Any, cast
 from torch import fx, nn
 
 from structrep.graph.facts import CALL, RANK, SHAPE, VALUE
-from structrep.graph.operations import does, keeps_shape, torch_name
+from structrep.graph.operations import does, keeps_shape, module_does, torch_name
 from structrep.graph.table import Is, spatial_dims
 from structrep.modules.source import written_in
 
-# A layer that looks at its input's last dim or at single values gives back the rank that it is given.
-_KEEPS = (nn.Linear, nn.LayerNorm, nn.GroupNorm, nn.Identity, nn.modules.dropout._DropoutNd, nn.AlphaDropout)
 _MODULE_OF_DIMS = re.compile(
     r"(Conv|ConvTranspose|(Adaptive)?(Avg|Max)Pool|BatchNorm|InstanceNorm)([23])d|(Conv|\w*Pool)1d"
 )
@@ -144,8 +142,8 @@ def _of_module(module: nn.Module, given: int | None) -> int | None:
     elementwise = written_in(type(module)) == "torch.nn.modules.activation" and not isinstance(
         module, nn.MultiheadAttention
     )
-    keeps = elementwise or isinstance(module, (*_KEEPS, nn.BatchNorm1d, nn.SyncBatchNorm))
-    return given if keeps else None
+    same = elementwise or module_does(module, Is.SHAPE) or module_does(module, Is.RANK)
+    return given if same or isinstance(module, (nn.Identity, nn.BatchNorm1d, nn.SyncBatchNorm)) else None
 
 
 def _is_index(part: Any) -> bool:

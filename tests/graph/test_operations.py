@@ -1,4 +1,4 @@
-"""What torch's operations do with memory and chance: the table against schemas, and what they are seen to do."""
+"""What torch's operations are, and do with memory and chance: against schemas, and what they are seen to do."""
 
 import contextlib
 import itertools
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from structrep.graph import operations
+from structrep.graph.table import Is, facts
 
 with mock.patch("torch.backends.disable_global_flags"):  # for good, and for all other tests of the process
     from torch.testing._internal.common_methods_invocations import op_db
@@ -63,6 +64,27 @@ def storages(value):
     return {one.untyped_storage()._cdata for one in found}
 
 
+def misshapen(target, given, result, kwargs):
+    """What the table says of shapes and dtypes and is not so."""
+    known, found = facts(operations.name_of(target)), [x for x in pytree.tree_leaves(result) if isinstance(x, Tensor)]
+    if not found:
+        return
+    first, most = given[0], max(x.ndim for x in given)
+    same = Is.SHAPE in known or (operations._is_elementwise(target) and len(given) == 1)
+    if same and found[0].shape != first.shape:
+        yield "gives another shape"
+    if Is.LIKE in known and found[0].shape != given[-1].shape:
+        yield "gives another shape than the last"
+    if Is.RANK in known and first.ndim == most and any(x.ndim != first.ndim for x in found):
+        yield "gives another rank"
+    floats = {x.dtype for x in given if x.is_floating_point()}
+    told = any(isinstance(x, torch.dtype) for x in kwargs.values())
+    if Is.DTYPE in known and len(floats) == 1 and not told and found[0].dtype not in floats:
+        yield "gives another dtype"
+    if Is.MOVES in known and not set(found[0].flatten().tolist()) <= {n for x in given for n in x.flatten().tolist()}:
+        yield "gives other numbers"
+
+
 def unseen(target, call, args, kwargs):
     """What a call does that the table does not know of."""
     leaves = [one for one in pytree.tree_leaves((args, kwargs)) if isinstance(one, Tensor)]
@@ -78,6 +100,8 @@ def unseen(target, call, args, kwargs):
     if draws and operations.has_schema(target) and not operations.draws(target, args, kwargs):
         yield "draws"
     kinds = {"tensor": Tensor, "several": (tuple, list), "number": (bool, int, float, complex, torch.dtype, tuple)}
+    if isinstance(args[0], Tensor):
+        yield from misshapen(target, leaves, result, kwargs)
     told = operations.gives(target, args, kwargs)
     if told and result is not None and not isinstance(result, kinds[told]):
         yield f"gives {told}"
