@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from functools import reduce
 from typing import Any
 
-import torch
 from torch import fx
 
 from structrep.graph.aliases import aliases, writers
 from structrep.graph.calls import Trace
 from structrep.graph.facts import AUTOCAST, CALL, COUNTS_SIZES, INDEX, RANK, REORDERED, STORED
+from structrep.graph.operations import torch_name
 from structrep.graph.structures import proxies
 
 Merges = Callable[[Sequence[fx.Node], Sequence[fx.Node]], bool]
@@ -115,9 +115,8 @@ def order(trace: Trace, done: Set[fx.Node], merges: Merges) -> Order | None:
 
 def _is_sum(node: fx.Node) -> bool:
     """Whether a node adds two values, and writes to neither."""
-    adds = node.target in (operator.add, torch.add) or (node.op, node.target) == ("call_method", "add")
     plain = len(node.args) == 2 and not node.kwargs and all(isinstance(one, fx.Node) for one in node.args)
-    return adds and plain and not AUTOCAST.of(node) and not STORED.get(node)
+    return torch_name(node) == "add" and plain and not AUTOCAST.of(node) and not STORED.get(node)
 
 
 def _sum_of(addition: fx.Node, passed: Set[fx.Node]) -> fx.Node | None:
