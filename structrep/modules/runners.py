@@ -12,16 +12,18 @@ from structrep.modules.call_sites import named
 from structrep.modules.source import syntax
 
 
-@functools.lru_cache(4096)
 def only_calls(function: Any, place: int) -> bool:
     """Whether a function only calls what it is given at a place, as activation checkpointing does, or hands it to such
     functions."""
-    pending, seen = [(function, place)], set[tuple[Any, int]]()
-    while pending:
-        one = called, at = pending.pop()
-        if one in seen or (called is _checkpoint() and at == 0):
+    return isinstance(function, FunctionType) and _only_calls(function, place)
+
+
+@functools.lru_cache(4096)
+def _only_calls(function: FunctionType, place: int) -> bool:
+    pending: list[tuple[Any, int]] = [(function, place)]
+    for called, at in pending:
+        if called is _checkpoint() and at == 0:
             continue
-        seen.add(one)
         tree = syntax(called) if isinstance(called, FunctionType) else None
         if not isinstance(tree, ast.FunctionDef) or not 0 <= at < len(tree.args.args):
             return False
@@ -32,7 +34,8 @@ def only_calls(function: Any, place: int) -> bool:
             if not isinstance(around, ast.Call) or not (around.func is use or use in around.args):
                 return False
             if around.func is not use:
-                pending.append((named(around.func, called), around.args.index(use)))
+                further = named(around.func, called), around.args.index(use)
+                pending += [further] if not any(one is further[0] and n == further[1] for one, n in pending) else []
     return True
 
 

@@ -92,12 +92,9 @@ class Mentioned:
             at, one, every = pending.pop()
             named = self.below if at else self.own
             starts = tuple(self.picked[bool(at)])
-            parts = dict(one._modules.items())
-            for name, _ in (
-                *parts.items(),
-                *one._parameters.items(),
-                *one._buffers.items(),
-            ):  # of a ScriptModule, no dicts
+            parts = dict(one._modules.items())  # of a ScriptModule no dict
+            tensors = (name for held in (one._parameters, one._buffers) for name, _ in held.items())
+            for name in (*parts, *tensors):
                 if every or name in named or name.startswith(starts) or isinstance(one, _ORDERED):
                     path = f"{at}.{name}" if at else name
                     yield path
