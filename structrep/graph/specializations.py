@@ -31,7 +31,8 @@ class Specialization:
     asserted: bool = False
 
     def __str__(self) -> str:
-        return f"`{self.text}` ({self.code.co_filename}:{self.line})"
+        asked = f"`{self.text}`" if self.text else "for something"  # where nothing has the source
+        return f"{asked} ({self.code.co_filename}:{self.line})"
 
 
 def specialized(code: CodeType, at: int, line: int, told: Any, *, asserted: bool = False) -> Specialization:

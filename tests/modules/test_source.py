@@ -312,3 +312,26 @@ class LocalName(nn.Module):
 
 def test_a_local_name_that_is_a_dict_outside():
     check(LocalName(), noise(1, 4, 3, 3), merges=1, within=CLOSE)
+
+
+ASKING = """
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.c, self.n = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        y = self.n(self.c(x))
+        if x.mean() > 0:
+            y = y + 1
+        return y * 2
+"""
+
+
+def test_a_question_without_source_has_a_place():
+    found = {"nn": nn, "__name__": "typed"}
+    exec(ASKING, found)
+    plan = structrep.plan(settled(found["Model"]()), torch.rand(1, 3, 6, 6, dtype=torch.float64))
+    reasons = [one.reason for one in plan.refusals if "which holds for the example alone" in one.reason]
+    assert reasons
+    assert all("asks for something (<string>:9)" in one for one in reasons)

@@ -75,6 +75,8 @@ def converted(device):
             x = x.to(device)
             plan = structrep.plan(model, x)
             plan.prove()
+            assert plan.merges, name
+            assert bool(model(x[:2]).isfinite().all()), name  # or there is nothing to compare
             made[name] = model, plan, plan.apply(), x
         return made[name]
 
@@ -89,6 +91,8 @@ def test_a_rule_s_example(rule, how, device, results):
     x = example_input(rule, model).float().to(device)
     model.to(device)
     plan = structrep.plan(model, x)
+    assert plan.merges
+    assert bool(model(x).isfinite().all())  # or there is nothing to compare
     assert {p.device.type for p in plan.apply().parameters()} == {device.type}
     found = plan.verify(x, device=device, **HOW[how])
     near = Error(found.error, found.noise, rounding(HOW[how]))
@@ -103,7 +107,9 @@ def test_a_rule_s_example_where_tensors_are_made_there_by_default(rule, device):
     x = example_input(rule, model)
     truth = model(x)
     with device:
-        deploy = structrep.reparameterize(model.to(device), x.to(device))
+        plan = structrep.plan(model.to(device), x.to(device))
+        deploy = plan.reparameterize(x.to(device))
+    assert plan.merges
     assert {one.device.type for one in deploy.state_dict().values()} == {device.type}
     assert relative_error(deploy(x.to(device)).cpu(), truth) < 1e-12
 
