@@ -62,9 +62,12 @@ def strays(
     tree, parents, at = found
     takers = {at.get(one, at.get(one[::2])) for one in taken if one is not None}
     site = None if made is None else at.get(made, at.get(made[::2]))
-    if not (counted or branches(code) or _picks(tree) or _loops_apart(tree, {site, *takers}) or _hands(tree, code)):
+    several = counted or branches(code) or _picks(tree) or _picks_rounds(tree) or _hands(tree, code)
+    if not several and not _loops_apart(tree, {site, *takers}):
         return False
     if None in takers or (site is None and not names):
+        return True
+    if sets_what_runs(tree, {site, *takers}):
         return True
     if takers == {site} and not returned and _is_forward(site):
         return False  # which it has never left
@@ -101,6 +104,25 @@ def _hands(tree: ast.AST, code: CodeType) -> bool:
         elif name and name not in code.co_varnames and name not in _TORCHS | HANDING_ON | _HARMLESS:
             return True
     return False
+
+
+def may_catch(node: ast.AST) -> bool:
+    """Whether a statement may catch what is raised in it: a context may, torch's own do not."""
+    if not isinstance(node, (ast.With, ast.AsyncWith)):
+        return isinstance(node, ast.Try)
+    return not all(ast.unparse(item.context_expr).startswith("torch.") for item in node.items)
+
+
+def swallows(node: ast.AST) -> bool:
+    """Whether a context may go on behind what its code raises."""
+    return isinstance(node, ast.With) and may_catch(node) and any(isinstance(n, ast.Raise) for n in ast.walk(node))
+
+
+def sets_what_runs(tree: ast.AST, steps: set[ast.AST | None]) -> bool:
+    """Whether code sets an attribute that some of its steps ask for: `self.norm = self.other`."""
+    stored = {one.attr for one in ast.walk(tree) if isinstance(one, ast.Attribute) and isinstance(one.ctx, ast.Store)}
+    asked = (one for step in steps if stored and step is not None for one in ast.walk(step))
+    return any(isinstance(one, ast.Attribute) and one.attr in stored for one in asked)
 
 
 def _is_forward(node: ast.AST | None) -> bool:
@@ -140,7 +162,24 @@ def _chooses(tree: ast.AST, iterated: ast.expr) -> bool:
     called = {node.func.id if isinstance(node.func, ast.Name) else getattr(node.func, "attr", "")
               for node in inner if isinstance(node, ast.Call)}  # fmt: skip
     names = {node.id for node in inner if isinstance(node, ast.Name)}
-    return not called <= _GOING_THROUGH or not names.isdisjoint(_changed(tree))
+    functions = {one.id for node in inner if isinstance(node, ast.Call)
+                 for one in ast.walk(node.func) if isinstance(one, ast.Name)}  # fmt: skip
+    outside = names - functions - _local(tree)
+    return not called <= _GOING_THROUGH or not names.isdisjoint(_changed(tree)) or bool(outside)
+
+
+@functools.lru_cache(4096)
+def _picks_rounds(tree: ast.AST) -> bool:
+    """Whether code has a loop that may go through more or less than all of some parts."""
+    return any(isinstance(one, ast.For) and _chooses(tree, one.iter) for one in ast.walk(tree))
+
+
+@functools.lru_cache(4096)
+def _local(tree: ast.AST) -> frozenset[str]:
+    """The names of code's own."""
+    nodes = list(ast.walk(tree))
+    stored = {one.id for one in nodes if isinstance(one, ast.Name) and not isinstance(one.ctx, ast.Load)}
+    return frozenset(stored.union(one.arg for one in nodes if isinstance(one, ast.arg)))
 
 
 @functools.lru_cache(4096)
@@ -242,6 +281,7 @@ class _Walk:
         if isinstance(one, ast.With):
             for item in one.items:
                 self.exposed |= bool(self._use(item.context_expr, state))
+            self.exposed |= swallows(one)
             return self._block(one.body, state)
         if isinstance(one, ast.Try):
             after: State = state
@@ -295,6 +335,7 @@ class _Walk:
         )  # any number of rounds
         chosen = isinstance(loop, ast.For) and _chooses(self.tree, loop.iter)
         self.exposed |= within and (perhaps or chosen or _picks(self.tree))
+        self.exposed |= handed and self._may_skip(loop)
         before = state
         if isinstance(loop, ast.For):
             held = self._use(loop.iter, state)
@@ -315,6 +356,18 @@ class _Walk:
         # What a next round has taken is not what the last one leaves.
         leaving = before if handed else _either(*([] if within and not perhaps else [before]), once, *further)
         return _either(self._block(loop.orelse, leaving), *left)
+
+    def _may_skip(self, loop: ast.For | ast.While) -> bool:
+        """Whether some round may do otherwise with what a loop hands on, by what picks between values."""
+        inside = list(ast.walk(loop))
+        given = {one.id for one in inside if isinstance(one, ast.Name) and isinstance(one.ctx, ast.Store)}
+        for one in inside:
+            picks = isinstance(one, (ast.IfExp, ast.Match, ast.Try))
+            if picks and not (isinstance(one, ast.IfExp) and self._known(one.test) is not None):
+                names = {inner.id for inner in ast.walk(one) if isinstance(inner, ast.Name)}
+                if names & given:
+                    return True
+        return False
 
     def _of_parts(self, iterated: ast.expr) -> bool:
         """Whether what a loop goes through is told by the module alone."""

@@ -25,6 +25,7 @@ from structrep.rewrite.guards import Guard
 from structrep.rewrite.mentioned import Mentioned
 from structrep.rewrite.node_changes import NodeChanges
 from structrep.rewrite.steps import Steps
+from structrep.rewrite.untaken import decorated_otherwise
 from structrep.rewrite.wanted import Edited
 
 _LIBRARIES = {"torch", "math", "numpy", "operator", "functools", "itertools"}
@@ -121,6 +122,8 @@ class Edit:
     def _check_changes(self, gone: set[fx.Node]) -> None:
         """Raise where more changes than expressions."""
         nodes = list(self.call.nodes())
+        if decorated_otherwise(self.call, self.changes.vanishing):
+            raise Unreadable(f"{self.call.shown} has a decorator that may do otherwise")
         if any(node in one.were for one in self.changes.reordered for node in nodes):
             raise Unreadable(f"{self.call.shown} would add up in another order")
         for node in nodes:

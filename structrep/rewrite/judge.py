@@ -9,6 +9,7 @@ from structrep.errors import Unreadable
 from structrep.graph.table import QUESTIONS
 from structrep.modules.boxes import FILLS
 from structrep.modules.definitions import Definition, Reaching
+from structrep.modules.paths import sets_what_runs, swallows
 from structrep.modules.presence import path_to
 from structrep.rewrite.syntax import COMPREHENSIONS, Syntax, in_place_alike, names_in
 
@@ -41,12 +42,28 @@ class Judge:
         used = (n for n in self.syntax.wanted.misused if n not in self.vanished and not self.syntax.is_unreachable(n))
         if (first := next(used, None)) is not None:
             raise Unreadable(f"line {getattr(first, 'lineno', 0)} may use what is merged otherwise")
+        self._check_paths()
         self._check_returns()
         self._check_writes()
         self._check_vanished(bases)
         asked = self._gone_by()
         self._check_effects(asked)
         return asked
+
+    def _check_paths(self) -> None:
+        """Raise if what is merged may run otherwise for what no condition of the text says."""
+        changed = self.syntax.wanted.changed
+        texts = {t for t, numbers in self.syntax.values.items() if isinstance(t, ast.AST) and numbers & changed}
+        outside = self.syntax.wanted.settings | set(self.syntax.code.co_freevars)
+        for one in ast.walk(self.syntax.tree):
+            inside = isinstance(one, (ast.For, ast.With)) and not texts.isdisjoint(ast.walk(one))
+            if inside and isinstance(one, ast.For) and (names := names_in(one.iter) & outside):
+                raise Unreadable(f"line {one.lineno} goes by {min(names)}, which may be set to something else")
+            if inside and swallows(one):
+                raise Unreadable(f"line {getattr(one, 'lineno', 0)} may catch what is raised there")
+        takers = {text for text, _ in self.syntax.wanted.takers}
+        if sets_what_runs(self.syntax.tree, {*texts, *takers}):
+            raise Unreadable("it may set itself what runs what is merged")
 
     def _check_returns(self) -> None:
         """Raise if the method may return something else than what was merged with layers behind it, which would be

@@ -87,7 +87,9 @@ def _block_at(segments: list[Segment]) -> tuple[Call | None, int]:
     for call in reversed(list(first.chain())):
         layer = knows(call.module) and bool(computed(call.module))  # which is a call of its own only as a root
         stands = isinstance(call.module, STAND_INS) or stands_in(call.module)
-        if call.leaf or call.method != "forward" or hooks(call.module) or _goes_by_its_input(call):
+        if call.leaf or call.method != "forward" or hooks(call.module):
+            continue
+        if not stands_in(call.module) and _goes_by_its_input(call):  # peft's layers ask whether to cast, no more
             continue
         if not layer and (not stands or (call.parent is None and not call.path)):
             continue
@@ -103,9 +105,10 @@ def _block_at(segments: list[Segment]) -> tuple[Call | None, int]:
 
 
 def _goes_by_its_input(call: Call) -> bool:
-    """Whether a call was told what may be otherwise for another input."""
-    of_inputs = (read for one in call.all_calls() for read in one.reads.values() if isinstance(read.holder, fx.Node))
-    return next(call.observed(), None) is not None or next(of_inputs, None) is not None
+    """Whether a call was told what may be otherwise for another input, or where it runs in another way."""
+    reads = (read for one in call.all_calls() for read in one.reads.values())
+    of_inputs = any(isinstance(read.holder, fx.Node) or read.where_am_i for read in reads)
+    return next(call.observed(), None) is not None or of_inputs
 
 
 def _same_as(result: Any, root: fx.Node) -> list[fx.Node]:

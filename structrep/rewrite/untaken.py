@@ -8,6 +8,7 @@ import itertools
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
+from types import CodeType
 from typing import Any
 
 from torch import fx, nn
@@ -20,6 +21,7 @@ from structrep.guard.asked import Asking
 from structrep.guard.other_forwards import Borders
 from structrep.match.merge import Merge
 from structrep.modules.mentions import comes_to
+from structrep.modules.objects import LIBRARIES
 from structrep.modules.paths import strays
 from structrep.modules.positions import branches, definition, parts_of, place, span
 from structrep.modules.presence import path_to
@@ -167,6 +169,34 @@ def _told_to_do_nothing(nodes: Sequence[fx.Node]) -> Iterator[Call]:
             yield CALL.of(node)
 
 
+def decorated_otherwise(call: Call, values: Set[fx.Node]) -> bool:
+    """Whether a decorator that may go several ways has some values in hand: it is given them, or what gives them."""
+    seen = {proxy.node for proxy in proxies((call.args, call.kwargs, call.result))}
+    around: Any = call.code
+    while not seen.isdisjoint(values) and (inner := getattr(around, "__wrapped__", None)) is not None:
+        code = getattr(around, "__code__", None)
+        library = str(getattr(around, "__globals__", {}).get("__name__", "")).partition(".")[0]
+        if code is None or (library not in LIBRARIES and branches(code) and not _only_hands_on(code)):
+            return True
+        around = inner
+    return False
+
+
+def _only_hands_on(code: CodeType) -> bool:
+    """Whether a decorator's function gives what it decorates gives, itself or by way of who runs that: a checkpoint."""
+    found = definition(code)
+    if found is None:
+        return False
+    tree, parents, _ = found
+    for one in (node.value for node in ast.walk(tree) if isinstance(node, ast.Return)):
+        inner = [n for n in ast.walk(one) if isinstance(n, ast.Name) and n.id in code.co_freevars] if one else []
+        ran = isinstance(one, ast.Call) and any(n is one.func for n in inner)
+        handed = any(not isinstance(around := parents[n], ast.Call) or around.func is not n for n in inner)
+        if not isinstance(one, ast.Call) or not (ran or handed):
+            return False
+    return True
+
+
 def _methods_with(node: fx.Node, call: Call) -> tuple[set[str], set[str]]:
     """The methods of a call's module, and those of others, that made a value or were given it as it ran; not the
     forwards of others, which are called as parts."""
@@ -210,6 +240,8 @@ def _strays(node: fx.Node, call: Call) -> bool:
         if step in CALL.of(node).chain():
             maker = step
     if _is_called_elsewhere(call, *_methods_with(node, call)):
+        return True
+    if decorated_otherwise(call, {node}):
         return True
     given = inspect.signature(call.function).bind(*call.args, **call.kwargs).arguments
     names = [name for name, value in given.items() if node in {proxy.node for proxy in proxies(value)}]

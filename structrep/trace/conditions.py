@@ -18,6 +18,7 @@ from torch import fx
 
 from structrep.graph.operations import torch_name
 from structrep.graph.shapes import argument, channels, rank
+from structrep.modules.paths import may_catch
 
 Span = tuple[int | None, int | None, int | None, int | None]
 
@@ -47,7 +48,7 @@ def _raising(filename: str) -> tuple[ast.If | ast.Assert, ...]:
         tree = ast.parse("".join(linecache.getlines(filename)))
     except SyntaxError:
         return ()
-    tried = {inner for node in ast.walk(tree) if isinstance(node, ast.Try) for inner in ast.walk(node)}
+    tried = {inner for node in ast.walk(tree) if may_catch(node) for inner in ast.walk(node)}
     branches = [node for node in ast.walk(tree) if isinstance(node, (ast.If, ast.Assert)) and node not in tried]
     return tuple(b for b in branches if isinstance(b, ast.Assert) or _only_raises(b.body) != _only_raises(b.orelse))
 

@@ -63,13 +63,13 @@ def escaped(values: Iterable[ref[fx.Proxy]], calls: Iterable[Call]) -> list[fx.P
 def _objects(value: Any) -> Iterator[Any]:
     """All objects of a structure, with what holds their attributes."""
     yield value
-    inner: Iterable[Any] = ()
+    inner: list[Any] = []
     if isinstance(value, (tuple, list)):
-        inner = value
+        inner += value
     elif isinstance(value, dict):
-        inner = value.values()
-    elif is_record(value) or hasattr(type(value), "__dataclass_fields__"):
-        inner = [getattr(value, "__dict__", {})]
+        inner += value.values()
+    if hasattr(value, "__dict__") and (is_record(value) or hasattr(type(value), "__dataclass_fields__")):
+        inner.append(vars(value))  # model outputs of transformers are dicts too
     for one in inner:
         yield from _objects(one)
 

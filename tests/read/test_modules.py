@@ -80,7 +80,7 @@ SUBCLASSES = [
     (1, "", lambda: nn.Sequential(StandardisedConv(4, 4, 3, padding=1), bn(4))),
     (1, "", lambda: nn.Sequential(InnerConvForward(4, 4, 3, padding=1), bn(4))),
     (0, "Untraceable", lambda: nn.Sequential(CalledConv(4, 4, 3, padding=1), bn(4))),
-    (0, "ExampleOnly Costlier Untraceable", lambda: nn.Sequential(SamePad(4, 4, 3, stride=2), bn(4))),
+    (1, "Costlier Untraceable", lambda: nn.Sequential(SamePad(4, 4, 3, stride=2), bn(4))),
     (1, "", lambda: nn.Sequential(conv(), ClampedNorm(4))),
     (1, "", lambda: nn.Sequential(conv(), CheckedNorm(4))),
     (1, "Costlier Untraceable",
