@@ -119,9 +119,9 @@ def swallows(node: ast.AST) -> bool:
 
 
 def sets_what_runs(tree: ast.AST, steps: set[ast.AST | None]) -> bool:
-    """Whether code sets an attribute that some of its steps ask for: `self.norm = self.other`."""
+    """Whether code sets an attribute that some of its steps call: `self.norm = self.other`."""
     stored = {one.attr for one in ast.walk(tree) if isinstance(one, ast.Attribute) and isinstance(one.ctx, ast.Store)}
-    asked = (one for step in steps if stored and step is not None for one in ast.walk(step))
+    asked = (one for step in steps if stored and isinstance(step, ast.Call) for one in ast.walk(step.func))
     return any(isinstance(one, ast.Attribute) and one.attr in stored for one in asked)
 
 
