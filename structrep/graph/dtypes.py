@@ -102,9 +102,8 @@ def _computed(node: fx.Node) -> torch.dtype | None:
 
     def load(one: fx.Node) -> Any:
         value = VALUE.get(one, 1 if counts_sizes(one) else None)
-        dtype = STATIC_DTYPE.of(one) or (
-            floats[0] if floats else None
-        )  # a part that is not followed gives no wider floats
+        # a part that is not followed gives no wider floats
+        dtype = STATIC_DTYPE.of(one) or (floats[0] if floats else None)
         return torch.ones(1, dtype=dtype) if value is None or isinstance(value, Tensor) else value
 
     with torch.no_grad(), contextlib.suppress(Exception):

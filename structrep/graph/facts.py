@@ -58,7 +58,7 @@ CONTEXTS: Fact[tuple[Any, ...]] = Fact("contexts")  # the contexts of no_grad, a
 
 COMPUTED: Fact[Any] = Fact("computed")  # of a module that is called: what it computes first, by name; or why not
 ASSIGNED: Fact[Any] = Fact("assigned")  # of such a one: the formula of a kernel that its forward has assigned
-STORED: Fact[bool] = Fact("stored")  # a value that a forward stored in its module: it is looked at later
+STORED: Fact[bool] = Fact("stored")  # a value that a forward stored in its module, or gave away: it is looked at later
 ASSERTED: Fact[Any] = Fact("asserted")  # an assertion, or what it asserts: the condition that was taken to hold
 RELIED: Fact[fx.Node] = Fact("relied")  # of an assertion: the value of which it says how many dims it has
 HELD: Fact[Any] = Fact("held")  # an object that is no tensor, of a get_attr

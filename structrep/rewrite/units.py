@@ -86,12 +86,13 @@ def _block_at(segments: list[Segment]) -> tuple[Call | None, int]:
     first = CALL.of(segments[0].nodes[0])
     for call in reversed(list(first.chain())):
         layer = knows(call.module) and bool(computed(call.module))  # which is a call of its own only as a root
-        stands = isinstance(call.module, STAND_INS) or stands_in(call.module)
+        adapted = stands_in(call.module)
+        stands = isinstance(call.module, STAND_INS) or adapted
         if call.leaf or call.method != "forward" or hooks(call.module):
             continue
-        if not stands_in(call.module) and _goes_by_its_input(call):  # peft's layers ask whether to cast, no more
-            continue
         if not layer and (not stands or (call.parent is None and not call.path)):
+            continue
+        if not adapted and _goes_by_its_input(call):  # peft's layers ask whether to cast, no more
             continue
         inner = [s for s in segments if all(call.holds(n) for n in s.nodes)]
         count = len(inner)
