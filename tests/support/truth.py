@@ -44,6 +44,15 @@ def relative_error(value: Tensor, truth: Tensor) -> float:
     return math.inf if math.isnan(found) else found
 
 
+def followed_or_told(model: nn.Module, deploy: nn.Module, x: Tensor) -> bool:
+    """Whether a deploy model does as the model, or says what is another now: both were set to something else."""
+    with torch.no_grad():
+        try:
+            return relative_error(deploy(x), model(x)) < EXACT
+        except ValueError as error:
+            return "convert the model again" in str(error)
+
+
 def flat(value: Any) -> list[Tensor]:
     """All tensors of an output, in order."""
     if isinstance(value, Tensor):
