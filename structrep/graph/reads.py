@@ -51,7 +51,7 @@ class Read:
     @property
     def unstable(self) -> bool:
         """Whether the answer may be another at every call."""
-        return self.text.partition("(")[0] in UNSTABLE or is_date(self.told)
+        return self.text.partition("(")[0] in UNSTABLE | BY_ANY_NAME or is_date(self.told)
 
 
 class _Missing:
@@ -76,6 +76,7 @@ OF_TORCH = {
     ),
 }
 UNSTABLE = {"os.urandom", *(f"time.{name}{unit}" for name in _CLOCKS for unit in ("", "_ns"))}
+BY_ANY_NAME = {"globals", "__import__"}  # by which anything may be asked for
 
 
 def is_date(value: Any) -> bool:

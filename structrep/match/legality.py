@@ -9,7 +9,7 @@ from torch import fx
 from structrep.errors import Incompatible, Unreadable
 from structrep.graph.calls import Call
 from structrep.graph.contexts import Context
-from structrep.graph.facts import CALL, CONTEXTS, INDEX
+from structrep.graph.facts import CALL, CONTEXTS, INDEX, SHAPE
 from structrep.graph.shapes import channels
 from structrep.guard.sharing import written_in_forwards
 from structrep.guard.writes import Writes
@@ -78,10 +78,15 @@ def owner_of(nodes: Iterable[fx.Node]) -> Call:
 
 
 def _check_channels(stretch: Stretch) -> None:
-    """Raise if a value has fewer channels than a scale spreads it over."""
-    given = channels(stretch.base)
-    if given is not None and any(layer.dims for layer in stretch.term.leaves()):
+    """Raise if a value has fewer channels than a scale spreads it over, or seems to, for want of a batch before them."""
+    given, ranks = channels(stretch.base), {layer.dims + 2 for layer in stretch.term.leaves() if layer.dims}
+    if given is not None and ranks:
         wanted = geometry(stretch.term).in_channels
+        shape = tuple(SHAPE.of(stretch.base)) if SHAPE.known(stretch.base) else ()
+        if given != wanted and len(shape) + 1 in ranks and shape[0] == wanted:
+            raise Incompatible(
+                f"the example inputs have no batch ({shape} is given here): convert with one, or without inputs"
+            )
         if given != wanted:
             raise Incompatible(f"a value of {given} channels is spread over {wanted} by a scale, and no layer does so")
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 BOXES = (ast.Tuple, ast.List, ast.Set, ast.Dict, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 HANDING_ON = {"list", "tuple", "zip", "reversed", "enumerate", "dict", "set", "iter", "next", "sum"}
 FILLS = {"append", "extend", "insert", "add", "update", "setdefault"}
+CHANGES = {"pop", "popitem", "popleft", "remove", "insert", "rotate", "reverse", "sort", "clear"}
 
 
 def _is_box(node: ast.AST, known: set[str]) -> bool:

@@ -12,7 +12,7 @@ import functools
 from types import CodeType
 from typing import TypeAlias
 
-from structrep.modules.boxes import BOXES, FILLS, HANDING_ON, boxed, written
+from structrep.modules.boxes import BOXES, CHANGES, FILLS, HANDING_ON, boxed, written
 from structrep.modules.positions import Span, branches, definition
 from structrep.modules.presence import presence
 
@@ -25,7 +25,6 @@ _SHOWN = (ast.Dict, ast.List, ast.Tuple)
 _TORCHS = {"torch", "F", "nn", "functional", "super", "range", "reversed", "int", "float", "bool", "str"}
 _INVARIANT = {"ndim", "dtype", "device", "is_cuda", "requires_grad"}
 _GOING_THROUGH = HANDING_ON | {"range", "len", "children", "named_children", "values", "items", "keys", "zip"}
-_CHANGES = {"pop", "popleft", "remove", "insert", "rotate", "reverse", "sort", "clear"}
 NOT, MAYBE, SURELY = range(3)  # whether something holds the value
 
 
@@ -114,7 +113,11 @@ def may_catch(node: ast.AST) -> bool:
 
 
 def swallows(node: ast.AST) -> bool:
-    """Whether a context may go on behind what its code raises."""
+    """Whether a context, or what is done finally, may go on behind what its code raises."""
+    if isinstance(node, ast.Try):
+        return any(
+            isinstance(n, (ast.Return, ast.Break, ast.Continue)) for one in node.finalbody for n in ast.walk(one)
+        )
     return isinstance(node, ast.With) and may_catch(node) and any(isinstance(n, ast.Raise) for n in ast.walk(node))
 
 
@@ -188,7 +191,7 @@ def _changed(tree: ast.AST) -> frozenset[str]:
     found: set[str] = set()
     for node in ast.walk(tree):
         taken = isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Del)
-        called = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in _CHANGES
+        called = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in CHANGES
         held = node.value if taken else node.func.value if called else None  # type: ignore[attr-defined]
         if isinstance(held, ast.Name):
             found.add(held.id)
@@ -289,6 +292,7 @@ class _Walk:
             for inner in one.body:
                 after = self._statement(inner, after) if after is not None else None
                 reached = _either(reached, after)
+            self.exposed |= swallows(one)
             ways = [self._block(one.orelse, after), *(self._block(handler.body, reached) for handler in one.handlers)]
             return self._block(one.finalbody, _either(*ways))
         if isinstance(one, ast.Match):

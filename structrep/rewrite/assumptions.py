@@ -88,7 +88,7 @@ class Assumptions:
                 codes: list[Any] = [(code, space, None) for code, space in one.codes.items()]
                 methods = [function, *methods_of([function.__code__, *one.codes], one.module)]
                 own = [(method.__code__, method.__globals__, method) for method in methods]
-                for read in namespace_reads([*own, *codes], self.traced.unfollowed):
+                for read in namespace_reads([*codes, *own], self.traced.unfollowed):  # own last: those are read first
                     _check_stable(one.path, read)
                     self.add("", read)
                 own_codes = [*(method.__code__ for method in methods), *one.codes]

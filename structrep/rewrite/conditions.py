@@ -103,6 +103,7 @@ def _names(tree: ast.FunctionDef) -> frozenset[str]:
     names = [node for node in ast.walk(tree) if isinstance(node, ast.Name)]
     own = {one.arg for one in ast.walk(tree) if isinstance(one, ast.arg)}
     own |= {name.id for name in names if not isinstance(name.ctx, ast.Load)}
+    own |= {(one.asname or one.name).partition(".")[0] for one in ast.walk(tree) if isinstance(one, ast.alias)}
     return frozenset(name.id for name in names if name.id not in own)
 
 

@@ -7,6 +7,7 @@ behind `if not torch.jit.is_scripting()`.
 from __future__ import annotations
 
 import ast
+import functools
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -17,6 +18,9 @@ from torch import nn
 
 from structrep.deployed.answers import literal
 from structrep.deployed.contents import described, is_named, is_numpys, is_open
+from structrep.errors import Unreadable
+from structrep.graph.calls import Call
+from structrep.modules.settable import may_set
 
 
 @dataclass(frozen=True)
@@ -150,6 +154,42 @@ def never(question: str, method: str) -> Guard:
     """A guard for an answer that a forward cannot be followed with."""
     before = f"{method} was reparameterized for {question}=False, and cannot be followed where it is "
     return Guard(question, "False", question, True, (before, ""))
+
+
+def check_settled(guards: Iterable[Guard], call: Call) -> None:
+    """Raise if a method may set, as it runs, what a guard at its start asks for.
+
+    Raises:
+        Unreadable: it may.
+    """
+    for one in guards:
+        for path in _paths(one.asked) if not one.of_inputs else ():
+            if may_set(call.module, call.method, path):
+                raise Unreadable(f"{call.shown} may set {'.'.join(path)}, by which something is merged, as it runs")
+
+
+@functools.lru_cache(4096)
+def _paths(asked: str) -> list[list[str]]:
+    """The attributes of its module that a question is about, each as the names of one of the other."""
+    found: list[list[str]] = []
+    tree = ast.parse(asked, mode="eval")
+    inner = set[ast.AST]()
+    for node in ast.walk(tree):
+        path: list[str] = []
+        while node not in inner:
+            inner.add(node)
+            if isinstance(node, ast.Attribute):
+                path.insert(0, node.attr)
+                node = node.value
+            elif isinstance(node, ast.Subscript):
+                node = node.value
+            elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "getattr":
+                path[:0] = [str(node.args[1].value)] if isinstance(node.args[1], ast.Constant) else []
+                node = node.args[0]
+            else:
+                break
+        found += [path] if path else []
+    return found
 
 
 def code(guards: Iterable[Guard]) -> list[str]:

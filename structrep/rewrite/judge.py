@@ -56,7 +56,7 @@ class Judge:
         texts = {t for t, numbers in self.syntax.values.items() if isinstance(t, ast.AST) and numbers & changed}
         outside = self.syntax.wanted.settings | set(self.syntax.code.co_freevars)
         for one in ast.walk(self.syntax.tree):
-            inside = isinstance(one, (ast.For, ast.With)) and not texts.isdisjoint(ast.walk(one))
+            inside = isinstance(one, (ast.For, ast.With, ast.Try)) and not texts.isdisjoint(ast.walk(one))
             if inside and isinstance(one, ast.For) and (names := names_in(one.iter) & outside):
                 raise Unreadable(f"line {one.lineno} goes by {min(names)}, which may be set to something else")
             if inside and swallows(one):

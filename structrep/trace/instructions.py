@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from structrep.graph.reads import Read, is_date, noted
+from structrep.graph.reads import BY_ANY_NAME, Read, is_date, noted
 from structrep.modules.objects import CONTAINERS, LIBRARIES, is_object
 from structrep.modules.source import written_in
 
@@ -91,7 +91,7 @@ def namespace_reads(
         if code in seen or str(space.get("__name__", "")).partition(".")[0] in ("torch", "structrep"):
             continue
         seen.add(code)
-        pending += [(one, space, None) for one in code.co_consts if isinstance(one, CodeType)]
+        pending += [(one, space, function) for one in code.co_consts if isinstance(one, CodeType)]
         for text, value, holder in _asked_by(code, space, function):
             followed = isinstance(value, FunctionType) and value not in whole
             if followed and written_in(value).partition(".")[0] not in ("torch", "structrep"):
@@ -155,13 +155,22 @@ _STEADY = {"torch", "math", "numpy", "builtins", "typing", "collections", "funct
 def _asked_by(code: CodeType, space: dict[str, Any], function: FunctionType | None) -> Iterator[tuple[str, Any, Any]]:
     """The names that code asks for, with what it asks of them next, their values, and where they are."""
     instructions, _ = instructions_of(code)
-    cells = dict(zip(code.co_freevars, function.__closure__ or (), strict=False)) if function is not None else {}
+    imported = _imported(instructions, space)
+    yield from ((text, value, None) for text, value in imported.values() if not isinstance(value, ModuleType))
+    cells = (
+        {} if function is None else dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=False))
+    )
     for place, one in enumerate(instructions):
         holder: Any
         if not str(one.argval).isidentifier():
             continue  # what pytest puts into the assertions of tests
+        text = str(one.argval)
         if one.opname in ("LOAD_GLOBAL", "LOAD_NAME") and one.argval in space:
             holder, value = space, space[one.argval]
+        elif one.opname == "LOAD_FAST" and isinstance(imported.get(text, ("", None))[1], ModuleType):
+            holder, (text, value) = None, imported[text]
+        elif one.opname == "LOAD_GLOBAL" and one.argval in BY_ANY_NAME:
+            holder, value, text = None, None, f"{text}()"
         elif one.opname in ("LOAD_DEREF", "LOAD_CLASSDEREF", "LOAD_FROM_DICT_OR_DEREF") and one.argval in cells:
             try:
                 holder, value = function, cells[one.argval].cell_contents
@@ -169,7 +178,7 @@ def _asked_by(code: CodeType, space: dict[str, Any], function: FunctionType | No
                 continue
         else:
             continue
-        text, ahead, steady = str(one.argval), place + 1, False
+        ahead, steady = place + 1, False
         while ahead < len(instructions):
             further, value, ahead = _onward(instructions, ahead, value)
             text += further
@@ -199,6 +208,27 @@ def _asked_by(code: CodeType, space: dict[str, Any], function: FunctionType | No
             yield f"{text}{told[0]}", told[1], holder
         elif not steady:
             yield text, value, holder
+
+
+def _imported(instructions: tuple[dis.Instruction, ...], space: dict[str, Any]) -> dict[str, tuple[str, Any]]:
+    """What code imports as it runs, by the names that it gives it: its own name, and what that is now."""
+    found: dict[str, tuple[str, Any]] = {}
+    module, of = None, ""
+    for one, then in itertools.pairwise(instructions):
+        if one.opname == "IMPORT_NAME":
+            near = [x.argval for x in instructions[: instructions.index(one)] if x.opname == "LOAD_CONST"]
+            level = next((x for x in reversed(near) if type(x) is int), 0)
+            package = str(space.get("__package__") or "").split(".")
+            of = ".".join([*package[: len(package) - level + 1], one.argval] if level else [one.argval]).strip(".")
+            if then.opname.startswith("STORE"):  # `import a.b` gives a
+                of = of.partition(".")[0]
+            module = sys.modules.get(of)
+        elif one.opname == "IMPORT_FROM" and module is not None and hasattr(module, one.argval):
+            found[then.argval] = f"{of}.{one.argval}", getattr(module, one.argval)
+            continue
+        if then.opname == "STORE_FAST" and module is not None and one.opname in ("IMPORT_NAME", "POP_TOP"):
+            found[then.argval] = of, module
+    return found
 
 
 def _of_library(instructions: tuple[dis.Instruction, ...], place: int, value: Any) -> tuple[str, Any] | None:

@@ -2,12 +2,14 @@
 
 import pytest
 import timm
+import torch
 import torch.nn.functional as F
 from torch import nn
 
 import structrep
 from structrep.errors import BadInput
 from tests.support.models import settled
+from tests.support.truth import EXACT, relative_error
 
 
 class Net(nn.Module):
@@ -109,3 +111,25 @@ def test_parts_that_cannot_be_followed_are_told():
 def test_it_is_a_record():
     found = structrep.explain(settled(Net()), "a", "b")
     assert type(found).model_validate_json(found.model_dump_json()) == found
+
+
+def test_example_inputs_without_a_batch():
+    """Channels are then where the batch would be: a merge is refused by that name, and done without inputs."""
+    model = settled(Sums(nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1)))
+    x = torch.randn(4, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    plan = structrep.plan(model, x)
+    assert not plan.merges
+    assert [one.reason for one in plan.refusals if "no batch ((4, 8, 8) is given" in one.reason]
+    deploy = structrep.reparameterize(model)
+    assert sum(isinstance(one, nn.Conv2d) for one in deploy.modules()) == 1
+    assert relative_error(deploy(x), model(x)) < EXACT
+    assert relative_error(deploy(x[None]), model(x[None])) < EXACT
+
+
+class Sums(nn.Module):
+    def __init__(self, *parts):
+        super().__init__()
+        self.a, self.b = parts
+
+    def forward(self, x):
+        return self.a(x) + self.b(x)

@@ -1,0 +1,297 @@
+"""What a forward goes by may be set in its middle, and a guard at its start would ask too early: such merges are left,
+with what is set as the reason. Names that no guard could see, imported, closed over, or looked up as text, too."""
+
+import copy
+import functools
+import sys
+import types
+
+import pytest
+import torch
+from torch import nn
+
+import structrep
+from tests.support.models import settled
+from tests.support.truth import EXACT, followed_or_told, relative_error
+
+INPUTS = {size: torch.randn(2, 4, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(size))
+          for size in (8, 6, 12)}  # fmt: skip
+SETTINGS = types.ModuleType("settings_of_a_test")
+SETTINGS.on = True
+sys.modules[SETTINGS.__name__] = SETTINGS
+FLAGS = {"on": True}
+
+
+class Base(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.c, self.n = nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)
+        self.size, self.raw, self.count, self.use = 8, False, 0, 2
+        self.cfg = types.SimpleNamespace(raw=False)
+        self.register_buffer("k", torch.ones(4, 1, 1))
+
+    def tick(self):
+        self.count += 1
+
+    def enlarge(self):
+        self.k.mul_(2)
+
+    def end(self, y, raw):
+        return y if raw else self.n(y)
+
+
+class Counts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def forward(self, x):
+        self.count += 1
+        return x
+
+
+def by_size(self, x):
+    if x.shape[-1] != self.size:
+        self.size, self.raw = x.shape[-1], True
+    y = self.c(x)
+    if self.raw:
+        return y
+    return self.n(y)
+
+
+def by_count(self, x):
+    self.count += 1
+    y = self.c(x)
+    if self.count > 3:
+        return y
+    return self.n(y)
+
+
+def by_method(self, x):
+    self.tick()
+    y = self.c(x)
+    if self.count > 3:
+        return y
+    return self.n(y)
+
+
+def by_part(self, x):
+    x = self.counts(x)
+    y = self.c(x)
+    if self.counts.count > 3:
+        return y
+    return self.n(y)
+
+
+def by_object(self, x):
+    if x.shape[-1] > 8:
+        self.cfg.raw = True
+    y = self.c(x)
+    if self.cfg.raw:
+        return y
+    return self.n(y)
+
+
+def by_name(self, x):
+    if x.shape[-1] > 8:
+        setattr(self, "raw", True)  # noqa: B010
+    y = self.c(x)
+    if self.raw:
+        return y
+    return self.n(y)
+
+
+def fills(self, x):
+    if x.shape[-1] > 8:
+        self.k.fill_(2.0)
+    return self.n(self.c(x) * self.k)
+
+
+def fills_entry(self, x):
+    if x.shape[-1] > 8:
+        self.k[0] = 3
+    return self.n(self.c(x) * self.k)
+
+
+def fills_alias(self, x):
+    k = self.k
+    if x.shape[-1] > 8:
+        k *= 2
+    return self.n(self.c(x) * self.k)
+
+
+def fills_out(self, x):
+    if x.shape[-1] > 8:
+        torch.mul(self.k, 2.0, out=self.k)
+    return self.n(self.c(x) * self.k)
+
+
+def fills_by_method(self, x):
+    if x.shape[-1] > 8:
+        self.enlarge()
+    return self.n(self.c(x) * self.k)
+
+
+def fills_by_helper(self, x):
+    if x.shape[-1] > 8:
+        twice(self.k)
+    return self.n(self.c(x) * self.k)
+
+
+def twice(tensor):
+    tensor.mul_(2)
+
+
+def assigns(self, x):
+    if x.shape[-1] > 8:
+        self.k = self.k * 2
+    return self.n(self.c(x) * self.k)
+
+
+def returns_finally(self, x):
+    y = self.c(x)
+    try:
+        if x.shape[-1] > 8:
+            raise ValueError
+        y = self.n(y)
+    finally:
+        return y  # noqa: B012
+
+
+SETS = [by_size, by_count, by_method, by_part, by_object, by_name, fills, fills_entry, fills_alias, fills_out,
+        fills_by_method, fills_by_helper, assigns, returns_finally]  # fmt: skip
+
+
+def made(forward):
+    model = type("Model", (Base,), {"forward": forward})()
+    model.counts = Counts()
+    return settled(model)
+
+
+@pytest.mark.filterwarnings("ignore::structrep.NothingMerged")
+@pytest.mark.parametrize("example", [False, True], ids=["alone", "with an example"])
+@pytest.mark.parametrize("forward", SETS)
+def test_what_a_forward_sets_as_it_runs_is_no_ground_for_a_merge(forward, example):
+    model = made(forward)
+    twin = copy.deepcopy(model)
+    inputs = [INPUTS[8]] if example else []
+    plan = structrep.plan(copy.deepcopy(model), *inputs)
+    deploy = structrep.reparameterize(copy.deepcopy(model), *inputs)
+    for size in (8, 6, 12, 8, 6, 12):
+        assert relative_error(deploy(INPUTS[size]), twin(INPUTS[size])) < EXACT
+    assert not plan.merges
+    assert forward is returns_finally or any("may set" in one.reason for one in plan.refusals)
+
+
+@pytest.mark.parametrize("forward", [fills, by_object])
+def test_what_is_not_set_as_it_runs_merges(forward):
+    """The same text without the line that sets."""
+    model = made({fills: lambda self, x: self.n(self.c(x) * self.k), by_object: unset}[forward])
+    deploy = structrep.reparameterize(copy.deepcopy(model))
+    assert isinstance(deploy.n, nn.Identity)
+    assert relative_error(deploy(INPUTS[8]), model(INPUTS[8])) < EXACT
+
+
+def unset(self, x):
+    y = self.c(x)
+    if self.cfg.raw:
+        return y
+    return self.n(y)
+
+
+def handed(self, x):
+    y = shown(self.c(x), self.use)
+    if self.use > 2:
+        return y
+    return self.n(y)
+
+
+def shown(x, use):
+    return x
+
+
+def test_a_number_that_a_helper_is_given_cannot_be_set_there():
+    model = made(handed)
+    deploy = structrep.reparameterize(copy.deepcopy(model))
+    assert isinstance(deploy.n, nn.Identity)
+    deploy.use = model.use = 3
+    assert followed_or_told(model, deploy, INPUTS[8])
+
+
+def closed_over():
+    names = ["c", "n"]
+
+    def forward(self, x):
+        for name in names:
+            x = getattr(self, name)(x)
+        return x
+
+    return forward, names
+
+
+def closed_over_within():
+    names = ["c", "n"]
+
+    def forward(self, x):
+        def all_of(y):
+            return functools.reduce(lambda value, name: getattr(self, name)(value), names, y)
+
+        return all_of(x)
+
+    return forward, names
+
+
+@pytest.mark.parametrize("make", [closed_over, closed_over_within])
+def test_a_list_that_a_forward_is_closed_over(make):
+    forward, names = make()
+    model = made(forward)
+    deploy = structrep.reparameterize(copy.deepcopy(model))
+    assert isinstance(deploy.n, nn.Identity)
+    assert relative_error(deploy(INPUTS[8]), model(INPUTS[8])) < EXACT
+    del names[1]
+    assert followed_or_told(model, deploy, INPUTS[8])
+
+
+def imports(self, x):
+    import settings_of_a_test
+
+    y = self.c(x)
+    return self.n(y) if settings_of_a_test.on else y
+
+
+def imports_as(self, x):
+    import settings_of_a_test as settings
+
+    y = self.c(x)
+    if settings.on:
+        y = self.n(y)
+    return y
+
+
+def imports_from(self, x):
+    from settings_of_a_test import on
+
+    y = self.c(x)
+    return self.n(y) if on else y
+
+
+@pytest.mark.parametrize("forward", [imports, imports_as, imports_from])
+def test_a_name_that_a_forward_imports(forward, monkeypatch):
+    model = made(forward)
+    deploy = structrep.reparameterize(copy.deepcopy(model), INPUTS[8])
+    assert isinstance(deploy.n, nn.Identity)
+    assert relative_error(deploy(INPUTS[8]), model(INPUTS[8])) < EXACT
+    monkeypatch.setattr(SETTINGS, "on", False)
+    assert followed_or_told(model, deploy, INPUTS[8])
+
+
+def looks_up(self, x):
+    y = self.c(x)
+    return self.n(y) if globals()["FLAGS"]["on"] else y
+
+
+def test_a_name_that_is_looked_up_as_text_is_refused():
+    model = made(looks_up)
+    plan = structrep.plan(model, INPUTS[8])
+    assert not plan.merges
+    assert any("globals()" in one.reason for one in plan.refusals)
