@@ -78,7 +78,7 @@ def owner_of(nodes: Iterable[fx.Node]) -> Call:
 
 
 def _check_channels(stretch: Stretch) -> None:
-    """Raise if a value has fewer channels than a scale spreads it over, or seems to, for want of a batch before them."""
+    """Raise if a value has fewer channels than a scale spreads it over, or seems to for want of a batch."""
     given, ranks = channels(stretch.base), {layer.dims + 2 for layer in stretch.term.leaves() if layer.dims}
     if given is not None and ranks:
         wanted = geometry(stretch.term).in_channels

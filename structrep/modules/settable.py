@@ -16,7 +16,8 @@ from structrep.modules.source import functions, syntax, written_in
 
 _SETTERS = {"setattr", "delattr", "__setattr__", "__delattr__"}
 _VIEWS = {"view", "reshape", "flatten", "t", "transpose", "permute", "squeeze", "unsqueeze", "expand", "detach"}
-_LIBRARIES = {"torch", "nn", "F", "functional", "init"}
+_LOCAL = "local "  # before names that are no attributes
+_LIBRARIES = {*(f"{_LOCAL}{name}" for name in ("torch", "nn", "F", "init")), "functional", "init"}
 
 
 def may_set(module: nn.Module, method: str, path: list[str]) -> bool:
@@ -60,22 +61,17 @@ def _set_in(function: FunctionType, around: Set[FunctionType]) -> set[str]:
     found = {name for node in nodes for name in _names_set(node)}
     for call in (one for one in nodes if isinstance(one, ast.Call) and isinstance(one.func, ast.Name)):
         helper = function.__globals__.get(call.func.id)  # type: ignore[attr-defined]
-        if (
-            isinstance(helper, FunctionType)
-            and helper not in around
-            and written_in(helper).partition(".")[0] != "torch"
-        ):
-            inner = _set_in(helper, {*around, helper})
-            arguments = set(helper.__code__.co_varnames[: helper.__code__.co_argcount])
-            found |= inner - set(helper.__code__.co_varnames)
-            if not inner.isdisjoint(arguments):
+        library = written_in(helper).partition(".")[0]
+        if isinstance(helper, FunctionType) and helper not in around and library != "torch":
+            inner, arguments = _set_in(helper, {*around, helper}), inspect.signature(helper).parameters
+            found |= {name for name in inner if not name.startswith(_LOCAL)}
+            if not inner.isdisjoint(f"{_LOCAL}{name}" for name in arguments):
                 found = found.union(*map(_names, call.args))
     bound: dict[str, set[str]] = {}  # what names stand for
-    for node in nodes:
-        if isinstance(node, (ast.Assign, ast.NamedExpr)) and _is_view(node.value):
-            for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
-                if isinstance(target, ast.Name):
-                    bound.setdefault(target.id, set()).update(_names(node.value))
+    for node in (one for one in nodes if isinstance(one, (ast.Assign, ast.NamedExpr))):
+        for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
+            if isinstance(target, ast.Name):
+                bound.setdefault(f"{_LOCAL}{target.id}", set()).update(_viewed(node.value))
     pending = list(found)
     for name in pending:
         new = bound.get(name, set()) - found
@@ -96,7 +92,7 @@ def _names_set(node: ast.AST) -> Iterator[str]:
         yield from _names(node.value)
         yield from [node.attr] if isinstance(node, ast.Attribute) else ()
     elif isinstance(node, ast.AugAssign) and isinstance(node.target, ast.Name):
-        yield node.target.id
+        yield f"{_LOCAL}{node.target.id}"
     elif isinstance(node, ast.Call):
         own = node.func.value if isinstance(node.func, ast.Attribute) else None
         name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
@@ -112,19 +108,22 @@ def _names_set(node: ast.AST) -> Iterator[str]:
         yield from set().union(*map(_names, written))
 
 
-def _is_view(node: ast.AST) -> bool:
-    """Whether an expression may be what an attribute holds, or a view of it."""
-    inside = False
+def _viewed(node: ast.AST) -> set[str]:
+    """The names of what an expression is a view of; none if it is new."""
+    found: set[str] = set()
     while isinstance(node, (ast.Attribute, ast.Subscript, ast.Call)):
-        if isinstance(node, ast.Call) and not (isinstance(node.func, ast.Attribute) and node.func.attr in _VIEWS):
-            return False
-        inside |= isinstance(node, ast.Attribute)
-        node = node.func if isinstance(node, ast.Call) else node.value
-    return inside
+        if isinstance(node, ast.Call):
+            if not (isinstance(node.func, ast.Attribute) and node.func.attr in _VIEWS):
+                return set()
+            node = node.func.value
+            continue
+        found |= {node.attr} if isinstance(node, ast.Attribute) else set()
+        node = node.value
+    return found | ({f"{_LOCAL}{node.id}"} if isinstance(node, ast.Name) else set())
 
 
 def _names(node: ast.AST) -> set[str]:
-    """All names and attributes in an expression; "*" if it is of all that something has."""
+    """All attributes and local names in an expression; "*" if it is of all that something has."""
     found = {n.attr for n in ast.walk(node) if isinstance(n, ast.Attribute)}
-    found |= {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
-    return found | ({"*"} if "__dict__" in found or "vars" in found else set())
+    found |= {f"{_LOCAL}{n.id}" for n in ast.walk(node) if isinstance(n, ast.Name)}
+    return found | ({"*"} if not found.isdisjoint(("__dict__", f"{_LOCAL}vars")) else set())
