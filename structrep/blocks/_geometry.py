@@ -24,7 +24,6 @@ Size = int | Iterable[int]  # one number for all spatial dims, or one each
 Device = torch.device | str | int | None
 
 CONV: dict[int, Callable[..., nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
-NORM: dict[int, Callable[..., nn.Module]] = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 POOL: dict[int, Callable[..., nn.Module]] = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
 CONVOLVE: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 PAD_MODES = {"zeros": "constant", "reflect": "reflect", "replicate": "replicate", "circular": "circular"}
@@ -51,6 +50,17 @@ def per_dim(name: str, value: Size, dims: int, least: int) -> Ints:
     if len(each) != dims or not all(isinstance(i, Integral) and i >= least for i in each):
         raise ValueError(f"{name}={value!r}: give one integer >= {least}, or one for each of the {dims} spatial dims")
     return tuple(int(i) for i in each)
+
+
+class BatchedNorm1d(nn.BatchNorm1d):
+    """A batch norm of (N, C, L) alone: of (C, L), which a convolution takes, torch's would take L for channels."""
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() != 3:
+            raise ValueError(f"expected (N, C, L), got {tuple(input.shape)}: the norms of a block need a batch")
+
+
+NORM: dict[int, Callable[..., nn.Module]] = {1: BatchedNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 
 
 class Pad(nn.Module):

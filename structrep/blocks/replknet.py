@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from structrep.blocks._geometry import CONV, Device, NormedBlock, Size
+from structrep.blocks._geometry import CONV, Device, NormedBlock, Size, require_at_least
 
 # UniRepLKNet, table 1 of its code: (kernel, dilation) of the branches beside a depthwise K×K
 DILATED = {
@@ -60,11 +60,16 @@ class LargeKernelBlock2d(NormedBlock):
             if size not in DILATED:
                 raise ValueError(f"kernel_size={size} has no dilated branches: choose one of {sorted(DILATED)}")
             branches = DILATED[size]
-        assert not isinstance(branches, str)
+        try:
+            given: Any = branches
+            pairs = [(kernel, step) for kernel, step in given]
+        except (TypeError, ValueError):
+            raise ValueError(f"branches={branches!r}: give 'dilated', or pairs of a kernel and its dilation") from None
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.large = self.branch(self.kernel_size, **factory)
         self.small = nn.ModuleList()
-        for kernel, step in branches:
+        for kernel, step in pairs:
+            require_at_least(1, kernel=kernel, dilation=step)
             reach = step * (kernel - 1)
             if kernel % 2 == 0 or reach > size - 1:
                 raise ValueError(f"a branch of kernel {kernel} and dilation {step} is not inside one of {size}")

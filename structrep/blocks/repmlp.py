@@ -9,7 +9,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from structrep.blocks._geometry import Device, require_at_least
+from structrep.blocks._geometry import Device, Size, per_dim, require_at_least
 
 
 class RepMLP2d(nn.Module):
@@ -17,25 +17,26 @@ class RepMLP2d(nn.Module):
 
     RepMLP, arXiv:2105.01883, section 3.3.
 
-    (N, C, H, W) -> (N, C, H, W), H and W multiples of h and w, which is not checked.
+    (N, C, H, W) -> (N, C, H, W), H and W multiples of h and w.
 
     Args:
         channels: C.
-        size: (h, w) of a piece, in pixels.
+        size: h and w of a piece, in pixels, or one number for both.
         sets: S, channels with weights of their own; C / S channels share each.
         kernels: sizes of the convolutions beside, odd.
 
     Raises:
-        ValueError: sets that do not divide the channels; an even kernel; sizes below 1.
+        ValueError: sets that do not divide the channels; an even kernel; sizes below 1, or not two of them.
+        RuntimeError: by `forward`, for an input of other channels, or of no whole number of pieces.
     """
 
     def __init__(
-        self, channels: int, size: tuple[int, int], sets: int = 1, kernels: Iterable[int] = (1, 3),
+        self, channels: int, size: Size, sets: int = 1, kernels: Iterable[int] = (1, 3),
         device: Device = None, dtype: torch.dtype | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.height, self.width = size
-        require_at_least(1, channels=channels, sets=sets, height=self.height, width=self.width)
+        self.height, self.width = per_dim("size", size, 2, 1)
+        require_at_least(1, channels=channels, sets=sets)
         if channels % sets:
             raise ValueError(f"sets={sets} does not divide channels={channels}: choose a divisor")
         self.channels, self.sets = channels, sets
@@ -56,7 +57,7 @@ class RepMLP2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h, w, s = self.height, self.width, self.sets
         rows, columns = x.shape[2] // h, x.shape[3] // w
-        pieces = x.reshape(-1, self.channels, rows, h, columns, w).permute(0, 2, 4, 1, 3, 5)
+        pieces = x.reshape(x.shape[0], self.channels, rows, h, columns, w).permute(0, 2, 4, 1, 3, 5)
         y = self.norm(self.whole(pieces.reshape(-1, s * h * w, 1, 1)).reshape(-1, s, h, w))
         local = pieces.reshape(-1, s, h, w)
         for branch in self.local:

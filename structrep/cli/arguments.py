@@ -181,7 +181,7 @@ def planning(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def run(**given: Any) -> None:
         settings = {name: given.pop(name) for name in PLANNING}
-        command(**given, settings={name: value for name, value in settings.items() if value})
+        command(**given, settings={name: value for name, value in settings.items() if value not in (None, [])})
 
     run.__signature__ = signature.replace(parameters=[one for some in taken for one in some])  # type: ignore[attr-defined]
     run.__annotations__ = {one.name: one.annotation for some in taken for one in some}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, InstanceOf, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, InstanceOf, ValidationError
 
 from structrep.errors import BadInput
 from structrep.modules.arguments import Example
@@ -19,26 +19,24 @@ Cost: TypeAlias = Literal["counted", "measured"] | Measured
 
 Globs = Annotated[tuple[str, ...], BeforeValidator(lambda names: (names,) if isinstance(names, str) else names)]
 NAMES = "names of modules, or globs such as 'layer1.*'"
-REMEDIES = {
-    "inexact_borders": NAMES,
-    "probe": NAMES,
-    "reserve": NAMES,
-    "norms": "'fold' or 'keep'",
-    "cost": "'counted', 'measured' or a structrep.Measured",
-}
 
 
 class Options(BaseModel):
-    """What `structrep.plan` is told beside the model and its example inputs; see there."""
+    """What `structrep.plan` is told beside the model and its example inputs; see there.
+
+    The description of a field is what an error about it tells to give.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
 
-    rules: Any = None
-    inexact_borders: Globs = ()
-    probe: Globs = ()
-    reserve: Globs = ()
-    norms: Norms = "fold"
-    cost: Literal["counted", "measured"] | InstanceOf[Measured] = "counted"
+    rules: Any = Field(None, description="a registry, or names of rules and rules")
+    inexact_borders: Globs = Field((), description=NAMES)
+    probe: Globs = Field((), description=NAMES)
+    reserve: Globs = Field((), description=NAMES)
+    norms: Norms = Field("fold", description="'fold' or 'keep'")
+    cost: Literal["counted", "measured"] | InstanceOf[Measured] = Field(
+        "counted", description="'counted', 'measured' or a structrep.Measured"
+    )
 
     @classmethod
     def of(cls, **settings: Any) -> Options:
@@ -50,7 +48,7 @@ class Options(BaseModel):
             return cls(**settings)
         except ValidationError as error:
             setting = str(error.errors()[0]["loc"][0])
-            raise BadInput(f"{setting}={settings[setting]!r}: give {REMEDIES[setting]}") from error
+            raise BadInput(f"{setting}={settings[setting]!r}: give {cls.model_fields[setting].description}") from error
 
     def demand(self, example_inputs: Example | None) -> None:
         """Raise BadInput where settings do not go together, or need example inputs."""

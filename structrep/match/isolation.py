@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Set
 
-import torch
 from torch import fx, nn
 
 from structrep.errors import Unreadable
@@ -14,13 +13,13 @@ from structrep.graph.names import layer_of
 from structrep.graph.operations import does, module_does
 from structrep.graph.queries import only_asserted
 from structrep.graph.table import Is
+from structrep.match.channels import permutes
 from structrep.match.shared_scales import readers_of
 from structrep.modules.parametrized import hooks
 from structrep.read.nodes import called
 from structrep.terms.layer import Identity, Layer, Readings
 
 _SEEN_THROUGH = (Is.MOVES, Is.AVERAGES, Is.CAST)
-_TURNS = {"T", "mT", "H", "mH"}
 
 
 def isolated(readings: Readings, covered: Set[fx.Node], told: Set[str]) -> Iterator[tuple[fx.Node, str]]:
@@ -117,12 +116,7 @@ def _moves(node: fx.Node, readings: Readings) -> bool:
         return reading.moves or reading.kind == "pool"
     if node.op == "call_module":
         return any(module_does(CALL.of(node).module, what) for what in _SEEN_THROUGH)
-    if node.target is getattr:
-        return node.args[1] in _TURNS
-    if node.target is torch.einsum:
-        given, _, found = str(node.args[0]).replace(" ", "").partition("->")
-        return len(node.args) == 2 and len(set(given)) == len(given) and sorted(given) == sorted(found)
-    return any(does(node, what) for what in _SEEN_THROUGH)
+    return permutes(node) or any(does(node, what) for what in _SEEN_THROUGH)
 
 
 def _told(layer: fx.Node, where: str, reason: str, between: Iterable[fx.Node]) -> str:

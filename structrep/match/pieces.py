@@ -54,16 +54,25 @@ def is_matrix(node: fx.Node, readings: Readings) -> bool:
     return frame(layer.source)[-(dims + 1) :] == (channels, *[1] * dims)
 
 
-def spread(scale: Layer, channels: int, dims: int, size: Ints = ()) -> Layer:
-    """A scale as one of values with so many spatial dims; that of the channels of pieces (C, *size), of all their
-    numbers."""
-    each = math.prod(size)
+def tiled(size: Ints) -> Ints:
+    """The channel of each number of pieces (C, *size)."""
+    return tuple(channel for channel in range(size[0]) for _ in range(math.prod(size[1:])))
+
+
+def spread(scale: Layer, channels: int, dims: int, of: Ints | None = None) -> Layer:
+    """A scale as one of values with so many channels and spatial dims.
+
+    Args:
+        of: which of the scale's own channels each is of; as they are by default.
+    """
 
     def load(c: int, d: int) -> ConvMap:
-        map_ = scale.load(channels, scale.dims if scale.dims is not None else d)
-        return ConvMap.scale(map_.kernel.flatten().repeat_interleave(each), map_.bias.repeat_interleave(each), dims=d)
+        own = scale.in_channels or (channels if of is None else max(of) + 1)
+        map_ = scale.load(own, scale.dims if scale.dims is not None else d)
+        kernel, bias = map_.kernel.flatten(), map_.bias
+        return ConvMap.scale(kernel if of is None else kernel[[*of]], bias if of is None else bias[[*of]], dims=d)
 
-    same = diagonal_layer("affine", load, channels * each, dims, scale.parameters)
+    same = diagonal_layer("affine", load, channels, dims, scale.parameters)
     return replace(same, node=scale.node, shifts=scale.shifts, dead=scale.dead)
 
 
@@ -143,7 +152,9 @@ class Pieces:
         if layer.dims not in (None, len(size)) or layer.in_channels not in (None, channels):
             return None
         if layer.kind in ("norm", "affine"):
-            return seq([term, leaf(spread(layer, channels, self.dims, size))]), channels
+            return seq(
+                [term, leaf(spread(layer, channels * math.prod(size), self.dims, tiled((channels, *size))))]
+            ), channels
         shape = layer.shape(channels, len(size))
         if layer.kind != "conv" or shape.output_size(size) != size:
             return None

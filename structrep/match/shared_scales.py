@@ -6,7 +6,8 @@
   behind it, convolutions beside it.
 * What a layer norm, an RMS norm or a group norm ends with, its weight and bias, goes into what reads it.
 * Between a scale and a layer that takes it, dims may be moved (Linear -> permute -> batch norm; layer norm -> window
-  partition -> Linear), as long as the channels are those of the layer.
+  partition -> Linear), as long as the channels are those of the layer; or numbers moved and averaged, as long as each
+  is of one channel still (norm -> flatten -> Linear, norm -> global average -> Linear, convolution -> shuffle -> norm).
 
 It is all of them or none: the scale itself becomes an identity.
 """
@@ -14,7 +15,7 @@ It is all of them or none: the scale itself becomes an identity.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import fx
@@ -23,10 +24,11 @@ from structrep.algebra import ConvMap
 from structrep.errors import Isolated, Mutated, Refusal
 from structrep.graph.aliases import aliases, writers
 from structrep.graph.axes import axis_after, axis_before, swaps_unknown_dims
-from structrep.graph.facts import INDEX, STORED
-from structrep.graph.queries import asks_shape, only_asserted
+from structrep.graph.facts import INDEX, STORED, VALUE
+from structrep.graph.queries import asks_shape, counts_sizes, only_asserted
 from structrep.graph.shapes import rank
-from structrep.match.pieces import Pieces, frame, is_matrix, pieces, spread, takes_together
+from structrep.match.channels import Moved, channels_before, channels_behind, compares, passes
+from structrep.match.pieces import Pieces, frame, is_matrix, pieces, spread, takes_together, tiled
 from structrep.terms.layer import Concat, Identity, Layer, Readings, Sum
 from structrep.terms.layers import diagonal_layer
 from structrep.terms.term import Term, signed, sum_terms
@@ -44,6 +46,7 @@ class Absorption:
     ends: bool = False  # whether the node does more, and only ends with the scale
     beside: Mapping[fx.Node, Term] = field(default_factory=dict)  # what is added to what a layer gives
     views: tuple[fx.Node, ...] = ()  # the reshapes of one value that such a layer, and what is added, are made of
+    shapes: tuple[tuple[int, ...], ...] = ()  # of what it scales, for which it was seen where the channels go
 
     @property
     def takers(self) -> frozenset[fx.Node]:
@@ -139,28 +142,34 @@ def _takers(node: fx.Node, scale: Layer, readings: Readings, found: Mapping[fx.N
 def _by_readers(node: fx.Node, scale: Layer, readings: Readings) -> Absorption | None:
     """All that reads the scale, perhaps with its dims moved, is a layer that may do it first."""
     takers: dict[fx.Node, Layer] = {}
-    count = scale.in_channels
-    pending = [(user, _axis(node, scale)) for user in _users(node, readings)]
+    goes: dict[fx.Node, Moved] = {}  # where its channels come to, by what takes it there
+    count, first = scale.in_channels, _axis(node, scale)
+    pending: list[tuple[fx.Node, int | None, tuple[fx.Node, ...]]]
+    pending = [(user, first, ()) for user in _users(node, readings)]
     apart = scale.source is None  # whether no term holds the scale and a layer that reads it
     while pending:
-        user, axis = pending.pop()
+        user, axis, chain = pending.pop()
         layer = readings.get(user)
         if isinstance(layer, Layer) and layer.weight is not None:
             if layer.in_channels is None or layer.dims is None or user in takers:
                 return None
-            if axis != -(layer.dims + 1) and (axis is not None or (scale.kind == "norm" and not layer.dims)):
-                return None
+            if axis != -(layer.dims + 1) and (axis is not None or chain or (scale.kind == "norm" and not layer.dims)):
+                moved = _moved(channels_behind, chain, node, scale, first, -(layer.dims + 1), layer.in_channels)
+                if moved is None:
+                    return None
+                goes[user] = moved
             takers[user] = layer
-        elif axis is not None and count is not None and (new := axis_after(user, axis, count)) is not None:
-            pending += [(other, new) for other in _users(user, readings)]
-            apart = True
-        elif axis is not None and swaps_unknown_dims(user):
+            continue
+        new = axis_after(user, axis, count) if axis is not None and count is not None else None
+        if axis is not None and new is None and swaps_unknown_dims(user):
             raise Isolated(
                 f"{user.name} swaps dims of a value of which only example inputs tell how many it has: "
                 f"structrep.plan(model, example_inputs) knows whether what reads it takes the scale"
             )
-        else:
+        if new is None and not (first is not None and passes(user)):
             return None
+        pending += [(other, new, (*chain, user)) for other in _users(user, readings)]
+        apart = True
     if len(takers) < 2 - apart:
         return None
     # As an identity the scale would give what it is given itself, which must not be written to until all have read it.
@@ -172,10 +181,13 @@ def _by_readers(node: fx.Node, scale: Layer, readings: Readings) -> Absorption |
     for taker, layer in takers.items():
         assert layer.in_channels is not None
         assert layer.dims is not None
-        before[taker] = spread(scale, layer.in_channels, layer.dims)
+        before[taker] = spread(scale, layer.in_channels, layer.dims, goes[taker].of if taker in goes else None)
         scaled = before[taker].load(layer.in_channels, layer.dims)
         scaled >> layer.load(layer.in_channels, layer.dims)  # raises if inexact
-    return Absorption(node, scale.source or node, scale.through, before, {}, ends=scale.source is None)
+    shapes = dict.fromkeys(shape for moved in goes.values() for shape in moved.shapes)
+    return Absorption(
+        node, scale.source or node, scale.through, before, {}, ends=scale.source is None, shapes=tuple(shapes)
+    )
 
 
 def _by_branches(node: fx.Node, scale: Layer, readings: Readings) -> Absorption | None:
@@ -205,24 +217,32 @@ def _by_maker(
 ) -> Absorption | None:
     """What is scaled are the channels of one layer with their dims moved, perhaps scaled by others that it takes."""
     assert scale.source is not None
-    axis, maker, moved = _axis(node, scale), _maker(scale.source, readings), False
-    count = scale.in_channels
+    axis = first = _axis(node, scale)
+    maker, count, chain = _maker(scale.source, readings), scale.in_channels, list[fx.Node]()
     alone = _alone(maker, node, scale, readings)
-    while axis is not None and alone:
+    while first is not None and alone:
         layer = readings.get(maker)
         if isinstance(layer, Layer) and layer.weight is not None:
-            if not moved or layer.dims is None or axis != -(layer.dims + 1) or layer.out_channels is None:
+            if not chain or layer.dims is None or layer.out_channels is None:
                 return None
-            if scale.in_channels not in (None, layer.out_channels):
-                return None
-            behind = {maker: spread(scale, layer.out_channels, layer.dims)}
+            of = None
+            if axis != -(layer.dims + 1) or count not in (None, layer.out_channels):
+                held = _moved(channels_before, chain, maker, scale, first, -(layer.dims + 1), layer.out_channels)
+                if held is None:
+                    return None
+                of = held.of
+            behind = {maker: spread(scale, layer.out_channels, layer.dims, of)}
             return Absorption(node, scale.source, scale.through, {}, behind)
         if maker in found:
             if found[maker].behind.keys() != found[maker].takers or len(found[maker].takers) > 1:
                 return None
             source = found[maker].source  # stands and falls with the same layer
-        elif layer is None and count is not None and (axis := axis_before(maker, axis, count)) is not None:
-            source, moved = maker.all_input_nodes[0], True
+        elif count is not None and (layer is None or (isinstance(layer, Layer) and layer.kind == "pool")):
+            axis = axis_before(maker, axis, count) if axis is not None else None
+            if axis is None and not passes(maker):
+                return None
+            source = next(one for one in maker.all_input_nodes if not VALUE.known(one) and not counts_sizes(one))
+            chain.insert(0, maker)
         else:
             return None
         user, maker = maker, _maker(source, readings)
@@ -244,7 +264,7 @@ def _by_matrix(node: fx.Node, scale: Layer, readings: Readings) -> Absorption | 
         return None
     if layer.out_channels != math.prod(found) or layer.dims is None:
         return None
-    behind = {maker: spread(scale, found[0], layer.dims, found[1:])}
+    behind = {maker: spread(scale, layer.out_channels, layer.dims, tiled(found))}
     return Absorption(node, scale.source, scale.through, {}, behind)
 
 
@@ -305,6 +325,34 @@ def _matrix_behind(
         else:
             return None
     return None
+
+
+def _moved(
+    look: Callable[..., Moved | None],
+    chain: Sequence[fx.Node],
+    source: fx.Node,
+    scale: Layer,
+    scaled: int | None,
+    axis: int,
+    channels: int,
+) -> Moved | None:
+    """Where the channels of a scale are in what a layer is given, or those of a layer in what is scaled.
+
+    Args:
+        look: `channels_behind` a scale, or `channels_before` it.
+        chain: what stands between.
+        scaled, axis, channels: the dims of the scale's channels and of the layer's, and how many of these there are.
+    """
+    count = scale.in_channels
+    if count is None or scaled is None or not chain or not all(map(passes, chain)):
+        return None
+    if any(map(compares, chain)):
+        kernel = scale.load(count, scale.dims if scale.dims is not None else -scaled - 1).kernel
+        if not bool((kernel > 0).all()):
+            return None
+    ahead = look is channels_behind
+    here, there = ((scaled, count), (axis, channels)) if ahead else ((axis, channels), (scaled, count))
+    return look(chain, source, *here, *there)
 
 
 def _alone(maker: fx.Node, node: fx.Node, scale: Layer, readings: Readings) -> bool:

@@ -1,10 +1,9 @@
-"""Names in code that hold no value itself but what holds some, and names of what code writes to, by its source."""
+"""Names in code that hold no value itself but what holds some, by its source."""
 
 from __future__ import annotations
 
 import ast
 import functools
-from collections.abc import Iterator
 
 BOXES = (ast.Tuple, ast.List, ast.Set, ast.Dict, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 HANDING_ON = {"list", "tuple", "zip", "reversed", "enumerate", "dict", "set", "iter", "next", "sum"}
@@ -43,26 +42,3 @@ def boxed(tree: ast.AST) -> frozenset[str]:
             for one in targets if _is_box(value, found) else ():
                 found |= {name.id for name in ast.walk(one) if isinstance(name, ast.Name)}
     return frozenset(found)
-
-
-def written(statement: ast.AST) -> Iterator[str]:
-    """The names of what a statement writes to in place: `x += 1`, `x[:, 0] = 1`, `x.mul_(2)`, `relu_(x)`."""
-    for node in ast.walk(statement):
-        if isinstance(node, ast.AugAssign) and isinstance(node.target, ast.Name):
-            yield node.target.id
-        elif isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store):
-            yield from _of(node.value)
-        elif isinstance(node, ast.Call):
-            name = getattr(node.func, "attr", getattr(node.func, "id", ""))
-            inplace = any(one.arg in ("inplace", "out") for one in node.keywords)
-            owner = [node.func.value] if isinstance(node.func, ast.Attribute) else []
-            if inplace or (name.endswith("_") and not name.endswith("__")):
-                yield from (name for one in (*owner, *node.args) for name in _of(one))
-
-
-def _of(node: ast.AST) -> Iterator[str]:
-    """The name of what an expression is, or is an entry, an attribute or a view of."""
-    while isinstance(node, (ast.Attribute, ast.Subscript, ast.Call)):
-        node = node.func if isinstance(node, ast.Call) else node.value
-    if isinstance(node, ast.Name):
-        yield node.id

@@ -282,7 +282,9 @@ def _gets(call: ast.Call, itself: str) -> bool:
 
 def beginning(name: ast.expr) -> str:
     """How a computed name begins, as far as is known: "by_" of `f"by_{how}"`."""
-    first = name.values[0] if isinstance(name, ast.JoinedStr) and name.values else None
+    first = name.values[0] if isinstance(name, ast.JoinedStr) and name.values else name
+    while isinstance(first, ast.BinOp) and isinstance(first.op, ast.Add):
+        first = first.left
     return first.value if isinstance(first, ast.Constant) and isinstance(first.value, str) else ""
 
 

@@ -12,9 +12,10 @@ import functools
 from types import CodeType
 from typing import TypeAlias
 
-from structrep.modules.boxes import BOXES, CHANGES, FILLS, HANDING_ON, boxed, written
+from structrep.modules.boxes import BOXES, CHANGES, FILLS, HANDING_ON, boxed
 from structrep.modules.positions import Span, branches, definition
 from structrep.modules.presence import presence
+from structrep.modules.settable import written
 
 Holders: TypeAlias = tuple[frozenset[str], frozenset[str]]  # names that may hold a value, and that surely do
 State: TypeAlias = Holders | None  # None where code does not get to
@@ -306,7 +307,7 @@ class _Walk:
         if isinstance(one, ast.Assign) and (pairs := _pairs(one)):
             return self._each(pairs, state)
         held = self._use(one, state)
-        self.exposed |= bool(state[0]) and not self.bases.isdisjoint(written(one))
+        self.exposed |= bool(state[0]) and any(not self.bases.isdisjoint(written(node)) for node in ast.walk(one))
         if isinstance(one, (ast.Return, ast.Raise)):
             if held and isinstance(one, ast.Return):
                 self.returns.add(one)

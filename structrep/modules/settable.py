@@ -12,61 +12,85 @@ from typing import Any
 from torch import nn
 
 from structrep.modules.boxes import CHANGES, FILLS
-from structrep.modules.source import functions, syntax, written_in
+from structrep.modules.positions import definition
+from structrep.modules.source import functions, written_in
 
 _SETTERS = {"setattr", "delattr", "__setattr__", "__delattr__"}
+_ASKS = {"getattr", "hasattr", "isinstance", "super", "type", "id", "len", "bool", "print", *_SETTERS}
 _VIEWS = {"view", "reshape", "flatten", "t", "transpose", "permute", "squeeze", "unsqueeze", "expand", "detach"}
+_OPERATORS = {f"i{name}" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or",
+                                      "xor", "lshift", "rshift", "concat")}  # fmt: skip
+OTHERS = "**"
+_FILLED = "filled "  # before those of lists and the like that are given something, or lose it
 _LOCAL = "local "  # before names that are no attributes
 _LIBRARIES = {*(f"{_LOCAL}{name}" for name in ("torch", "nn", "F", "init")), "functional", "init"}
 
 
-def may_set(module: nn.Module, method: str, path: list[str]) -> bool:
+@functools.lru_cache(4096)
+def calm(cls: type) -> frozenset[str]:
+    """The methods of a class that write to nothing in place and set no attribute."""
+    return frozenset(name for name in functions(cls) if all(one.startswith(_FILLED) for one in set_by(cls, name)))
+
+
+def may_set(module: nn.Module, method: str, path: list[str], others: bool) -> bool:
     """Whether a method may, as it runs, set or write to something on a path from its module: `["block", "low"]`.
 
     Args:
         path: attributes, one of the other.
+        others: whether what others may do counts too, who are given the module.
     """
+    any_ = ("*", OTHERS) if others else ("*",)
     held: Any = module
     for depth, name in enumerate(path):
         if not isinstance(held, nn.Module):
             return False
         cls: Any = type(held)
-        if not _set_by(cls, "forward" if depth else method).isdisjoint((*path[depth:], "*")):
+        found = {one.removeprefix(_FILLED) for one in set_by(cls, "forward" if depth else method)}
+        if not found.isdisjoint((*path[depth:], *any_)):
             return True
         held = getattr(held, name, None)
     return False
 
 
 @functools.lru_cache(4096)
-def _set_by(cls: type, method: str) -> frozenset[str]:
-    """The names of all that a method may set, and those that it asks its module for; "*" of a computed name."""
+def set_by(cls: type, method: str) -> frozenset[str]:
+    """The names of all that a method may set, and those that it asks its module for; "*" of a computed name,
+    `OTHERS` of what others may set."""
     known, seen, found = functions(cls), {method}, set[str]()
     pending = [method]
     for name in pending:
         if name in known:
-            found |= _set_in(known[name], {known[name]})
+            function = known[name]
+            found |= _set_in(function, {function}, {*inspect.unwrap(function).__code__.co_varnames[:1]})
             asked = {node.attr for node in _nodes(known[name]) if isinstance(node, ast.Attribute)} - seen
             pending += [one for one in asked if one in known]
             seen |= asked
     return frozenset(found)
 
 
-def _set_in(function: FunctionType, around: Set[FunctionType]) -> set[str]:
+def _set_in(function: FunctionType, around: Set[FunctionType], itself: Set[str] = frozenset()) -> set[str]:
     """The names of all that a function may set, and the functions that it calls by their names.
 
     Args:
         around: the function, and those whose calls have come to it.
+        itself: what a method calls its module: who else is given that may set anything.
     """
     nodes = _nodes(function)
+    if not nodes:
+        return {OTHERS}  # nobody knows what it does
     found = {name for node in nodes for name in _names_set(node)}
-    for call in (one for one in nodes if isinstance(one, ast.Call) and isinstance(one.func, ast.Name)):
-        helper = function.__globals__.get(call.func.id)  # type: ignore[attr-defined]
-        library = written_in(helper).partition(".")[0]
-        if isinstance(helper, FunctionType) and helper not in around and library != "torch":
+    for call in (one for one in nodes if isinstance(one, ast.Call)):
+        name = call.func.id if isinstance(call.func, ast.Name) else ""
+        helper = function.__globals__.get(name)
+        if isinstance(helper, FunctionType) and written_in(helper).partition(".")[0] != "torch":
+            if helper in around:
+                continue
             inner, arguments = _set_in(helper, {*around, helper}), inspect.signature(helper).parameters
-            found |= {name for name in inner if not name.startswith(_LOCAL)}
-            if not inner.isdisjoint(f"{_LOCAL}{name}" for name in arguments):
+            found |= {one for one in inner if not one.startswith(_LOCAL)}
+            if not inner.isdisjoint(f"{_LOCAL}{one}" for one in arguments):
                 found = found.union(*map(_names, call.args))
+        elif name not in _ASKS and any(isinstance(one, ast.Name) and one.id in itself for one in call.args):
+            found.add(OTHERS)
     bound: dict[str, set[str]] = {}  # what names stand for
     for node in (one for one in nodes if isinstance(one, (ast.Assign, ast.NamedExpr))):
         for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
@@ -74,7 +98,8 @@ def _set_in(function: FunctionType, around: Set[FunctionType]) -> set[str]:
                 bound.setdefault(f"{_LOCAL}{target.id}", set()).update(_viewed(node.value))
     pending = list(found)
     for name in pending:
-        new = bound.get(name, set()) - found
+        kind = _FILLED if name.startswith(_FILLED) else ""
+        new = {f"{kind}{one}" for one in bound.get(name.removeprefix(kind), ())} - found
         found |= new
         pending += new
     return found
@@ -82,8 +107,9 @@ def _set_in(function: FunctionType, around: Set[FunctionType]) -> set[str]:
 
 @functools.lru_cache(4096)
 def _nodes(function: FunctionType) -> tuple[ast.AST, ...]:
-    tree = syntax(inspect.unwrap(function))
-    return tuple(node for one in getattr(tree, "body", ()) for node in ast.walk(one))
+    found = definition(inspect.unwrap(function).__code__)
+    body = found[0].body if found is not None else ()
+    return tuple(node for one in (body if isinstance(body, (list, tuple)) else [body]) for node in ast.walk(one))
 
 
 def _names_set(node: ast.AST) -> Iterator[str]:
@@ -101,11 +127,27 @@ def _names_set(node: ast.AST) -> Iterator[str]:
         if name in _SETTERS:
             yield next((str(one.value) for one in node.args if isinstance(one, ast.Constant)), "*")
         elif name in FILLS | CHANGES and own is not None:
-            written.append(own)
-        elif "inplace" in given or (name.endswith("_") and not name.endswith("__")):
+            yield from (f"{_FILLED}{one}" for one in _names(own))
+        elif "inplace" in given or _in_place(name):
             of_library = own is None or not _names(own).isdisjoint(_LIBRARIES)
             written += node.args[:1] if of_library or own is None else [own]
+        elif name == "getattr" and len(node.args) > 1 and _in_place(str(getattr(node.args[1], "value", ""))):
+            written += node.args[:1]
         yield from set().union(*map(_names, written))
+    elif isinstance(node, ast.Attribute) and _in_place(node.attr):  # a method that somebody calls later
+        yield from _names(node.value)
+
+
+def _in_place(name: str) -> bool:
+    """Whether what an operation of this name does, it does to what it is given: `mul_`, `__imul__`, `operator.imul`."""
+    own = name.strip("_")
+    return (name.endswith("_") and not name.endswith("__")) or own in _OPERATORS
+
+
+def written(node: ast.AST) -> set[str]:
+    """The names of what a node, its parts left out, writes to in place, or sets something of: `x += 1`, `x.mul_(2)`."""
+    found = {name.removeprefix(_FILLED) for name in _names_set(node)}
+    return {name.removeprefix(_LOCAL) for name in found if name.startswith(_LOCAL)}
 
 
 def _viewed(node: ast.AST) -> set[str]:

@@ -18,6 +18,7 @@ from typing import Any
 
 from torch import nn
 
+from structrep.modules.introspection import beginning
 from structrep.modules.positions import branches, definition
 from structrep.modules.values import (
     _PUTS,
@@ -254,9 +255,7 @@ class _Calls(Values):
         name = node.args[1]
         if isinstance(name, ast.Constant) and isinstance(name.value, str):
             return self._attribute(given[0], name.value, node)
-        first: ast.AST = name.values[0] if isinstance(name, ast.JoinedStr) and name.values else name
-        first = first.left if isinstance(first, ast.BinOp) else first
-        start = str(first.value) if isinstance(first, ast.Constant) else ""
+        start = beginning(name)
         held: list[Any] = []
         for one in (one for one in given[0].held if isinstance(one, nn.Module)):
             held += [child for key, child in one._modules.items() if child is not None and key.startswith(start)]

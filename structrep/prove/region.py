@@ -221,6 +221,8 @@ class Trials:
         # What is no more than added to what a merge gives is of that shape.
         self.added = {node: merge for node in region.inputs if (merge := self._beside(node)) is not None}
         self.reached = {node: self._reached(node) for node in region.inputs if node not in self.added}
+        absorbed = {one for merge in maps for one in merge.absorbed if one.shapes}
+        self.seen = {node: one.shapes for one in absorbed for node in read_as_traced(one.nodes[0])}
 
     def usual(self) -> Iterator[Iterator[Shapes]]:
         """Groups of shapes, of which one is enough each: the smallest with an output, and odd ones that are larger and
@@ -328,6 +330,8 @@ class Trials:
         merge = self.reached[node]
         if merge is None:
             return [SHAPE.of(node)] if SHAPE.known(node) else [(2,)]
+        if node in self.seen:
+            return [*self.seen[node]]
         readers = [user for user in self.region.nodes if node in self.region.reads(user)]
         if all(map(frame, readers)):  # which take any number of numbers that makes whole pieces
             return [(2, *frame(readers[0]))]

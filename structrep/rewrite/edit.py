@@ -62,7 +62,7 @@ class Edit:
         went_by.note()
         went_by.guard_tensors(steps.gone)
         self.reads, self.asked = went_by.reads, went_by.asked
-        guards.check_settled(self.reads, call)
+        guards.check_settled(self.reads, call, others=True)
         if self.reads and (others := sorted(_USED & self.space.keys())):
             raise Unreadable(f"{self.call.shown} needs a guard, and {others[0]} is something else in its file")
         self.method()

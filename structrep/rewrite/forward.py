@@ -138,7 +138,7 @@ def written_anew(
             ways.add(key, read)
     assumptions.add_names()
     assumptions.add_merged()
-    guards.check_settled(assumptions.guards, followed.call)
+    guards.check_settled(assumptions.guards, followed.call, others=False)
     body = Body(followed, changes, spelling, reads_again, ways.settled, graph, parameters.given)
     body.write()
     made = Forward(

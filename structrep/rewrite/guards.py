@@ -156,15 +156,18 @@ def never(question: str, method: str) -> Guard:
     return Guard(question, "False", question, True, (before, ""))
 
 
-def check_settled(guards: Iterable[Guard], call: Call) -> None:
+def check_settled(guards: Iterable[Guard], call: Call, others: bool) -> None:
     """Raise if a method may set, as it runs, what a guard at its start asks for.
+
+    Args:
+        others: whether others run who are given its module, and may set that too.
 
     Raises:
         Unreadable: it may.
     """
     for one in guards:
         for path in _paths(one.asked) if not one.of_inputs else ():
-            if may_set(call.module, call.method, path):
+            if may_set(call.module, call.method, path, others):
                 raise Unreadable(f"{call.shown} may set {'.'.join(path)}, by which something is merged, as it runs")
 
 

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 from structrep.errors import Unreadable
 from structrep.graph.table import QUESTIONS
-from structrep.modules.boxes import FILLS
 from structrep.modules.definitions import Definition, Reaching
 from structrep.modules.paths import sets_what_runs, swallows
 from structrep.modules.presence import path_to
+from structrep.modules.settable import written
 from structrep.rewrite.syntax import COMPREHENSIONS, Syntax, in_place_alike, names_in
 
 # What a merge changes of no value.
@@ -210,7 +210,7 @@ class Judge:
             plain = isinstance(node, ast.Call) and not self.syntax.only_computes(node)
             if plain and node not in same and not self.syntax.is_unreachable(node):
                 raise Unreadable(f"{line} may do more than what is merged")
-        self._check_settings(asked)
+        self._check_names(asked)
 
     def _asked_for(self, node: ast.AST) -> str | None:
         """The name of what the module is asked for; "*" for a name that is computed."""
@@ -232,36 +232,12 @@ class Judge:
         outside = self.before.reads.get(name) == frozenset({None}) and name.id not in self.syntax.wanted.libraries
         return outside and of_class
 
-    def _check_settings(self, asked: set[ast.AST]) -> None:
-        """Raise if the method may set itself what vanishing text goes by: a guard at its start would ask too early."""
-        nodes = [node for node in self.vanished | asked if isinstance(node, (ast.Attribute, ast.Name))]
-        paths = {path_to(node, self.syntax.itself) for node in nodes if isinstance(node, ast.Attribute)}
-        settings = {path.partition(".")[0] for path in paths if path} - self.syntax.parts.keys() - {"training"}
-        names = {n.id for n in nodes if isinstance(n, ast.Name) and not self._has_values(n)} - {self.syntax.itself}
+    def _check_names(self, asked: set[ast.AST]) -> None:
+        """Raise if the method changes what vanishing text knows by a name of its own: a list of parts, say."""
+        nodes = {node for node in self.vanished | asked if isinstance(node, ast.Name) and not self._has_values(node)}
+        names = {node.id for node in nodes} - {self.syntax.itself}
         for node in ast.walk(self.syntax.tree):
-            found: set[str] = set()
-            if isinstance(node, (ast.Attribute, ast.Subscript)) and isinstance(node.ctx, (ast.Store, ast.Del)):
-                found = {node.attr} if isinstance(node, ast.Attribute) else set()
-                found |= names_in(node) | {n.attr for n in ast.walk(node) if isinstance(n, ast.Attribute)}
-            elif self.syntax.is_unreachable(node):
-                continue
-            elif isinstance(node, ast.Call) and node not in self.syntax.located and settings:
-                own = path_to(node.func, self.syntax.itself)
-                bare = any(isinstance(one, ast.Name) and one.id == self.syntax.itself for one in node.args)
-                known = isinstance(node.func, ast.Name) and node.func.id in (
-                    "getattr",
-                    "hasattr",
-                    "isinstance",
-                    "super",
-                )
-                calm = own in self.syntax.parts or own in self.syntax.wanted.calm
-                if (own and "." not in own and not calm) or (bare and not known):
-                    raise Unreadable(f"line {node.lineno} may set what is merged by")
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node not in self.syntax.located:
-                changes = node.func.attr in FILLS | {"pop", "clear", "remove", "popitem", "sort", "reverse"}
-                if changes:
-                    found |= names_in(node.func) | {n.attr for n in ast.walk(node.func) if isinstance(n, ast.Attribute)}
-            if found & (settings | names):
+            if node not in self.syntax.located and not names.isdisjoint(written(node)):
                 raise Unreadable(f"line {getattr(node, 'lineno', 0)} may set what is merged by")
 
     def _has_values(self, name: ast.Name) -> bool:

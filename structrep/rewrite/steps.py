@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import functools
 import inspect
 from collections.abc import Iterator
 from types import CodeType, FunctionType, ModuleType
@@ -18,10 +17,10 @@ from structrep.graph.operations import does
 from structrep.graph.queries import asks_shape, only_asserted
 from structrep.graph.structures import is_torch, proxies
 from structrep.graph.table import Is
-from structrep.modules.boxes import written
 from structrep.modules.mentions import comes_to
 from structrep.modules.positions import definition, parts_of, place
-from structrep.modules.source import functions, syntax, written_in
+from structrep.modules.settable import calm
+from structrep.modules.source import functions, written_in
 from structrep.modules.uses import Place, Use, place_of
 from structrep.read.nodes import hands_on
 from structrep.rewrite.node_changes import NodeChanges
@@ -108,7 +107,7 @@ class Steps:
             tuple(self._takers(texts, fates)),
             frozenset(
                 [
-                    *_calm_methods(_class_of(self.call.module)),
+                    *calm(_class_of(self.call.module)),
                     *(path for path, part in self.call.module.named_modules() if _is_calm(part)),
                 ]
             ),
@@ -217,7 +216,7 @@ class Steps:
 def _is_calm(part: nn.Module) -> bool:
     """Whether a module writes to nothing that it is given, by what its layers are told, and its forwards' source."""
     for one in part.modules():
-        own = is_torch(type(one)) or "forward" in _calm_methods(_class_of(one))
+        own = is_torch(type(one)) or "forward" in calm(_class_of(one))
         if getattr(one, "inplace", False) or not own:
             return False
     return True
@@ -225,20 +224,6 @@ def _is_calm(part: nn.Module) -> bool:
 
 def _class_of(module: nn.Module) -> Any:
     return type(module)
-
-
-@functools.lru_cache(4096)
-def _calm_methods(cls: Any) -> frozenset[str]:
-    """The methods of a class whose source writes to nothing in place and sets no attribute."""
-    found: set[str] = set()
-    for name, function in functions(cls).items():
-        tree = syntax(inspect.unwrap(function))
-        nodes = list(ast.walk(tree)) if tree is not None else []
-        stores = any(isinstance(n, (ast.Attribute, ast.Subscript)) and not isinstance(n.ctx, ast.Load) for n in nodes)
-        simple = (n for n in nodes if isinstance(n, ast.stmt) and n is not tree)
-        if nodes and not stores and not any(True for one in simple for _ in written(one)):
-            found.add(name)
-    return frozenset(found)
 
 
 def _computed(module: nn.Module, names: set[Any]) -> frozenset[str]:

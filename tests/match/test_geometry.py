@@ -66,9 +66,9 @@ GEOMETRY = {
     "crop with a step": (0, "",
         lambda: Written(lambda m, x: m.a(x)[:, :, ::2, ::2] + m.b(x), a=conv(), b=conv(stride=2))),
     "crop of channels": (1, "", lambda: Written(lambda m, x: m.a(x)[:, 1:3] + m.b(x), a=conv(), b=conv(4, 2))),
-    "a batch index": (0, "Isolated", lambda: Written(lambda m, x: m.n(m.a(x)[:1]), a=conv(), n=bn(4))),
-    "crop to a fixed size": (0, "Isolated", lambda: Written(lambda m, x: m.n(m.a(x)[:, :, :3, :3]), a=conv(), n=bn(4))),
-    "crop from the far end": (0, "Isolated",
+    "a batch index": (1, "", lambda: Written(lambda m, x: m.n(m.a(x)[:1]), a=conv(), n=bn(4))),
+    "crop to a fixed size": (1, "", lambda: Written(lambda m, x: m.n(m.a(x)[:, :, :3, :3]), a=conv(), n=bn(4))),
+    "crop from the far end": (1, "",
         lambda: Written(lambda m, x: m.n(m.a(x)[:, :, -3:, :]), a=conv(), n=bn(4))),
     "broadcast of a pooled branch": (0, "", lambda: Written(
         lambda m, x: m.a(x) + m.b(x.mean((2, 3), keepdim=True)), a=conv(), b=conv(k=1))),

@@ -44,19 +44,20 @@ REASONS = {
     "s.n(s.a(x).relu())": NONE,
     "s.b(s.n(x.repeat(1, 2, 1, 1).relu()).relu())": NONE,
     "s.n(torch.cat([s.h(x), s.h(x)], 1))": NONE,
-    "s.n(F.channel_shuffle(s.a(x), 2))": "a is before it, but channel_shuffle stands between",
-    "s.n(F.pixel_unshuffle(F.pixel_shuffle(s.a(x), 2), 2))": (
-        "a is before it, but pixel_unshuffle and pixel_shuffle stand between"
+    "s.n(F.channel_shuffle(s.a(x), 2).transpose(1, 2).reshape(2, 8, 4, 4))": (
+        "a is before it, but reshape and transpose and channel_shuffle stand between"
     ),
-    "s.n(s.a(x).view(2, 2, 4, 4, 4).transpose(1, 2).reshape(2, 8, 4, 4))": (
-        "a is before it, but reshape and transpose and view stand between"
+    "s.n(s.a(x).reshape(2, 4, 4, 8).permute(0, 3, 1, 2))": "a is before it, but permute and reshape stand between",
+    "s.l(F.adaptive_avg_pool2d(s.n(torch.cat([x, x], 1).relu()), 4).reshape(2, 16, 8))": (
+        "l is behind it, but adaptive_avg_pool2d and reshape stand between"
     ),
-    "s.l(F.adaptive_avg_pool2d(s.n(torch.cat([x, x], 1).relu()), 1).flatten(1))": (
-        "l is behind it, but adaptive_avg_pool2d and flatten stand between"
+    "s.l(s.n(torch.cat([x, x], 1).relu()).mean(1).reshape(2, 2, 8))": "l is behind it, but mean and reshape stand between",
+    "s.n(s.a(x).mT.reshape(2, 4, 4, 8).transpose(1, 3))": (
+        "a is before it, but transpose and reshape and mT stand between"
     ),
-    "s.l(s.n(torch.cat([x, x], 1).relu()).mean((2, 3)))": "l is behind it, but mean stands between",
-    "s.n(s.a(x).mT).mT": "a is before it, but mT stands between",
-    "s.n(torch.einsum('bchw->bcwh', s.a(x)))": "a is before it, but einsum stands between",
+    "s.n(torch.einsum('bchw->bwhc', s.a(x)).reshape(2, 8, 4, 4))": (
+        "a is before it, but reshape and einsum stand between"
+    ),
     "s.n(torch.einsum('bchw->bc', s.a(x))[..., None, None])": NONE,
     "s.n(s.a(x).half())": "a is before it, but half stands between",
     "s.b(s.n(torch.cat([x, x], 1).relu()).float())": "b is behind it, but float stands between",
@@ -99,14 +100,17 @@ def test_what_else_reads(text, reason):
 @pytest.mark.parametrize(
     ("between", "name"),
     [
-        (nn.ChannelShuffle(2), "ChannelShuffle"),
-        (nn.PixelShuffle(1), "PixelShuffle"),
-        (nn.Sequential(nn.Flatten(2), nn.Unflatten(2, (4, 4))), "Unflatten) and 1.0 (Flatten"),
+        (nn.Fold((4, 4), 1), "Fold"),
+        (nn.Sequential(nn.Flatten(1), nn.Unflatten(1, (16, 8))), "Unflatten) and 1.0 (Flatten"),
+        (
+            nn.Sequential(nn.ChannelShuffle(2), nn.Flatten(1), nn.Unflatten(1, (16, 8))),
+            "Unflatten) and 1.1 (Flatten) and 1.0 (ChannelShuffle",
+        ),
     ],
 )
 def test_layers_between(between, name):
     model = settled(nn.Sequential(nn.Conv2d(4, 8, 1), between, nn.BatchNorm2d(8)))
-    (refusal,) = structrep.plan(model, X).refusals
+    (refusal,) = structrep.plan(model).refusals
     assert refusal.kind == "Isolated"
     assert refusal.reason.split(": ")[1].startswith("0 is before it, but 1")
     assert f"({name}) stand" in refusal.reason

@@ -302,18 +302,22 @@ class Moved(nn.Module):
         (lambda y: y.permute(0, 3, 2, 1), True, True),
         (lambda y: y.transpose(1, 3), True, True),
         (lambda y: y.transpose(1, -1).flip(2), True, True),
-        (lambda y: y.flip(3).permute(0, 3, 1, 2), True, False),  # channels in another order
+        (lambda y: y.flip(3).permute(0, 3, 1, 2), True, True),  # channels in another order
         (lambda y: y.permute(0, 1, 3, 2), True, False),  # the norm is of other dims
-        (lambda y: y.roll(1).permute(0, 3, 1, 2), True, False),
+        (lambda y: y.roll(1).permute(0, 3, 1, 2), True, True),
+        (lambda y: y[..., :3].roll(1).permute(0, 3, 1, 2).repeat(1, 2, 1, 1)[:, :4], True, False),
         (lambda y: y.roll(1, 1).permute(0, 3, 1, 2), True, True),
         (lambda y: y.reshape(-1, 4), False, True),
         (lambda y: y.flatten(1, 2).roll(1, -2), False, True),
         (lambda y: y.transpose(2, 3), False, False),
         (lambda y: y.transpose(2, 3).reshape(-1, 4), False, False),
         (lambda y: y.permute(0, 3, 1, 2) + y.mean(), True, False),
-        (lambda y: y.flip(1, 3).permute(0, 3, 1, 2), True, False),
-        (lambda y: y.reshape(4, 4, 4, 2, 2).transpose(3, 4).reshape(4, 4, 4, 4), False, False),  # heads
-        (lambda y: y.reshape(4, 16, 2, 2).flip(2).reshape(4, 4, 4, 4), False, False),
+        (lambda y: y.flip(1, 3).permute(0, 3, 1, 2), True, True),
+        (lambda y: y.reshape(4, 4, 4, 2, 2).transpose(3, 4).reshape(4, 4, 4, 4), False, True),  # heads
+        (lambda y: y.reshape(4, 16, 2, 2).flip(2).reshape(4, 4, 4, 4), False, True),
+        (lambda y: y.reshape(4, 8, 2, 4).flip(1).reshape(4, 4, 4, 4).transpose(1, 2), False, True),
+        (lambda y: y.reshape(4, 4, 2, 8).flip(3).reshape(4, 4, 4, 4), False, True),
+        (lambda y: y.reshape(4, 4, 2, 2, 4).transpose(2, 4).reshape(4, 4, 4, 4), False, False),
     ],
 )
 def test_moves(moves, norm, merges):

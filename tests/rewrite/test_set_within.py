@@ -3,6 +3,7 @@ with what is set as the reason. Names that no guard could see, imported, closed 
 
 import copy
 import functools
+import operator
 import sys
 import types
 
@@ -295,3 +296,91 @@ def test_a_name_that_is_looked_up_as_text_is_refused():
     plan = structrep.plan(model, INPUTS[8])
     assert not plan.merges
     assert any("globals()" in one.reason for one in plan.refusals)
+
+
+class Named(nn.Module):
+    """Two norms, of which a computed name says which one runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.c, self.which = nn.Conv2d(4, 4, 3, padding=1), 0
+        self.norm0, self.norm1 = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+
+    def run_0(self, x):
+        return self.norm0(self.c(x))
+
+    def run_1(self, x):
+        return self.norm1(self.c(x))
+
+
+@pytest.mark.parametrize("forward", [
+    lambda self, x: getattr(self, "norm%d" % self.which)(self.c(x)).relu(),  # noqa: UP031
+    lambda self, x: getattr(self, f"norm{self.which}")(self.c(x)).relu(),
+    lambda self, x: getattr(self, "norm" + str(self.which))(self.c(x)).relu(),
+    lambda self, x: getattr(self, "norm{}".format(self.which))(self.c(x)).relu(),  # noqa: UP032
+    lambda self, x: getattr(self, "run_%d" % self.which)(x).relu(),  # noqa: UP031
+])  # fmt: skip
+@pytest.mark.parametrize("inputs", [(), (INPUTS[8],)], ids=["alone", "with an example"])
+def test_a_part_of_a_name_that_is_computed(forward, inputs):
+    model = settled(type("Model", (Named,), {"forward": forward})())
+    deploy = structrep.reparameterize(copy.deepcopy(model), *inputs)
+    assert relative_error(deploy(INPUTS[8]), model(INPUTS[8])) < EXACT
+    deploy.which = model.which = 1
+    assert followed_or_told(model, deploy, INPUTS[8])
+
+
+def doubled(tensor):
+    tensor.mul_(2)
+
+
+def doubled_by_another(tensor):
+    doubled(tensor)
+
+
+class Writes(nn.Module):
+    """Branches that read what a method, on another path, writes to as they are added."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.n, self.b = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1)
+
+    def deeper(self, x):
+        x.mul_(2)
+
+    def forward(self, x, flip=False):
+        y = self.n(self.a(x))
+        if flip:
+            self.write(x)
+        return (y + self.b(x)).relu()
+
+
+@pytest.mark.parametrize("write", [
+    lambda self, x: x.mul_(2),
+    lambda self, x: self.deeper(x),
+    lambda self, x: doubled_by_another(x),
+    lambda self, x: x.__imul__(2),
+    lambda self, x: operator.imul(x, 2),
+    lambda self, x: getattr(x, "mul_")(2),  # noqa: B009
+    lambda self, x: torch.add(x, x, out=x),
+])  # fmt: skip
+def test_what_a_method_writes_to_on_another_path(write):
+    model = settled(type("Model", (Writes,), {"write": write})())
+    deploy = structrep.reparameterize(copy.deepcopy(model), INPUTS[8])
+    for flip in (False, True):
+        truth = model(INPUTS[8].clone(), flip)
+        try:
+            assert relative_error(deploy(INPUTS[8].clone(), flip), truth) < EXACT
+        except ValueError as error:
+            assert flip
+            assert "convert the model again" in str(error)  # noqa: PT017
+
+
+def test_a_method_that_writes_to_nothing_is_in_no_ones_way():
+    def write(self, x):
+        return x.mean()
+
+    model = settled(type("Model", (Writes,), {"write": write})())
+    deploy = structrep.reparameterize(copy.deepcopy(model), INPUTS[8])
+    assert sum(isinstance(one, nn.Conv2d) for one in deploy.modules()) == 1
+    for flip in (False, True):
+        assert relative_error(deploy(INPUTS[8], flip), model(INPUTS[8], flip)) < EXACT

@@ -1,0 +1,189 @@
+"""Which channel each number is of, behind what moves and averages numbers: read off from numbers that tell them apart.
+
+A map of each channel alone, `y = s x + t`, goes through whatever gives each number as a weighted mean of numbers of one
+channel: permutations, reshapes, shuffles, upsampling, average pools. Where every channel is a constant, what comes out
+shows which channel went where; anything else than these constants (a border of zeros, channels that are mixed) shows
+that it does not. Largest values are as good as means, for a scale that is positive.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from structrep.graph.facts import CALL, SHAPE, STORED, UNFOLLOWED, VALUE
+from structrep.graph.operations import does, module_does, torch_name
+from structrep.graph.queries import counts_sizes
+from structrep.graph.run import computed
+from structrep.graph.shapes import rank
+from structrep.graph.table import Is
+
+MOST = 1 << 23  # numbers that are moved to see where they go
+_TURNS = {"T", "mT", "H", "mH"}
+_EINOPS = {"rearrange", "repeat", "mean"}  # what einops' one function is told that only moves or averages numbers
+_SIZES = ((2, 5, 6, 7), (3, 4, 9, 2), (2, 14, 7, 28), (1, 8, 16, 4))  # of dims of which nothing else is known
+
+
+@dataclass(frozen=True)
+class Moved:
+    """Where the channels of a value go.
+
+    Args:
+        of: for each channel behind, the one before it.
+        shapes: of the value, for which that was seen.
+    """
+
+    of: tuple[int, ...]
+    shapes: tuple[tuple[int, ...], ...]
+
+
+def passes(node: fx.Node) -> bool:
+    """Whether a node may only move, average or compare numbers of one value."""
+    if STORED.get(node) or sum(not VALUE.known(n) and not counts_sizes(n) for n in node.all_input_nodes) != 1:
+        return False
+    if node.op == "call_module":
+        found: Callable[[Is], bool] = lambda what: module_does(CALL.of(node).module, what)  # noqa: E731
+        return not UNFOLLOWED.get(node) and (found(Is.MOVES) or found(Is.AVERAGES) or found(Is.MAXIMUM))
+    if getattr(node.target, "__module__", None) == "einops.einops":
+        return node.kwargs.get("reduction") in _EINOPS
+    return permutes(node) or does(node, Is.MOVES) or does(node, Is.AVERAGES) or compares(node)
+
+
+def permutes(node: fx.Node) -> bool:
+    """Whether a node exchanges the dims of a value in a way that no name of an operation tells."""
+    if node.target is getattr:
+        return node.args[1] in _TURNS
+    if node.target is torch.einsum:
+        given, _, found = str(node.args[0]).replace(" ", "").partition("->")
+        return len(node.args) == 2 and len(set(given)) == len(given) and sorted(given) == sorted(found)
+    return False
+
+
+def compares(node: fx.Node) -> bool:
+    """Whether a node gives the largest of numbers."""
+    return module_does(CALL.of(node).module, Is.MAXIMUM) if node.op == "call_module" else does(node, Is.MAXIMUM)
+
+
+def channels_behind(
+    chain: Sequence[fx.Node], source: fx.Node, axis: int, count: int, behind: int, wanted: int
+) -> Moved | None:
+    """Where the channels of a value come to behind some nodes; None if nothing tells, or they are mixed.
+
+    Args:
+        axis, count: the dim of the value's channels, from the end, and how many there are.
+        behind, wanted: the dim of the channels behind the nodes, and how many have to be there.
+    """
+
+    def seen(numbers: Tensor, channel: Tensor) -> tuple[int, ...] | None:
+        rows = numbers.movedim(behind, 0).flatten(1)
+        same = _near(rows[:, :1], channel)
+        return same if same is not None and bool((rows - channel[list(same), None]).abs().max() < _SAME) else None
+
+    return _agreed(chain, source, axis, count, lambda v: v.dim() >= -behind and v.shape[behind] == wanted, seen, wanted)
+
+
+def channels_before(
+    chain: Sequence[fx.Node], source: fx.Node, axis: int, count: int, behind: int, wanted: int
+) -> Moved | None:
+    """The same the other way round: for each channel of the value, the one behind that all its numbers come to."""
+
+    def seen(numbers: Tensor, channel: Tensor) -> tuple[int, ...] | None:
+        rows = numbers.movedim(behind, 0).flatten(1)
+        found = _near(rows.reshape(-1, 1), channel)
+        if found is None:
+            return None
+        places = torch.arange(wanted).repeat_interleave(rows.shape[1])
+        goes = torch.full((count,), -1).scatter(0, torch.tensor(found), places)
+        return tuple(goes.tolist()) if bool((goes[list(found)] == places).all()) and int(goes.min()) >= 0 else None
+
+    return _agreed(chain, source, axis, count, lambda v: v.dim() >= -behind and v.shape[behind] == wanted, seen, count)
+
+
+_SAME = 1e-9
+
+
+def _near(numbers: Tensor, channel: Tensor) -> tuple[int, ...] | None:
+    """The channels whose constants some numbers are; None if one is none."""
+    ordered, order = channel.sort()
+    places = torch.searchsorted(ordered, numbers.flatten() - _SAME).clamp(max=len(channel) - 1)
+    near = bool((ordered[places] - numbers.flatten()).abs().max() < _SAME)
+    return tuple(order[places].tolist()) if near else None
+
+
+def _agreed(
+    chain: Sequence[fx.Node],
+    source: fx.Node,
+    axis: int,
+    count: int,
+    fits: Callable[[Tensor], bool],
+    seen: Callable[[Tensor, Tensor], tuple[int, ...] | None],
+    wanted: int,
+) -> Moved | None:
+    """What is seen for all shapes that a value may have, if it is the same for all of them."""
+    generator = torch.Generator().manual_seed(0)
+    channel = torch.rand(count, dtype=torch.float64, generator=generator) + 1
+    found: tuple[int, ...] | None = None
+    shapes: list[tuple[int, ...]] = []
+    for shape in _shapes(source, axis, count, wanted):
+        if math.prod(shape) > MOST:
+            continue
+        numbers = channel.reshape(-1, *[1] * (-axis - 1)).expand(shape).clone()
+        try:
+            given = _run(chain, source, numbers)
+        except Exception:  # of this shape, nothing can be asked
+            if shape == SHAPE.get(source):
+                return None
+            continue
+        if not isinstance(given, Tensor) or not fits(given):
+            continue
+        one = seen(given, channel)
+        if one is None or found not in (None, one):
+            return None
+        found = one
+        shapes.append(shape)
+    # One shape alone shows nothing if a dim of it has one number, and could be another for all that is seen.
+    told = len(shapes) > 1 or (bool(shapes) and 1 not in shapes[0][1:])
+    return Moved(found, tuple(shapes)) if found is not None and told else None
+
+
+def _shapes(source: fx.Node, axis: int, count: int, wanted: int) -> Iterator[tuple[int, ...]]:
+    """Shapes that a value may have: that of the example and larger ones, else such as come to the channels behind."""
+    if SHAPE.known(source):
+        shape = tuple(SHAPE.of(source))
+        if len(shape) >= -axis and shape[axis] == count:
+            yield shape
+            channels = len(shape) + axis
+            for scaled in ([0], [place for place in range(1, len(shape)) if place != channels]):
+                yield tuple(size * (1 + (place in scaled)) for place, size in enumerate(shape))
+        return
+    if (known := rank(source)) is None or known < max(2, -axis):
+        return  # other dims would be swapped where there are more
+    folded = wanted // count if wanted % count == 0 else 1
+    tiled = [(2, folded, *[1] * (known - 3)), (2, *[1] * (known - 3), folded)] if folded > 1 and known > 2 else []
+    for free in (*_SIZES, *tiled):
+        sizes = list(free[: known - 1])
+        sizes.insert(known + axis, count)
+        yield tuple(sizes)
+
+
+def _run(chain: Sequence[fx.Node], source: fx.Node, numbers: Tensor) -> Any:
+    """What some nodes make of numbers."""
+    values: dict[fx.Node, Any] = {source: numbers}
+
+    def load(node: fx.Node) -> Any:
+        if node not in values:
+            if VALUE.known(node):
+                return VALUE.of(node)
+            if not counts_sizes(node):
+                raise LookupError(f"{torch_name(node)} is of something else")
+            values[node] = computed(node, load)
+        return values[node]
+
+    for node in chain:
+        values[node] = computed(node, load)
+    return values[chain[-1]]

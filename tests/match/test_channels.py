@@ -1,0 +1,178 @@
+"""A scale goes through whatever moves or averages the numbers of each channel, and into the layer at the other end; not
+where channels are mixed, divided otherwise from size to size, or beside a border that is made up."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import structrep
+from tests.support.models import settled
+from tests.support.truth import EXACT, relative_error
+
+X = torch.randn(2, 4, 6, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+class Net(nn.Module):
+    """A norm before what takes it, and one behind what makes it."""
+
+    def __init__(self, how, before, behind, forward):
+        super().__init__()
+        self.norm, self.how = nn.BatchNorm2d(before), how
+        self.last, self.first = behind
+        self.run = forward
+
+    def forward(self, x):
+        return self.run(self, x)
+
+
+def ahead(self, x):
+    return self.last(self.how(self.norm(x.relu())))
+
+
+def back(self, x):
+    return self.norm(self.how(self.first(x)))
+
+
+def shuffled(x):
+    n, c, h, w = x.shape
+    return x.view(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w)
+
+
+AHEAD = {  # what stands between the norm and the layer, and that
+    "flattened": (lambda x: x.flatten(1), nn.Linear(192, 5)),
+    "tokens": (lambda x: x.flatten(2).transpose(1, 2), nn.Linear(4, 5)),
+    "permuted tokens": (lambda x: x.reshape(x.shape[0], 4, -1).permute(2, 0, 1), nn.Linear(4, 5)),
+    "global average": (lambda x: x.mean((2, 3)), nn.Linear(4, 5)),
+    "average that keeps dims": (lambda x: x.mean((-2, -1), keepdim=True), nn.Conv2d(4, 5, 1)),
+    "adaptive pool, flattened": (lambda x: F.adaptive_avg_pool2d(x, 1).flatten(1), nn.Linear(4, 5)),
+    "pool of four, flattened": (lambda x: F.adaptive_avg_pool2d(x, 2).flatten(1), nn.Linear(16, 5)),
+    "average of a dim": (lambda x: x.mean(3), nn.Conv1d(4, 5, 3)),
+    "average pool": (lambda x: F.avg_pool2d(x, 2, count_include_pad=False, padding=1).tanh(), None),
+    "channel shuffle": (shuffled, nn.Conv2d(4, 5, 1)),
+    "nn.ChannelShuffle": (nn.ChannelShuffle(2), nn.Conv2d(4, 5, 1)),
+    "pixel unshuffle": (lambda x: F.pixel_unshuffle(x, 2), nn.Conv2d(16, 5, 1)),
+    "nearest": (lambda x: F.interpolate(x, scale_factor=2), nn.Conv2d(4, 5, 3)),
+    "bilinear": (lambda x: F.interpolate(x, scale_factor=2, mode="bilinear"), nn.Conv2d(4, 5, 3)),
+    "nn.Upsample": (nn.Upsample(scale_factor=2), nn.Conv2d(4, 5, 1)),
+    "maximum": (lambda x: F.max_pool2d(x, 3, 2, 1), nn.Conv2d(4, 5, 3)),
+    "nn.MaxPool2d": (nn.MaxPool2d(2), nn.Conv2d(4, 5, 1)),
+    "some channels": (lambda x: x[:, 1:3], nn.Conv2d(2, 5, 1)),
+    "some pixels": (lambda x: x[:, :, ::2, 1:], nn.Conv2d(4, 5, 1)),
+    "turned": (lambda x: x.flip(1), nn.Conv2d(4, 5, 1)),
+}
+BACK = {
+    "pixel shuffle": (lambda x: F.pixel_shuffle(x, 2), nn.Conv2d(4, 16, 3, padding=1), 4),
+    "nn.PixelShuffle": (nn.PixelShuffle(2), nn.Conv2d(4, 8, 1), 2),
+    "channel shuffle": (shuffled, nn.Conv2d(4, 6, 3), 6),
+    "nearest": (lambda x: F.interpolate(x, scale_factor=3), nn.Conv2d(4, 6, 3), 6),
+    "maximum": (nn.MaxPool2d(2), nn.Conv2d(4, 6, 3), 6),
+    "adaptive pool": (lambda x: F.adaptive_avg_pool2d(x, 2), nn.Conv2d(4, 6, 3, padding=1), 6),
+    "turned": (lambda x: x.flip(1), nn.Conv2d(4, 6, 1), 6),
+}
+MIXED = {  # channels are mixed, or of another number for another size
+    "as rows": (lambda x: x.reshape(x.shape[0], -1, 4), nn.Linear(4, 5)),
+    "average of channels": (lambda x: x.mean(1, keepdim=True), nn.Conv2d(1, 5, 1)),
+    "border of zeros": (lambda x: F.avg_pool2d(x, 3, 1, 1), nn.Conv2d(4, 5, 1)),
+    "rolled rows": (lambda x: x.flatten(1).roll(1, 1).view_as(x), nn.Conv2d(4, 5, 1)),
+    "sum": (lambda x: x.sum((2, 3)), nn.Linear(4, 5)),
+    "sine": (lambda x: x.sin(), nn.Conv2d(4, 5, 1)),
+    "rows of channels": (lambda x: x.transpose(1, 2), nn.Conv2d(6, 5, 1)),
+}
+
+
+def norms(model):
+    return sum(isinstance(one, nn.modules.batchnorm._NormBase) for one in model.modules())
+
+
+def judged(model, x, inputs, left):
+    deploy = structrep.reparameterize(copy.deepcopy(model), *inputs)
+    assert norms(deploy) == left, structrep.plan(model, *inputs)
+    assert relative_error(deploy(x), model(x)) < EXACT
+    return deploy
+
+
+@pytest.mark.parametrize("inputs", [(), (X,)], ids=["alone", "with an example"])
+@pytest.mark.parametrize("name", [name for name, (_, last) in AHEAD.items() if last is not None])
+def test_a_norm_before_what_moves_numbers(name, inputs):
+    how, last = AHEAD[name]
+    judged(settled(Net(how, 4, (copy.deepcopy(last), None), ahead)), X, inputs, left=0)
+
+
+@pytest.mark.parametrize("inputs", [(), (X,)], ids=["alone", "with an example"])
+@pytest.mark.parametrize("name", BACK)
+def test_a_norm_behind_what_moves_numbers(name, inputs):
+    how, first, channels = BACK[name]
+    judged(settled(Net(how, channels, (None, copy.deepcopy(first)), back)), X, inputs, left=0)
+
+
+@pytest.mark.filterwarnings("ignore::structrep.NothingMerged")
+@pytest.mark.parametrize("inputs", [(), (X,)], ids=["alone", "with an example"])
+@pytest.mark.parametrize("name", MIXED)
+def test_a_norm_before_what_mixes_them_stays(name, inputs):
+    how, last = MIXED[name]
+    judged(settled(Net(how, 4, (copy.deepcopy(last), None), ahead)), X, inputs, left=1)
+
+
+@pytest.mark.filterwarnings("ignore::structrep.NothingMerged")
+@pytest.mark.parametrize("forward", [ahead, back])
+def test_a_scale_below_zero_turns_the_largest_into_the_smallest(forward):
+    model = settled(Net(nn.MaxPool2d(2), 4, (nn.Conv2d(4, 5, 1), nn.Conv2d(4, 4, 1)), forward))
+    judged(model, X, (), left=0)
+    model.norm.weight.data[2] *= -1
+    judged(model, X, (), left=1)
+
+
+@pytest.mark.filterwarnings("ignore::structrep.NothingMerged")
+def test_a_shift_does_not_go_into_a_layer_that_pads():
+    model = settled(Net(nn.Upsample(scale_factor=2), 4, (nn.Conv2d(4, 5, 3, padding=1), None), ahead))
+    judged(model, X, (), left=1)
+
+
+def test_a_dim_of_one_number_hides_nothing():
+    """Of one pixel, rows of channels are channels; of more they are not."""
+    model = settled(Net(lambda x: x.reshape(x.shape[0], -1, 4), 4, (nn.Linear(4, 5), None), ahead))
+    x = X[:, :, :1, :1]
+    assert norms(structrep.reparameterize(copy.deepcopy(model), x)) == 1
+    large = structrep.reparameterize(copy.deepcopy(model), x)(X)
+    assert relative_error(large, model(X)) < EXACT
+
+
+def test_a_norm_that_two_ways_read():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.n, self.a, self.b = nn.BatchNorm2d(4), nn.Linear(4, 3), nn.Conv2d(4, 3, 1)
+
+        def forward(self, x):
+            y = self.n(x.relu())
+            return self.a(y.mean((2, 3))) + self.b(F.max_pool2d(y, 2)).amax((2, 3))
+
+    judged(settled(Two()), X, (X,), left=0)
+
+
+STEPS = {
+    "shuffle": shuffled,
+    "flip": lambda x: x.flip(1),
+    "nearest": lambda x: F.interpolate(x, scale_factor=2),
+    "pool": lambda x: F.avg_pool2d(x, 2),
+    "turn": lambda x: x.transpose(2, 3),
+    "roll": lambda x: x.roll(1, 2),
+}
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.sampled_from(sorted(STEPS)), min_size=1, max_size=4), st.booleans())
+def test_several_in_a_row(names, example):
+    def how(x):
+        for name in names:
+            x = STEPS[name](x)
+        return x
+
+    model = settled(Net(how, 4, (nn.Conv2d(4, 5, 1), None), ahead))
+    x = X.repeat(1, 1, 4, 4)
+    judged(model, x, (x,) if example else (), left=0)
