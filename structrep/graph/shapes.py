@@ -97,6 +97,8 @@ def _rank(node: fx.Node, source: fx.Node | None) -> int | None:
     rest: tuple[Any, ...] = node.args[1:]
     if dims := spatial_dims(name):
         return dims + 2
+    if name in ("mm", "addmm"):
+        return 2
     if does(node, Is.RESHAPES) or name == "permute":
         sizes = rest[0] if len(rest) == 1 and isinstance(rest[0], (list, tuple)) else rest
         unknown = node.kwargs or not sizes or (len(rest) == 1 and isinstance(rest[0], fx.Node))

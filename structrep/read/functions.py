@@ -16,7 +16,7 @@ from structrep.graph.constants import constant, exact
 from structrep.graph.dtypes import cast_to
 from structrep.graph.facts import AUTOCAST, CALL, INDEX, TO_OWN_DTYPE, VALUE
 from structrep.graph.operations import does, torch_name
-from structrep.graph.queries import asks_dtype
+from structrep.graph.queries import asked_of, asks_dtype
 from structrep.graph.shapes import argument, rank
 from structrep.graph.table import CASTS, Is, spatial_dims
 from structrep.read.arguments import Arguments, reads
@@ -63,7 +63,22 @@ def _(a: Arguments) -> Layer | None:
     return None if weight is None or weight.ndim != 2 else linear_layer(weight, a.tensor(2, "bias"))
 
 
-@reads(operator.matmul, torch.matmul, "matmul")
+@reads(torch.addmm, "addmm")
+def _(a: Arguments) -> Layer | None:
+    bias, weight = constant(a(0, "input")), constant(a(2, "mat2"))
+    if not isinstance(bias, Tensor) or not isinstance(weight, Tensor) or bias.shape != weight.shape[1:]:
+        return None
+    return None if a.node.kwargs.keys() & {"alpha", "beta"} else channel_mix_layer(weight, weight.T, 0, bias)
+
+
+@reads(torch.tensordot)
+def _(a: Arguments) -> Layer | None:
+    weight, dims = constant(a(1, "b")), a(2, "dims", 2)
+    last = dims in (1, ([-1], [0]), ((-1,), (0,))) and isinstance(weight, Tensor) and weight.ndim == 2
+    return channel_mix_layer(weight, weight.T, 0) if last else None  # type: ignore[arg-type, union-attr]
+
+
+@reads(operator.matmul, torch.matmul, "matmul", torch.mm, "mm")
 def _(a: Arguments) -> Layer | None:
     left, right = a.pair()
     before, behind = constant(left), constant(right)
@@ -265,7 +280,7 @@ def _(a: Arguments) -> Reading | None:
 
 def _signed_sum(a: Arguments, sign: float) -> Reading | None:
     """left + sign * alpha * right."""
-    left, right = a.pair()
+    left, right, through = _spread_out(*a.pair())
     alpha = a.node.kwargs.get("alpha", 1)
     if not isinstance(alpha, (int, float)):
         return None
@@ -274,18 +289,45 @@ def _signed_sum(a: Arguments, sign: float) -> Reading | None:
         both = isinstance(left, fx.Node) and isinstance(right, fx.Node)
         return Sum(((left, 1.0), (right, sign * alpha))) if both else None
     if known_right is not None:
-        return Identity(left) if is_number(known_right, 0) else scale_layer(1.0, sign * alpha * known_right)
+        if is_number(known_right, 0) and not through:
+            return Identity(left)
+        return _by_way_of(scale_layer(1.0, sign * alpha * known_right), left, through)
     assert known_left is not None
-    return Identity(right) if is_number(known_left, 0) and sign * alpha == 1 else scale_layer(sign * alpha, known_left)
+    if is_number(known_left, 0) and sign * alpha == 1 and not through:
+        return Identity(right)
+    return _by_way_of(scale_layer(sign * alpha, known_left), right, through)
 
 
 @reads(operator.mul, operator.imul, torch.mul, torch.multiply, "mul", "imul", "rmul", "multiply")
 def _(a: Arguments) -> Layer | Identity | None:
-    left, right = a.pair()
+    left, right, through = _spread_out(*a.pair())
     factor, value = (exact(right), left) if constant(left) is None else (exact(left), right)
     if factor is None:
         return None
-    return Identity(value) if is_number(factor, 1) else scale_layer(factor)
+    return Identity(value) if is_number(factor, 1) and not through else _by_way_of(scale_layer(factor), value, through)
+
+
+def _by_way_of(layer: Layer | None, source: fx.Node, through: tuple[fx.Node, ...]) -> Layer | None:
+    """A layer whose constant other nodes spread out."""
+    return replace(layer, source=source, through=through) if layer and through else layer
+
+
+def _spread_out(left: Any, right: Any) -> tuple[Any, Any, tuple[fx.Node, ...]]:
+    """Two operands, the constant for one that only repeats it to the shape of the other, and what does so."""
+    for value, other, back in ((left, right, False), (right, left, True)):
+        if not isinstance(value, fx.Node) or torch_name(value) not in ("expand_as", "expand", "broadcast_to"):
+            continue
+        held, *shape = value.args
+        like = shape[0] if len(shape) == 1 and isinstance(shape[0], fx.Node) else None
+        whole = (
+            like is not None
+            and asked_of(like) == "sizes"
+            and like.args[0] is other
+            and len(like.args) + (like.op == "call_function") in (1, 3)
+        )
+        if constant(held) is not None and other is not value and (like is other or whole):
+            return (other, held, (value,)) if back else (held, other, (value,))
+    return left, right, ()
 
 
 @reads(
@@ -370,6 +412,12 @@ def _(a: Arguments) -> Layer | None:
 @reads(torch.zeros_like)
 def _(a: Arguments) -> Layer | None:
     return scale_layer(0.0) if len(a.node.args) == 1 and not a.node.kwargs else None  # what sums often start from
+
+
+@reads(F.prelu)
+def _(a: Arguments) -> Identity | None:
+    weight = constant(a(1, "weight"))
+    return Identity(a(0, "input")) if isinstance(weight, Tensor) and bool((weight == 1).all()) else None
 
 
 @reads(F.leaky_relu)

@@ -202,6 +202,11 @@ def _(curve: nn.LeakyReLU) -> Layer | None:
     return scale_layer(1.0) if curve.negative_slope == 1 else None  # VanillaNet's, at the end of its training
 
 
+@_reads(nn.PReLU)
+def _(curve: nn.PReLU) -> Layer | None:
+    return scale_layer(1.0) if bool((curve.weight == 1).all()) else None
+
+
 @_reads(Shift)
 def _(shift: Shift) -> Layer | None:
     return scale_layer(1.0, shift.get_buffer("shift"))

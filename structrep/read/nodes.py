@@ -32,7 +32,7 @@ def read_node(node: fx.Node) -> Reading | None:
     reader = CALLS.get(node.target.strip("_") if isinstance(node.target, str) else node.target)
     if reader is None:
         return None
-    if "out" in node.kwargs:
+    if node.kwargs.get("out") is not None:
         return None
     try:
         reading = reader(Arguments(node, read_node))

@@ -80,11 +80,11 @@ def linear_layer(weight: Tensor, bias: Tensor | None) -> Layer:
     return kernel_layer("linear", geometry, lambda c, d: ConvMap(weight.detach(), bias), weight, bias)
 
 
-def channel_mix_layer(weight: Tensor, matrix: Tensor, dims: int) -> Layer:
+def channel_mix_layer(weight: Tensor, matrix: Tensor, dims: int, bias: Tensor | None = None) -> Layer:
     """A matrix (O, I), made of a weight, on the channels of a value with that many spatial dims."""
     geometry = Geometry(matrix.shape[1], matrix.shape[0], (1,) * dims)
     kernel = matrix.detach().reshape(*matrix.shape, *[1] * dims)
-    return kernel_layer("conv" if dims else "linear", geometry, lambda c, d: ConvMap(kernel), weight, None)
+    return kernel_layer("conv" if dims else "linear", geometry, lambda c, d: ConvMap(kernel, bias), weight, bias)
 
 
 def kernel_layer(

@@ -51,7 +51,9 @@ REASONS = {
     "s.l(F.adaptive_avg_pool2d(s.n(torch.cat([x, x], 1).relu()), 4).reshape(2, 16, 8))": (
         "l is behind it, but adaptive_avg_pool2d and reshape stand between"
     ),
-    "s.l(s.n(torch.cat([x, x], 1).relu()).mean(1).reshape(2, 2, 8))": "l is behind it, but mean and reshape stand between",
+    "s.l(s.n(torch.cat([x, x], 1).relu()).mean(1).reshape(2, 2, 8))": (
+        "l is behind it, but mean and reshape stand between"
+    ),
     "s.n(s.a(x).mT.reshape(2, 4, 4, 8).transpose(1, 3))": (
         "a is before it, but transpose and reshape and mT stand between"
     ),

@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tests.support.models import bn, conv, made, noise
-from tests.support.truth import CLOSE, check
+import structrep
+from tests.support.models import bn, conv, made, noise, settled
+from tests.support.truth import CLOSE, check, relative_error
 
 X = noise(2, 4, 6, 7)
 
@@ -82,3 +83,91 @@ def test_a_scale_that_spreads_one_channel_over_several():
 def test_a_leaky_curve_of_slope_1_is_none(slope, merges, convs):
     model = nn.Sequential(conv(k=1), bn(4), nn.LeakyReLU(slope), conv(k=1))
     check(model, noise(1, 4, 3, 3), merges=merges, within=CLOSE, conv=convs)
+
+
+class Learned(nn.Module):
+    def __init__(self, channels, slope):
+        super().__init__()
+        self.slope = nn.Parameter(torch.full((channels,), slope))
+
+    def forward(self, x):
+        return F.prelu(x, self.slope)
+
+
+@pytest.mark.parametrize(("slope", "convs"), [(1.0, 1), (0.5, 2)])
+@pytest.mark.parametrize("curve", [nn.PReLU, Learned])
+def test_a_learned_slope_of_1_is_none(curve, slope, convs):
+    model = settled(nn.Sequential(conv(k=1), bn(4), curve(4, slope), conv(k=1)))
+    deploy = structrep.reparameterize(model, X)
+    assert sum(isinstance(one, nn.Conv2d) for one in deploy.modules()) == convs
+    assert relative_error(deploy(X), model(X)) < CLOSE
+
+
+class Rows(nn.Module):
+    """A matrix and a bias that are no layer, and the norm or Linear behind."""
+
+    def __init__(self, product, behind):
+        super().__init__()
+        self.w, self.b = nn.Parameter(torch.randn(16, 5)), nn.Parameter(torch.randn(5))
+        self.product, self.behind = product, behind
+
+    def forward(self, x):
+        return self.behind(self.product(self, x))
+
+
+@pytest.mark.parametrize("product", [
+    lambda m, x: torch.mm(x, m.w),
+    lambda m, x: x.mm(m.w) + m.b,
+    lambda m, x: torch.addmm(m.b, x, m.w),
+    lambda m, x: m.b.addmm(x, m.w),
+    lambda m, x: torch.tensordot(x, m.w, dims=1),
+    lambda m, x: torch.tensordot(x, m.w, ([-1], [0])),
+])  # fmt: skip
+def test_products_with_a_matrix(product):
+    check(Rows(product, nn.BatchNorm1d(5)), noise(3, 16), merges=1, within=CLOSE, ways=("with an example",))
+    check(Rows(product, nn.Linear(5, 3)), noise(3, 16), merges=1, within=CLOSE)
+
+
+@pytest.mark.parametrize("product", [
+    lambda m, x: torch.addmm(m.b, x, m.w, alpha=2),
+    lambda m, x: torch.addmm(x[:, :5], x, m.w),
+    lambda m, x: torch.mm(x[:, :5], m.w.T),
+    lambda m, x: torch.tensordot(x, m.w, ([0], [0])),
+    lambda m, x: torch.mm(m.w.T, x.T),
+])  # fmt: skip
+def test_products_that_are_none(product):
+    """Scaled, with a bias of the input's, or along another dim: what is not read stays, and is right."""
+    for behind in (nn.Identity(), nn.ReLU()):
+        check(Rows(product, behind), noise(16, 16), merges=0, within=0.0)
+
+
+class Spread(nn.Module):
+    def __init__(self, how, *shape):
+        super().__init__()
+        self.c, self.n, self.p = conv(), bn(4), nn.Parameter(torch.rand(shape) + 0.5)
+        self.how = how
+
+    def forward(self, x):
+        return self.n(self.how(self.p, self.c(x)))
+
+
+@pytest.mark.parametrize("how", [
+    lambda p, x: p.expand_as(x) + x,
+    lambda p, x: x - p.expand_as(x),
+    lambda p, x: x * p.expand_as(x),
+    lambda p, x: p.expand(x.shape) + x,
+    lambda p, x: torch.broadcast_to(p, x.size()) * x,
+    lambda p, x: x.mul(p.expand(x.size())),
+])  # fmt: skip
+def test_a_constant_that_is_repeated_to_the_shape_of_a_value(how):
+    check(Spread(how, 1, 4, 1, 1), X, merges=1, within=CLOSE, conv=1, norm=0)
+    check(Spread(how, 4, 1, 1), X, merges=1, within=CLOSE, conv=1, norm=0)
+
+
+@pytest.mark.parametrize("how", [
+    lambda p, x: p.expand_as(x) + x[:1],  # of another batch
+    lambda p, x: p.expand(x.shape[0], 4, x.shape[2], x.shape[3]) * x.mean((2, 3), keepdim=True),
+    lambda p, x: p.expand_as(x) + p.expand_as(x) * 0 + x.sin(),
+])  # fmt: skip
+def test_a_constant_of_another_shape_stays(how):
+    check(Spread(how, 1, 4, 1, 1), X, merges=0, refused="Isolated", within=0.0)
