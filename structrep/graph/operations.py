@@ -18,6 +18,7 @@ import functools
 import inspect
 import operator
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from types import FunctionType
 from typing import Any
@@ -330,12 +331,27 @@ def _kept(node: fx.Node, fact: Fact[Made], made: Callable[[fx.Node], set[fx.Node
 
 
 def _writes(node: fx.Node) -> set[fx.Node]:
+    if rearranges(node):
+        return set()
     if node.op == "call_module":
         in_place = getattr(CALL.of(node).module, "inplace", False)
         found = _first(node.args, node.kwargs) if in_place else []
     else:
         found = written(node.target, node.args, node.kwargs) if node.op.startswith("call") else []
     return _nodes([*found, *(node.all_input_nodes if UNFOLLOWED.get(node) else ())])
+
+
+def rearrangers() -> set[FunctionType]:
+    """einops' one function, whatever is called of it, if it is loaded: it looks up what it is given by type, so that no
+    traced value goes through."""
+    einops = sys.modules.get("einops.einops")
+    return {einops.reduce} if einops is not None else set()
+
+
+def rearranges(node: fx.Node) -> bool:
+    """Whether a node is a call of it that only moves or averages numbers."""
+    told = node.kwargs.get("reduction", node.args[2] if len(node.args) > 2 else None)
+    return node.target in rearrangers() and told in ("rearrange", "repeat", "mean")
 
 
 def _shares(node: fx.Node) -> set[fx.Node]:

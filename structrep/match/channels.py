@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from structrep.graph.facts import CALL, SHAPE, STORED, UNFOLLOWED, VALUE
-from structrep.graph.operations import does, module_does, torch_name
+from structrep.graph.operations import does, module_does, rearranges, torch_name
 from structrep.graph.queries import counts_sizes
 from structrep.graph.run import computed
 from structrep.graph.shapes import rank
@@ -25,7 +25,6 @@ from structrep.graph.table import Is
 
 MOST = 1 << 23  # numbers that are moved to see where they go
 _TURNS = {"T", "mT", "H", "mH"}
-_EINOPS = {"rearrange", "repeat", "mean"}  # what einops' one function is told that only moves or averages numbers
 _SIZES = ((2, 5, 6, 7), (3, 4, 9, 2), (2, 14, 7, 28), (1, 8, 16, 4))  # of dims of which nothing else is known
 
 
@@ -49,9 +48,7 @@ def passes(node: fx.Node) -> bool:
     if node.op == "call_module":
         found: Callable[[Is], bool] = lambda what: module_does(CALL.of(node).module, what)  # noqa: E731
         return not UNFOLLOWED.get(node) and (found(Is.MOVES) or found(Is.AVERAGES) or found(Is.MAXIMUM))
-    if getattr(node.target, "__module__", None) == "einops.einops":
-        return node.kwargs.get("reduction") in _EINOPS
-    return permutes(node) or does(node, Is.MOVES) or does(node, Is.AVERAGES) or compares(node)
+    return rearranges(node) or permutes(node) or does(node, Is.MOVES) or does(node, Is.AVERAGES) or compares(node)
 
 
 def permutes(node: fx.Node) -> bool:

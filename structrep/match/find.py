@@ -10,6 +10,7 @@ from structrep.algebra import ConvMap
 from structrep.errors import Refusal
 from structrep.graph.calls import Trace
 from structrep.graph.observed import Observed
+from structrep.graph.operations import rearrangers
 from structrep.match.findings import Findings
 from structrep.match.merge import Merge, Missed
 from structrep.match.search import Search, search
@@ -74,6 +75,8 @@ def _search(findings: Findings) -> Findings:
     for path, reason in findings.traced.assumed.items():
         findings.missed.append(Missed(path or "(root)", "-", "followed on one way alone", reason))
     for function, (path, reason) in findings.traced.unfollowed.items():
+        if function in rearrangers():
+            continue
         findings.missed.append(Missed(path or "(root)", "-", f"{function.__name__}() as it is", reason))
     for one in findings.traced.traces:
         found = _best_order(findings, one)

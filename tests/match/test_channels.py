@@ -6,6 +6,8 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from einops import rearrange, reduce, repeat
+from einops.layers.torch import Rearrange
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -176,3 +178,40 @@ def test_several_in_a_row(names, example):
     model = settled(Net(how, 4, (nn.Conv2d(4, 5, 1), None), ahead))
     x = X.repeat(1, 1, 4, 4)
     judged(model, x, (x,) if example else (), left=0)
+
+
+class ChannelsLast(nn.LayerNorm):
+    """As OverLoCK's: a layer norm between two of einops' permutations."""
+
+    def forward(self, x):
+        return rearrange(super().forward(rearrange(x, "b c h w -> b h w c")), "b h w c -> b c h w")
+
+
+def test_einops_moves_numbers_and_does_nothing_else():
+    model = settled(nn.Sequential(ChannelsLast(4), nn.Conv2d(4, 5, 1)))
+    plan = structrep.plan(model, X)
+    assert [one.where for one in plan.merges] == ["1"]
+    assert not plan.refusals
+    deploy = plan.apply()
+    assert deploy[0].weight is None
+    assert relative_error(deploy(X), model(X)) < EXACT
+
+
+@pytest.mark.parametrize(("pattern", "sizes", "last", "left"), [
+    ("b c h w -> b (h w) c", {}, nn.Linear(4, 5), 0),
+    ("b c (h p) (w q) -> b (c p q) h w", {"p": 2, "q": 2}, nn.Conv2d(16, 5, 1), 0),
+    ("b (g c) h w -> b (c g) h w", {"g": 2}, nn.Conv2d(4, 5, 1), 0),
+    ("b c h w -> b h c w", {}, nn.Conv2d(6, 5, 1), 1),
+    ("b c (h p) w -> b p (h w) c", {"p": 2}, nn.Conv2d(2, 5, 1), 1),
+])  # fmt: skip
+def test_patterns_of_einops(pattern, sizes, last, left):
+    model = settled(Net(lambda x: rearrange(x, pattern, **sizes), 4, (last, None), ahead))
+    judged(model, X, (X,), left=left)
+
+
+def test_other_functions_of_einops():
+    how = lambda x: repeat(reduce(x, "b c h w -> b c", "mean"), "b c -> b c h w", h=2, w=3)  # noqa: E731
+    judged(settled(Net(how, 4, (nn.Conv2d(4, 5, 1), None), ahead)), X, (X,), left=0)
+    how = lambda x: reduce(x, "b c h w -> b c", "max")  # noqa: E731
+    judged(settled(Net(how, 4, (nn.Linear(4, 5), None), ahead)), X, (X,), left=1)
+    judged(settled(Net(Rearrange("b c h w -> b h w c"), 4, (nn.Linear(4, 5), None), ahead)), X, (X,), left=0)
