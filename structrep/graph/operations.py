@@ -348,8 +348,17 @@ def rearrangers() -> set[FunctionType]:
     return {einops.reduce} if einops is not None else set()
 
 
+def rearranging_layers() -> set[type[nn.Module]]:
+    """einops' layers, which do the same."""
+    layers = sys.modules.get("einops.layers.torch")
+    return {layers.Rearrange, layers.Reduce} if layers is not None else set()
+
+
 def rearranges(node: fx.Node) -> bool:
-    """Whether a node is a call of it that only moves or averages numbers."""
+    """Whether a node is a call of einops that only moves or averages numbers."""
+    if node.op == "call_module":
+        module = CALL.of(node).module
+        return type(module) in rearranging_layers() and getattr(module, "reduction", "mean") == "mean"
     told = node.kwargs.get("reduction", node.args[2] if len(node.args) > 2 else None)
     return node.target in rearrangers() and told in ("rearrange", "repeat", "mean")
 

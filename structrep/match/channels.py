@@ -45,7 +45,7 @@ def passes(node: fx.Node) -> bool:
     """Whether a node may only move, average or compare numbers of one value."""
     if STORED.get(node) or sum(not VALUE.known(n) and not counts_sizes(n) for n in node.all_input_nodes) != 1:
         return False
-    if node.op == "call_module":
+    if node.op == "call_module" and not rearranges(node):
         found: Callable[[Is], bool] = lambda what: module_does(CALL.of(node).module, what)  # noqa: E731
         return not UNFOLLOWED.get(node) and (found(Is.MOVES) or found(Is.AVERAGES) or found(Is.MAXIMUM))
     return rearranges(node) or permutes(node) or does(node, Is.MOVES) or does(node, Is.AVERAGES) or compares(node)

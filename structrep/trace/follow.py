@@ -18,7 +18,7 @@ from structrep.algebra import ConvMap
 from structrep.errors import StructrepError, Untraceable, said
 from structrep.graph.calls import Trace, Traced
 from structrep.graph.observed import Arguments, Observed
-from structrep.graph.operations import rearrangers
+from structrep.graph.operations import rearrangers, rearranging_layers
 from structrep.graph.run import Partial, infer_shapes
 from structrep.graph.structures import alike, holds_tensor, snapshot
 from structrep.modules import parametrized
@@ -225,7 +225,7 @@ def follow(
 ) -> CallTracer:
     """Trace, keeping whole one more function or module type after each failure, until all goes through or the root
     itself stops it."""
-    opaque: set[type[nn.Module]] = set()
+    opaque = rearranging_layers()
     whole = {one: ("", Untraceable(f"{one.__name__} is kept whole")) for one in rearrangers()}
     followed: set[FunctionType] = set()
     assumed: dict[type, tuple[str, Untraceable]] = {}  # types that were followed on one of several ways
