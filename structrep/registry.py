@@ -125,6 +125,15 @@ class Registry:
     """An ordered collection of rules: yours are tried before those that come along, laws last, else earlier ones first.
 
     Iterating gives the rules in the order in which they are tried.
+
+    Examples:
+        >>> mine = Registry()
+        >>> mine.add(rule)
+        >>> structrep.plan(model, rules=mine)
+
+    Raises:
+        InvalidRule: by what adds rules, of one that cannot be registered.
+        UnknownRule: by what looks one up.
     """
 
     _rules: dict[str, Rule] = field(default_factory=dict)
@@ -183,6 +192,14 @@ class Registry:
         published: str = "",
     ) -> Callable[[Merge], Merge]:
         """Decorator: register a merge function under its own name.
+
+        Args:
+            pattern, source: what it merges, whose names are the arguments of the function, and where it is from.
+            name: another name than the function's.
+            example, counter_examples, example_shape, published: as for `Rule`.
+
+        Raises:
+            InvalidRule: as `add`.
 
         Examples:
             >>> registry = Registry()

@@ -36,6 +36,11 @@ def check_rule(rule: Rule) -> list[str]:
     afterwards; that a norm in training mode is an error; that a hook inside is not merged over; that weights that are
     no numbers are left; and that its counter-examples are refused as it says.
 
+    Examples:
+        >>> @pytest.mark.parametrize("rule", my_registry, ids=lambda rule: rule.name)
+        ... def test_rules(rule):
+        ...     check_rule(rule)
+
     Returns:
         What was checked, in words.
 

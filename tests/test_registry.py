@@ -3,6 +3,7 @@
 import sys
 import tomllib
 import warnings
+from dataclasses import replace
 from importlib import metadata
 
 import pytest
@@ -232,3 +233,42 @@ def test_a_rule_or_a_registry_may_be_named_itself(installed, monkeypatch):
     installed(*(metadata.EntryPoint(v[-5:], v, registry.RULES) for v in values))
     registry.load_plugins()
     assert {"renamed", "other", "twins"} <= {rule.name for rule in registry.default}
+
+
+class Beside(nn.Module):
+    def __init__(self, join):
+        super().__init__()
+        self.a, self.b, self.join = nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3), join
+
+    def forward(self, x):
+        return self.join([self.a(x), self.b(x)])
+
+
+class Kernel(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(4, 4, 3, 3))
+
+    def forward(self, x):
+        return nn.functional.conv2d(x, self.w * self.w.abs().tanh(), padding=1)
+
+
+OF_LAWS = {
+    "constant_kernel": Kernel,
+    "fold_norm": lambda: nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)),
+    "fold_prenorm": lambda: nn.Sequential(nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3)),
+    "branches": lambda: Beside(sum),
+    "concat": lambda: Beside(lambda parts: torch.cat(parts, 1)),
+    "chain": lambda: nn.Sequential(nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 3)),
+}
+
+
+@pytest.mark.parametrize("rule", [rule for rule in default if rule.law], ids=lambda rule: rule.name)
+def test_the_function_of_a_law_computes_its_pattern(rule):
+    """What a law merges is a term's value, whatever its function says: here the two are compared."""
+    (merge,) = structrep.plan(settled(OF_LAWS[rule.name]())).merged.values()
+    assert merge.rules == (rule.name,)
+    found = rule.match(merge.term)
+    assert found is not None
+    proved = replace(rule, law=False).merged(merge.term, found)
+    assert proved.distance(merge.value()) == 0

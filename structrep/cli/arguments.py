@@ -136,15 +136,15 @@ Dtype = Annotated[str | None, typer.Option(help="What to run both in: float32, b
 AsJson = Annotated[bool, typer.Option("--json", help="Print the record as JSON.")]
 
 
-def _dtype(name: str | None) -> torch.dtype | None:
+def dtype_named(name: str | None) -> torch.dtype | None:
     found = getattr(torch, name, None) if name else None
     if name and not (isinstance(found, torch.dtype) and found.is_floating_point):
         raise BadInput(f"{name!r} is no floating-point dtype: float32, bfloat16, float16 and float64 are")
     return found
 
 
-def _autocast(name: str | None, device: torch.device) -> torch.dtype | None:
-    found = _dtype(name)
+def autocast_of(name: str | None, device: torch.device) -> torch.dtype | None:
+    found = dtype_named(name)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # torch only warns, and goes on without
         try:
@@ -188,7 +188,7 @@ def planning(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-def _device(name: str | None) -> torch.device:
+def device_of(name: str | None) -> torch.device:
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.zeros(1, device=device).item()
@@ -197,7 +197,7 @@ def _device(name: str | None) -> torch.device:
     return device
 
 
-def _keywords(arguments: Sequence[str]) -> dict[str, Any]:
+def keywords_of(arguments: Sequence[str]) -> dict[str, Any]:
     keywords: dict[str, Any] = {}
     for argument in arguments:
         name, equals, text = argument.partition("=")
@@ -215,13 +215,13 @@ def _keywords(arguments: Sequence[str]) -> dict[str, Any]:
     return keywords
 
 
-def _size(shape: str) -> tuple[int, ...]:
+def size_of(shape: str) -> tuple[int, ...]:
     if not re.fullmatch(r"[1-9]\d{0,17}(x[1-9]\d{0,17})*", shape, re.ASCII):
         raise BadInput(f"--shape {shape!r} is no size: write positive numbers with x between, 1x3x224x224 say")
     return tuple(map(int, shape.split("x")))
 
 
-def _examples(sizes: Sequence[tuple[int, ...]]) -> Iterator[Tensor]:
+def examples_of(sizes: Sequence[tuple[int, ...]]) -> Iterator[Tensor]:
     generator = torch.Generator().manual_seed(0)
     for size in sizes:
         try:

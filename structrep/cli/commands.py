@@ -28,13 +28,13 @@ from structrep.cli.arguments import (
     Source,
     Trusted,
     Weights,
-    _autocast,
-    _device,
-    _dtype,
-    _examples,
-    _keywords,
-    _size,
+    autocast_of,
+    device_of,
+    dtype_named,
+    examples_of,
+    keywords_of,
     planning,
+    size_of,
 )
 from structrep.convert.options import Options
 from structrep.deliver import checkpoint
@@ -257,9 +257,9 @@ def verify(
                     f"{given_for_torch[0]} says nothing of it: leave that out, or verify a .pt2 file"
                 )
             device = "cpu"
-        where = _device(device)
+        where = device_of(device)
         how: dict[str, Any] = {
-            "device": where, "dtype": _dtype(dtype), "autocast": _autocast(autocast, where),
+            "device": where, "dtype": dtype_named(dtype), "autocast": autocast_of(autocast, where),
             "channels_last": channels_last, "tf32": tf32,
         }  # fmt: skip
         with working("reading the file"):
@@ -306,7 +306,7 @@ def bench(
             raise BadInput("the models are timed on an example input: give its --shape, 1x3x224x224 say")
         Options.of(**settings)
         given = _prepare(working, source, weights, entry, arg, shape, download, trusted)
-        where, what = _device(device), _dtype(dtype)
+        where, what = device_of(device), dtype_named(dtype)
         with working("merging"):
             plan = structrep.plan(given.model, given.inputs, **settings)
             _demand_merges(plan)
@@ -366,8 +366,8 @@ def _prepare(
     download: bool,
     trusted: bool,
 ) -> Given:
-    keywords = _keywords(arguments or [])
-    sizes = [_size(shape) for shape in shapes or []]
+    keywords = keywords_of(arguments or [])
+    sizes = [size_of(shape) for shape in shapes or []]
     if entry is not None and weights is None:
         raise BadInput(f"--entry {entry} is of a checkpoint: give it with --weights")
     with working(f"making {source}"):
@@ -379,4 +379,4 @@ def _prepare(
         if not isinstance(model, fx.GraphModule):  # an exported one has no modes
             model.eval()
     dtype = dtype_of(model)
-    return Given(model, tuple(one.to(dtype) for one in _examples(sizes)) or None)
+    return Given(model, tuple(one.to(dtype) for one in examples_of(sizes)) or None)

@@ -150,6 +150,10 @@ def explain(
     Examples:
         >>> print(structrep.explain(model, "layer1.0.conv1", "layer1.0.conv2"))
 
+    Args:
+        first, second: paths of two modules, as `model.named_modules()` has them.
+        example_inputs, rules: as for `plan`.
+
     Raises:
         BadInput: the model has no module of that name.
         TrainingMode, Uninitialized, Sharded, UnknownRule: as for `plan`.

@@ -50,7 +50,13 @@ _made: WeakValueDictionary[int, nn.Module] = WeakValueDictionary()
 
 
 class Plan:
-    """All merges and refusals for one model. Nothing is changed before `apply`."""
+    """All merges and refusals for one model, as `structrep.plan` gives it. Nothing is changed before `apply`.
+
+    Examples:
+        >>> plan = structrep.plan(model, torch.randn(1, 3, 224, 224))
+        >>> print(plan)  # a table of what becomes what, and of what stays and why
+        >>> deploy = plan.apply()
+    """
 
     def __init__(
         self, model: nn.Module, selection: Selection, measured: Measured | None = None, given: nn.Module | None = None
@@ -65,10 +71,12 @@ class Plan:
 
     @property
     def merges(self) -> tuple[MergeRecord, ...]:
+        """What is merged, in the order of the layers: where, by which rules, what it costs before and after."""
         return self._selection.records(self._measured.seconds if self._measured else lambda merge: None)
 
     @property
     def refusals(self) -> tuple[RefusalRecord, ...]:
+        """What stays, and why: the law that does not hold, or the line of code that stands in the way."""
         return tuple(map(refusal, self._selection.missed))
 
     @property
@@ -88,6 +96,7 @@ class Plan:
 
     @property
     def record(self) -> PlanRecord:
+        """The plan without the model, to be printed or written as JSON."""
         model = type(self._model).__name__
         return PlanRecord(model=model, merges=self.merges, refusals=self.refusals, notes=self.notes)
 

@@ -90,7 +90,7 @@ def _rank(node: fx.Node, source: fx.Node | None) -> int | None:
     if node.op == "placeholder":
         return next((known for user in node.users if (known := _demanded(user)) is not None), None)
     if node.op == "call_module":
-        return _of_module(CALL.of(node).module, given)
+        return rank_of_module(CALL.of(node).module, given)
     if node.op not in ("call_function", "call_method"):
         return None
     name = torch_name(node).strip("_")
@@ -130,12 +130,12 @@ def _rank(node: fx.Node, source: fx.Node | None) -> int | None:
 def _demanded(user: fx.Node) -> int | None:
     """How many dims a layer needs that is given a value."""
     if user.op == "call_module":
-        return _of_module(CALL.of(user).module, None)
+        return rank_of_module(CALL.of(user).module, None)
     dims = spatial_dims(torch_name(user)) if user.op == "call_function" else None
     return dims + 2 if dims else None
 
 
-def _of_module(module: nn.Module, given: int | None) -> int | None:
+def rank_of_module(module: nn.Module, given: int | None) -> int | None:
     if isinstance(module, nn.Flatten):
         return _flattened(module.start_dim, module.end_dim, given)
     for base in type(module).__mro__:

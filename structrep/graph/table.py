@@ -1,7 +1,8 @@
 """What torch's operations are, where no schema says it: the one table of their names.
 
 A new operation is a row here, or a word in one, and nothing where its schema says enough: what makes each number of the
-one at its place is tagged so (`operations.is_pointwise`). How an operation is read as a map is `read.functions`'.
+one at its place is tagged so (`operations.is_pointwise`). How an operation is read as a map is
+`read.functions`' and `read.products`'.
 """
 
 from __future__ import annotations

@@ -151,7 +151,7 @@ class Pieces:
         size = pieces(self.entry)[1:]
         if layer.dims not in (None, len(size)) or layer.in_channels not in (None, channels):
             return None
-        if layer.kind in ("norm", "affine"):
+        if layer.scales:
             return seq(
                 [term, leaf(spread(layer, channels * math.prod(size), self.dims, tiled((channels, *size))))]
             ), channels

@@ -89,7 +89,7 @@ def absorptions(readings: Readings, endings: Mapping[fx.Node, Layer]) -> Iterato
         if isinstance(reading, Sum) and (one := _by_sum(node, reading, readings, found)) is not None:
             found[node] = one
             yield one
-        if isinstance(reading, Layer) and reading.kind in ("norm", "affine") and not _seen_elsewhere(node, reading):
+        if isinstance(reading, Layer) and reading.scales and not _seen_elsewhere(node, reading):
             try:
                 one = (
                     _takers(node, reading, readings, found)

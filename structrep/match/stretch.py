@@ -28,7 +28,7 @@ class Segment:
     def keeps_shape(self) -> bool:
         """Whether a value is of the same shape behind it as before, on every input."""
         layer = self.term.layer
-        return self.term.op == "one" or (layer is not None and layer.kind in ("norm", "affine"))
+        return self.term.op == "one" or (layer is not None and layer.scales)
 
 
 @dataclass(frozen=True, eq=False)

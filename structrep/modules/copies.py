@@ -210,7 +210,7 @@ def is_compiled(module: nn.Module) -> bool:
     return "_orig_mod" in module._modules  # its class's import would load the whole compiler
 
 
-def _scripted(module: nn.Module) -> Untraceable:
+def scripted(module: nn.Module) -> Untraceable:
     name = getattr(module, "original_name", type(module).__name__)
     return Untraceable(
         f"{name} is TorchScript, whose code is fixed: put the module that it was made of there, and script what comes "

@@ -14,7 +14,7 @@ from torch import nn
 
 from structrep.modules.call_sites import function_of
 from structrep.modules.positions import definition, definition_around, place_around
-from structrep.modules.source import _asked_of, attribute_of, functions, syntax
+from structrep.modules.source import asked_of_names, attribute_of, functions, syntax
 
 WHAT = "what it is"  # what is asked about a part that is handed to somebody, or met on a walk
 TYPE = "its type"
@@ -329,7 +329,7 @@ def _asks_for_geometry(function: FunctionType, place: int) -> bool:
     tree = syntax(function)
     if not isinstance(tree, ast.FunctionDef) or place >= len(tree.args.args):
         return False
-    asked = _asked_of({tree.args.args[place].arg}, tree)
+    asked = asked_of_names({tree.args.args[place].arg}, tree)
     return asked is not None and bool(asked) and GEOMETRY.issuperset(asked)
 
 

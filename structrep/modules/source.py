@@ -155,12 +155,12 @@ def reads_settings_only(function: FunctionType, module: nn.Module, args: Any, kw
     except TypeError:
         return False
     names = {name for name, value in given.items() if value is module}
-    asked = _asked_of(names, tree)
+    asked = asked_of_names(names, tree)
     plain = (bool, int, float, str, tuple)
     return bool(names) and asked is not None and all(isinstance(module.__dict__.get(a), plain) for a in asked)
 
 
-def _asked_of(names: set[str], tree: ast.AST) -> list[str] | None:
+def asked_of_names(names: set[str], tree: ast.AST) -> list[str] | None:
     """The attributes that code asks of what some names stand for; None if it does anything else with that."""
     uses = [n for n in ast.walk(tree) if isinstance(n, ast.Name) and n.id in names]
     asked = [n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and n.value in uses]

@@ -10,18 +10,17 @@ from __future__ import annotations
 import functools
 import itertools
 import sys
-import warnings
 from collections.abc import Callable, Container, Iterator, Mapping
-from types import BuiltinFunctionType, CellType, CodeType, FunctionType, GeneratorType, MethodType, ModuleType
+from types import BuiltinFunctionType, CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from structrep.modules.contents import INSIDE, MOST, Contents
 from structrep.modules.objects import OF_MODULES
 from structrep.modules.source import is_full, written_in
 
-MOST, DEEPEST = 20_000, 16  # parts that are looked at, and objects in each other
 _ATOMS = {bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size}
 _CALLED = (FunctionType, MethodType, BuiltinFunctionType, staticmethod, classmethod, property, functools.partial)
 _FIXED = (nn.Module, Tensor, fx.Proxy, FunctionType, type, ModuleType, CodeType)  # which other means see change
@@ -104,10 +103,8 @@ class Holdings:
             places: which of them to look at; all, if none is named.
         """
         parts = _Parts()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Python will not copy iterators for ever
-            looks = enumerate(self._looks(parts))
-            return tuple(look() for place, look in looks if places is None or place in places)
+        looks = enumerate(self._looks(parts))
+        return tuple(look() for place, look in looks if places is None or place in places)
 
     def changes(self, before: tuple[Any, ...]) -> frozenset[int]:
         """The places of those that hold something else than they did."""
@@ -143,9 +140,8 @@ def _names(code: CodeType) -> tuple[str, ...]:
     return tuple(dict.fromkeys(itertools.chain(code.co_names, *inner)))
 
 
-class _Parts:
-    def __init__(self) -> None:
-        self.seen: dict[int, tuple[int, Any]] = {}  # places of objects by their ids, with what keeps these their own
+class _Parts(Contents):
+    """What is held now, told by values that are equal as long as nothing changes."""
 
     def kept(self, value: Any) -> Any:
         """What a name stands for; of functions, classes and modules, which a trace exchanges, nothing."""
@@ -155,32 +151,10 @@ class _Parts:
         own = ((name, value) for name, value in list(vars(cls).items()) if not name.startswith("__"))
         return tuple((name, self.of(value)) for name, value in own if not isinstance(value, (*_CALLED, type)))
 
-    def of(self, value: Any, depth: int = 0) -> Any:
-        """What a value holds, as something that is equal to another if that holds the same."""
-        kind = type(value)
-        if kind in _ATOMS:
+    def leaf(self, value: Any) -> Any:
+        if type(value) in _ATOMS:
             return value
-        if isinstance(value, _FIXED):
-            return id(value)
-        if isinstance(value, torch.Generator):
-            return tuple(value.get_state().tolist())
-        if id(value) in self.seen:
-            return self.seen[id(value)][0]
-        if len(self.seen) > MOST or depth > DEEPEST:
-            return None
-        self.seen[id(value)] = len(self.seen), value
-        if kind in (list, tuple):
-            return kind.__name__, *(self.of(one, depth + 1) for one in value)
-        if kind is dict:
-            return tuple((self.of(key, depth + 1), self.of(one, depth + 1)) for key, one in value.items())
-        if isinstance(value, GeneratorType):
-            frame = value.gi_frame
-            return frame and (frame.f_lasti, *(self.of(one, depth + 1) for one in frame.f_locals.values()))
-        if written_in(kind).partition(".")[0] == "numpy" and hasattr(value, "tobytes"):
-            return value.shape, value.tobytes() if value.nbytes <= MOST else None
-        try:
-            made = value.__reduce_ex__(4)
-            rest = [list(one) if isinstance(one, Iterator) else one for one in made[1:]]
-        except Exception:  # it cannot be copied
-            return id(value)
-        return kind.__name__, made if isinstance(made, str) else tuple(self.of(one, depth + 1) for one in rest)
+        return id(value) if isinstance(value, _FIXED) else INSIDE
+
+    def closed(self, value: Any) -> Any:
+        return id(value)

@@ -21,9 +21,9 @@ from torch import nn
 from structrep.modules.introspection import beginning
 from structrep.modules.positions import branches, definition
 from structrep.modules.values import (
-    _PUTS,
-    _SOME,
     CONTAINERS,
+    PUTS,
+    SOME,
     Mixed,
     Place,
     Super,
@@ -243,7 +243,7 @@ class _Calls(Values):
         more = [n.value for n in nodes if isinstance(n, ast.YieldFrom)]
         given = [n.value for n in nodes if isinstance(n, ast.Return) and n.value is not None]
         held, hangs = either(map(self.value, (*yielded, *more, *given)))
-        if any(isinstance(one, _SOME) for one in nodes) and held:
+        if any(isinstance(one, SOME) for one in nodes) and held:
             hangs |= {self._name(inner.name)}
         if yielded or more:
             out = [*either(map(self.value, yielded)).held, *elements(either(map(self.value, more)).held)]
@@ -432,7 +432,7 @@ class _Scope(_Calls):
         if name in ("eval", "exec") and isinstance(callee, ast.Name) and self.module is not None:
             self._use(Value(tuple(self.module.modules())), node, around)
         of_container = name in _KEYS and base.held and all(isinstance(one, CONTAINERS) for one in base.held)
-        if own or of_container or name in _LOOPS | _ASKS | _PUTS or (name == "setattr" and self._sets_a_setting(node)):
+        if own or of_container or name in _LOOPS | _ASKS | PUTS or (name == "setattr" and self._sets_a_setting(node)):
             return
         for one in (*node.args, *(keyword.value for keyword in node.keywords)):
             self._use(self.value(one), node, around)

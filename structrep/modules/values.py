@@ -19,8 +19,8 @@ from structrep.modules.source import written_in
 
 Place: TypeAlias = tuple[str, int, int | None, int, int | None]  # a file, and from where to where
 CONTAINERS = (dict, list, tuple, set, frozenset)
-_PUTS = {"append", "extend", "insert", "add", "update", "setdefault"}
-_SOME = (ast.If, ast.IfExp, ast.Try, ast.While, ast.Match, ast.BoolOp)
+PUTS = {"append", "extend", "insert", "add", "update", "setdefault"}
+SOME = (ast.If, ast.IfExp, ast.Try, ast.While, ast.Match, ast.BoolOp)
 
 
 class Value(NamedTuple):
@@ -167,7 +167,7 @@ class Names:
             self._bind(node.target, node.iter, "each")
         elif isinstance(node, ast.FunctionDef) and node is not self.tree:
             self.inner[node.name] = node
-        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in _PUTS:
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in PUTS:
             if isinstance(node.func.value, ast.Name):
                 for one in node.args:
                     self._bind(node.func.value, one, "in")

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from structrep.errors import InvalidRule
 from structrep.pattern.base import Captures, One, Pattern, label
-from structrep.terms.layer import KINDS, Formula, Layer
+from structrep.terms.layer import KINDS, SCALES, Formula, Layer
 from structrep.terms.term import Term
 
 Kernel = Callable[[tuple[int, ...]], bool]
@@ -170,7 +170,7 @@ class _Run(Pattern):
 class Affine(_Run):
     """One or more scales and shifts per channel: norms in any dress, layer scales, signs."""
 
-    kinds = frozenset({"norm", "affine"})
+    kinds = frozenset(SCALES)
 
 
 class View(_Run):

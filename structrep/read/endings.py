@@ -21,7 +21,7 @@ from structrep.terms.layers import diagonal_layer, numbers_in
 
 # Norms that take their statistics from each value, and the spatial dims of their weight and bias: 0 for the last dim of
 # a value, None for dim 1 of a value of any rank.
-_ENDINGS: dict[Any, int | None] = {
+ENDINGS: dict[Any, int | None] = {
     nn.LayerNorm: 0, nn.RMSNorm: 0, nn.GroupNorm: None,
     nn.InstanceNorm1d: 1, nn.InstanceNorm2d: 2, nn.InstanceNorm3d: 3,
     F.layer_norm: 0, F.rms_norm: 0, F.group_norm: None,
@@ -30,7 +30,7 @@ _ENDINGS: dict[Any, int | None] = {
 
 def ends(module: nn.Module) -> bool:
     """Whether a module is a norm of each value, which may end with a scale."""
-    type_: Any = next((base for base in type(module).__mro__ if base in _ENDINGS), None)
+    type_: Any = next((base for base in type(module).__mro__ if base in ENDINGS), None)
     return type_ is not None and type(module).forward is type_.forward and "forward" not in module.__dict__
 
 
@@ -41,16 +41,16 @@ def read_ending(node: fx.Node) -> Layer | None:
         computes = by_properties(module) or isinstance(COMPUTED.of(node), Unreadable)
         if not ends(module) or hooks(module) or computes:
             return None
-        dims = next(_ENDINGS[base] for base in type(module).__mro__ if base in _ENDINGS)
+        dims = next(ENDINGS[base] for base in type(module).__mro__ if base in ENDINGS)
         numbers: dict[str, Any] = called(node)._parameters
         weight, bias = numbers.get("weight"), numbers.get("bias")
-    elif node.op == "call_function" and node.target in _ENDINGS:
+    elif node.op == "call_function" and node.target in ENDINGS:
         a = Arguments(node, read_node)
         try:
             weight, bias = a.tensor(2, "weight"), None if node.target is F.rms_norm else a.tensor(3, "bias")
         except NotConstant:
             return None
-        dims = _ENDINGS[node.target]
+        dims = ENDINGS[node.target]
     else:
         return None
     given = weight if weight is not None else bias

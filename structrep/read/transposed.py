@@ -66,7 +66,7 @@ def _swapped_step(a: Arguments, node: fx.Node, known: dict[fx.Node, _Scale | Non
     reading = a.read(node)
     if isinstance(reading, Identity):
         return _behind(_swapped(a, reading.source, known), node, lambda map_, c: map_, False)
-    if isinstance(reading, Layer) and reading.kind in ("norm", "affine") and not reading.through:
+    if isinstance(reading, Layer) and reading.scales and not reading.through:
         layer = reading
         if layer.dims == 0:
             return None  # a scale of the last dim, not of dim 1

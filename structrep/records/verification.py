@@ -41,6 +41,10 @@ class Verification(Record):
 
     It holds where the deploy model errs no more than `slack` times as much as the training-time model's own rounding
     does.
+
+    Examples:
+        >>> found = structrep.verify(model, deploy, torch.randn(1, 3, 224, 224))
+        >>> print(found.ok, found.error, found.noise)
     """
 
     device: str
@@ -73,6 +77,7 @@ class Verification(Record):
 
     @property
     def ok(self) -> bool:
+        """Whether it holds for all outputs, and if they are all blank for all merged layers."""
         shows = not self.blank and math.isfinite(self.noise)
         return all(map(self.holds, (*self.outputs, *self.choices))) and (shows or self.first_off is None)
 
@@ -90,9 +95,11 @@ class Verification(Record):
         return f"{run}, but for {', '.join(self.alone)}, which has no float64 kernel" if self.alone else run
 
     def holds(self, record: ErrorRecord) -> bool:
+        """Whether an output, a choice or a merged layer is off by no more than rounding explains."""
         return record.error <= self.slack * record.noise
 
     def table(self) -> Table:
+        """The outputs and the merged layers that are off the most, with their errors and the noise."""
         how = [self.device, self.dtype, f"autocast {self.autocast}" if self.autocast else ""]
         how += ["channels last" if self.channels_last else "", f"TF32 {'on' if self.tf32 else 'off'}", self.cudnn]
         table = Table(title=f"verified on {', '.join(filter(None, how))}, torch {self.torch}")

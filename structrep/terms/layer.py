@@ -10,7 +10,8 @@ from torch import Tensor, fx, nn
 
 from structrep.algebra import ConvMap, Geometry
 
-KINDS = ("conv", "linear", "norm", "affine", "pool", "pad", "slice", "view", "unrolled")
+SCALES = ("norm", "affine")
+KINDS = ("conv", "linear", *SCALES, "pool", "pad", "slice", "view", "unrolled")
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,11 @@ class Layer:
     moves: bool = False
     keeps_channels: bool = True
     dead: Callable[[], int] = lambda: 0
+
+    @property
+    def scales(self) -> bool:
+        """Whether it is a scale and a shift per channel, and nothing else."""
+        return self.kind in SCALES
 
     @property
     def computes(self) -> bool:

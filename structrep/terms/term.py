@@ -30,7 +30,7 @@ class Term:
     @cached_property
     def shape(self) -> Geometry:
         """What its value will look like, from its layers alone; raises what `geometry` does."""
-        return _geometry(self, None, None, [])
+        return geometry_in(self, None, None, [])
 
     @cached_property
     def depth(self) -> int:
@@ -87,10 +87,10 @@ T = TypeVar("T", ConvMap, Geometry)
 
 def geometry(term: Term, channels: int | None = None, dims: int | None = None) -> Geometry:
     """The geometry of `value(term)`, without touching a weight."""
-    return term.shape if channels is None and dims is None else _geometry(term, channels, dims, [])
+    return term.shape if channels is None and dims is None else geometry_in(term, channels, dims, [])
 
 
-def _geometry(term: Term, channels: int | None, dims: int | None, widened: list[Term]) -> Geometry:
+def geometry_in(term: Term, channels: int | None, dims: int | None, widened: list[Term]) -> Geometry:
     """See `geometry`; notes the sums whose branches are of one size for the example only."""
 
     def one(c: int, d: int) -> Geometry:

@@ -7,7 +7,7 @@ from typing import Literal
 from structrep import algebra
 from structrep.algebra import ConvMap, Rigour
 from structrep.terms.layer import Layer
-from structrep.terms.term import Term, _geometry, evaluate
+from structrep.terms.term import Term, evaluate, geometry_in
 
 
 def value(
@@ -44,5 +44,5 @@ def sized(term: Term) -> Literal["any", "period", "size"]:
     stride, or for the example's alone."""
     found = {layer.sized for layer in term.leaves()}
     widened: list[Term] = []
-    _geometry(term, None, None, widened)
+    geometry_in(term, None, None, widened)
     return "size" if "size" in found else "period" if widened or "period" in found else "any"

@@ -20,7 +20,7 @@ from structrep.modules.objects import CONTAINERS, OF_MODULES, is_object
 from structrep.modules.source import written_in
 from structrep.trace.class_reads import is_type
 from structrep.trace.frames import is_engine, is_library
-from structrep.trace.instructions import _is_constant, has_settings, instructions_of, onward
+from structrep.trace.instructions import has_settings, instructions_of, is_constant, onward
 from structrep.trace.introspection import STORES, WALKS, Introspections
 from structrep.trace.reads import Reads
 
@@ -129,7 +129,7 @@ class Attributes:
         instructions, places = instructions_of(frame.f_code)
         place = places.get(frame.f_lasti, len(instructions))
         ahead, key = instructions[place:][:2], instructions[max(place - 2, 0)]
-        if name == "__dict__" and ahead[1:] and ahead[1].opname == "CONTAINS_OP" and _is_constant(key):
+        if name == "__dict__" and ahead[1:] and ahead[1].opname == "CONTAINS_OP" and is_constant(key):
             self._of_part(module, f"({key.argval!r} in {PLACEHOLDER}.__dict__)", key.argval in vars(module), frame)
         elif name == "__dict__":
             self.parts.attribute(module, name, frame)

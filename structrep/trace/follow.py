@@ -23,7 +23,7 @@ from structrep.graph.run import Partial, infer_shapes
 from structrep.graph.structures import alike, holds_tensor, snapshot
 from structrep.modules import parametrized
 from structrep.modules.arguments import Example
-from structrep.modules.copies import _scripted, is_compiled, shallow_copy
+from structrep.modules.copies import is_compiled, scripted, shallow_copy
 from structrep.modules.mentions import taken_apart
 from structrep.modules.states import Holdings
 from structrep.read.modules import PROBED, knows
@@ -105,7 +105,7 @@ class Below:
         path = self.paths[module]
         self.seen.add(module)
         if isinstance(module, torch.jit.ScriptModule):
-            self.traced.untraced.setdefault(path, _scripted(module))
+            self.traced.untraced.setdefault(path, scripted(module))
             return
         if method == "forward" and not _runs(module):  # a container such as ModuleList
             self.left |= dict.fromkeys(_parts(module))
@@ -127,7 +127,7 @@ class Below:
         self.seen.update(call.module for call in calls if call.module not in policy.hooked)
         for call in calls[1:]:
             if isinstance(call.module, torch.jit.ScriptModule) and not knows(call.module):
-                self.traced.untraced[call.path] = _scripted(call.module)
+                self.traced.untraced[call.path] = scripted(call.module)
             if call.leaf and call.module in policy.hooked:
                 self.left[call.module] = None
             elif call.leaf and type(call.module) in policy.opaque:

@@ -48,7 +48,7 @@ def _onward(instructions: tuple[dis.Instruction, ...], place: int, value: Any) -
         if not ahead:
             break
         try:
-            if _is_constant(ahead[0]) and len(ahead) > 1 and _is_subscript(ahead[1]):
+            if is_constant(ahead[0]) and len(ahead) > 1 and _is_subscript(ahead[1]):
                 key = ahead[0].argval
                 text, value, place = f"{text}[{key!r}]", operator.getitem(value, key), place + 2
             elif ahead[0].opname == "LOAD_ATTR" and has_settings(value):
@@ -56,7 +56,7 @@ def _onward(instructions: tuple[dis.Instruction, ...], place: int, value: Any) -
             elif ahead[0].opname in ("LOAD_METHOD", "LOAD_ATTR") and ahead[0].argval == "get":
                 keys = []
                 for one in ahead[1:3]:
-                    if not _is_constant(one):
+                    if not is_constant(one):
                         break
                     keys.append(one.argval)
                 after = instructions[place + 1 + len(keys) : place + 3 + len(keys)]
@@ -72,7 +72,7 @@ def _onward(instructions: tuple[dis.Instruction, ...], place: int, value: Any) -
     return text, value, place
 
 
-def _is_constant(one: dis.Instruction) -> bool:
+def is_constant(one: dis.Instruction) -> bool:
     return one.opname in ("LOAD_CONST", "LOAD_SMALL_INT") and isinstance(one.argval, (str, int, float, tuple))
 
 
@@ -273,7 +273,7 @@ def _called_for_constants(
     instructions: tuple[dis.Instruction, ...], place: int
 ) -> tuple[list[Any], dis.Instruction] | None:
     """The constants that what is in hand is called for, and what comes next; None if it is not called so."""
-    given = list(itertools.takewhile(_is_constant, instructions[place:]))
+    given = list(itertools.takewhile(is_constant, instructions[place:]))
     steps = [one for one in instructions[place + len(given) : place + len(given) + 3] if one.opname != "PRECALL"]
     if len(steps) < 2 or steps[0].opname != "CALL" or steps[0].arg != len(given):
         return None

@@ -26,7 +26,7 @@ from structrep.graph.facts import ASSERTED, RANK, RELIED, STATIC_DTYPE
 from structrep.graph.known import Known
 from structrep.graph.reads import Read
 from structrep.graph.run import Failed, Partial
-from structrep.graph.shapes import _of_module, rank
+from structrep.graph.shapes import rank, rank_of_module
 from structrep.graph.specializations import specialized
 from structrep.trace.conditions import length, sized, spared
 from structrep.trace.frames import outside
@@ -162,7 +162,7 @@ class Observer:
 
     def _likely_dims(self) -> int | None:
         """How many dims the first layer wants that wants so many."""
-        return next((dims for m in self.tracer.module.modules() if (dims := _of_module(m, None))), None)
+        return next((dims for m in self.tracer.module.modules() if (dims := rank_of_module(m, None))), None)
 
     @contextlib.contextmanager
     def _apart(self) -> Iterator[None]:

@@ -208,6 +208,11 @@ def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer | Iterabl
 
     The callbacks of `structrep.integrations` call it when training starts.
 
+    Examples:
+        >>> model = structrep.expand(model, "repvgg")
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> structrep.check_optimizer(model, optimizer)
+
     Args:
         model: expanded or not; parameters that need no gradient are not asked for.
         optimizer: one, or all that train the model together.

@@ -69,6 +69,19 @@ def test_there_is_no_circle() -> None:
     assert not [sorted(ring) for ring in nx.strongly_connected_components(inner) if len(ring) > 1]
 
 
+def test_no_private_name_is_imported() -> None:
+    """What another module uses is no module's own."""
+    nodes = ((module, node) for module, path in FILES.items() for node in ast.walk(ast.parse(path.read_text("utf-8"))))
+    taken = [
+        (module, one.name)
+        for module, node in nodes
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("structrep")
+        for one in node.names
+        if one.name.startswith("_") and not one.name.startswith("__")
+    ]
+    assert not taken
+
+
 def test_no_rule_imports_another() -> None:
     """But for what several have, `formulas` and `branches`."""
     pages = {module for module in IMPORTS if _folder(module) == "rules" and module.count(".") == 2}
