@@ -47,6 +47,8 @@ class Absorption:
     beside: Mapping[fx.Node, Term] = field(default_factory=dict)  # what is added to what a layer gives
     views: tuple[fx.Node, ...] = ()  # the reshapes of one value that such a layer, and what is added, are made of
     shapes: tuple[tuple[int, ...], ...] = ()  # of what it scales, for which it was seen where the channels go
+    turns: bool = False  # whether they come to another order, or number, there
+    moves: bool = False  # whether that was seen, and no dim was counted
 
     @property
     def takers(self) -> frozenset[fx.Node]:
@@ -184,10 +186,12 @@ def _by_readers(node: fx.Node, scale: Layer, readings: Readings) -> Absorption |
         before[taker] = spread(scale, layer.in_channels, layer.dims, goes[taker].of if taker in goes else None)
         scaled = before[taker].load(layer.in_channels, layer.dims)
         scaled >> layer.load(layer.in_channels, layer.dims)  # raises if inexact
-    shapes = dict.fromkeys(shape for moved in goes.values() for shape in moved.shapes)
+    shapes = tuple(dict.fromkeys(shape for moved in goes.values() for shape in moved.shapes))
+    turns = any(moved.of != tuple(range(len(moved.of))) for moved in goes.values())
     return Absorption(
-        node, scale.source or node, scale.through, before, {}, ends=scale.source is None, shapes=tuple(shapes)
-    )
+        node, scale.source or node, scale.through, before, {},
+        ends=scale.source is None, shapes=shapes, turns=turns, moves=bool(goes),
+    )  # fmt: skip
 
 
 def _by_branches(node: fx.Node, scale: Layer, readings: Readings) -> Absorption | None:
@@ -232,7 +236,8 @@ def _by_maker(
                     return None
                 of = held.of
             behind = {maker: spread(scale, layer.out_channels, layer.dims, of)}
-            return Absorption(node, scale.source, scale.through, {}, behind)
+            turns = of not in (None, tuple(range(layer.out_channels)))
+            return Absorption(node, scale.source, scale.through, {}, behind, turns=turns, moves=of is not None)
         if maker in found:
             if found[maker].behind.keys() != found[maker].takers or len(found[maker].takers) > 1:
                 return None

@@ -80,7 +80,7 @@ class Judge:
             return
         for one in self.syntax.returns(self.syntax.tree.body)[0]:
             sources = self._sources(one.value) if one.value is not None else frozenset()
-            if not sources or not sources <= changed:
+            if not sources or not self._are_alike(sources):
                 raise Unreadable(f"line {one.lineno} gives what was not merged with the layers behind it")
 
     def _check_writes(self) -> None:
@@ -105,7 +105,7 @@ class Judge:
                 continue
             found = [self.syntax.values_of(one) for one in self.syntax.canonical(node, self.before)]
             changed = any(self.syntax.wanted.changed & numbers for numbers in found)
-            always = all(numbers and numbers <= self.syntax.wanted.changed for numbers in found)
+            always = all(found) and self._are_alike(frozenset().union(*found))
             taken = always and self._is_taken(node, frozenset().union(*found))
             if changed and not self._asks_invariant(node) and not taken:
                 raise Unreadable(f"line {node.lineno} reads {node.id}, which is what a merged layer gives")
@@ -115,8 +115,13 @@ class Judge:
                 raise Unreadable(f"line {getattr(text, 'lineno', 0)} hands on what a merged layer gives")
         for text, number in self.syntax.wanted.takers:
             given = [self._sources(one) for one in _operands(text)] if text not in self.vanished else [{number}]
-            if not any(number in numbers and numbers <= self.syntax.wanted.changed for numbers in given):
+            if not any(number in numbers and self._are_alike(frozenset(numbers)) for numbers in given):
                 raise Unreadable(f"line {getattr(text, 'lineno', 0)} may be given something else on some path")
+
+    def _are_alike(self, numbers: frozenset[int]) -> bool:
+        """Whether values will all be others, and in one way: one whose channels are in another order, by itself."""
+        wanted = self.syntax.wanted
+        return numbers <= wanted.changed and (len(numbers) == 1 or numbers.isdisjoint(wanted.turned))
 
     def _check_vanished(self, bases: Sequence[frozenset[Definition]]) -> None:
         """Raise if what vanishes may have read something else on another path than what is merged."""

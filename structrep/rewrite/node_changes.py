@@ -29,6 +29,7 @@ class NodeChanges:
     reordered: set[Reordered] = field(default_factory=set)  # sums that are written in the order that they have now
     owners: dict[Call, set[Call]] = field(default_factory=dict)  # whose forward changes -> calls to write out inside it
     vanishing: set[fx.Node] = field(default_factory=set)  # values that will be others, or none
+    turned: set[fx.Node] = field(default_factory=set)  # those of them with channels in an order of their own
     layers: set[str] = field(default_factory=set)  # paths of layers that are merged
     homes: dict[str, str] = field(default_factory=dict)  # path of a tensor that is merged -> of the layer that has it
 
@@ -52,6 +53,7 @@ class NodeChanges:
             ended={same[n] for n in self.ended if n in same},
             owners={},
             vanishing={same[n] for n in self.vanishing if n in same},
+            turned={same[n] for n in self.turned if n in same},
         )
 
     def first_left(self, call: Call) -> str:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import ast
 import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from inspect import signature
+from typing import Any
 
 from torch import fx
 
 from structrep.blocks import STAND_INS
 from structrep.graph.calls import Call, Traced
-from structrep.graph.facts import ASSIGNED, CALL, FORMULA, VALUE
+from structrep.graph.facts import ASSIGNED, AT, CALL, FORMULA, VALUE
+from structrep.graph.operations import does, torch_name
+from structrep.graph.table import Is
 from structrep.match.merge import Merge
 from structrep.match.stretch import Segment
+from structrep.modules.positions import place
 from structrep.modules.source import words
 from structrep.read.nodes import hands_on
 from structrep.rewrite.node_changes import NodeChanges
@@ -94,12 +99,17 @@ class Placement:
         self.changes.reordered |= merge.reordered
         self.changes.vanishing.update(node for node in merge.nodes if node is not merge.root)
         self.changes.vanishing.update(node for one in merge.absorbed for node in one.changed)
+        self.changes.turned.update(node for one in merge.absorbed if one.turns for node in one.changed)
         for unit in [*parts, *scales(merge)]:
             if unit.module is None:
                 self._change_text(unit, merge)
             elif unit is not host:
                 self.idle.append(unit)
                 self._change_told(unit.module, merge)
+        for node in (node for one in merge.absorbed for node in one.between):
+            counted = does(node, Is.PERMUTES) or torch_name(node) in ("roll", "flip")
+            if (counted or any(one.moves for one in merge.absorbed)) and not _is_written_out(node):
+                self.anew.add(self._change(_lone(node), merge))  # which guards what it goes by
         for node in merge.nodes:
             if ASSIGNED.get(node):  # by a forward that need not do so any more
                 self.anew.add(self._change(_lone(node), merge))
@@ -226,6 +236,38 @@ class Placement:
         """The tensors that constants are computed from, by id."""
         made = (FORMULA.of(n) for trace in self.traced.traces for n in trace.nodes if FORMULA.get(n))
         return {id(tensor) for formula in made for tensor in formula.tensors}
+
+
+# Whatever sizes and modes these are told, numbers stay of their channel.
+_ANY = {"interpolate", "pixel_shuffle", "pixel_unshuffle", "contiguous", "clone",
+        *(f"{pool}{dims}d" for pool in ("max_pool", "adaptive_avg_pool") for dims in (1, 2, 3))}  # fmt: skip
+
+
+def _is_written_out(node: fx.Node) -> bool:
+    """Whether all that an operation is told beside values stands in its text: not what is set elsewhere."""
+    if node.op == "call_module" or torch_name(node) in _ANY or node.target is getattr:
+        return True
+    call, at = CALL.of(node), AT.of(node)
+    text = place(call.bytecode, at) if call.bytecode is not None and at is not None else None
+    if isinstance(text, ast.Subscript):
+        return _says(text.slice, node.args[1])
+    told = node.args[node.op == "call_method" :]
+    if not isinstance(text, ast.Call) or len(text.args) != len(told):
+        return False
+    named = all(_says(one.value, node.kwargs.get(one.arg or "")) for one in text.keywords)
+    return named and all(map(_says, text.args, told))
+
+
+def _says(text: ast.expr, told: Any) -> bool:
+    """Whether an argument is what its text says, or a value."""
+    if isinstance(told, fx.Node):
+        return True
+    if isinstance(text, (ast.Tuple, ast.List)) and isinstance(told, (tuple, list)) and len(text.elts) == len(told):
+        return all(map(_says, text.elts, told))
+    if isinstance(text, ast.Slice) and isinstance(told, slice):
+        ends = ((text.lower, told.start), (text.upper, told.stop), (text.step, told.step))
+        return all(expression is None or _says(expression, end) for expression, end in ends)
+    return not any(isinstance(one, (ast.Name, ast.Attribute, ast.Call)) for one in ast.walk(text))
 
 
 def _lone(node: fx.Node) -> Unit:

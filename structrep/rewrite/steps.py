@@ -101,6 +101,7 @@ class Steps:
                 name for name, value in named.items() if not isinstance(value, ModuleType) and not callable(value)
             ),
             frozenset(self.numbers[node] for node in self.changes.vanishing if node in self.numbers),
+            frozenset(self.numbers[node] for node in self.changes.turned if node in self.numbers),
             self.answers,
             frozenset(self._misused()),
             self._altered(),

@@ -39,6 +39,7 @@ class Wanted:
         libraries: names of torch's modules, and of others without effects.
         settings: names of plain values outside of the method.
         changed: the numbers of values that will be others.
+        turned: those of them with channels in an order of their own.
         answers: conditions on what the module is set to, and the answers that they have.
         misused: texts that may use some of what is merged without the rest.
         computed: names of what the module's class computes when it is asked for; "*" if it may be any.
@@ -57,6 +58,7 @@ class Wanted:
     libraries: frozenset[str]
     settings: frozenset[str]
     changed: frozenset[int]
+    turned: frozenset[int]
     answers: tuple[tuple[ast.expr, bool], ...]
     misused: frozenset[ast.AST]
     altered: tuple[frozenset[str], frozenset[str]]

@@ -14,7 +14,7 @@ from torch import nn
 
 import structrep
 from tests.support.models import settled
-from tests.support.truth import EXACT, relative_error
+from tests.support.truth import EXACT, followed_or_told, relative_error
 
 X = torch.randn(2, 4, 6, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
@@ -215,3 +215,68 @@ def test_other_functions_of_einops():
     how = lambda x: reduce(x, "b c h w -> b c", "max")  # noqa: E731
     judged(settled(Net(how, 4, (nn.Linear(4, 5), None), ahead)), X, (X,), left=1)
     judged(settled(Net(Rearrange("b c h w -> b h w c"), 4, (nn.Linear(4, 5), None), ahead)), X, (X,), left=0)
+
+
+SETTINGS = {  # what numbers are moved by, and another value of that
+    "an order": (lambda s, x: s.norm(s.first(x)[:, s.by]), [1, 0, 3, 2], [0, 1, 2, 3]),
+    "dims": (lambda s, x: s.norm(s.first(x).permute(s.by)), (0, 1, 3, 2), (0, 1, 2, 3)),
+    "groups": (lambda s, x: s.norm(F.channel_shuffle(s.first(x), s.by)), 2, 4),
+    "a dim": (lambda s, x: s.norm(s.first(x).flip(s.by)), 1, 2),
+    "a number of places": (lambda s, x: s.norm(s.first(x).roll(s.by, 1)), 1, 2),
+    "a pad": (lambda s, x: s.norm(F.avg_pool2d(s.first(x), 3, 1, s.by)), 0, 1),
+    "a mode": (lambda s, x: s.norm(F.interpolate(s.first(x), scale_factor=2, mode=s.by)), "nearest", "bilinear"),
+    "a size": (lambda s, x: s.norm(F.adaptive_avg_pool2d(s.first(x), s.by)), 1, 3),
+    "a size before": (lambda s, x: s.last(s.norm(x.relu()).roll(s.by, 1)), 1, 2),
+}
+
+
+@pytest.mark.parametrize("inputs", [(), (X,)], ids=["alone", "with an example"])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_what_numbers_are_moved_by_may_be_set(name, inputs):
+    forward, by, other = SETTINGS[name]
+    model = settled(Net(None, 4, (nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)), forward))
+    model.by = by
+    deploy = judged(model, X, inputs, left=0)
+    model.by = deploy.by = other
+    assert followed_or_told(model, deploy, X)
+
+
+def flipped_if_large(x):
+    return x.flip(1) if x.shape[2] > 3 else x
+
+
+@pytest.mark.filterwarnings("ignore::structrep.NothingMerged")
+@pytest.mark.parametrize("forward", [ahead, back])
+@pytest.mark.parametrize("by_size", [True, False])
+def test_channels_that_are_moved_on_one_path(forward, by_size):
+    """Elsewhere they would be in the other's order: where a condition decides, the merge is guarded, or left."""
+    small = X[:, :, :2]
+    layers = nn.Conv2d(4, 5, 1), nn.Conv2d(4, 4, 1)
+    for example in ((X,), (small,), ()):
+        model = settled(Net(flipped_if_large, 4, layers, forward))
+        if not by_size:
+            model.how = lambda x, model=model: x.flip(1) if model.turn else x
+            model.turn = True
+        deploy = structrep.reparameterize(copy.deepcopy(model), *example)
+        for x in (X, small):
+            assert relative_error(deploy(x), model(x)) < EXACT
+
+
+class Turned(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.c, self.n, self.turn = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), True
+
+    def forward(self, x):
+        y = self.c(x)
+        if self.turn:
+            y = y.flip(1)
+        return self.n(y)
+
+
+@pytest.mark.parametrize("inputs", [(), (X,)], ids=["alone", "with an example"])
+def test_channels_that_are_moved_by_a_setting(inputs):
+    model = settled(Turned())
+    deploy = judged(model, X, inputs, left=0)
+    model.turn = deploy.turn = False
+    assert followed_or_told(model, deploy, X)
