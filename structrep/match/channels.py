@@ -94,8 +94,8 @@ def channels_before(
         found = _near(rows.reshape(-1, 1), channel)
         if found is None:
             return None
-        places = torch.arange(wanted).repeat_interleave(rows.shape[1])
-        goes = torch.full((count,), -1).scatter(0, torch.tensor(found), places)
+        places = torch.arange(wanted, device="cpu").repeat_interleave(rows.shape[1])
+        goes = torch.full((count,), -1, device="cpu").scatter(0, torch.tensor(found, device="cpu"), places)
         return tuple(goes.tolist()) if bool((goes[list(found)] == places).all()) and int(goes.min()) >= 0 else None
 
     return _agreed(chain, source, axis, count, lambda v: v.dim() >= -behind and v.shape[behind] == wanted, seen, count)
@@ -122,8 +122,8 @@ def _agreed(
     wanted: int,
 ) -> Moved | None:
     """What is seen for all shapes that a value may have, if it is the same for all of them."""
-    generator = torch.Generator().manual_seed(0)
-    channel = torch.rand(count, dtype=torch.float64, generator=generator) + 1
+    generator = torch.Generator("cpu").manual_seed(0)
+    channel = torch.rand(count, dtype=torch.float64, generator=generator, device="cpu") + 1
     found: tuple[int, ...] | None = None
     shapes: list[tuple[int, ...]] = []
     for shape in _shapes(source, axis, count, wanted):

@@ -32,12 +32,15 @@ def calm(cls: type) -> frozenset[str]:
     return frozenset(name for name in functions(cls) if all(one.startswith(_FILLED) for one in set_by(cls, name)))
 
 
-def may_set(module: nn.Module, method: str, path: list[str], others: bool) -> bool:
+def may_set(
+    module: nn.Module, method: str, path: list[str], others: bool, gone: frozenset[ast.AST] = frozenset()
+) -> bool:
     """Whether a method may, as it runs, set or write to something on a path from its module: `["block", "low"]`.
 
     Args:
         path: attributes, one of the other.
         others: whether what others may do counts too, who are given the module.
+        gone: parts of the method that do not run.
     """
     any_ = ("*", OTHERS) if others else ("*",)
     held: Any = module
@@ -45,7 +48,7 @@ def may_set(module: nn.Module, method: str, path: list[str], others: bool) -> bo
         if not isinstance(held, nn.Module):
             return False
         cls: Any = type(held)
-        found = {one.removeprefix(_FILLED) for one in set_by(cls, "forward" if depth else method)}
+        found = {one.removeprefix(_FILLED) for one in set_by(cls, *(("forward",) if depth else (method, gone)))}
         if not found.isdisjoint((*path[depth:], *any_)):
             return True
         held = getattr(held, name, None)
@@ -53,31 +56,34 @@ def may_set(module: nn.Module, method: str, path: list[str], others: bool) -> bo
 
 
 @functools.lru_cache(4096)
-def set_by(cls: type, method: str) -> frozenset[str]:
+def set_by(cls: type, method: str, gone: frozenset[ast.AST] = frozenset()) -> frozenset[str]:
     """The names of all that a method may set, and those that it asks its module for; "*" of a computed name,
-    `OTHERS` of what others may set."""
+    `OTHERS` of what others may set; of parts of the method that do not run nothing."""
     known, seen, found = functions(cls), {method}, set[str]()
     pending = [method]
     for name in pending:
         if name in known:
             function = known[name]
-            found |= _set_in(function, {function}, {*inspect.unwrap(function).__code__.co_varnames[:1]})
-            asked = {node.attr for node in _nodes(known[name]) if isinstance(node, ast.Attribute)} - seen
+            found |= _set_in(function, {function}, {*inspect.unwrap(function).__code__.co_varnames[:1]}, gone)
+            asked = {one.attr for one in _nodes(function) if isinstance(one, ast.Attribute) and one not in gone} - seen
             pending += [one for one in asked if one in known]
             seen |= asked
     return frozenset(found)
 
 
-def _set_in(function: FunctionType, around: Set[FunctionType], itself: Set[str] = frozenset()) -> set[str]:
+def _set_in(
+    function: FunctionType, around: Set[FunctionType], itself: Set[str] = frozenset(), gone: Set[ast.AST] = frozenset()
+) -> set[str]:
     """The names of all that a function may set, and the functions that it calls by their names.
 
     Args:
         around: the function, and those whose calls have come to it.
         itself: what a method calls its module: who else is given that may set anything.
+        gone: parts of it that do not run.
     """
-    nodes = _nodes(function)
-    if not nodes:
+    if not (nodes := _nodes(function)):
         return {OTHERS}  # nobody knows what it does
+    nodes = tuple(one for one in nodes if one not in gone) if gone else nodes
     found = {name for node in nodes for name in _names_set(node)}
     for call in (one for one in nodes if isinstance(one, ast.Call)):
         name = call.func.id if isinstance(call.func, ast.Name) else ""
@@ -133,7 +139,7 @@ def _names_set(node: ast.AST) -> Iterator[str]:
             written += node.args[:1] if of_library or own is None else [own]
         elif name == "getattr" and len(node.args) > 1 and _in_place(str(getattr(node.args[1], "value", ""))):
             written += node.args[:1]
-        yield from set().union(*map(_names, written))
+        yield from set().union(*map(_viewed, written))
     elif isinstance(node, ast.Attribute) and _in_place(node.attr):  # a method that somebody calls later
         yield from _names(node.value)
 

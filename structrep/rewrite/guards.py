@@ -11,7 +11,7 @@ import functools
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
+from types import FunctionType, MappingProxyType
 from typing import Any
 
 from torch import nn
@@ -20,7 +20,9 @@ from structrep.deployed.answers import literal
 from structrep.deployed.contents import described, is_named, is_numpys, is_open
 from structrep.errors import Unreadable
 from structrep.graph.calls import Call
+from structrep.modules.positions import definition
 from structrep.modules.settable import may_set
+from structrep.rewrite.conditions import answer
 
 
 @dataclass(frozen=True)
@@ -160,15 +162,30 @@ def check_settled(guards: Iterable[Guard], call: Call, others: bool) -> None:
     """Raise if a method may set, as it runs, what a guard at its start asks for.
 
     Args:
-        others: whether others run who are given its module, and may set that too.
+        others: whether others run who are given its module, and may set that too; else all that the method has asked
+            is guarded, and the ways that it did not go for that are none.
 
     Raises:
         Unreadable: it may.
     """
+    gone = _not_run(call) if not others else frozenset()
     for one in guards:
         for path in _paths(one.asked) if not one.of_inputs else ():
-            if may_set(call.module, call.method, path, others):
+            if may_set(call.module, call.method, path, others, gone):
                 raise Unreadable(f"{call.shown} may set {'.'.join(path)}, by which something is merged, as it runs")
+
+
+def _not_run(call: Call) -> frozenset[ast.AST]:
+    """The parts of a method on the ways that it does not go for what its module is set to."""
+    found = definition(call.bytecode) if call.bytecode is not None else None
+    if found is None or not isinstance(found[0], ast.FunctionDef) or not isinstance(call.code, FunctionType):
+        return frozenset()
+    tree, gone = found[0], list[ast.AST]()
+    for one in (node for node in ast.walk(tree) if isinstance(node, ast.If)):
+        told = answer(one.test, tree, call.code.__globals__, call.module)
+        if told is not None:
+            gone += one.orelse if told[1] else one.body
+    return frozenset(node for one in gone for node in ast.walk(one))
 
 
 @functools.lru_cache(4096)
