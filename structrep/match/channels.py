@@ -43,8 +43,11 @@ class Moved:
 
 def passes(node: fx.Node) -> bool:
     """Whether a node may only move, average or compare numbers of one value."""
-    if STORED.get(node) or sum(not VALUE.known(n) and not counts_sizes(n) for n in node.all_input_nodes) != 1:
+    given = [one for one in node.all_input_nodes if not counts_sizes(one)]
+    if STORED.get(node) or sum(not VALUE.known(one) for one in given) != 1:
         return False
+    if any(isinstance(VALUE.get(one), Tensor) for one in given if VALUE.known(one)):
+        return False  # an order in a buffer may be another one later
     if node.op == "call_module" and not rearranges(node):
         found: Callable[[Is], bool] = lambda what: module_does(CALL.of(node).module, what)  # noqa: E731
         return not UNFOLLOWED.get(node) and (found(Is.MOVES) or found(Is.AVERAGES) or found(Is.MAXIMUM))

@@ -241,6 +241,16 @@ def test_what_numbers_are_moved_by_may_be_set(name, inputs):
     assert followed_or_told(model, deploy, X)
 
 
+ORDER = torch.tensor([1, 0, 3, 2])
+
+
+@pytest.mark.filterwarnings("ignore::structrep.NothingMerged")
+def test_an_order_that_is_a_tensor_is_none_to_go_by():
+    """It may be written to later."""
+    model = settled(Net(lambda x: x[:, ORDER], 4, (nn.Conv2d(4, 5, 1), None), ahead))
+    judged(model, X, (X,), left=1)
+
+
 def flipped_if_large(x):
     return x.flip(1) if x.shape[2] > 3 else x
 
