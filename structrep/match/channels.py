@@ -18,12 +18,14 @@ from torch import Tensor, fx
 
 from structrep.graph.facts import CALL, SHAPE, STORED, UNFOLLOWED, VALUE
 from structrep.graph.operations import does, module_does, rearranges, torch_name
-from structrep.graph.queries import counts_sizes
+from structrep.graph.queries import asked_of, counts_sizes
 from structrep.graph.run import computed
 from structrep.graph.shapes import rank
 from structrep.graph.table import Is
 
 MOST = 1 << 23  # numbers that are moved to see where they go
+_SIZED = {"expand", "repeat", "unflatten", "interpolate", "expand_as", "view_as", "reshape_as",
+          *(f"adaptive_avg_pool{dims}d" for dims in (1, 2, 3))}  # fmt: skip
 _TURNS = {"T", "mT", "H", "mH"}
 _SIZES = ((2, 5, 6, 7), (3, 4, 9, 2), (2, 14, 7, 28), (1, 8, 16, 4))  # of dims of which nothing else is known
 
@@ -48,10 +50,28 @@ def passes(node: fx.Node) -> bool:
         return False
     if any(isinstance(VALUE.get(one), Tensor) for one in given if VALUE.known(one)):
         return False  # an order in a buffer may be another one later
+    if not all(_is_size(one, node) for one in node.all_input_nodes if counts_sizes(one)):
+        return False
     if node.op == "call_module" and not rearranges(node):
         found: Callable[[Is], bool] = lambda what: module_does(CALL.of(node).module, what)  # noqa: E731
         return not UNFOLLOWED.get(node) and (found(Is.MOVES) or found(Is.AVERAGES) or found(Is.MAXIMUM))
     return rearranges(node) or permutes(node) or does(node, Is.MOVES) or does(node, Is.AVERAGES) or compares(node)
+
+
+def _is_size(told: fx.Node, node: fx.Node) -> bool:
+    """Whether a number that is made of sizes is the size of something, and nothing that numbers are moved by."""
+    if not (does(node, Is.RESHAPES) or torch_name(node) in _SIZED):
+        return False
+    pending = [told]
+    for one in pending:
+        if asked_of(one) or torch_name(one) == "getitem":
+            continue
+        sizes = [n for n in one.all_input_nodes if counts_sizes(n)]
+        whole = torch_name(one) == "mul" or (torch_name(one) == "floordiv" and sizes == [one.args[0]])
+        if not whole:
+            return False
+        pending += sizes
+    return True
 
 
 def permutes(node: fx.Node) -> bool:
@@ -139,34 +159,39 @@ def _agreed(
             if shape == SHAPE.get(source):
                 return None
             continue
-        if not isinstance(given, Tensor) or not fits(given):
+        if not isinstance(given, Tensor) or not given.numel() or not fits(given):
             continue
         one = seen(given, channel)
         if one is None or found not in (None, one):
             return None
         found = one
         shapes.append(shape)
-    # One shape alone shows nothing if a dim of it has one number, and could be another for all that is seen.
-    told = len(shapes) > 1 or (bool(shapes) and 1 not in shapes[0][1:])
+    # One shape alone shows nothing, but where there is no other of as many numbers.
+    free = {tuple(size for place, size in enumerate(shape) if place not in (0, len(shape) + axis)) for shape in shapes}
+    told = len(free) > 1 or all(len(sizes) < 2 and 1 not in sizes for sizes in free)
     return Moved(found, tuple(shapes)) if found is not None and told else None
 
 
 def _shapes(source: fx.Node, axis: int, count: int, wanted: int) -> Iterator[tuple[int, ...]]:
-    """Shapes that a value may have: that of the example and larger ones, else such as come to the channels behind."""
-    if SHAPE.known(source):
-        shape = tuple(SHAPE.of(source))
-        if len(shape) >= -axis and shape[axis] == count:
-            yield shape
-            channels = len(shape) + axis
-            for scaled in ([0], [place for place in range(1, len(shape)) if place != channels]):
-                yield tuple(size * (1 + (place in scaled)) for place, size in enumerate(shape))
-        return
-    if (known := rank(source)) is None or known < max(2, -axis):
+    """Shapes that a value may have: that of the example and others, some of as many numbers, else such as come to the
+    channels behind."""
+    shape = tuple(SHAPE.of(source)) if SHAPE.known(source) else None
+    known = len(shape) if shape is not None else rank(source)
+    if known is None or known < max(2, -axis) or (shape is not None and shape[axis] != count):
         return  # other dims would be swapped where there are more
-    folded = wanted // count if wanted % count == 0 else 1
-    tiled = [(2, folded, *[1] * (known - 3)), (2, *[1] * (known - 3), folded)] if folded > 1 and known > 2 else []
-    for free in (*_SIZES, *tiled):
-        sizes = list(free[: known - 1])
+    own = [size for place, size in enumerate(shape) if place != known + axis] if shape is not None else None
+    batch, *free = own or (2, *_SIZES[0][1:])[: known - 1]
+    numbers = math.prod(free) if own else max(1, wanted // count)
+    tried = [own] if own else []
+    if len(free) > 1:
+        parts = (1, *(part for part in (2, 3, 4, 5, 7, 8) if numbers % part == 0), numbers)
+        same = [[part, *[1] * (len(free) - 2), numbers // part] for part in parts]
+        tried += [[batch, *free[::-1]], *([batch, *sizes] for sizes in same)]
+    tried += [[2 * batch, *free], [batch + 1, *free], [batch, *(2 * size for size in free)]]
+    for place, size in enumerate(free):
+        others = (2 * size, size + 1, size + 2, size + 3)
+        tried += [[batch, *free[:place], other, *free[place + 1 :]] for other in others]
+    for sizes in (*tried, *(list(some[: known - 1]) for some in _SIZES)):
         sizes.insert(known + axis, count)
         yield tuple(sizes)
 

@@ -259,8 +259,7 @@ class _Calls(Values):
         held: list[Any] = []
         for one in (one for one in given[0].held if isinstance(one, nn.Module)):
             held += [child for key, child in one._modules.items() if child is not None and key.startswith(start)]
-            own = dir(type(one)) if given[1].hangs_on else ()  # else it counts parts
-            methods = (key for key in own if key.startswith(start) and not hasattr(nn.Module, key))
+            methods = (key for key in dir(type(one)) if key.startswith(start) and not hasattr(nn.Module, key))
             held += [found for key in methods for found in self._of_module(one, key)[0].held]
         return Value(tuple(held), given[0].hangs_on | given[1].hangs_on)
 

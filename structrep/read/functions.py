@@ -355,12 +355,6 @@ def _(a: Arguments) -> Layer | None:
     return scale_layer(0.0) if len(a.node.args) == 1 and not a.node.kwargs else None  # what sums often start from
 
 
-@reads(F.prelu)
-def _(a: Arguments) -> Identity | None:
-    weight = constant(a(1, "weight"))
-    return Identity(a(0, "input")) if isinstance(weight, Tensor) and bool((weight == 1).all()) else None
-
-
 @reads(F.leaky_relu)
 def _(a: Arguments) -> Identity | None:
     return Identity(a(0, "input")) if a(1, "negative_slope", 0.01) == 1 else None

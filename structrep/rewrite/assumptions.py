@@ -87,6 +87,8 @@ class Assumptions:
             if isinstance(function, FunctionType) and not one.leaf:
                 codes: list[Any] = [(code, space, None) for code, space in one.codes.items()]
                 methods = [function, *methods_of([function.__code__, *one.codes], one.module)]
+                held = (getattr(value, "func", value) for value in vars(one.module).values() if callable(value))
+                methods += [value for value in held if isinstance(value, FunctionType)]  # that it may call
                 own = [(method.__code__, method.__globals__, method) for method in methods]
                 for read in namespace_reads([*codes, *own], self.traced.unfollowed):  # own last: those are read first
                     _check_stable(one.path, read)

@@ -7,6 +7,7 @@ import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from inspect import signature
+from types import ModuleType
 from typing import Any
 
 from torch import fx
@@ -17,6 +18,7 @@ from structrep.graph.facts import ASSIGNED, AT, CALL, FORMULA, VALUE
 from structrep.graph.operations import does, torch_name
 from structrep.graph.table import Is
 from structrep.match.merge import Merge
+from structrep.match.shared_scales import Absorption
 from structrep.match.stretch import Segment
 from structrep.modules.positions import place
 from structrep.modules.source import words
@@ -106,10 +108,8 @@ class Placement:
             elif unit is not host:
                 self.idle.append(unit)
                 self._change_told(unit.module, merge)
-        for node in (node for one in merge.absorbed for node in one.between):
-            counted = does(node, Is.PERMUTES) or torch_name(node) in ("roll", "flip")
-            if (counted or any(one.moves for one in merge.absorbed)) and not _is_written_out(node):
-                self.anew.add(self._change(_lone(node), merge))  # which guards what it goes by
+        for node in (node for one in merge.absorbed for node in _told_elsewhere(one)):
+            self.anew.add(self._change(_lone(node), merge))  # which guards what it goes by
         for node in merge.nodes:
             if ASSIGNED.get(node):  # by a forward that need not do so any more
                 self.anew.add(self._change(_lone(node), merge))
@@ -243,19 +243,39 @@ _ANY = {"interpolate", "pixel_shuffle", "pixel_unshuffle", "contiguous", "clone"
         *(f"{pool}{dims}d" for pool in ("max_pool", "adaptive_avg_pool") for dims in (1, 2, 3))}  # fmt: skip
 
 
+def _told_elsewhere(one: Absorption) -> list[fx.Node]:
+    """What stands between a scale and what takes it, and moves numbers by what may be set to something else."""
+    steps = [node for node in one.between if node.op != "call_module"]
+    asks = one.moves and not all(torch_name(node) in _ANY for node in steps)
+    counts = (node for node in steps if asks or does(node, Is.PERMUTES) or torch_name(node) in ("roll", "flip"))
+    return [node for node in counts if not _is_written_out(node)]
+
+
 def _is_written_out(node: fx.Node) -> bool:
     """Whether all that an operation is told beside values stands in its text: not what is set elsewhere."""
-    if node.op == "call_module" or torch_name(node) in _ANY or node.target is getattr:
+    if node.target is getattr:
         return True
     call, at = CALL.of(node), AT.of(node)
     text = place(call.bytecode, at) if call.bytecode is not None and at is not None else None
     if isinstance(text, ast.Subscript):
         return _says(text.slice, node.args[1])
     told = node.args[node.op == "call_method" :]
-    if not isinstance(text, ast.Call) or len(text.args) != len(told):
+    if not isinstance(text, ast.Call) or len(text.args) != len(told) or not _is_named(text.func, node):
         return False
     named = all(_says(one.value, node.kwargs.get(one.arg or "")) for one in text.keywords)
     return named and all(map(_says, text.args, told))
+
+
+def _is_named(function: ast.expr, node: fx.Node) -> bool:
+    """Whether an operation is called as a method of a value, or by the name of torch's module."""
+    if node.op == "call_method":
+        return isinstance(function, ast.Attribute) and function.attr == node.target
+    root = function
+    while isinstance(root, ast.Attribute):
+        root = root.value
+    space = CALL.of(node).code
+    held = getattr(space, "__globals__", {}).get(root.id) if isinstance(root, ast.Name) else None
+    return isinstance(held, ModuleType) or held is node.target
 
 
 def _says(text: ast.expr, told: Any) -> bool:

@@ -96,8 +96,9 @@ def namespace_reads(
             followed = isinstance(value, FunctionType) and value not in whole
             if followed and written_in(value).partition(".")[0] not in ("torch", "structrep"):
                 pending.append((value.__code__, value.__globals__, value))
-                if any(one is not None for one in value.__defaults__ or ()):
-                    yield Read(holder, f"{text}.__defaults__", value.__defaults__, counts=False)
+                for name, held in (("__defaults__", value.__defaults__), ("__kwdefaults__", value.__kwdefaults__)):
+                    if any(one is not None for one in (held.values() if isinstance(held, dict) else held or ())):
+                        yield Read(holder, f"{text}.{name}", held, counts=False)
             called = inspect.getattr_static(type(value), "__call__", None) if is_object(value) else None
             if isinstance(called, FunctionType):  # an object that is called like a function
                 pending.append((called.__code__, called.__globals__, called))

@@ -2,6 +2,7 @@
 where channels are mixed, divided otherwise from size to size, or beside a border that is made up."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -290,3 +291,70 @@ def test_channels_that_are_moved_by_a_setting(inputs):
     deploy = judged(model, X, inputs, left=0)
     model.turn = deploy.turn = False
     assert followed_or_told(model, deploy, X)
+
+
+SIZES = {  # how numbers are moved, the layer behind, an example, and another size
+    "rows first": (lambda x: x.transpose(1, 2).flatten(1), nn.Linear(192, 5), (2, 4, 6, 8), (2, 4, 8, 6)),
+    "rows first, permuted": (
+        lambda x: x.permute(0, 2, 1, 3).flatten(1), nn.Linear(192, 5), (2, 4, 6, 8), (2, 4, 12, 4)),
+    "columns apart": (lambda x: x.reshape(x.shape[0], x.shape[3], 24), nn.Linear(24, 5), (2, 4, 6, 1), (2, 4, 6, 2)),
+    "by a large size": (lambda x: x.roll(x.shape[3] // 30, 1), nn.Conv2d(4, 5, 1), (2, 4, 6, 8), (2, 4, 6, 34)),
+    "by a remainder": (lambda x: x.roll(x.shape[2] % 2, 1), nn.Conv2d(4, 5, 1), (2, 4, 6, 8), (2, 4, 7, 8)),
+    "from a remainder on": (lambda x: x[:, x.shape[2] % 2 :: 2], nn.Conv2d(2, 5, 1), (2, 4, 6, 8), (2, 4, 7, 8)),
+    "by the batch": (lambda x: x.flip(1 + x.shape[0] % 2), nn.Conv2d(4, 5, 1), (2, 4, 6, 8), (3, 4, 6, 8)),
+    "in groups by the height": (
+        lambda x: x.view(x.shape[0], 2 + 2 * (x.shape[2] % 2), -1, *x.shape[2:]).transpose(1, 2).reshape(x.shape),
+        nn.Conv2d(4, 5, 1), (2, 4, 6, 8), (2, 4, 7, 8)),
+    "windows that leave a rest": (
+        lambda x: F.avg_pool2d(x, 2, ceil_mode=True, divisor_override=4), nn.Conv2d(4, 5, 1), (2, 4, 6, 8),
+        (2, 4, 7, 9)),
+    "pieces that leave a rest": (
+        lambda x: F.fold(F.unfold(x, 2, stride=2), x.shape[2:], 2, stride=2), nn.Conv2d(4, 5, 1), (2, 4, 6, 8),
+        (2, 4, 7, 11)),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore::structrep.NothingMerged")
+@pytest.mark.parametrize("name", SIZES)
+def test_numbers_that_go_elsewhere_for_another_size(name):
+    how, last, one, other = SIZES[name]
+    model = settled(Net(how, 4, (copy.deepcopy(last), None), ahead))
+    for example in (torch.randn(one, dtype=torch.float64), None):
+        deploy = structrep.reparameterize(copy.deepcopy(model), *([] if example is None else [example]))
+        for shape in (one, other):
+            x = torch.randn(shape, dtype=torch.float64)
+            assert relative_error(deploy(x), model(x)) < EXACT
+
+
+TURNS = 1
+
+
+def turned(x):
+    return x.roll(TURNS, 1)
+
+
+@pytest.mark.parametrize("change", ["a name of its file", "a keyword", "another function", "a size between two turns"])
+def test_a_function_that_a_model_holds(change, monkeypatch):
+    held = {"a keyword": functools.partial(torch.flip, dims=(1,)), "another function": torch.fliplr}
+    model = settled(Net(None, 4, (None, nn.Conv2d(4, 4, 1)), lambda s, x: s.norm(s.by(s.first(x)))))
+    model.by = held.get(change, turned)
+    if change == "a size between two turns":
+        model = settled(Net(None, 4, (nn.Conv2d(4, 5, 1), None), between_turns))
+        model.by = 4
+    deploy = structrep.reparameterize(copy.deepcopy(model), X)
+    assert relative_error(deploy(X), model(X)) < EXACT
+    if change == "a name of its file":
+        monkeypatch.setitem(globals(), "TURNS", 2)
+    for one in (model, deploy):
+        if change == "a keyword":
+            one.by = functools.partial(torch.flip, dims=(2,))
+        elif change == "another function":
+            one.by = torch.flipud
+        elif change == "a size between two turns":
+            one.by = 2
+    assert followed_or_told(model, deploy, X)
+
+
+def between_turns(self, x):
+    y = F.adaptive_avg_pool2d(self.norm(x.relu()).transpose(1, 2), (self.by, 8))
+    return self.last(F.interpolate(y, size=(4, 8)).transpose(1, 2))
