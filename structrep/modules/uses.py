@@ -255,11 +255,16 @@ class _Calls(Values):
         name = node.args[1]
         if isinstance(name, ast.Constant) and isinstance(name.value, str):
             return self._attribute(given[0], name.value, node)
+        if not any(isinstance(one, ast.Name) for one in ast.walk(name)):  # made of constants: "no" + "rm"
+            with contextlib.suppress(Exception):
+                told = eval(compile(ast.Expression(name), "<name>", "eval"), {"__builtins__": {}})
+                return self._attribute(given[0], str(told), node)
         start = beginning(name)
         held: list[Any] = []
         for one in (one for one in given[0].held if isinstance(one, nn.Module)):
             held += [child for key, child in one._modules.items() if child is not None and key.startswith(start)]
-            methods = (key for key in dir(type(one)) if key.startswith(start) and not hasattr(nn.Module, key))
+            own = dir(type(one)) if given[1].hangs_on else ()  # else it counts parts
+            methods = (key for key in own if key.startswith(start) and not hasattr(nn.Module, key))
             held += [found for key in methods for found in self._of_module(one, key)[0].held]
         return Value(tuple(held), given[0].hangs_on | given[1].hangs_on)
 

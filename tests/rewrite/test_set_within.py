@@ -384,3 +384,18 @@ def test_a_method_that_writes_to_nothing_is_in_no_ones_way():
     assert sum(isinstance(one, nn.Conv2d) for one in deploy.modules()) == 1
     for flip in (False, True):
         assert relative_error(deploy(INPUTS[8], flip), model(INPUTS[8], flip)) < EXACT
+
+
+def by_a_name_of_two_parts(self, x):
+    if x.shape[0] > 2:
+        return getattr(self, "ta" + "il")(x)
+    return self.n(self.c(x))
+
+
+@pytest.mark.filterwarnings("ignore::structrep.NothingMerged")
+def test_a_method_whose_name_is_put_together():
+    model = made(by_a_name_of_two_parts)
+    type(model).tail = lambda self, x: self.n(x)
+    deploy = structrep.reparameterize(copy.deepcopy(model), INPUTS[8])
+    for x in (INPUTS[8], INPUTS[8].repeat(2, 1, 1, 1)):
+        assert relative_error(deploy(x), model(x)) < EXACT
