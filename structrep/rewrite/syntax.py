@@ -18,7 +18,7 @@ from structrep.modules.presence import path_to, presence
 from structrep.rewrite.wanted import Piece, Wanted
 
 PURE = {"abs", "bool", "dict", "enumerate", "float", "getattr", "hasattr", "int", "isinstance", "len", "list", "max",
-         "min", "range", "reversed", "slice", "sorted", "str", "sum", "tuple", "type", "zip"}  # fmt: skip
+         "min", "range", "reversed", "slice", "sorted", "str", "sum", "super", "tuple", "type", "zip"}  # fmt: skip
 _ODD = (ast.Global, ast.Nonlocal, ast.Yield, ast.YieldFrom, ast.Await)
 _NAMESPACES = {"locals", "vars", "eval", "exec", "dir", "globals"}
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)

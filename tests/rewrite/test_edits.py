@@ -597,3 +597,26 @@ def test_a_method_that_is_edited_in_two_ways_is_shown_and_not_applied(tmp_path, 
     assert all(row.startswith("# ") for row in rows)
     assert {"# one:", "# two:"} <= set(rows)
     assert relative_error(plan.apply()(X), model(X)) < EXACT
+
+
+class Wrapped(nn.Conv2d):
+    """As detectron2's: a convolution that holds its norm, and asks for empty inputs."""
+
+    def __init__(self, *args, norm):
+        super().__init__(*args, bias=False)
+        self.norm = norm
+
+    def forward(self, x):
+        if x.numel() == 0 and self.training:
+            raise ValueError("empty")
+        return self.norm(super().forward(x))
+
+
+@pytest.mark.parametrize("inputs", [(), (X,)], ids=["alone", "with an example"])
+def test_a_convolution_that_holds_its_norm(inputs):
+    model = settled(nn.Sequential(Wrapped(4, 4, 3, norm=nn.BatchNorm2d(4)), nn.ReLU()))
+    plan = structrep.plan(model, *inputs)
+    assert len(plan.merges) == 1, plan
+    deploy = plan.apply()
+    assert not any(isinstance(one, nn.BatchNorm2d) for one in deploy.modules())
+    assert relative_error(deploy(X), model(X)) < EXACT
