@@ -96,7 +96,10 @@ def namespace_reads(
             followed = isinstance(value, FunctionType) and value not in whole
             if followed and written_in(value).partition(".")[0] not in ("torch", "structrep"):
                 pending.append((value.__code__, value.__globals__, value))
-                for name, held in (("__defaults__", value.__defaults__), ("__kwdefaults__", value.__kwdefaults__)):
+                defaults = {"__defaults__": value.__defaults__, "__kwdefaults__": value.__kwdefaults__}
+                if isinstance(holder, FunctionType):  # what a decorator wraps is the method itself
+                    defaults = {}
+                for name, held in defaults.items():
                     if any(one is not None for one in (held.values() if isinstance(held, dict) else held or ())):
                         yield Read(holder, f"{text}.{name}", held, counts=False)
             called = inspect.getattr_static(type(value), "__call__", None) if is_object(value) else None
