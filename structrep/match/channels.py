@@ -104,7 +104,7 @@ def channels_behind(
         same = _near(rows[:, :1], channel)
         return same if same is not None and bool((rows - channel[list(same), None]).abs().max() < _SAME) else None
 
-    return _agreed(chain, source, axis, count, lambda v: v.dim() >= -behind and v.shape[behind] == wanted, seen, wanted)
+    return _agreed(chain, source, (axis, count), (behind, wanted), seen, folded=max(1, wanted // count))
 
 
 def channels_before(
@@ -121,7 +121,7 @@ def channels_before(
         goes = torch.full((count,), -1, device="cpu").scatter(0, torch.tensor(found, device="cpu"), places)
         return tuple(goes.tolist()) if bool((goes[list(found)] == places).all()) and int(goes.min()) >= 0 else None
 
-    return _agreed(chain, source, axis, count, lambda v: v.dim() >= -behind and v.shape[behind] == wanted, seen, count)
+    return _agreed(chain, source, (axis, count), (behind, wanted), seen)
 
 
 _SAME = 1e-9
@@ -138,18 +138,23 @@ def _near(numbers: Tensor, channel: Tensor) -> tuple[int, ...] | None:
 def _agreed(
     chain: Sequence[fx.Node],
     source: fx.Node,
-    axis: int,
-    count: int,
-    fits: Callable[[Tensor], bool],
+    before: tuple[int, int],
+    there: tuple[int, int],
     seen: Callable[[Tensor, Tensor], tuple[int, ...] | None],
-    wanted: int,
+    folded: int = 1,
 ) -> Moved | None:
-    """What is seen for all shapes that a value may have, if it is the same for all of them."""
+    """What is seen for all shapes that a value may have, if it is the same for all of them.
+
+    Args:
+        before, there: the dim of the channels of the value and behind the nodes, and how many there are.
+        folded: how many numbers of each channel are taken together, where no example tells sizes.
+    """
+    (axis, count), (behind, wanted) = before, there
     generator = torch.Generator("cpu").manual_seed(0)
     channel = torch.rand(count, dtype=torch.float64, generator=generator, device="cpu") + 1
     found: tuple[int, ...] | None = None
     shapes: list[tuple[int, ...]] = []
-    for shape in _shapes(source, axis, count, wanted):
+    for shape in _shapes(source, axis, count, folded):
         if math.prod(shape) > MOST:
             continue
         numbers = channel.reshape(-1, *[1] * (-axis - 1)).expand(shape).clone()
@@ -159,7 +164,9 @@ def _agreed(
             if shape == SHAPE.get(source):
                 return None
             continue
-        if not isinstance(given, Tensor) or not given.numel() or not fits(given):
+        if not isinstance(given, Tensor) or not given.numel():
+            continue
+        if given.dim() < -behind or given.shape[behind] != wanted:
             continue
         one = seen(given, channel)
         if one is None or found not in (None, one):
@@ -172,7 +179,7 @@ def _agreed(
     return Moved(found, tuple(shapes)) if found is not None and told else None
 
 
-def _shapes(source: fx.Node, axis: int, count: int, wanted: int) -> Iterator[tuple[int, ...]]:
+def _shapes(source: fx.Node, axis: int, count: int, folded: int) -> Iterator[tuple[int, ...]]:
     """Shapes that a value may have: that of the example and others, some of as many numbers, else such as come to the
     channels behind."""
     shape = tuple(SHAPE.of(source)) if SHAPE.known(source) else None
@@ -181,7 +188,7 @@ def _shapes(source: fx.Node, axis: int, count: int, wanted: int) -> Iterator[tup
         return  # other dims would be swapped where there are more
     own = [size for place, size in enumerate(shape) if place != known + axis] if shape is not None else None
     batch, *free = own or (2, *_SIZES[0][1:])[: known - 1]
-    numbers = math.prod(free) if own else max(1, wanted // count)
+    numbers = math.prod(free) if own else folded
     tried = [own] if own else []
     if len(free) > 1:
         parts = (1, *(part for part in (2, 3, 4, 5, 7, 8) if numbers % part == 0), numbers)
