@@ -18,11 +18,11 @@ from typing import Any
 
 from torch import nn
 
+from structrep.modules.boxes import FILLS
 from structrep.modules.introspection import beginning
 from structrep.modules.positions import branches, definition
 from structrep.modules.values import (
     CONTAINERS,
-    PUTS,
     SOME,
     Mixed,
     Place,
@@ -436,7 +436,7 @@ class _Scope(_Calls):
         if name in ("eval", "exec") and isinstance(callee, ast.Name) and self.module is not None:
             self._use(Value(tuple(self.module.modules())), node, around)
         of_container = name in _KEYS and base.held and all(isinstance(one, CONTAINERS) for one in base.held)
-        if own or of_container or name in _LOOPS | _ASKS | PUTS or (name == "setattr" and self._sets_a_setting(node)):
+        if own or of_container or name in _LOOPS | _ASKS | FILLS or (name == "setattr" and self._sets_a_setting(node)):
             return
         for one in (*node.args, *(keyword.value for keyword in node.keywords)):
             self._use(self.value(one), node, around)

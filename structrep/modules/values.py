@@ -13,13 +13,13 @@ from typing import Any, NamedTuple, TypeAlias
 
 from torch import nn
 
+from structrep.modules.boxes import FILLS
 from structrep.modules.holders import modules_in
 from structrep.modules.objects import is_object
 from structrep.modules.source import written_in
 
 Place: TypeAlias = tuple[str, int, int | None, int, int | None]  # a file, and from where to where
 CONTAINERS = (dict, list, tuple, set, frozenset)
-PUTS = {"append", "extend", "insert", "add", "update", "setdefault"}
 SOME = (ast.If, ast.IfExp, ast.Try, ast.While, ast.Match, ast.BoolOp)
 
 
@@ -167,7 +167,7 @@ class Names:
             self._bind(node.target, node.iter, "each")
         elif isinstance(node, ast.FunctionDef) and node is not self.tree:
             self.inner[node.name] = node
-        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in PUTS:
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in FILLS:
             if isinstance(node.func.value, ast.Name):
                 for one in node.args:
                     self._bind(node.func.value, one, "in")

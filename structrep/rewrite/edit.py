@@ -28,8 +28,6 @@ from structrep.rewrite.steps import Steps
 from structrep.rewrite.untaken import decorated_otherwise
 from structrep.rewrite.wanted import Edited
 
-_LIBRARIES = {"torch", "math", "numpy", "operator", "functools", "itertools"}
-
 _USED = {"ValueError", "bool", "getattr", "hasattr", "len", "str"}  # by the code of guards
 
 
