@@ -146,7 +146,10 @@ def warn(message: str, kind: type[Warning] = UserWarning) -> None:
 
 def said(error: BaseException) -> str:
     """An error's type and the first line of what it says; of an assertion that says nothing, its line."""
-    lines = str(error).strip().splitlines()
+    try:
+        lines = str(error).strip().splitlines()
+    except TypeError:  # it holds a traced value, which has no text
+        lines = []
     raised = traceback.extract_tb(error.__traceback__)
     if isinstance(error, AssertionError) and not lines and raised and raised[-1].line:
         lines = [f"{raised[-1].line} ({Path(raised[-1].filename).name}, line {raised[-1].lineno})"]

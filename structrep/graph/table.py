@@ -119,11 +119,11 @@ CLAMPS = {"relu", "relu6"}  # which leave a number in that range as it is
 SIZED: dict[Any, tuple[str, ...]] = {
     torch.Tensor: (
         *("expand", "repeat", "tile", "view", "reshape", "broadcast_to"),
-        *("new_zeros", "new_ones", "new_full", "new_empty"),
+        *("new_zeros", "new_ones", "new_full", "new_empty", "to"),
     ),
     torch: (
         *("zeros", "ones", "full", "empty", "arange", "linspace", "eye", "rand", "randn", "broadcast_to"),
-        *("tensor", "as_tensor", "asarray", "finfo", "iinfo"),
+        *("tensor", "as_tensor", "asarray", "finfo", "iinfo", "cat", "concat", "stack"),
     ),
     F: ("avg_pool1d", "avg_pool2d", "avg_pool3d"),
 }

@@ -140,6 +140,12 @@ def named_inf(self, x, inf=None):
     return self.both(x).clamp(-float("inf"), 5.0)
 
 
+def names_what_it_refuses(self, x):
+    if type(x) is not torch.Tensor:
+        raise ValueError(x)
+    return self.both(x)
+
+
 def asks_for_an_attribute(self, x):
     return (self.a(x) + self.b(x)) * (2.0 if getattr(x, "mask", None) is not None or hasattr(x, "tensors") else 1.0)
 
@@ -166,6 +172,7 @@ FORWARDS = {
     own_parameters: (1, ""),
     named_device: (1, ""),
     named_inf: (1, ""),
+    names_what_it_refuses: (0, "Untraceable"),
     asks_for_an_attribute: (1, ""),
 }
 
