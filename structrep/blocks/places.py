@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import Any
 
 import torch
 from torch import nn
 
 
-class NormInBlock(nn.Identity):
-    """Stands where a norm was that is in a block now; knows what to put there again when the block is one conv.
+class NormInBlock(nn.Sequential):
+    """Stands where a norm was that is in a block now, and runs what that norm had as parts, its activation; knows what
+    to put there again when the block is one conv.
 
     Args:
-        norm: the norm that was there.
+        norm: the norm that was there, which computes what a plain one does and then its parts in turn.
         at: its name.
         of: the name of the conv that it stood behind, where the block is.
         bias: whether that conv had a bias.
     """
 
     def __init__(self, norm: nn.Module, at: str, of: str, bias: bool) -> None:
-        super().__init__()
+        super().__init__(OrderedDict(norm.named_children()))
         known: Any = norm
         self.kind: type[nn.Module] = type(norm)
-        self.features, self.eps, self.momentum = known.num_features, known.eps, known.momentum
-        self.affine, self.at, self.of, self.bias = known.affine, at, of, bias
+        held = ("_parameters", "_buffers", "_modules")
+        self.settings = {name: value for name, value in vars(norm).items() if name not in held}
+        self.features, self.eps, self.affine = known.num_features, known.eps, known.affine
+        self.at, self.of, self.bias = at, of, bias
         self.process_group = getattr(norm, "process_group", None)  # of a SyncBatchNorm
 
     def block(self, path: str) -> str:
@@ -34,18 +38,24 @@ class NormInBlock(nn.Identity):
         """The norm that does what the conv's bias does, which it takes from it; the conv keeps one, of zeros, if it had
         one before."""
         layer: Any = conv
-        weight, shift = layer.weight, layer.bias
-        made: Any = self.kind(self.features, self.eps, self.momentum, self.affine)
-        made = made.to(weight.device, weight.dtype).train(layer.training)
-        if self.process_group is not None:
-            made.process_group = self.process_group
-        with torch.no_grad():
-            made.running_var.fill_(1 - self.eps)  # then the scale is 1
-            if shift is not None:
-                made.bias.copy_(shift) if self.affine else made.running_mean.copy_(-shift)
-        for parameter in made.parameters():
-            parameter.requires_grad_(weight.requires_grad)
-        layer.bias = nn.Parameter(torch.zeros_like(made.running_mean), weight.requires_grad) if self.bias else None
+        trained = layer.weight.requires_grad
+        zeros = layer.weight.new_zeros(self.features)
+        shift = zeros if layer.bias is None else layer.bias.detach()
+        variance = zeros + (1 - self.eps)  # then the scale is 1
+        made: Any = self.kind.__new__(self.kind)
+        hooks = {name: value.copy() for name, value in self.settings.items() if isinstance(value, dict)}
+        vars(made).update({**self.settings, **hooks})
+        affine = {"weight": zeros + 1, "bias": shift.clone()} if self.affine else {}
+        made._parameters = {"weight": None, "bias": None}
+        made._parameters |= {name: nn.Parameter(value, trained) for name, value in affine.items()}
+        made._buffers = {
+            "running_mean": zeros.clone() if self.affine else -shift,
+            "running_var": variance,
+            "num_batches_tracked": torch.zeros((), dtype=torch.long, device=zeros.device),
+        }
+        made._modules = dict(self._modules)
+        made.training = layer.training
+        layer.bias = nn.Parameter(zeros.clone(), trained) if self.bias else None
         return made  # type: ignore[no-any-return]
 
     def extra_repr(self) -> str:

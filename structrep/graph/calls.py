@@ -128,6 +128,11 @@ class Introspection:
     line: int
     apart: bool = False
 
+    @property
+    def question(self) -> tuple[str, str, str, int]:
+        """What is asked where, whichever call it is that asks."""
+        return self.by, self.what, self.file, self.line
+
     def said_of(self, path: str) -> str:
         """The introspection of the part at a path, with the line that asks it."""
         where = f"{self.file}:{self.line}: {linecache.getline(self.file, self.line).strip()}"
@@ -237,11 +242,11 @@ class Origin:
 
 @dataclass(eq=False)
 class Method:
-    """What a method of a module was seen to do: its calls, and the paths of what it uses otherwise than by calling."""
+    """What a method of a module was seen to do: its calls, and what they use of others otherwise than by calling."""
 
     calls: list[Call]
-    reached: set[str]
-    introspected: set[str]  # paths of parts that it asks for more than to run
+    reached: dict[str, set[tuple[str, str]]]  # by path, who uses it: a module's path, and its method
+    introspected: dict[str, set[tuple[str, str, str, int]]]  # what it asks of parts, by their paths, beside running them
     forwards: dict[str, list[Call]] = field(default_factory=dict)  # calls of modules, by their paths
 
     def __post_init__(self) -> None:

@@ -114,7 +114,7 @@ class Borders:
             seen = self.mentioned[type(around.module), variant.method]
             if variant.method != "forward" and (seen is None or any(one.rpartition(".")[2] in seen for one in own)):
                 method = self._follow(around, variant)
-                if method.reached & own if method else not variant.flags:
+                if method.reached.keys() & own if method else not variant.flags:
                     raise Shared(f"{type(around.module).__name__}.{variant} uses {' or '.join(sorted(own))} too")
 
     def _lookers(self, owner: Call, call: Call, last: bool, inside: set[fx.Node]) -> Iterator[tuple[Call, Variant]]:
@@ -155,12 +155,17 @@ class Borders:
         read = [_readers(one.result) for one in usual]
         fed = [_feeders(one) for one in usual]
         given = any(isinstance(p, fx.Proxy) and p.node in inside for p in call.args)
+        asked = {one.question for one in self.traced.introspections.get(call.path, ())}
         return (
-            any(path.startswith(f"{call.path}.") for path in method.reached)
-            or (call.leaf and call.path in method.introspected)
+            any(self._reaches_otherwise(path, method) for path in method.reached if path.startswith(f"{call.path}."))
+            or (call.leaf and not method.introspected.get(call.path, set()) <= asked)
             or (not last and any(not any(_readers(one.result) <= some for some in read) for one in calls))
             or (given and any(_feeders(one) not in fed for one in calls))
         )
+
+    def _reaches_otherwise(self, path: str, method: Method) -> bool:
+        """Whether a method uses what is at a path where `forward` does not: a part of it that both run may."""
+        return not method.reached[path] <= {(one.path, one.method) for one in self.traced.reached.get(path, ())}
 
     def _runs_it_whole(self, around: Call, variant: Variant, inside: set[fx.Node]) -> bool:
         """Whether a method, by its source, uses none of what a merge is in but as a whole."""

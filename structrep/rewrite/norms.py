@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections import OrderedDict
 from collections.abc import Iterator
 
 from torch import nn
@@ -43,9 +44,10 @@ def give_norms_back(deploy: nn.Module) -> None:
 
 
 def forget_norms(deploy: nn.Module) -> None:
-    """Leave nothing where blocks took norms in, of which the merged layers do the work."""
-    places = [path for path, place in deploy.named_modules() if isinstance(place, NormInBlock)]
-    exchange(deploy, {path: nn.Identity() for path in places})
+    """Leave nothing but their parts where blocks took norms in, of which the merged layers do the work."""
+    places = {path: place for path, place in deploy.named_modules() if isinstance(place, NormInBlock)}
+    parts = {path: OrderedDict(place.named_children()) for path, place in places.items()}
+    exchange(deploy, {path: nn.Sequential(parts[path]) if parts[path] else nn.Identity() for path in places})
 
 
 def exchange(model: nn.Module, new: dict[str, nn.Module]) -> None:

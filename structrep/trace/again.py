@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,13 +33,17 @@ def follow_method(module: nn.Module, path: str, method: str, flags: Mapping[str,
     calls = tracer.recorder.calls
     if tracer.recorder.stopped is not None or next(calls[0].observed(), None) is not None:
         return None
-    held = {
-        str(node.target)
-        for node in tracer.graph.nodes
-        if node.op == "get_attr" and any(CALL.of(user) is calls[0] for user in node.users)
-    }
-    introspected = {where for where, one in tracer.parts.all() if not one.apart}
-    return Method(calls, held | scratch.reached.keys(), introspected)
+    reached: dict[str, set[tuple[str, str]]] = defaultdict(set)
+    for where, users in scratch.reached.items():
+        reached[where] |= {(user.path, user.method) for user in users}
+    for node in tracer.graph.nodes:
+        if node.op == "get_attr" and any(CALL.of(user) is calls[0] for user in node.users):
+            reached[str(node.target)].add((calls[0].path, calls[0].method))
+    introspected: dict[str, set[tuple[str, str, str, int]]] = defaultdict(set)
+    for where, one in tracer.parts.all():
+        if not one.apart:
+            introspected[where].add(one.question)
+    return Method(calls, reached, introspected)
 
 
 def retrace(traced: Traced, call: Call, answers: Mapping[tuple[str, str], Any]) -> tuple[Traced, Call] | None:

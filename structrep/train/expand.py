@@ -31,15 +31,19 @@ from structrep.modules.parametrized import computed, hooks
 from structrep.pattern import Conv, Norm, Seq
 from structrep.registry import Registry
 from structrep.rewrite.norms import exchange
+from structrep.train.norms import why_not
 
 log = logging.getLogger("structrep")
 Where = str | type[nn.Module] | Callable[[str, nn.Module], bool]
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 def _small(conv: Any) -> str:
     """Why the papers would not choose a convolution; "" if they would. So do those below."""
     return "" if set(conv.kernel_size) == {3} else "it is not 3x3"
+
+
+def _small_or_pointwise(conv: Any) -> str:
+    return "" if set(conv.kernel_size) in ({1}, {3}) else "it is neither 3x3 nor pointwise"
 
 
 def _spatial(conv: Any) -> str:
@@ -82,7 +86,9 @@ FAMILIES = {
     "repvgg": _Family(_dims(blocks.RepVGGBlock1d, blocks.RepVGGBlock2d, blocks.RepVGGBlock3d)),
     "acb": _Family(_dims(None, blocks.ACBlock2d, None)),
     "dbb": _Family(_dims(blocks.DiverseBranchBlock1d, blocks.DiverseBranchBlock2d, blocks.DiverseBranchBlock3d)),
-    "mobileone": _Family(_dims(blocks.MobileOneBlock1d, blocks.MobileOneBlock2d, blocks.MobileOneBlock3d)),
+    "mobileone": _Family(
+        _dims(blocks.MobileOneBlock1d, blocks.MobileOneBlock2d, blocks.MobileOneBlock3d), _small_or_pointwise
+    ),
     "replknet": _Family(_dims(None, blocks.LargeKernelBlock2d, None), _large_depthwise),
     "diracnet": _Family(_dims(blocks.DiracConv1d, blocks.DiracConv2d, blocks.DiracConv3d)),
     "doconv": _Family(_dims(blocks.DOConv1d, blocks.DOConv2d, blocks.DOConv3d), _spatial),
@@ -120,8 +126,9 @@ def expand(
             "doconv", "expandnet", "expandnet_linear", "orepa", "conv3xc", "ecbsr" or "lora".
         where: names, globs, types, or predicates of a name and a layer: all layers that any of them chooses and that
             the block can stand for; one that is named must be such a layer. By default what the paper would choose:
-            3x3 convolutions but the first (depthwise ones of 7x7 and more for "replknet", all larger than 1x1 for
-            "doconv" and "expandnet"), Linears for "lora" and "expandnet_linear".
+            3x3 convolutions but the first (pointwise ones too for "mobileone", depthwise ones of 7x7 and more for
+            "replknet", all larger than 1x1 for "doconv" and "expandnet"), Linears for "lora" and "expandnet_linear".
+            What a norm does besides, as the activation of timm's norms, stays where the norm was.
         init: "preserve" starts the blocks so that the model computes what it did, up to rounding, trained weights and
             all; "paper" as the paper does.
         inplace: change the model itself instead of a copy.
@@ -163,11 +170,8 @@ def expand(
             there = f": {_expanded(model, blocks_there)}" if path in blocks_there else ""
             raise BadInput(f"{path} cannot become a {block} block: {reason}{there}")
         spared[reason] += bool(reason)
-    new = dict(made)
-    for path, one in made.items():
+    for one in made.values():
         one.__dict__[EXPANDED] = True
-        if path in norms and getattr(one, "own_norms", False):
-            new[norms[path]] = NormInBlock(layers[norms[path]], norms[path], path, layers[path].bias is not None)
     kinds = len([one for one in layers.values() if type(one) in family.of])
     if not made:
         raise BadInput(
@@ -178,6 +182,11 @@ def expand(
             + (f"\n  {_expanded(model, blocks_there)}" if blocks_there and not again else "")
         )
     whole = model if inplace else own_copy(model)
+    new = dict(made)
+    for path in made.keys() & norms.keys():
+        if getattr(made[path], "own_norms", False):
+            norm = whole.get_submodule(norms[path])
+            new[norms[path]] = NormInBlock(norm, norms[path], path, layers[path].bias is not None)
     exchange(whole, new)
     log.info("%s stands in the place of %d of %d layers: %s", block, len(made), kinds, ", ".join(made))
     if more := _more_than_norms(model):
@@ -297,10 +306,10 @@ def _without_norm(model: nn.Module, family: _Family) -> str:
     """Why a layer has to stay that has no norm behind it, if the family's branches have norms."""
     if not family.own_norms:
         return ""
-    others = Counter(type(one).__name__ for one in model.modules() if isinstance(one, _BatchNorm))
-    there = [f"{count} {name}" for name, count in others.items() if name not in {kind.__name__ for kind in _NORMS}]
-    but = f": the model has {', '.join(there)}, which are of classes of their own" if there else ""
-    return f"its branches have norms, and no batch norm of torch's that is its alone stands behind it{but}"
+    others = {type(one): one for one in model.modules() if isinstance(one, _BatchNorm)}
+    reasons = [reason for one in others.values() if (reason := why_not(one))]
+    but = f": {', '.join(reasons)}" if reasons else ""
+    return f"its branches have norms, and no batch norm that is its alone stands behind it{but}"
 
 
 def _norms_behind(model: nn.Module) -> dict[str, str]:
@@ -311,10 +320,12 @@ def _norms_behind(model: nn.Module) -> dict[str, str]:
     ready = eval_copy(model)
     check_ready(ready)
     for merge in find(ready, None, pair).merges:
-        called = [node for node in merge.nodes if node.op == "call_module"]
-        kinds = [type(CALL.of(node).module) for node in called]
-        if len(called) == len(merge.nodes) == 2 and kinds[0] in CONVOLUTIONS and kinds[1] in _NORMS:
-            pairs[str(called[0].target)] = str(called[1].target)
+        conv, *others = (CALL.of(node) for node in merge.nodes)
+        if len(others) != 1 or type(conv.module) not in CONVOLUTIONS:
+            continue
+        norm = others[0].module
+        if isinstance(norm, _BatchNorm) and not why_not(norm):
+            pairs[conv.path] = others[0].path
     return pairs
 
 

@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import structrep
+from structrep.blocks.dbb import NormPad
 from tests.support.models import conv, settled
 from tests.support.truth import CLOSE, EXACT, SAME, check, relative_error, says
 
@@ -375,6 +376,42 @@ class TwoNames(nn.Module):
 
 def test_a_layer_with_two_names_in_another_forward():
     check(TwoNames(), X, merges=0, refused="Shared", method="forward_features", within=SAME)
+
+
+class ReadsANorm(nn.Module):
+    """A part whose forward reads what its norm makes of 0, run by another forward as by this one."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.border = conv(4, 4, 1), NormPad(nn.BatchNorm2d(4), ((1, 1), (1, 1)))
+        self.two = nn.Conv2d(4, 4, 3)
+
+    def forward(self, x):
+        return self.two(self.border(self.one(x)))
+
+    def forward_intermediates(self, x):
+        y = self(x)
+        return [y, y.relu()]
+
+
+class ReadsMore(ReadsANorm):
+    def forward_intermediates(self, x):
+        y = self(x)
+        return [y, y * self.border.norm.bias.sum()]
+
+
+class AsksMore(ReadsANorm):
+    def forward_intermediates(self, x):
+        y = self(x)
+        return [y, y * (1 if type(self.border.norm) is nn.BatchNorm2d else 2)]
+
+
+@pytest.mark.parametrize(("cls", "merges"), [(ReadsANorm, 1), (ReadsMore, 0), (AsksMore, 0)])
+def test_a_part_that_reads_its_own_parts(cls, merges):
+    """Another forward that runs the part reads of it what `forward` does, and is no hindrance: DBB in timm's ResNet."""
+    refused = "" if merges else "Shared Costlier"
+    check(cls(), X, merges=merges, refused=refused, method="forward_intermediates", within=CLOSE)
+    check(cls(), X, merges=merges, refused=refused, within=CLOSE)
 
 
 class Switched(nn.Module):

@@ -16,7 +16,7 @@ import structrep
 from structrep.blocks.places import NormInBlock, plain_name
 from structrep.errors import BadInput
 from structrep.train.expand import FAMILIES
-from tests.support.models import settled
+from tests.support.models import conv, settled
 from tests.support.truth import EXACT, relative_error
 
 SMALL = {
@@ -101,6 +101,8 @@ MODELS = {
     "torchvision:regnet": torchvision.models.regnet_y_400mf,
     "timm:resnet10t": lambda: timm.create_model("resnet10t"),
     "timm:efficientnet": lambda: timm.create_model("test_efficientnet"),
+    "timm:mobilenetv4": lambda: timm.create_model("mobilenetv4_conv_small_035"),
+    "timm:regnet": lambda: timm.create_model("regnetx_002"),
     "timm:vit": lambda: timm.create_model("test_vit"),
     "timm:convnext": lambda: timm.create_model("test_convnext"),
     "timm:resnet": lambda: timm.create_model("test_resnet"),
@@ -110,10 +112,14 @@ MODELS = {
 BLOCKS = {
     "timm:vit": "lora",
     "timm:convnext": "lora",
-    # no plain batch norm stands right behind their 3x3 convolutions
+    # no batch norm stands right behind their 3x3 convolutions
     "torchvision:squeezenet": "doconv",
     "torchvision:densenet": "doconv",
-    "timm:efficientnet": "doconv",
+    # depthwise and pointwise layers, and norms with an activation
+    "timm:efficientnet": "mobileone",
+    "timm:mobilenetv4": "mobileone",
+    "timm:regnet": "dbb",
+    "torchvision:mobilenet_v2": "mobileone",
 }
 
 
@@ -129,6 +135,90 @@ def test_models_come_back_as_they_were(name):
     assert shapes(back) == shapes(model)
     assert kinds(back) == kinds(model)
     model.load_state_dict(back.state_dict())
+
+
+class Other(nn.BatchNorm2d):
+    def forward(self, x):
+        return super().forward(x).relu()
+
+
+class Plainly(nn.BatchNorm2d):
+    pass
+
+
+class Acts(nn.BatchNorm2d):
+    """A norm with parts of its own, one of which has a weight."""
+
+    def __init__(self, features, counts=True):
+        super().__init__(features, momentum=None, track_running_stats=counts)
+        self.drop, self.act = nn.Dropout(0.5), nn.PReLU(features)
+
+    def forward(self, x):
+        return self.act(self.drop(super().forward(x)))
+
+
+class Backwards(Acts):
+    """Its parts run in another order than that of their names."""
+
+    def forward(self, x):
+        return self.drop(torch.sigmoid(self.act(nn.BatchNorm2d.forward(self, x))))
+
+
+class Frozen(nn.BatchNorm2d):
+    def train(self, mode=True):
+        return super().train(False)
+
+
+class WithMore(nn.BatchNorm2d):
+    def __init__(self, features):
+        super().__init__(features)
+        self.gain = nn.Parameter(torch.ones(features))
+
+
+class CountsTwice(nn.BatchNorm2d):
+    """It does something else in training mode alone."""
+
+    def forward(self, x):
+        y = super().forward(x)
+        if self.training:
+            self.running_var.mul_(0.5)
+        return y
+
+
+@pytest.mark.parametrize("norm", [Plainly, Acts])
+def test_what_a_norm_does_besides_stays_where_it_was(norm):
+    model = settled(nn.Sequential(conv(3), nn.ReLU(), conv(bias=True), norm(4), nn.Conv2d(4, 2, 1))).train()
+    expanded = structrep.expand(model, "repvgg")
+    assert [name for name in expanded.state_dict() if name.startswith("3.")] == [
+        f"3.{name}.{key}" for name, part in model[3].named_children() for key in part.state_dict()
+    ]
+    torch.manual_seed(0)
+    y = copy.deepcopy(expanded)(X)
+    torch.manual_seed(0)
+    assert relative_error(y, copy.deepcopy(model)(X)) < EXACT, "what is dropped too"
+    with torch.no_grad():
+        for parameter in expanded.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    back = structrep.reparameterize(expanded.eval(), X, norms="keep")
+    assert kinds(back) == kinds(model)
+    assert shapes(back) == shapes(model)
+    assert relative_error(back(X), expanded(X)) < EXACT
+    model.load_state_dict(back.state_dict())
+    assert relative_error(model.eval()(X), expanded(X)) < EXACT
+    assert back[3].momentum is model[3].momentum
+    folded = structrep.reparameterize(expanded, X)
+    assert relative_error(folded(X), expanded(X)) < EXACT
+    assert not any(isinstance(part, nn.BatchNorm2d) for part in folded.modules())
+    assert relative_error(copy.deepcopy(back)(X), back(X)) == 0
+
+
+@pytest.mark.parametrize("norm", [Other, Backwards, Frozen, WithMore, CountsTwice])
+def test_norms_that_no_block_takes_in(norm):
+    model = settled(nn.Sequential(conv(), nn.ReLU(), conv(), norm(4)))
+    names = list(model.state_dict())
+    with pytest.raises(BadInput, match=f"1 of 2: .*: {norm.__name__} does something else than to normalize"):
+        structrep.expand(model, "repvgg")
+    assert list(model.state_dict()) == names
 
 
 def test_training_goes_on_in_the_blocks():
@@ -214,11 +304,6 @@ class Small(nn.Sequential):
         )  # fmt: skip
 
 
-class Other(nn.BatchNorm2d):
-    def forward(self, x):
-        return super().forward(x).relu()
-
-
 @pytest.mark.parametrize(
     ("model", "block", "options", "told"),
     [
@@ -241,13 +326,13 @@ class Other(nn.BatchNorm2d):
             lambda: Small(norm=Other),
             "repvgg",
             {},
-            "\n  2 of 4: its branches have norms, and no batch norm of torch's that is its alone stands behind it: the "
-            "model has 4 Other, which are of classes of their own\n  1 of 4: ",
+            "\n  2 of 4: its branches have norms, and no batch norm that is its alone stands behind it: Other does "
+            "something else than to normalize and to run its parts in turn\n  1 of 4: ",
         ),
         (Small, "replknet", {}, "\n  3 of 4: it is not depthwise and 7x7 or larger\n  1 of 4: it is the first"),
         (lambda: nn.Sequential(nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)), "doconv", {}, "\n  1 of 2: it is pointwise"),
         (Small, "lora", {}, "name some, where=...\n  it has no Linear"),
-        (Small, "mobileone", {"branches": "many"}, "\n  2 of 4: "),
+        (Small, "mobileone", {"branches": "many"}, "\n  3 of 4: "),
         (lambda: nn.Sequential(nn.ReLU()), "dbb", {"where": "*"}, "it has no Conv1d or Conv2d or Conv3d"),
     ],
 )
