@@ -246,7 +246,7 @@ class Method:
 
     calls: list[Call]
     reached: dict[str, set[tuple[str, str]]]  # by path, who uses it: a module's path, and its method
-    introspected: dict[str, set[tuple[str, str, str, int]]]  # what it asks of parts, by their paths, beside running them
+    introspected: dict[str, set[tuple[str, str, str, int]]]  # what it asks of parts, by path
     forwards: dict[str, list[Call]] = field(default_factory=dict)  # calls of modules, by their paths
 
     def __post_init__(self) -> None:

@@ -56,5 +56,3 @@ def _run(module: nn.Module, x: Tensor, norm: nn.Module) -> tuple[Tensor, dict[st
     """What a module gives, and what a norm in it then holds of its own."""
     torch.manual_seed(0)
     return module(x.clone()), {**norm._parameters, **norm._buffers}
-
-
