@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable
+import logging
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -44,7 +47,8 @@ def infer_shapes(graph: fx.Graph, inputs: list[Any]) -> None:
     """Note the shape and dtype of every node that can be followed without computing, in its `meta`."""
     given = iter(inputs)
     values: dict[fx.Node, Any] = {}
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with _asking(mode), torch.no_grad():
         for node in graph.nodes:
             try:
                 if node.op == "placeholder":
@@ -61,6 +65,22 @@ def infer_shapes(graph: fx.Graph, inputs: list[Any]) -> None:
             if isinstance(values.get(node), Tensor):
                 SHAPE.note(node, tuple(values[node].shape))
                 DTYPE.note(node, values[node].dtype)
+
+
+@contextlib.contextmanager
+def _asking(mode: FakeTensorMode) -> Iterator[None]:
+    """Tensors without numbers; torch logs as errors what cannot be done with them, which here is an answer."""
+    mine, log = threading.get_ident(), logging.getLogger("torch._subclasses.fake_tensor")
+
+    def other(record: logging.LogRecord) -> bool:
+        return record.thread != mine
+
+    log.addFilter(other)
+    try:
+        with mode:
+            yield
+    finally:
+        log.removeFilter(other)
 
 
 def _fake(mode: FakeTensorMode, given: Tensor | Given | Thing) -> Any:
@@ -96,7 +116,7 @@ class Partial:
         Raises:
             Failed: it cannot be told so.
         """
-        with self.mode:
+        with _asking(self.mode):
             return self._run(node, self.sized, lambda given: _fake(self.mode, given), shallow_copy)
 
     def value(self, node: fx.Node) -> Any:

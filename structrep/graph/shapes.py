@@ -121,7 +121,7 @@ def _rank(node: fx.Node, source: fx.Node | None) -> int | None:
             return None
         gone = len(over) if isinstance(over, (list, tuple)) else 1
         return given if keep else given - gone
-    if name == "unsqueeze":
+    if name in ("unsqueeze", "stack"):
         return None if given is None else given + 1
     same = keeps_shape(node) or does(node, Is.RANK) or does(node, Is.LIKE)
     return given if same else None

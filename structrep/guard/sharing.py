@@ -142,7 +142,7 @@ class Replicas:
             for node in trace_.graph.find_nodes(op="get_attr"):
                 formula = FORMULA.get(node)
                 made = formula.tensors if formula else (VALUE.get(node),)
-                if any(one is tensor for one in made) and not inside.issuperset(node.users):
+                if any(one is tensor for one in made) and _stays(node, inside):
                     return True
         return False
 
@@ -151,6 +151,18 @@ class Replicas:
         if call not in self.prints:
             self.prints[call] = tuple(_marks(call))
         return self.prints[call]
+
+
+def _stays(constant: fx.Node, inside: set[fx.Node]) -> bool:
+    """Whether a constant, or one that is computed of it, is of use to a node that is no constant and not of a merge."""
+    known, pending = {constant}, [constant]
+    for node in pending:
+        users = node.users.keys() - inside - known
+        if not all(map(VALUE.known, users)):
+            return True
+        known |= users
+        pending += users
+    return False
 
 
 def _moves_alone(layer: Call, touched: Set[Call]) -> bool:

@@ -320,23 +320,48 @@ def _(a: Arguments) -> None:
 @reads(torch.lerp, "lerp")
 def _(a: Arguments) -> Sum | None:
     (start, end), weight = a.pair("end"), a(2, "weight")
-    number = isinstance(weight, (int, float)) and constant(start) is None and constant(end) is None
-    return Sum(((start, 1.0 - weight), (end, float(weight)))) if number else None
+    known = exact(weight)
+    if known is None or torch.as_tensor(known).ndim > 0 or constant(start) is not None or constant(end) is not None:
+        return None
+    share = float(torch.as_tensor(known).detach())
+    return Sum(((start, 1.0 - share), (end, share)))
 
 
 @reads(torch.sum, "sum", torch.mean, "mean")
 def _(a: Arguments) -> Sum | None:
-    stacked = a(0, "input")
-    if not isinstance(stacked, fx.Node) or stacked.target is not torch.stack or set(a.node.kwargs) - {"dim", "axis"}:
+    """`stack([...]).sum(0)`, and `(stack([...]) * w).sum(0)` with a number for each."""
+    value, factors = a(0, "input"), None
+    weighed = value if isinstance(value, fx.Node) and torch_name(value) in ("mul", "imul", "rmul", "multiply") else None
+    if weighed is not None and len(weighed.args) == 2:
+        left, right = weighed.args
+        value, factors = (left, exact(right)) if constant(left) is None else (right, exact(left))
+    if not isinstance(value, fx.Node) or value.target is not torch.stack or set(a.node.kwargs) - {"dim", "axis"}:
         return None
-    inner = Arguments(stacked, a.read)
+    inner = Arguments(value, a.read)
     parts, dim = inner(0, "tensors"), inner(1, "dim", 0)
     over = a(1, "dim", a.node.kwargs.get("axis"))
     if not isinstance(parts, (list, tuple)) or over not in (dim, [dim], (dim,)) or len(a.node.args) > 2:
         return None
     plain = all(isinstance(p, fx.Node) and not VALUE.known(p) for p in parts)
     share = 1.0 / len(parts) if a.node.target in (torch.mean, "mean") else 1.0
-    return Sum(tuple((p, share) for p in parts), (stacked,)) if plain else None
+    numbers = [1.0] * len(parts) if weighed is None else _along(factors, dim, len(parts), value)
+    if not plain or numbers is None:
+        return None
+    through = (value,) if weighed is None else (value, weighed)
+    return Sum(tuple((part, share * number) for part, number in zip(parts, numbers, strict=True)), through)
+
+
+def _along(factors: Any, dim: int, count: int, stacked: fx.Node) -> list[float] | None:
+    """The number that a factor has for each of the values that are stacked; None if it has other ones too."""
+    if factors is None:
+        return None
+    known, dims = torch.as_tensor(factors, dtype=torch.float64).detach(), rank(stacked)
+    if known.numel() == 1:
+        return [float(known)] * count if known.ndim <= (dims or 0) else None
+    at = dim if dim < 0 else dim - dims if dims is not None else None
+    if at is None or known.ndim > (dims or known.ndim) or known.ndim < -at:
+        return None
+    return known.flatten().tolist() if known.numel() == known.shape[at] == count else None
 
 
 @reads(torch.flatten, "flatten")

@@ -6,8 +6,10 @@ gives. So all values that are still held when a trace is done are looked for whe
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import sys
+import traceback
 from collections import deque
 from collections.abc import Iterable, Iterator
 from types import CellType, FrameType
@@ -27,6 +29,18 @@ def _counts(values: list[Any]) -> list[int]:
 _ALONE = _counts([object()])[0]  # references to what only that list holds
 
 
+def clear_frames(error: BaseException | None) -> None:
+    """Let go of what the frames hold that an error came through, or an error before it, and those that called them."""
+    while error is not None:
+        for inner, _ in traceback.walk_tb(error.__traceback__):
+            frame: FrameType | None = inner
+            with contextlib.suppress(RuntimeError):  # it runs still, and so does what called it
+                while frame is not None:
+                    frame.clear()
+                    frame = frame.f_back
+        error = error.__context__
+
+
 def escaped(values: Iterable[ref[fx.Proxy]], calls: Iterable[Call]) -> list[fx.Proxy]:
     """The values that something holds when their trace is done, but for what its calls gave; that lets go of them where
     it can.
@@ -36,7 +50,8 @@ def escaped(values: Iterable[ref[fx.Proxy]], calls: Iterable[Call]) -> list[fx.P
         calls: of the trace.
     """
     alive = [one for one in [known() for known in values] if one is not None]
-    if not alive:
+    calls = list(calls)
+    if not alive or _counts(alive) == _held_by(alive, calls):
         return []
     gc.collect()  # what only garbage holds is held by nobody
     of_calls = {id(one) for call in calls for one in _objects((call.args, call.kwargs, call.result))}
@@ -58,6 +73,19 @@ def escaped(values: Iterable[ref[fx.Proxy]], calls: Iterable[Call]) -> list[fx.P
     for holder in holders:
         _let_go(holder, set(map(id, found)))
     return found
+
+
+def _held_by(alive: list[fx.Proxy], calls: list[Call]) -> list[int]:
+    """How many references there are to each value if nothing but the calls of its trace, and other values, hold it: to
+    look through all that Python holds is dear."""
+    held = dict.fromkeys(map(id, alive), _ALONE)
+    attributes = (vars(one) for one in alive if isinstance(one, fx.proxy.Attribute))
+    structures = {id(one): one for call in calls for one in _objects((call.args, call.kwargs, call.result))}
+    for holder in (*map(vars, calls), *attributes, *structures.values()):
+        for one in gc.get_referents(holder) if isinstance(holder, (tuple, list, dict)) else ():
+            if id(one) in held:
+                held[id(one)] += 1
+    return list(held.values())
 
 
 def _objects(value: Any) -> Iterator[Any]:

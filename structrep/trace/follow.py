@@ -27,7 +27,7 @@ from structrep.modules.copies import is_compiled, scripted, shallow_copy
 from structrep.modules.mentions import taken_apart
 from structrep.modules.states import Holdings
 from structrep.read.modules import PROBED, knows
-from structrep.trace.escapes import escaped
+from structrep.trace.escapes import clear_frames, escaped
 from structrep.trace.folding import fold_constants
 from structrep.trace.held import untraced
 from structrep.trace.inputs import bind
@@ -242,6 +242,7 @@ def follow(
         try:
             with torch.no_grad(), unchanged(module), tracer.watching():
                 tracer.trace(Root(module))
+                clear_frames(recorder.refused)
                 recorder.note_escaped(escaped(tracer.values, recorder.calls))
             if recorder.refused is not None:
                 raise recorder.refused  # caught by the forward itself, which would do something else with a real value

@@ -123,24 +123,25 @@ class Observer:
         Raises:
             Failed: nothing tells.
         """
-        found: Exception = Failed("it is not known")
+        told: list[Any] = []
+        reason = "it is not known"  # no error: one that is held here would hold this frame, and all values with it
         with self._apart():
             try:
-                fixed: Any = convert(known.value(node))
+                told.append(convert(known.value(node)))
             except Exception:  # of a size that is not known, or of what is no number
-                fixed, known.loose = found, True
+                known.loose = True
             if not known.loose:
-                return fixed
+                return told[0]
             for way in (self.run.shown, self.run.value) if self.run is not None else ():
                 try:
                     return convert(way(node))
-                except Failed as reason:
-                    found = reason
+                except Failed as failed:
+                    reason = str(failed)
                 except Exception as error:  # a tensor without numbers, or nothing that has any
-                    found = Failed(f"{type(error).__name__}: {error}")
-        if isinstance(fixed, Exception):
-            raise found
-        return fixed
+                    reason = f"{type(error).__name__}: {error}"
+        if not told:
+            raise Failed(reason)
+        return told[0]
 
     def _rely(self, ranks: Mapping[fx.Node, int]) -> None:
         """Assert how many dims values have, on which all may rely from now on."""

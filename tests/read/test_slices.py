@@ -6,7 +6,7 @@ from torch import nn
 
 import structrep
 from tests.support.models import settled
-from tests.support.truth import EXACT, relative_error, says
+from tests.support.truth import EXACT, check, relative_error, says
 
 X = torch.randn(2, 4, 5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
@@ -109,6 +109,49 @@ def test_slices_of_features(dim, shape):
     deploy = structrep.reparameterize(model)
     assert relative_error(deploy(x), model(x)) < EXACT
     assert sum(p.numel() for p in deploy.parameters()) == (15 if dim == -1 else 30)
+
+
+class Weighed(nn.Module):
+    """Two branches, stacked, each with a number."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how, self.a, self.b = how, nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1)
+        self.w, self.t = nn.Parameter(torch.tensor([0.3, -1.7])), nn.Parameter(torch.tensor(0.2))
+
+    def forward(self, x):
+        branches, w = [self.a(x), self.b(x)], self.w
+        if self.how == "lerp":
+            return torch.lerp(*branches, self.t)
+        if self.how == "first":
+            return (torch.stack(branches) * w.view(2, 1, 1, 1, 1)).sum(0)
+        if self.how == "second":
+            return torch.mean(w.softmax(0).reshape(2, 1, 1, 1) * torch.stack(branches, 1), dim=1)
+        if self.how == "last":
+            return (torch.stack(branches, -1) * w).sum(-1)
+        if self.how == "one number":
+            return (torch.stack(branches) * self.t).sum(0)
+        if self.how == "another dim":  # the width has two pixels
+            return (torch.stack(branches)[..., :2] * w).sum(0)
+        if self.how == "more than stacked":
+            return (torch.stack(branches) * w.view(2, 1, 1, 1, 1, 1)).sum(0)
+        if self.how == "for each channel":
+            return (torch.stack(branches) * torch.cat([w, w]).view(1, 1, 4, 1, 1)).sum(0)
+        if self.how == "summed elsewhere":
+            return (torch.stack(branches) * w.view(2, 1, 1, 1, 1)).sum(1)
+        return (torch.stack(branches) * w[:1].view(1, 1, 1, 1, 1)).prod(0)
+
+
+WEIGHED = {
+    "lerp": 1, "first": 1, "second": 1, "last": 1, "one number": 1, "another dim": 0, "more than stacked": 0,
+    "for each channel": 0, "summed elsewhere": 0, "multiplied": 0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", WEIGHED)
+def test_branches_that_are_weighed_as_a_stack(how):
+    check(Weighed(how), X, merges=WEIGHED[how])
+    check(Weighed(how), X, merges=WEIGHED[how], ways=("alone",))
 
 
 class Means(nn.Module):

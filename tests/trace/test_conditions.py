@@ -165,7 +165,7 @@ FORWARDS = {
     viewed_by_shape: (0, "Untraceable"),
     keepdims: (0, "Shared"),
     a_number_of_all: (0, ""),
-    by_name: (1, ""),
+    by_name: (1, "Costlier Incompatible"),
     unused_slices: (2, ""),
     caught_raise: (1, "Untraceable"),
     may_return_first: (1, "Untraceable"),
