@@ -13,7 +13,7 @@ from structrep.algebra.shadows import STEPS
 from structrep.graph import operations
 from structrep.graph.facts import AUTOCAST, CALL, DTYPE, STATIC_DTYPE, UNFOLLOWED, VALUE
 from structrep.graph.operations import does, torch_name
-from structrep.graph.queries import counts_sizes
+from structrep.graph.queries import asks_dtype, counts_sizes
 from structrep.graph.shapes import argument
 from structrep.graph.table import CASTS, Is
 from structrep.modules.parametrized import torch_class
@@ -21,7 +21,7 @@ from structrep.modules.parametrized import torch_class
 
 def note(node: fx.Node, own: torch.dtype) -> None:
     """Note the dtype of a node's value, or None, as `STATIC_DTYPE`; inputs are taken to be of the parameters' dtype."""
-    if not STATIC_DTYPE.known(node):
+    if not STATIC_DTYPE.known(node) or (STATIC_DTYPE.of(node) is None and DTYPE.known(node)):  # told since
         STATIC_DTYPE.note(node, DTYPE.get(node) or (own if node.op == "placeholder" else _static_dtype(node)))
 
 
@@ -31,7 +31,7 @@ def _static_dtype(node: fx.Node) -> torch.dtype | None:
         return value if isinstance(value, torch.dtype) else value.dtype
     if node.op == "output" or AUTOCAST.get(node):
         return None
-    sources = [n for n in node.all_input_nodes if not counts_sizes(n)]
+    sources = [n for n in node.all_input_nodes if asks_dtype(n) or not counts_sizes(n)]
     dtypes = {STATIC_DTYPE.of(n) for n in sources}
     if node.op == "call_module":
         module = CALL.of(node).module

@@ -9,7 +9,7 @@ from torch import fx, nn
 from structrep.errors import Hooked, Shared
 from structrep.graph.calls import Call
 from structrep.graph.facts import CALL, VALUE
-from structrep.graph.queries import asks_dtype, only_asserted
+from structrep.graph.queries import asks_dtype, counts_sizes, only_asserted
 from structrep.modules.parametrized import hooks
 from structrep.modules.wrappers import stands_in
 
@@ -48,5 +48,5 @@ class Adapters:
             if hooks(call.module):
                 raise Hooked(f"{call.path} has a forward hook, and adapters, which are merged with it or not at all")
             rest = [n for n in call.nodes() if n not in inside and not VALUE.known(n) and not only_asserted(n)]
-            if any(not asks_dtype(n) and not same(n) for n in rest):
+            if not all(asks_dtype(n) or counts_sizes(n) or same(n) for n in rest):
                 raise Shared(f"{call.path} would be merged in part, and its own merge() does that part again")

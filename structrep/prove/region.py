@@ -32,7 +32,7 @@ from structrep.match.merge import Merge
 from structrep.match.pieces import frame
 from structrep.match.sum_order import as_traced, reordered
 from structrep.modules.copies import moved_copy
-from structrep.read.nodes import called
+from structrep.read.nodes import called, hands_on
 from structrep.rewrite.norms import end
 from structrep.terms.term import geometry
 
@@ -63,6 +63,8 @@ class Region:
         inside.update(*(one.were for merge in merges for one in merge.reordered))
         inside.update(*(one.through for one in carried))
         inside.update(merge.base for merge in merges if merge.carried is not None)  # the activations
+        before = (hands_on(node) for node in inside)  # a cast that was made before, from what it was made of
+        inside |= {one for one in before if one is not None and does(one, Is.CAST)}
         self.nodes = [one for one in sorted(inside, key=lambda n: int(INDEX.of(n))) if not only_asserted(one)]
         self.inside = inside
         made = (made for node in self.nodes for source in (read_as_traced, self.reads) for made in source(node))

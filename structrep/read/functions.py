@@ -9,18 +9,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from structrep.algebra.precision import doubled
 from structrep.graph.constants import constant, exact
-from structrep.graph.dtypes import cast_to
-from structrep.graph.facts import AUTOCAST, CALL, INDEX, TO_OWN_DTYPE, VALUE
-from structrep.graph.operations import does, torch_name
-from structrep.graph.queries import asked_of, asks_dtype
-from structrep.graph.shapes import argument, rank
-from structrep.graph.table import CASTS, Is, spatial_dims
+from structrep.graph.facts import INDEX, VALUE
+from structrep.graph.operations import torch_name
+from structrep.graph.queries import asked_of
+from structrep.graph.shapes import rank
+from structrep.graph.table import spatial_dims
 from structrep.read.arguments import Arguments, reads
-from structrep.read.endings import ENDINGS
 from structrep.terms.layer import Concat, Identity, Layer, Reading, Sum
 from structrep.terms.layers import (
     adaptive_pool_layer,
@@ -383,79 +381,6 @@ def _(a: Arguments) -> Layer | None:
 @reads(F.leaky_relu)
 def _(a: Arguments) -> Identity | None:
     return Identity(a(0, "input")) if a(1, "negative_slope", 0.01) == 1 else None
-
-
-def _keeps_dtype(node: fx.Node) -> bool:
-    """Whether a node gives floats in the dtype that it is given them in: a `view` may be one of the bits."""
-    moved = does(node, Is.MOVES | Is.DTYPE) and (torch_name(node) != "view" or _are_ints(node.args[1:]))
-    return moved or torch_name(node) == "batch_norm"
-
-
-def _weight_of(node: fx.Node) -> Tensor | None:
-    """The weight of a convolution or Linear; it takes nothing but its dtype."""
-    module = CALL.of(node).module if node.op == "call_module" else None
-    if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)):
-        return module.weight
-    weight = constant(argument(node, 1, "weight")) if does(node, Is.KERNEL) else None
-    return weight if isinstance(weight, Tensor) else None
-
-
-def _dtype_of(node: fx.Node) -> torch.dtype | None:
-    """The dtype of what a layer gives, whatever it is given, or takes as it is; of what a norm gives, which is taken to
-    be given its own. None where that is not told."""
-    own: torch.dtype | None = None
-    while not AUTOCAST.get(node):
-        beside = (user for user in node.users if argument(user, 0, "input") is node and not AUTOCAST.get(user))
-        for layer in (node, *beside):
-            if (weight := _weight_of(layer)) is not None:
-                return weight.dtype
-        module = CALL.of(node).module if node.op == "call_module" else None
-        if (to := cast_to(node)) is not None:
-            return to
-        sources = [n for n in node.all_input_nodes if not VALUE.known(n)]
-        norm = isinstance(module, (nn.modules.batchnorm._NormBase, *(one for one in ENDINGS if isinstance(one, type))))
-        if norm and module is not None:
-            own = own or next((one.dtype for one in (*module.parameters(), *module.buffers())), None)
-        elif node.target in ENDINGS:
-            given = (constant(one) for one in node.all_input_nodes)
-            own = own or next((one.dtype for one in given if isinstance(one, Tensor)), None)
-        elif not _keeps_dtype(node):
-            return own
-        if len(sources) != 1:
-            return own
-        node = sources[0]
-    return own
-
-
-@reads("to", "type_as", "type", *CASTS)
-def _(a: Arguments) -> Identity | None:
-    """A value with the dtype or on the device of another one of the same model, or with a dtype that it has already."""
-    to = cast_to(a.node)
-    if to is not None and _dtype_of(a(0, "input")) is to:
-        return Identity(a(0, "input"))
-    if a.node.target not in ("to", "type_as"):
-        return None
-    given = [*a.node.args[1:], *(one for name, one in a.node.kwargs.items() if name in ("dtype", "device", "other"))]
-    if len(given) > 1 or any(isinstance(VALUE.get(one), Tensor) for one in given if isinstance(one, fx.Node)):
-        own = _dtype_of(a(0, "input"))
-        same = own is not None and all(_is_own(one, own) for one in given)
-        return Identity(a(0, "input")) if same and len(given) + 1 == len(a.node.args) + len(a.node.kwargs) else None
-    like = a(1, "other" if a.node.target == "type_as" else "dtype", a.node.kwargs.get("device"))
-    if not isinstance(like, fx.Node) or len(a.node.args) + len(a.node.kwargs) > 2:
-        return None
-    told = asks_dtype(like) and VALUE.known(like)
-    return Identity(a(0, "input")) if told or TO_OWN_DTYPE.get(a.node) else None
-
-
-def _is_own(given: Any, own: torch.dtype) -> bool:
-    """Whether a cast leaves the dtype, and the device on which a model is, as they are."""
-    if isinstance(given, fx.Node):
-        asked = asks_dtype(given)
-        given = VALUE.get(given)
-        if asked and isinstance(given, torch.device):
-            return True
-        given = given.dtype if isinstance(given, nn.Parameter) else given
-    return given is own
 
 
 @reads(torch.clone, torch.detach, "contiguous", "clone", "detach")

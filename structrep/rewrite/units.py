@@ -13,7 +13,7 @@ from structrep.blocks import STAND_INS
 from structrep.errors import Refusal
 from structrep.graph.calls import Call
 from structrep.graph.facts import CALL, VALUE
-from structrep.graph.queries import only_asserted
+from structrep.graph.queries import asks_dtype, counts_sizes, only_asserted
 from structrep.graph.structures import proxies
 from structrep.match.merge import Merge, together
 from structrep.match.stretch import Segment, Stretch
@@ -98,7 +98,8 @@ def _block_at(segments: list[Segment]) -> tuple[Call | None, int]:
         count = len(inner)
         whole = {n for s in inner for n in s.nodes}
         behind = _same_as(call.result, inner[-1].root) if inner else []
-        covers = all(n in whole or n in behind or only_asserted(n) or VALUE.known(n) for n in call.nodes())
+        rest = [n for n in call.nodes() if n not in whole and n not in behind]
+        covers = all(only_asserted(n) or VALUE.known(n) or asks_dtype(n) or counts_sizes(n) for n in rest)
         entry = [p.node for p in proxies((call.args, call.kwargs))]
         if inner == segments[:count] and covers and behind and entry == [inner[0].base]:
             return call, count

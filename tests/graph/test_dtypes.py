@@ -669,6 +669,73 @@ def test_a_cast_to_the_dtype_of_a_norm_is_merged_across(forward, inputs):
     assert not structrep.plan(net.double()).merges  # which a cast to float32 is not the dtype of
 
 
+class Branched(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.n = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+
+
+def _of_weight(self, x):
+    return x.to(self.a.weight.device, self.a.weight.dtype, non_blocking=True)
+
+
+# Casts of what two branches take, or give.
+CASTS_BESIDE_BRANCHES = {
+    "twice": lambda self, x: self.n(self.a(x.float()) + self.b(x.float())),
+    "of one branch": lambda self, x: self.n(self.a(x.float()) + self.b(x)),
+    "to a place": lambda self, x: self.n(self.a(x.to("cpu", non_blocking=True)) + self.b(x)),
+    "a copy": lambda self, x: self.n(self.a(x.to("cpu", copy=True)) + self.b(x)),
+    "cpu": lambda self, x: self.n(self.a(x.cpu()) + self.b(x)),
+    "as a weight": lambda self, x: self.n(self.a(x.to(self.a.weight.device)) + self.b(x)),
+    "as a weight, twice": lambda self, x: self.n(self.a(_of_weight(self, x)) + self.b(_of_weight(self, x))),
+    "of the sum": lambda self, x: self.n((self.a(x) + self.b(x)).to(torch.float32)),
+    "to what it was": lambda self, x: self.n((y := self.a(x), (y + self.b(x)).to(y.dtype))[1]),
+}
+
+
+@pytest.mark.parametrize("inputs", [False, True])
+@pytest.mark.parametrize("forward", CASTS_BESIDE_BRANCHES.values(), ids=CASTS_BESIDE_BRANCHES)
+def test_casts_beside_branches(forward, inputs):
+    net = model(forward, Branched)
+    x = torch.randn(2, 4, 6, 6)
+    plan = structrep.plan(net, *([x] if inputs else []))
+    assert len(plan.merges) == 1, plan.refusals
+    deploy = plan.reparameterize()
+    assert relative_error(deploy(x), net(x)) < 1e-5
+    assert [type(part) for part in deploy.modules()].count(nn.Conv2d) == 1
+    if "twice" in [name for name, one in CASTS_BESIDE_BRANCHES.items() if one is forward]:
+        assert relative_error(deploy((9 * x).byte()), net((9 * x).byte())) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("forward", "merges"),
+    [
+        (lambda self, x: self.n(self.a(x.double().float()) + self.b(x.half().float())), 0),
+        (lambda self, x: self.n((self.a(x).half() + self.b(x).half()).to(torch.float32)), 0),
+        (lambda self, x: self.n((self.a(x) + self.b(x).half().float()).float()), 0),
+        (lambda self, x: self.n((self.a(x) * torch.ones(1, dtype=torch.float64) + self.b(x)).float()), 1),
+    ],
+)
+def test_casts_that_change_numbers(forward, merges):
+    net = model(forward, Branched)
+    x = torch.randn(2, 4, 6, 6)
+    plan = structrep.plan(net, x)
+    assert len(plan.merges) == merges
+    assert relative_error(plan.apply()(x), net(x)) < 1e-5
+
+
+def test_a_cast_to_what_another_value_has():
+    """`y.float().to(y.dtype)` is of `y`'s dtype again."""
+
+    def forward(self, x):
+        y = self.a(x)
+        z = y.float().to(y.dtype)
+        return self.n(y + self.b(x)) + (z if z.dtype == torch.float64 else 3 * z)
+
+    net, x = model(forward, Branched).double(), torch.randn(2, 4, 6, 6, dtype=torch.float64)
+    assert relative_error(structrep.reparameterize(net, x)(x), net(x)) < 1e-6
+
+
 class Energy(nn.Module):
     """Forces, which are a gradient."""
 
