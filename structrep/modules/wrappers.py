@@ -10,6 +10,7 @@ peft is never imported here: who has such a model has done so.
 
 from __future__ import annotations
 
+import copy
 import sys
 from typing import Any
 
@@ -48,6 +49,19 @@ def unwrapped(model: nn.Module) -> nn.Module:
 def stands_in(module: nn.Module) -> bool:
     """Whether a module is a layer of peft's: one with adapters, in the place of a layer without."""
     return (peft := _peft()) is not None and isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer)
+
+
+def as_before(module: nn.Module, layer: nn.Module) -> nn.Module:
+    """A merged layer for the place of a module: where that is one of peft's around transformers' `Conv1D`, whose weight
+    is (in, out), such a one, so that what is saved can be loaded."""
+    base: Any = module.get_base_layer() if stands_in(module) else None  # type: ignore[operator]
+    if not isinstance(layer, nn.Linear) or type(base).__name__ != "Conv1D" or not hasattr(base, "nf"):
+        return layer
+    weight = nn.Parameter(layer.weight.detach().t().contiguous(), layer.weight.requires_grad)
+    bias = nn.Parameter(weight.new_zeros(base.nf), weight.requires_grad) if layer.bias is None else layer.bias
+    made: nn.Module = copy.copy(base)
+    made._parameters = {"weight": weight, "bias": bias}
+    return made
 
 
 def settle(model: nn.Module, change: bool = True) -> bool:

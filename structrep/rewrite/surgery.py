@@ -12,6 +12,7 @@ from structrep.deployed.methods import Method, install, regraph
 from structrep.errors import StructrepError
 from structrep.match.merge import Merge
 from structrep.modules.source import functions, words_of
+from structrep.modules.wrappers import as_before
 from structrep.read.lower import lower
 from structrep.rewrite.draft import Draft
 from structrep.rewrite.edit import Edit
@@ -104,7 +105,7 @@ class Surgery:
         if merge.sizes is not None:
             layer = nn.Sequential(Sizes(*merge.sizes), *(layer if isinstance(layer, nn.Sequential) else [layer]))
         if host.module is not None:
-            self._swap(host.module.path, layer)
+            self._swap(host.module.path, as_before(self._at(host.module.path), layer))
             return
         path, name = self.placement.homes[merge]
         module = self._at(path)

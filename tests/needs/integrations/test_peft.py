@@ -72,6 +72,7 @@ ADAPTED = {
     "merged already": (merged, set()),
     "mixed": (lambda: adapted(lora(), mixed=True), {"a", "b"}),
     "the tuner alone": (lambda: adapted(lora()).base_model, {"a", "b"}),
+    "DoRA": (lambda: adapted(lora(use_dora=True)), {"a", "b"}),
     "AdaLoRA": (lambda: adapted(peft.AdaLoraConfig(init_r=2, target_r=2, total_step=9, **WHERE)), {"a", "b"}),
     "LoHa": (lambda: adapted(peft.LoHaConfig(r=2, **WHERE)), {"a", "b"}),
     "VeRA": (lambda: adapted(peft.VeraConfig(r=2, **WHERE)), {"a", "b"}),
@@ -144,9 +145,9 @@ def test_a_wrong_input_changes_nothing():
 
 
 @pytest.mark.parametrize("config", [
-    lora(use_dora=True),
+    peft.BOFTConfig(boft_block_size=2, **WHERE),
     peft.OFTConfig(oft_block_size=2, **WHERE),
-], ids=["DoRA", "OFT"])  # fmt: skip
+], ids=["BOFT", "OFT"])  # fmt: skip
 def test_what_cannot_be_merged_stays_whole(config):
     """Also for its own `merge`, which would do a part again that was merged before."""
     model = adapted(config)
@@ -275,17 +276,23 @@ def test_an_adapter_that_transformers_has_added(tmp_path):
     assert relative_error(again(**IDS).logits, truth) < EXACT
 
 
-def test_gpt2_keeps_the_adapters_of_its_transposed_layers():
+@pytest.mark.parametrize("dora", [False, True])
+def test_gpt2_comes_back_with_its_transposed_layers(dora, tmp_path):
+    """transformers' `Conv1D` has weights of (in, out), and is what a saved model is loaded into."""
     torch.manual_seed(0)
     sizes = dict(n_embd=16, n_layer=1, n_head=2, vocab_size=50, n_positions=32)
-    config = lora(task_type="CAUSAL_LM", target_modules=["c_attn"], fan_in_fan_out=True)
+    config = lora(task_type="CAUSAL_LM", target_modules=["c_attn", "c_proj"], fan_in_fan_out=True, use_dora=dora)
     model = adapted(config, hf.GPT2LMHeadModel(hf.GPT2Config(**sizes)).double())
     truth = model(**IDS).logits.detach()
     deploy = structrep.reparameterize(model, IDS)
     assert type(deploy) is hf.GPT2LMHeadModel
+    assert not any(isinstance(part, peft.tuners.tuners_utils.BaseTunerLayer) for part in deploy.modules())
     assert relative_error(deploy(**IDS).logits, truth) < EXACT
-    deploy.transformer.h[0].attn.c_attn.merge()
-    assert relative_error(deploy(**IDS).logits, truth) < 1e-9
+    theirs = model.merge_and_unload()
+    assert {k: v.shape for k, v in deploy.state_dict().items()} == {k: v.shape for k, v in theirs.state_dict().items()}
+    deploy.save_pretrained(tmp_path)
+    again = hf.GPT2LMHeadModel.from_pretrained(tmp_path, dtype=torch.float64).eval()
+    assert relative_error(again(**IDS).logits, truth) < EXACT
 
 
 # --- parts of a model -------------------------------------------------------------------------------------------------
