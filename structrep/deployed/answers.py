@@ -23,6 +23,13 @@ def numbers(tensor: Tensor) -> Any:
     return int((bits * (torch.arange(len(bits), device=bits.device) * 2654435761 + 1)).sum())
 
 
+class Held:
+    """A value that written code has by a name; no other one is equal to it."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
 _VERSIONS: Any = weak.WeakIdKeyDictionary()  # of tensors, when they were first asked for; of a copy, as it came
 
 

@@ -103,6 +103,11 @@ def verify(
         off = any(one.error > SLACK * one.noise for one in outputs)
         if not failed and (drowned or (off and truth.chooses)):
             exactly = _Exactly(reference, deploy, rounded, example_inputs, noisy, merges, floor)
+            coarse = [eps for one in exactly.dtypes if (eps := eps_of(one)) > eps_of(coarsest)]
+            if coarse and any(one.error > SLACK * one.noise for one in exactly.outputs):
+                # Weights that a forward computes in a coarser dtype are no nearer the truth, merged or not.
+                rounded = _rounded(reference, noisy, max(coarse))
+                exactly = _Exactly(reference, deploy, rounded, example_inputs, noisy, merges, floor)
             if drowned or exactly.otherwise:
                 lost = exactly.reason(how.dtype, noise)
             if lost and exactly.held:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import enum
 import operator
 import textwrap
 from collections.abc import Mapping, Set
 from typing import Any, cast
 
+import torch
 from torch import Tensor, fx, nn
 
+from structrep.deployed.answers import Held
 from structrep.errors import Unreadable
 from structrep.graph.aliases import aliases, writers
 from structrep.graph.calls import Call
@@ -30,6 +33,44 @@ from structrep.rewrite.structures import built, places
 from structrep.terms.layer import Identity, Layer
 
 _ITSELF = "structrep_itself"  # an attribute path for the module itself, for which graphs have none
+
+
+_LITERALS = (
+    *(bool, int, float, complex, str, bytes, type(None), type(...)),
+    *(torch.dtype, torch.device, torch.layout, torch.memory_format),
+)
+
+
+class _Name:
+    """What stands for a value in a graph that becomes text."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def __repr__(self) -> str:
+        return self.text
+
+
+def _name_values(graph: fx.Graph) -> dict[str, Held]:
+    """Give names to the values in a graph that no text says: numbers of numpy, arrays, subclasses of Python's numbers.
+
+    Returns:
+        The values by those names.
+    """
+    held: dict[str, Held] = {}
+
+    def named(value: Any) -> Any:
+        numbers = isinstance(value, (bool, int, float, complex, str, bytes)) and not isinstance(value, enum.Enum)
+        plain = type(value) in _LITERALS or (not numbers and type(value).__module__ not in ("numpy", "array"))
+        if plain:
+            return value
+        name = f"structrep_value_{len(held)}"
+        held[name] = Held(value)
+        return _Name(f"{name}.value")
+
+    for node in graph.nodes:
+        node.args, node.kwargs = fx.node.map_aggregate(node.args, named), fx.node.map_aggregate(node.kwargs, named)
+    return held
 
 
 class Body:
@@ -76,10 +117,11 @@ class Body:
 
     def code(self) -> tuple[str, str, dict[str, Any]]:
         """The first line of the method, the rest of it, and the names that these use."""
+        held = _name_values(self.graph)
         code = self.graph.python_code("self")
         source = code.src.strip().replace("def forward(", f"def {self.call.method}(", 1) + "\n"
         head, _, rest = source.replace(f"self.{_ITSELF}", "self").partition("\n")
-        return head, indented(textwrap.dedent(rest)), code.globals
+        return head, indented(textwrap.dedent(rest)), code.globals | held
 
     def _write(self, call: Call) -> None:
         """Write what a call does."""

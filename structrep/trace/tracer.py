@@ -266,6 +266,8 @@ class CallTracer(process.Tracer):
             held = self.create_node("get_attr", self.paths[a], (), {})
             HELD.note(held, a)
             return held
+        if type(a).__module__ == "numpy" and not hasattr(a, "__len__"):  # one of its numbers
+            return super().create_arg(a.item())
         if isinstance(a, type(torch.FloatTensor)):  # `x.type(torch.FloatTensor)`
             return f"{a.__module__}.{a.__name__}"
         if not isinstance(a, Tensor):

@@ -212,6 +212,24 @@ def test_norms_in_float32(forward, dtype):
     demand(net, x)
 
 
+class Spectrum(nn.Module):
+    """A kernel of a few numbers that are written in float32 to where they belong, as FourierFT's (arXiv:2405.03003)."""
+
+    def __init__(self):
+        super().__init__()
+        self.base, self.few = nn.Linear(8, 8), nn.Parameter(torch.randn(5))
+        self.register_buffer("where", torch.tensor([[0, 1, 2, 5, 7], [3, 3, 0, 6, 1]]))
+
+    def forward(self, x):
+        dense = torch.zeros(8, 8)
+        dense[self.where[0], self.where[1]] = self.few.float()
+        return self.base(x) + F.linear(x, torch.fft.ifft2(dense).real.to(self.few.dtype))
+
+
+def test_a_kernel_that_float32_makes_of_a_model_in_float64():
+    demand(settled(Spectrum()), torch.randn(4, 8, dtype=torch.float64))
+
+
 @pytest.mark.parametrize("scaled", [lambda x: x / 255, lambda x: x * 0.5, lambda x: x - 0.5])
 def test_a_scale_of_integers_stays(scaled):
     """It makes floats of them, which the layer behind it takes; the norm behind that is merged."""

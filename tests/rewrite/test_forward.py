@@ -1,18 +1,21 @@
 """Arguments and outputs of a forward that is written anew: those that it had, of the types that they had."""
 
+import array
+import copy
 from collections import namedtuple
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import structrep
-from tests.support.models import Written, bn, conv, made, noise, randomised
-from tests.support.truth import EXACT, SAME, call, check, distance, equal, says
+from tests.support.models import Written, bn, conv, made, noise, randomised, settled
+from tests.support.truth import EXACT, SAME, call, check, distance, equal, relative_error, says
 
 X, TINY = noise(2, 4, 5, 6), noise(1, 4, 1, 1)
 
@@ -328,3 +331,70 @@ def with_function_default(self, x, act=torch.relu):
 @pytest.mark.parametrize("forward", [with_tensor_default, with_function_default])
 def test_defaults_that_cannot_be_written_as_text_stay(forward):
     check(made(forward), X, merges=1)
+
+
+# --- values that no text says ------------------------------------------------------------------------------------
+
+
+class Shown(float):
+    def __repr__(self):
+        return f"<{float(self)}>"
+
+
+class Text(str):
+    def __repr__(self):
+        return "a text"
+
+
+ARRAY = np.linspace(0.5, 2.0, 4).reshape(4, 1, 1)
+KERNEL = np.ones((4, 4, 1, 1)) / 7
+SHOWN, EQUATION = Shown(2.5), Text("bchw,bchw->bchw")
+VALUES = {
+    "a number of numpy": lambda self, y: y / np.sqrt(8),
+    "of another width": lambda self, y: torch.full_like(y, np.float32(2.5)) * y,
+    "an integer of numpy": lambda self, y: y.sum(int(np.int64(1))) * np.int64(3),
+    "an array": lambda self, y: y * torch.as_tensor(ARRAY),
+    "an array of the module": lambda self, y: y * torch.tensor(self.own),
+    "an array of Python's": lambda self, y: y * torch.tensor(array.array("d", [1.5])),
+    "a kernel": lambda self, y: F.conv2d(y, torch.from_numpy(KERNEL)) + F.conv2d(y, torch.tensor(KERNEL)),
+    "a number that is shown otherwise": lambda self, y: y * SHOWN,
+    "a text that is shown otherwise": lambda self, y: torch.einsum(EQUATION, y, y),
+    "a size in a slice": lambda self, y: y[:, : np.int64(2)],
+}
+
+
+class Holding(nn.Module):
+    """Branches in a loop, for which the forward is written anew."""
+
+    def __init__(self):
+        super().__init__()
+        self.branches, self.n = nn.ModuleList([nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 3, padding=1)]), nn.BatchNorm2d(4)
+        self.own = np.linspace(1.0, 2.0, 5)
+
+    def forward(self, x):
+        y = 0
+        for branch in self.branches:
+            y = y + branch(x)
+        return self.last(torch.relu(self.n(y)))
+
+
+@pytest.mark.parametrize("last", VALUES.values(), ids=VALUES)
+def test_values_that_no_text_says(last):
+    model = settled(type("Holds", (Holding,), {"last": last})())
+    x = noise(2, 4, 6, 5)
+    plan = structrep.plan(model, x)
+    assert [merge.edit for merge in plan.merges] == ["rewrite"]
+    deploy = plan.reparameterize(x)
+    assert relative_error(deploy(x), model(x)) < EXACT
+    assert relative_error(copy.deepcopy(deploy)(x), model(x)) < EXACT
+
+
+def test_an_array_that_is_another_later():
+    model = settled(type("Holds", (Holding,), {"last": VALUES["an array of the module"]})())
+    x = noise(2, 4, 6, 5)
+    deploy = structrep.reparameterize(model, x)
+    model.own = deploy.own = model.own * 2
+    try:
+        assert relative_error(deploy(x), model(x)) < EXACT
+    except ValueError as told:
+        assert "self.own" in str(told)
