@@ -14,6 +14,7 @@ import contextlib
 import functools
 import inspect
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from types import FunctionType
@@ -114,6 +115,19 @@ class _Here:
 def same_chance(*, cuda: bool = False) -> Iterator[None]:
     """The random numbers of torch as they were, afterwards."""
     with alone(), torch.random.fork_rng(devices=None if cuda else []):
+        yield
+
+
+@contextlib.contextmanager
+def room() -> Iterator[None]:
+    """As many calls inside each other as Python allows at its start, wherever one is: a forward that runs here has those
+    of the trace around it too."""
+    with alone():
+        limit, depth, frame = sys.getrecursionlimit(), 0, sys._getframe()
+        while (outer := frame.f_back) is not None:
+            frame, depth = outer, depth + 1
+        afterwards(functools.partial(sys.setrecursionlimit, limit))
+        sys.setrecursionlimit(limit + depth)
         yield
 
 

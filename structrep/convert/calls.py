@@ -19,7 +19,8 @@ from structrep.match.find import find
 from structrep.match.merge import Missed
 from structrep.modules.arguments import Example
 from structrep.modules.copies import eval_copy, shallow_copy
-from structrep.modules.wrappers import excluded, settle, unwrapped
+from structrep.modules.parametrized import uncached
+from structrep.modules.wrappers import adapting, excluded, settle, unwrapped
 from structrep.prove.run import observe
 from structrep.read.probe import probe as find_map
 from structrep.records.base import counted
@@ -83,10 +84,12 @@ def plan(
     return made
 
 
+@uncached()
 def planned(model: nn.Module, example_inputs: Example | None, options: Options) -> Plan:
     """`plan`, with merged maps at hand."""
     options.demand(example_inputs)
     registry = resolve(options.rules)
+    wrapper = adapting(model)
     given = model = unwrapped(model)
     check_ready(model)
     if settle(model, change=False):
@@ -103,11 +106,12 @@ def planned(model: nn.Module, example_inputs: Example | None, options: Options) 
         raise BadInput(
             "norms='keep' gives back a model that structrep.expand has made, and in this one is no such block"
         )
-    with process.same_chance(), precision.whole():  # a forward may draw numbers
+    with process.same_chance(), process.room(), precision.whole():  # a forward may draw numbers
         borders = options.inexact_borders
         found = find(model, example_inputs, registry, borders, maps, refused, blocks, observed, excluded(model))
+        selection = select(found, options.reserve)
     measured = None if options.cost == "counted" else IN_TORCH if options.cost == "measured" else options.cost
-    plan = Plan(model, select(found, options.reserve), measured, given)
+    plan = Plan(model, selection, measured, given, wrapper)
     if example_inputs is None or measured is None:
         return plan
     with process.same_chance():

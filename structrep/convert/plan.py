@@ -28,6 +28,7 @@ from structrep.match.merge import Merge
 from structrep.match.why import refusal, why
 from structrep.modules.arguments import Example
 from structrep.modules.copies import make_eager, own_copy
+from structrep.modules.parametrized import uncached
 from structrep.modules.source import without_source
 from structrep.modules.wrappers import adapters, finish, settle
 from structrep.prove.measured import Measured
@@ -59,9 +60,15 @@ class Plan:
     """
 
     def __init__(
-        self, model: nn.Module, selection: Selection, measured: Measured | None = None, given: nn.Module | None = None
+        self,
+        model: nn.Module,
+        selection: Selection,
+        measured: Measured | None = None,
+        given: nn.Module | None = None,
+        wrapper: str = "",
     ) -> None:
         self._model = model
+        self._wrapper = wrapper  # of peft's, around the user's
         # the user's, if that has wrappers inside, of which the plan knows nothing
         self._given = model if given is None else given
         self._selection, self._measured = selection, measured
@@ -111,6 +118,7 @@ class Plan:
             "forwards cannot be followed, their branches stay. Put them into a file, and more may merge",
         )
 
+    @uncached()
     def faster(self, example_inputs: Example) -> Plan:
         """This plan, or one without the merges that make the model slower, as measured: one by one, and all of them.
 
@@ -124,7 +132,9 @@ class Plan:
             )
         chosen = self
         while slower := self._measured.slower(chosen.merged.values()):
-            chosen = Plan(self._model, chosen._selection.faster(slower), self._measured, self._given)
+            chosen = Plan(
+                self._model, chosen._selection.faster(slower), self._measured, self._given, self._wrapper
+            )
         forms = {"merged": chosen.apply(), "all merged": self.apply(), "as it is": own_copy(self._model)}
         if chosen is self:
             del forms["all merged"]
@@ -137,6 +147,7 @@ class Plan:
             chosen._selection = chosen._selection.without(dict.fromkeys(chosen._selection.merges, slow))
         return chosen
 
+    @uncached()
     def prove(self) -> None:
         """Prove every merge on its own region in float64; one that fails is taken out, and listed as refused."""
         self._selection = self._selection.proved()
@@ -171,6 +182,7 @@ class Plan:
             self._model, self.apply() if deploy is None else deploy, example_inputs, merges=self.merged, **how
         )
 
+    @uncached()
     def apply(self, inplace: bool = False) -> nn.Module:
         """The deploy model: the same class and names, with every merge done.
 
@@ -193,8 +205,13 @@ class Plan:
             settle(self._given)
         model = self._given if inplace else own_copy(self._model)
         had = adapters(model)
-        with process.alone():  # forwards are asked what the names of their modules stand for
+        with process.room():  # forwards are asked what the names of their modules stand for
             deploy = Surgery(self._selection.draft, model).perform(release=inplace)
+        if inplace and self._wrapper and adapters(deploy) < had:
+            warn(
+                f"the model inside the {self._wrapper} was merged in place: what the wrapper says of adapters "
+                "(save_pretrained, unload, disable_adapter) is no longer so; go on with the model that is given back"
+            )
         if inplace:
             make_eager(deploy, {id(module): module for module in deploy.modules()})
         finish(deploy, had)

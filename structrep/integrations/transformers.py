@@ -20,9 +20,11 @@ from accelerate.utils import extract_model_from_parallel
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from structrep import process
 from structrep.errors import BadInput
+from structrep.files import as_safetensors, plain
 from structrep.integrations.shared import merge, trained_copy
 from structrep.train.expand import check_optimizer
 
@@ -30,7 +32,8 @@ log = logging.getLogger("structrep")
 
 
 class ReparameterizeOnExport(TrainerCallback):
-    """At the end of `train`, the deploy model of what was trained: evaluated beside it, saved for `from_pretrained`.
+    """At the end of `train`, the deploy model of what was trained: evaluated beside it, saved for `from_pretrained`,
+    or as the trainer saves what is no model of transformers: its state dict, as `model.safetensors`.
 
     The model must come from `structrep.expand`; the deploy model has the class, keys and shapes that it had before.
     The callback works on copies, so that the model goes on training as it would without. That there is something to
@@ -102,7 +105,11 @@ class ReparameterizeOnExport(TrainerCallback):
 
     def _write(self, model: Any, folder: Path) -> Path:
         if self.trainer.args.should_save:
-            model.save_pretrained(folder)
+            if hasattr(model, "save_pretrained"):
+                model.save_pretrained(folder)
+            else:  # as the trainer itself writes what is no model of transformers
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / SAFE_WEIGHTS_NAME).write_bytes(as_safetensors(plain(model.state_dict())))
             if self.trainer.processing_class is not None:
                 self.trainer.processing_class.save_pretrained(folder)
         return folder

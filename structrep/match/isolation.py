@@ -62,7 +62,7 @@ def _before(node: fx.Node, others: list[fx.Node], readings: Readings) -> str:
             node = inputs[0]
         else:
             return ""
-    if not reason and not between and others:
+    if not reason and (len(readers_of(node, readings)) > 1 if between else others):
         reason = "gives its values to more than the norm"
     if not reason and STORED.get(node):
         reason = "gives its values to something that outlives the forward"

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from structrep.modules.copies import ATOMS
+from structrep.modules.copies import ATOMS, is_compiled
 from structrep.modules.objects import OF_MODULES
 from structrep.modules.source import written_in
 
@@ -25,7 +25,7 @@ def held_elsewhere(model: nn.Module) -> dict[nn.Module, str]:
     """The modules that attributes hold in whatever way, and which do; a module's hold on itself is none."""
     found: dict[nn.Module, str] = {}
     for path, module in model.named_modules():
-        for name, value in vars(module).items():
+        for name, value in vars(module).items() if not is_compiled(module) else ():  # it runs what it wraps, no more
             if name not in OF_MODULES and type(value) not in ATOMS - {FunctionType}:
                 where = f"{path}.{name}" if path else name
                 found |= {one: where for one in modules_in(value) if one is not module}

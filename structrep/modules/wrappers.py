@@ -46,6 +46,11 @@ def unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
+def adapting(model: nn.Module) -> str:
+    """The class of peft's that a model is in which is seen through; "" if there is none."""
+    return type(model).__name__ if _adapted(model) is not None else ""
+
+
 def stands_in(module: nn.Module) -> bool:
     """Whether a module is a layer of peft's: one with adapters, in the place of a layer without."""
     return (peft := _peft()) is not None and isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer)
@@ -58,7 +63,8 @@ def as_before(module: nn.Module, layer: nn.Module) -> nn.Module:
     if not isinstance(layer, nn.Linear) or type(base).__name__ != "Conv1D" or not hasattr(base, "nf"):
         return layer
     weight = nn.Parameter(layer.weight.detach().t().contiguous(), layer.weight.requires_grad)
-    bias = nn.Parameter(weight.new_zeros(base.nf), weight.requires_grad) if layer.bias is None else layer.bias
+    given: Any = layer.bias  # None, perhaps
+    bias = nn.Parameter(weight.new_zeros(base.nf), weight.requires_grad) if given is None else given
     made: nn.Module = copy.copy(base)
     made._parameters = {"weight": weight, "bias": bias}
     return made

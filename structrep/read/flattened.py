@@ -24,7 +24,7 @@ from structrep.terms.layers import diagonal_layer
 
 MOST_BETWEEN = 8  # nodes that do nothing, on the way
 # Sizes of the dims before the last that both are tried on, by how many there are: what fits all of them fits any.
-_TRIED = [[(6,), (5,), (1,)], [(2, 3), (5, 7), (4, 1)], [(2, 3, 4), (5, 3, 7), (1, 6, 2)]]
+_TRIED: list[list[tuple[int, ...]]] = [[(6,), (5,), (1,)], [(2, 3), (5, 7), (4, 1)], [(2, 3, 4), (5, 3, 7), (1, 6, 2)]]
 
 
 @reads("view", "reshape", torch.reshape, "unflatten", torch.unflatten)
@@ -54,7 +54,7 @@ def _are_inverse(a: Arguments, flattening: fx.Node, source: fx.Node, layer: Laye
     if layer.in_channels is None or layer.out_channels is None:
         return False
     before = _before(a, source, layer.in_channels)
-    found = []
+    found: list[Any] = []
     for some in _TRIED if dims is None else [one for one in _TRIED if len(one[0]) == dims - 1]:
         pairs = []
         for leading in some:

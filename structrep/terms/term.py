@@ -200,11 +200,13 @@ def dims_of(term: Term, given: int | None) -> int:
     dims = found.pop()
     if dims == 0:
         for layer in term.leaves():
-            if layer.kind == "norm" and (layer.node is None or rank(layer.node) != 2):
-                raise Unreadable(
-                    "a batch norm after a Linear normalises dim 1, the Linear acts on the last: they agree only on 2-d "
-                    "values, and this value is not known to be one; pass example_inputs"
-                )
+            if layer.kind != "norm" or (known := rank(layer.node) if layer.node is not None else None) == 2:
+                continue
+            told = f"has {known} dims" if known else "is not known to be one; pass example_inputs"
+            raise Unreadable(
+                "a batch norm after a Linear normalises dim 1, the Linear acts on the last: they agree only on 2-d "
+                f"values, and this value {told}"
+            )
     return dims
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import sys
 
 import pytest
 import torch
@@ -143,6 +144,26 @@ class Nested(nn.Module):
 
     def forward(self, x):
         return self.inner(self.norm(self.conv(x)).relu())
+
+
+def at_depth(depth, function):
+    return function() if depth == 0 else at_depth(depth - 1, function)
+
+
+@pytest.mark.parametrize("depth", [200, 700])
+def test_modules_nested_deeply_by_a_caller_that_is_deep_itself(depth):
+    """Where the model itself runs, whatever a trace puts around its calls."""
+    model, limit = settled(Nested(20)), sys.getrecursionlimit()
+
+    def plans():
+        model(X)
+        return structrep.plan(model), structrep.plan(model, X)
+
+    for plan in at_depth(depth, plans):
+        assert len(plan.merges) == 21
+        assert not plan.refusals
+    assert at_depth(depth, lambda: structrep.reparameterize(model, X)(X)).shape == model(X).shape
+    assert sys.getrecursionlimit() == limit
 
 
 def test_modules_nested_deeply():

@@ -446,9 +446,12 @@ def test_what_a_cache_holds_is_not_looked_at():
     model, x = made("norm", "weight_norm", torch.float32), torch.randn(2, 4, 7, 6)
     with torch.no_grad(), parametrize.cached():
         expected = model(x)
-        deploy = structrep.reparameterize(model, x)
-        assert [type(module) for module in layers(deploy)] == [nn.Conv2d]
-        assert relative_error(deploy(x), expected) < 1e-6
+        for given in ([], [x]):
+            deploy = structrep.reparameterize(model, *given)
+            assert [type(module) for module in layers(deploy)] == [nn.Conv2d]
+            assert relative_error(deploy(x), expected) < 1e-6
+            assert type(model(x)) is torch.Tensor
+            assert torch.equal(model(x), expected)
 
 
 class Tied(nn.Module):

@@ -126,6 +126,13 @@ def wrapped_block(backend):
     return model
 
 
+def wrapped_rows(backend):
+    """Rows of layers, which have no forward of their own."""
+    row = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    one = torch.compile(nn.Conv2d(4, 4, 1), backend=backend)
+    return settled(nn.Sequential(torch.compile(row, backend=backend), nn.ReLU(), one, nn.BatchNorm2d(4)))
+
+
 def assigned(backend):
     model = two_blocks()
     model.forward = torch.compile(model.forward, backend=backend)
@@ -159,7 +166,7 @@ def a_function_compiled(backend):
     return settled(nn.Sequential(Acts(), Branches(4)))
 
 
-COMPILED = [whole, block, wrapped_block, assigned, assigned_in_block, a_class_compiled, a_function_compiled]
+COMPILED = [whole, block, wrapped_block, wrapped_rows, assigned, assigned_in_block, a_class_compiled, a_function_compiled]
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])

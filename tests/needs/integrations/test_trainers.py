@@ -593,6 +593,38 @@ def test_the_best_model_is_exported_where_the_trainer_loads_it(tmp_path):
     assert agree(Logits(hf.ResNetForImageClassification.from_pretrained(export.deploy_path)), Logits(model), GRAY)
 
 
+class OfNoLibrary(nn.Module):
+    """A model that knows nothing of transformers, but for what its trainer gives and wants."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4),
+            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2),
+        )  # fmt: skip
+
+    def forward(self, pixel_values, labels=None):
+        logits = self.net(pixel_values)
+        loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
+        return {"logits": logits} if loss is None else {"loss": loss, "logits": logits}
+
+
+def test_a_model_of_no_library_is_saved_as_the_trainer_saves_it(tmp_path):
+    hf.set_seed(0)
+    model = structrep.expand(OfNoLibrary(), "repvgg")
+    data = [{"pixel_values": image, "labels": index % 2} for index, image in enumerate(GRAY)]
+    arguments = hf.TrainingArguments(
+        str(tmp_path), max_steps=2, use_cpu=True, disable_tqdm=True, report_to=[], save_strategy="no"
+    )
+    trainer = hf.Trainer(model, arguments, train_dataset=data)
+    export = TrainerExport(trainer)
+    trainer.add_callback(export)
+    trainer.train()
+    deploy = OfNoLibrary()
+    deploy.load_state_dict(safetensors.torch.load_file(export.deploy_path / "model.safetensors"))
+    assert agree(deploy.net, model.net, GRAY)
+
+
 def test_transformers_refuses_before_training(tmp_path):
     with pytest.raises(BadInput, match="ResNetForImageClassification has none: put them in before the optimizer"):
         train(tmp_path, {}, block="")
