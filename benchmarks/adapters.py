@@ -4,9 +4,9 @@
     python -m benchmarks.adapters LORA OFT   # of these tuners alone; prints, and writes nothing
 
 Each tuner of peft that has a merge adapts small models with random weights, in float64, all layers of a kind that it
-takes; what adapts is random too. Counted are the adapted layers that are plain ones afterwards. Errors are those of the
-outputs, to the adapted model. A layer is *affine* where its own forward is, on random numbers: what is not cannot be one
-layer, by any merge.
+takes; what adapts is random too. Counted are the adapted layers that are plain ones afterwards. Errors are those of
+the outputs, to the adapted model. A layer is *affine* where its own forward is, on random numbers: what is not cannot
+be one layer, by any merge.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ def _config(kind: str, **more: Any) -> Any:
     return getattr(hf, f"{kind}Config")(**{**small, **more})
 
 
-GPT2 = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 16}
-RESNET = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
+GPT2: dict[str, Any] = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 16}
+RESNET: dict[str, Any] = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
 IDS, IMAGE = torch.arange(8)[None], (1, 3, 16, 16)
 # The model, what it is given, and which of its layers are adapted.
 HOSTS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...] | None, str]] = {
@@ -215,20 +215,21 @@ def summary(cases: list[Case]) -> str:
     whole = [case for case in cases if case.merged == case.adapted]
     part = [case for case in cases if 0 < case.merged < case.adapted]
     wrong = [case for case in cases if case.theirs is None or case.theirs >= EXACT]
+    both = sum(one in whole for one in could)
+    rest = len(cases) - len(whole) - len(part)
     return (
-        f"{len(cases)} cases: {len(whole)} merged whole, {len(part)} in part, {len(cases) - len(whole) - len(part)} not. "
-        f"In {len(could)} all adapted layers are affine, and of these {sum(one in whole for one in could)} are merged "
-        f"whole. peft's own merge is off, or raises, in {len(wrong)}."
+        f"{len(cases)} cases: {len(whole)} merged whole, {len(part)} in part, {rest} not. In {len(could)} all adapted "
+        f"layers are affine, and of these {both} are merged whole. peft's own merge is off, or raises, in {len(wrong)}."
     )
 
 
 PREFACE = """\
 # Adapters
 
-Written by `python -m benchmarks.adapters`, with peft {version}: each tuner that has a merge, on small models with random
-weights, in float64. *merged* counts adapted layers that are plain ones in the deploy model; errors are those of its outputs
-to the adapted model's. *affine* counts those whose own forward is an affine map, found on random numbers: no merge can make
-one layer of another. What stays is a layer of peft's that works as before, and the plan says why.
+Written by `python -m benchmarks.adapters`, with peft {version}: each tuner that has a merge, on small models with
+random weights, in float64. *merged* counts adapted layers that are plain ones in the deploy model; errors are those of
+its outputs to the adapted model's. *affine* counts those whose own forward is an affine map, found on random numbers:
+no merge can make one layer of another. What stays is a layer of peft's that works as before.
 
 """
 

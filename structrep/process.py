@@ -120,8 +120,8 @@ def same_chance(*, cuda: bool = False) -> Iterator[None]:
 
 @contextlib.contextmanager
 def room() -> Iterator[None]:
-    """As many calls inside each other as Python allows at its start, wherever one is: a forward that runs here has those
-    of the trace around it too."""
+    """As many calls inside each other as Python allows at its start, wherever one is: around a forward that runs here
+    are those of the trace."""
     with alone():
         limit, depth, frame = sys.getrecursionlimit(), 0, sys._getframe()
         while (outer := frame.f_back) is not None:

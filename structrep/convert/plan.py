@@ -20,7 +20,6 @@ from structrep.errors import (
     StructrepError,
     Unmerged,
     VerificationError,
-    listed,
     warn,
 )
 from structrep.files import save_bytes, writer
@@ -29,7 +28,7 @@ from structrep.match.why import refusal, why
 from structrep.modules.arguments import Example
 from structrep.modules.copies import make_eager, own_copy
 from structrep.modules.parametrized import uncached
-from structrep.modules.source import without_source
+from structrep.modules.source import told_of_sources
 from structrep.modules.wrappers import adapters, finish, settle
 from structrep.prove.measured import Measured
 from structrep.prove.verify import verify
@@ -67,8 +66,7 @@ class Plan:
         given: nn.Module | None = None,
         wrapper: str = "",
     ) -> None:
-        self._model = model
-        self._wrapper = wrapper  # of peft's, around the user's
+        self._model, self._wrapper = model, wrapper  # of peft's, around the user's
         # the user's, if that has wrappers inside, of which the plan knows nothing
         self._given = model if given is None else given
         self._selection, self._measured = selection, measured
@@ -110,13 +108,7 @@ class Plan:
     @property
     def notes(self) -> tuple[str, ...]:
         """What is to be known of the model: that the source of some of its classes cannot be read."""
-        unread = without_source(self._model)
-        if not unread:
-            return ()
-        return (
-            f"Python finds no source of {listed(unread)} (typed in, piped, run by exec, or a .pyc alone): where their "
-            "forwards cannot be followed, their branches stay. Put them into a file, and more may merge",
-        )
+        return told_of_sources(self._model)
 
     @uncached()
     def faster(self, example_inputs: Example) -> Plan:
@@ -132,9 +124,7 @@ class Plan:
             )
         chosen = self
         while slower := self._measured.slower(chosen.merged.values()):
-            chosen = Plan(
-                self._model, chosen._selection.faster(slower), self._measured, self._given, self._wrapper
-            )
+            chosen = Plan(self._model, chosen._selection.faster(slower), self._measured, self._given, self._wrapper)
         forms = {"merged": chosen.apply(), "all merged": self.apply(), "as it is": own_copy(self._model)}
         if chosen is self:
             del forms["all merged"]

@@ -13,6 +13,8 @@ from typing import Any
 
 from torch import nn
 
+from structrep.errors import listed
+
 
 def written_in(value: Any) -> str:
     """The name of the Python module that a class or function comes from; "" if it has none, as in a bare `exec`."""
@@ -82,10 +84,17 @@ def syntax(source: Any) -> ast.stmt | None:
     return definition
 
 
-def without_source(model: nn.Module) -> list[str]:
-    """The names of the classes of a model's modules whose code is known to Python but not as text."""
+def told_of_sources(model: nn.Module) -> tuple[str, ...]:
+    """What is to be known of the classes of a model's modules whose code is known to Python but not as text."""
     classes = dict.fromkeys(map(type, model.modules()))
-    return [cls.__name__ for cls in classes if not all(map(_is_readable, functions(cls).values()))]
+    unread = [cls.__name__ for cls in classes if not all(map(_is_readable, functions(cls).values()))]
+    if not unread:
+        return ()
+    return (
+        f"Python finds no source of {listed(unread)} (typed in, piped, run by exec, or a .pyc alone): no text of "
+        "theirs can be edited, and what they may ask of their parts is not known: the branches, and the norms behind layers, "
+        "of all that they call may stay. Put them into a file, and more may merge",
+    )
 
 
 def _is_readable(function: FunctionType) -> bool:

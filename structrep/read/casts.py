@@ -16,6 +16,7 @@ from structrep.graph.shapes import argument
 from structrep.graph.table import CASTS, Is
 from structrep.read.arguments import Arguments, reads
 from structrep.read.endings import ENDINGS
+from structrep.read.modules import IDENTITIES
 from structrep.terms.layer import Identity
 
 _BESIDE = {"non_blocking", "copy", "memory_format"}  # what a cast is told that changes no number
@@ -59,7 +60,7 @@ def _dtype_of(node: fx.Node, depth: int = 0) -> torch.dtype | None:
             own = own or next((one.dtype for one in given if isinstance(one, Tensor)), None)
         elif torch_name(node).strip("_") in _ARITHMETIC:
             return own or _common_dtype(node, depth)
-        elif not _keeps_dtype(node):
+        elif not _keeps_dtype(node) and not isinstance(module, IDENTITIES):
             return own
         if len(sources) != 1:
             return own

@@ -170,8 +170,9 @@ class Below:
 
 
 def _has_parts(module: nn.Module) -> bool:
-    """Whether a module is more than a layer that is read as a whole, if only by what it computes its numbers of."""
-    return not knows(module) or _settles(module)
+    """Whether a module is more than a layer of torch's, if only by what it computes its numbers of."""
+    lone = parametrized.torch_class(module) is not None and not any(True for _ in module.children())
+    return not (knows(module) or lone) or _settles(module)
 
 
 def _settles(module: nn.Module) -> bool:

@@ -19,7 +19,7 @@ class Tokens(nn.Module):
 
 def conv1d(self, x):
     """As transformers' `Conv1D`."""
-    y = torch.addmm(self.b, x.view(-1, x.size(-1)), self.w).view(x.size()[:-1] + (6,))
+    y = torch.addmm(self.b, x.view(-1, x.size(-1)), self.w).view(x.size()[:-1] + (6,))  # noqa: RUF005 as it is written there
     return y + self.l(x)
 
 
