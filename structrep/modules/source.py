@@ -92,8 +92,8 @@ def told_of_sources(model: nn.Module) -> tuple[str, ...]:
         return ()
     return (
         f"Python finds no source of {listed(unread)} (typed in, piped, run by exec, or a .pyc alone): no text of "
-        "theirs can be edited, and what they may ask of their parts is not known: the branches, and the norms behind layers, "
-        "of all that they call may stay. Put them into a file, and more may merge",
+        "theirs can be edited, and what they may ask of their parts is not known: the branches, and the norms behind "
+        "layers, of all that they call may stay. Put them into a file, and more may merge",
     )
 
 
