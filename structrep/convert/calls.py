@@ -7,22 +7,21 @@ import fnmatch
 from torch import nn
 
 from structrep import process
-from structrep.algebra import ConvMap, precision
+from structrep.algebra import precision
 from structrep.blocks.places import expand_layers
 from structrep.convert.options import Cost, Names, Norms, Options, Rules
 from structrep.convert.plan import IN_TORCH, Plan
+from structrep.convert.probed import probed, unmerged_adapters
 from structrep.convert.selection import select
-from structrep.errors import BadInput, Refusal, Unmerged, Unreadable, listed
+from structrep.errors import BadInput, Unmerged, listed
 from structrep.graph.observed import Observed
 from structrep.guard.ready import check_ready
 from structrep.match.find import find
-from structrep.match.merge import Missed
 from structrep.modules.arguments import Example
 from structrep.modules.copies import eval_copy, shallow_copy
 from structrep.modules.parametrized import uncached
 from structrep.modules.wrappers import adapting, excluded, settle, unwrapped
 from structrep.prove.run import observe
-from structrep.read.probe import probe as find_map
 from structrep.records.base import counted
 from structrep.records.plan import Explanation
 from structrep.registry import resolve
@@ -100,16 +99,21 @@ def planned(model: nn.Module, example_inputs: Example | None, options: Options) 
     if example_inputs is not None:
         observed = observe(model, example_inputs, {path for glob in options.probe for path in named[glob]})
         example_inputs = observed.inputs
-    maps, refused = _probed(model, observed)
+    maps, refused = probed(model, observed)
     blocks = tuple(expand_layers(model)) if options.norms == "keep" else ()
     if options.norms == "keep" and not blocks:
         raise BadInput(
             "norms='keep' gives back a model that structrep.expand has made, and in this one is no such block"
         )
     with process.same_chance(), process.room(), precision.whole():  # a forward may draw numbers
-        borders = options.inexact_borders
-        found = find(model, example_inputs, registry, borders, maps, refused, blocks, observed, excluded(model))
+        kept, borders = excluded(model), options.inexact_borders
+        found = find(model, example_inputs, registry, borders, maps, refused, blocks, observed, kept)
         selection = select(found, options.reserve)
+        if example_inputs is not None and (left := unmerged_adapters(model, selection)):
+            more, why = probed(model, observe(model, example_inputs, left))
+            maps, refused = {**more, **maps}, [*refused, *why]
+            found = find(model, example_inputs, registry, borders, maps, refused, blocks, observed, kept)
+            selection = select(found, options.reserve)
     measured = None if options.cost == "counted" else IN_TORCH if options.cost == "measured" else options.cost
     plan = Plan(model, selection, measured, given, wrapper)
     if example_inputs is None or measured is None:
@@ -128,21 +132,6 @@ def _named(model: nn.Module, glob: str) -> list[str]:
     if not found:
         raise BadInput(f"the model has no module named {glob!r}")
     return found
-
-
-def _probed(model: nn.Module, observed: Observed) -> tuple[dict[str, ConvMap], list[Missed]]:
-    """The maps that layers were found to be, and why others were not."""
-    found: dict[str, ConvMap] = {}
-    refused: list[Missed] = []
-    for path in sorted(observed.capture):
-        given = observed.captured.get(path, ())
-        try:
-            if len(given) != 1:
-                raise Unreadable("the model does not call it with one argument for the example inputs")
-            found[path] = find_map(model.get_submodule(path), *given)
-        except Refusal as reason:
-            refused.append(Missed(path, "-", "probed", reason, (path,)))
-    return found, refused
 
 
 def explain(

@@ -56,10 +56,15 @@ def stands_in(module: nn.Module) -> bool:
     return (peft := _peft()) is not None and isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer)
 
 
+def base_of(layer: nn.Module) -> Any:
+    """The layer without adapters in one of peft's; None of any other."""
+    return layer.get_base_layer() if stands_in(layer) else None  # type: ignore[operator]
+
+
 def as_before(module: nn.Module, layer: nn.Module) -> nn.Module:
     """A merged layer for the place of a module: where that is one of peft's around transformers' `Conv1D`, whose weight
     is (in, out), such a one, so that what is saved can be loaded."""
-    base: Any = module.get_base_layer() if stands_in(module) else None  # type: ignore[operator]
+    base = base_of(module)
     if not isinstance(layer, nn.Linear) or type(base).__name__ != "Conv1D" or not hasattr(base, "nf"):
         return layer
     weight = nn.Parameter(layer.weight.detach().t().contiguous(), layer.weight.requires_grad)

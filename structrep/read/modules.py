@@ -14,7 +14,8 @@ from structrep.algebra import Border, ConvMap, precision
 from structrep.deployed.layers import Shift
 from structrep.errors import InvalidReader, Unreadable
 from structrep.modules.source import written_in
-from structrep.terms.layer import Layer
+from structrep.modules.wrappers import stands_in
+from structrep.terms.layer import Formula, Layer
 from structrep.terms.layers import (
     conv_layer,
     conv_transpose_layer,
@@ -45,7 +46,7 @@ def _reads(*types: type[nn.Module]) -> Callable[[Callable[[Any], Layer | None]],
 def _reader(module: nn.Module) -> Callable[[Any], Layer | None] | None:
     """The reader written for the forward that this module really runs."""
     if PROBED in module.__dict__:
-        return lambda probed: replace(map_layer(probed, probed.__dict__[PROBED]), probed=True)
+        return _read_probed
     if "forward" in module.__dict__:
         return None
     for base in type(module).__mro__:
@@ -56,6 +57,14 @@ def _reader(module: nn.Module) -> Callable[[Any], Layer | None] | None:
             )
             return _MODULES.get(base, lambda _: None) if runs_it else None
     return None
+
+
+def _read_probed(module: nn.Module) -> Layer:
+    layer = replace(map_layer(module, module.__dict__[PROBED]), probed=True)
+    if not stands_in(module):
+        return layer
+    # what peft's layers compute of their adapters they compute at every call
+    return replace(layer, formula=Formula(frozenset({"adapters"}), tuple(module.parameters())))
 
 
 def reader(*types: type[nn.Module]) -> Callable[[Callable[[Any], ConvMap]], Callable[[Any], ConvMap]]:

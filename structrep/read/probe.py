@@ -2,7 +2,8 @@
 
 In float64 the layer is asked whether it is affine, on random inputs; its kernel is read by impulses; and the map that
 comes of this has to give what the layer gives, on inputs of several sizes. All this shows what the layer does to these
-inputs and no more: so it is done only where the user asks for it, and a plan marks what came of it as probed.
+inputs and no more: so it is done only where the user asks for it, and of layers that are made to be linear, peft's with
+adapters; and a plan marks what came of it as probed.
 """
 
 from __future__ import annotations

@@ -153,13 +153,61 @@ def test_what_cannot_be_merged_stays_whole(config):
     """Also for its own `merge`, which would do a part again that was merged before."""
     model = adapted(config)
     truth = model(X).detach()
-    deploy = structrep.reparameterize(model, X)
+    deploy = structrep.reparameterize(model)
     assert type(deploy) is MLP
     assert relative_error(deploy(X), truth) < EXACT
     for layer in (deploy.a, deploy.b):
         assert isinstance(layer, peft.tuners.tuners_utils.BaseTunerLayer)
         layer.merge()
     assert relative_error(deploy(X), truth) < 1e-9
+
+
+PROBED = {
+    "OFT": peft.OFTConfig(oft_block_size=2, **WHERE),
+    "BOFT": peft.BOFTConfig(boft_block_size=2, **WHERE),
+    "RoAd": peft.RoadConfig(group_size=4, **WHERE),
+    "MiSS": peft.MissConfig(r=2, **WHERE),
+    "VB-LoRA": peft.VBLoRAConfig(r=2, num_vectors=4, vector_length=4, topk=2, **WHERE),
+    "GraLoRA": peft.GraloraConfig(r=2, gralora_k=2, **WHERE),
+}
+
+
+@pytest.mark.parametrize("config", PROBED.values(), ids=PROBED)
+@pytest.mark.parametrize("shape", [(4, 8), (2, 3, 8)])
+def test_adapters_that_are_not_read_are_probed(config, shape):
+    """With example inputs: their layers are made to be linear, and whether they are is tried."""
+    model, x = random_adapters(config), torch.randn(shape, dtype=torch.float64)
+    truth = model(x).detach()
+    plan = structrep.plan(model, x)
+    assert {merge.where for merge in plan.merges} == {"a", "b"}
+    assert all("was probed, not read" in " ".join(merge.notes) for merge in plan.merges)
+    deploy = plan.reparameterize(x)
+    assert relative_error(deploy(x), truth) < EXACT
+    assert deploy.state_dict().keys() == MLP().state_dict().keys()
+
+
+def test_an_adapter_that_is_no_linear_map_is_named():
+    class Gated(peft.tuners.lora.Linear):
+        def forward(self, x, *args, **kwargs):
+            return super().forward(x, *args, **kwargs) * x.square().mean(-1, keepdim=True)
+
+    model = random_adapters(lora())
+    model.base_model.model.b.__class__ = Gated
+    plan = structrep.plan(model, X)
+    assert [merge.where for merge in plan.merges] == ["a"]
+    assert any(one.where == "b" and "Gated is not affine" in one.reason for one in plan.refusals)
+    assert relative_error(plan.reparameterize(X)(X), model(X)) < EXACT
+
+
+def random_adapters(config):
+    model = settled(MLP())
+    own = set(map(id, model.parameters()))
+    model = peft.get_peft_model(model, config).double().eval()
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        if id(parameter) not in own:
+            parameter.data += 0.2 * torch.randn_like(parameter)
+    return model
 
 
 def test_a_hook_keeps_a_layer_and_its_adapter():
