@@ -51,7 +51,7 @@ bench: .venv/installed-dev
 
 # all of it, hours on 2 cores; writes benchmarks/results, docs/benchmarks.md and docs/runtimes.md
 bench-full: .venv/installed-dev
-	for one in cold_start conversion growth memory plain latency beyond measured runtimes; do \
+	for one in cold_start conversion growth memory plain latency beyond measured runtimes adapters; do \
 		$(BIN)/python -m benchmarks.$$one || exit 1; done
 	$(BIN)/python -m benchmarks.page
 
