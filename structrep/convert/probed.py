@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from structrep.algebra import ConvMap
 from structrep.convert.selection import Selection
-from structrep.errors import Refusal, Unreadable
+from structrep.errors import Refusal, Unreadable, said
 from structrep.graph.facts import CALL
 from structrep.graph.observed import Observed
 from structrep.match.merge import Missed
+from structrep.modules.copies import own_copy
 from structrep.modules.parametrized import hooks
-from structrep.modules.wrappers import base_of, stands_in
+from structrep.modules.wrappers import base_of, is_own, stands_in
 from structrep.read.probe import probe
 
 Maps = dict[str, ConvMap]
@@ -30,26 +32,41 @@ def probed(model: nn.Module, observed: Observed) -> tuple[Maps, list[Missed]]:
         try:
             if len(given) != 1:
                 raise Unreadable("the model does not call it with one argument for the example inputs")
-            example = _rows(*given) if stands_in(layer) and not _is_conv(layer) else given[0]
-            found[path] = probe(layer, example)
+            found[path] = _of_adapter(layer, *given) if stands_in(layer) else probe(layer, *given)
         except Refusal as reason:
             refused.append(Missed(path, "-", "probed", reason, (path,)))
     return found, refused
 
 
 def unmerged_adapters(model: nn.Module, selection: Selection) -> Collection[str]:
-    """The paths of layers with adapters that are not merged, and might be one layer: they are made to be linear."""
+    """The paths of peft's own layers with adapters that are not merged, and might be one layer: they are made to be
+    linear, and of classes of others nobody knows that."""
     calls = (call for merge in selection.merges for node in merge.nodes for call in CALL.of(node).chain())
     merged = {call.path for call in calls if stands_in(call.module)}
     kept = selection.findings.excluded.keys() | merged
     layers = ((path, one) for path, one in model.named_modules() if stands_in(one) and path not in kept)
-    return [path for path, one in layers if not hooks(one) and not isinstance(base_of(one), nn.Embedding)]
+    linear = ((path, one) for path, one in layers if not isinstance(base_of(one), nn.Embedding))
+    return [path for path, one in linear if is_own(one) and not hooks(one)]
 
 
-def _is_conv(layer: nn.Module) -> bool:
-    return isinstance(base_of(layer), nn.modules.conv._ConvNd)
+def _of_adapter(layer: nn.Module, example: Any) -> ConvMap:
+    """The map of a layer of peft's; one of the last dim is given rows.
 
-
-def _rows(example: Any) -> Any:
-    """An input of a layer of the last dim as (N, C)."""
-    return example.flatten(0, -2) if isinstance(example, Tensor) and example.ndim > 2 else example
+    Raises:
+        Unreadable: it is none, or not for rows, or writes to its weights as it runs.
+    """
+    conv = isinstance(base_of(layer), nn.modules.conv._ConvNd)
+    rows = example if conv or not isinstance(example, Tensor) or example.ndim <= 2 else example.flatten(0, -2)
+    twin = own_copy(layer)
+    held = (*twin.parameters(), *twin.buffers())
+    before = [tensor._version for tensor in held]
+    try:
+        with torch.no_grad():
+            twin(rows)
+        if [tensor._version for tensor in held] != before:
+            raise Unreadable(f"{type(layer).__name__} writes to its weights as it runs")
+        return probe(twin, rows)
+    except Refusal:
+        raise
+    except Exception as error:  # of code that wants its input in another shape
+        raise Unreadable(f"{type(layer).__name__} cannot be probed: {said(error)}") from error

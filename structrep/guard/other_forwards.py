@@ -109,13 +109,21 @@ class Borders:
 
     def _check_parameters(self, around: Call, held: set[str]) -> None:
         """Raise if another forward of a module around uses parameters that a merge takes from it."""
-        own = {name for name in held if name.rpartition(".")[0] == around.path}
+        prefix = f"{around.path}." if around.path else ""
+        own = {name: name.removeprefix(prefix).split(".") for name in held if name.startswith(prefix)}
         for variant in self._other_forwards(around) if own else ():
             seen = self.mentioned[type(around.module), variant.method]
-            if variant.method != "forward" and (seen is None or any(one.rpartition(".")[2] in seen for one in own)):
-                method = self._follow(around, variant)
-                if method.reached.keys() & own if method else not variant.flags:
-                    raise Shared(f"{type(around.module).__name__}.{variant} uses {' or '.join(sorted(own))} too")
+            direct = {name for name, way in own.items() if len(way) == 1}
+            used = own.keys() if seen is None else {name for name, way in own.items() if way[0] in seen}
+            if variant.method == "forward" or not used:
+                continue
+            method = self._follow(around, variant)
+            if method is None:
+                uses = used & direct if not variant.flags else set()
+            else:
+                uses = {name for name in own if self._uses_otherwise(name, method)}
+            if uses:
+                raise Shared(f"{type(around.module).__name__}.{variant} uses {' or '.join(sorted(uses))} too")
 
     def _lookers(self, owner: Call, call: Call, last: bool, inside: set[fx.Node]) -> Iterator[tuple[Call, Variant]]:
         """The other forwards of modules around that look at what a call of a part gives, or give it something else."""
@@ -162,6 +170,15 @@ class Borders:
             or (not last and any(not any(_readers(one.result) <= some for some in read) for one in calls))
             or (given and any(_feeders(one) not in fed for one in calls))
         )
+
+    def _uses_otherwise(self, name: str, method: Method) -> bool:
+        """Whether a method takes a parameter, or runs what holds it, where `forward` does not."""
+        path = name.rpartition(".")[0]
+        runs = path in method.forwards and not any(path == call.path for call in self._called(path))
+        return runs or (name in method.reached and self._reaches_otherwise(name, method))
+
+    def _called(self, path: str) -> list[Call]:
+        return self.traced.calls.get((self.traced.model.get_submodule(path), "forward"), [])
 
     def _reaches_otherwise(self, path: str, method: Method) -> bool:
         """Whether a method uses what is at a path where `forward` does not: a part of it that both run may."""

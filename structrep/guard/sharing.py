@@ -18,6 +18,7 @@ from structrep.guard.asked import Asking
 from structrep.modules.holders import held_elsewhere
 from structrep.modules.introspection import CLASS, TYPE
 from structrep.modules.source import names_reached
+from structrep.modules.wrappers import stands_in
 
 
 def turns_around(layer: nn.Module) -> bool:
@@ -98,6 +99,10 @@ class Replicas:
             for other in self.traced.reached.get(f"{call.path}.{name}", ()):
                 if site(next(other.homes())) not in anew or self._needed(tensor, inside):
                     raise Shared(f"{other.path or 'the model'} uses {call.path}.{name} itself")
+        if call.leaf and stands_in(call.module):  # which has no parameters of its own
+            for path, users in self.traced.reached.items():
+                if path.startswith(f"{call.path}.") and not users <= touched:
+                    raise Shared(f"code around {call.path} uses {path} itself")
         for other in self.traced.reached.get(call.path, ()):
             if other not in touched:
                 raise Shared(f"{other.path or 'the model'} reaches into {call.path}, which would no longer be there")

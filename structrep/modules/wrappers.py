@@ -56,6 +56,11 @@ def stands_in(module: nn.Module) -> bool:
     return (peft := _peft()) is not None and isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer)
 
 
+def is_own(layer: nn.Module) -> bool:
+    """Whether a layer with adapters runs code of peft's alone."""
+    return _is_pefts(written_in(type(layer))) and "forward" not in vars(layer)
+
+
 def base_of(layer: nn.Module) -> Any:
     """The layer without adapters in one of peft's; None of any other."""
     return layer.get_base_layer() if stands_in(layer) else None  # type: ignore[operator]

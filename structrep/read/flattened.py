@@ -34,7 +34,8 @@ def _(a: Arguments) -> Layer | None:
     layer = _read(a, inner) if inner is not None else None
     if inner is None or not isinstance(layer, Layer) or layer.through or layer.probed:
         return None
-    if layer.kind != "linear" and not (layer.scales and rank(inner) == 2):
+    of_last = layer.kind == "norm" or layer.dims == 0  # a constant of (C, 1) is one of each row
+    if layer.kind != "linear" and not (layer.scales and of_last and rank(inner) == 2):
         return None
     through.append(inner)
     flattening = _made_by(a, layer.source, through)

@@ -321,7 +321,7 @@ def _(a: Arguments) -> Sum | None:
     known = exact(weight)
     if known is None or torch.as_tensor(known).ndim > 0 or constant(start) is not None or constant(end) is not None:
         return None
-    share = float(torch.as_tensor(known).detach())
+    share = float(torch.as_tensor(known, dtype=torch.float64).detach())
     return Sum(((start, 1.0 - share), (end, share)))
 
 

@@ -174,6 +174,6 @@ class Surgery:
             parent._modules[name] = layer
         gone = set(old.modules())
         for part in gone - {old}:  # whose kernels would stay as long as they are known here
-            self.places[part] = [(parent, name) for parent, name in self.places[part] if parent not in gone]
+            self.places[part] = [one for one in self.places.get(part, ()) if one[0] not in gone]
             if not self.places[part]:
                 del self.places[part]

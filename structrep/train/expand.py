@@ -31,7 +31,7 @@ from structrep.modules.parametrized import computed, hooks
 from structrep.pattern import Conv, Norm, Seq
 from structrep.registry import Registry
 from structrep.rewrite.norms import exchange
-from structrep.train.norms import why_not
+from structrep.train.norms import is_plain, runs_parts_alone, runs_parts_in_turn, why_not
 
 log = logging.getLogger("structrep")
 Where = str | type[nn.Module] | Callable[[str, nn.Module], bool]
@@ -260,7 +260,7 @@ def _considered(
     """
     layers = [(path, layer) for path, layer in model.named_modules() if path]
     able = {path for path, layer in layers if type(layer) in family.of}
-    without_norm = _without_norm(model, family)
+    without_norm = _without_norm(model, family, norms)
     held = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
     if where is None:
         first = next((path for path, layer in layers if type(layer) in CONVOLUTIONS), "")
@@ -302,13 +302,14 @@ def _held_back(layer: nn.Module, held: Counter[int]) -> str:
     return ""
 
 
-def _without_norm(model: nn.Module, family: _Family) -> str:
+def _without_norm(model: nn.Module, family: _Family, norms: dict[str, str]) -> str:
     """Why a layer has to stay that has no norm behind it, if the family's branches have norms."""
     if not family.own_norms:
         return ""
-    others = {type(one): one for one in model.modules() if isinstance(one, _BatchNorm)}
-    reasons = [reason for one in others.values() if (reason := why_not(one))]
-    but = f": {', '.join(reasons)}" if reasons else ""
+    taken = set(norms.values())
+    left = ((path, one) for path, one in model.named_modules() if isinstance(one, _BatchNorm) and path not in taken)
+    others = {type(one): one for _, one in left if not is_plain(one)}
+    but = f": {', '.join(map(why_not, others.values()))}" if others else ""
     return f"its branches have norms, and no batch norm that is its alone stands behind it{but}"
 
 
@@ -319,12 +320,16 @@ def _norms_behind(model: nn.Module) -> dict[str, str]:
     pairs: dict[str, str] = {}
     ready = eval_copy(model)
     check_ready(ready)
-    for merge in find(ready, None, pair).merges:
+    found = find(ready, None, pair)
+    asked = found.traced.introspections.keys() | {path.rpartition(".")[0] for path in found.traced.reached}
+    for merge in found.merges:
         conv, *others = (CALL.of(node) for node in merge.nodes)
         if len(others) != 1 or type(conv.module) not in CONVOLUTIONS:
             continue
         norm = others[0].module
-        if isinstance(norm, _BatchNorm) and not why_not(norm):
+        if not isinstance(norm, _BatchNorm) or others[0].path in asked:  # by code that goes on asking
+            continue
+        if is_plain(norm) or (runs_parts_alone(others[0]) and runs_parts_in_turn(norm)):
             pairs[conv.path] = others[0].path
     return pairs
 

@@ -1,15 +1,27 @@
-"""Which batch norms a block can take in: torch's, and those that only run parts of theirs behind, as an activation."""
+"""Which batch norms a block can take in: torch's, and those that only run parts of theirs behind, as an activation.
+
+That a norm of another class computes no more is read from its trace; that it does so in training mode too, and in this
+order, is shown on random numbers.
+"""
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from structrep.errors import said
+from structrep.graph.calls import Call
+from structrep.graph.operations import does, torch_name
+from structrep.graph.queries import asks_shape, only_asserted
+from structrep.graph.table import Is
 from structrep.modules.copies import own_copy
 
+_SETTINGS = {
+    *("training", "momentum", "eps", "affine", "track_running_stats", "num_features", "process_group"),
+    *("weight", "bias", "running_mean", "running_var", "num_batches_tracked"),
+}
 PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
@@ -18,20 +30,43 @@ def is_plain(norm: nn.Module) -> bool:
 
 
 def why_not(norm: nn.Module) -> str:
-    """Why no block can take in a batch norm; "" if one can.
-
-    A subclass, as timm's norms with an activation, has to compute what torch's norm does and then its parts in turn, in
-    both modes: its code is run beside that, on random numbers.
-    """
-    if is_plain(norm):
-        return ""
+    """Why no block takes in a batch norm of another class than torch's, which stands somewhere behind a layer."""
     name = type(norm).__name__
+    more = f"{name} does something else than to normalize and to run its parts in turn"
+    return f"{more}, or the code around asks for more of it" if runs_parts_in_turn(norm) else more
+
+
+def runs_parts_in_turn(norm: nn.Module) -> bool:
+    """Whether a subclass, as timm's norms with an activation, computes what torch's norm does and then its parts in
+    turn, in both modes: it is run beside that."""
     modes = (False,) if isinstance(norm, nn.SyncBatchNorm) else (False, True)  # which trains where there is a group
     try:
-        same = all(_does_the_same(norm, training) for training in modes)
-    except Exception as error:
-        return f"{name} cannot be run alone: {said(error)}"
-    return "" if same else f"{name} does something else than to normalize and to run its parts in turn"
+        return all(_does_the_same(norm, training) for training in modes)
+    except Exception:  # it wants more, or something else
+        return False
+
+
+def runs_parts_alone(call: Call) -> bool:
+    """Whether a norm that was called does nothing but to normalize and to call parts of its own, goes by its own
+    settings alone, and is given one value."""
+    parts = dict(call.module.named_children())
+    asked = {name for _, text in call.reads for name in re.findall(r"\.(\w+)", text)}
+    calls = [step for step in call.steps if not isinstance(step, fx.Node)]
+    nodes = [step for step in call.steps if isinstance(step, fx.Node)]
+    checks = [one for one in calls if one.module is call.module]  # its input, by other methods
+    nodes += [node for one in checks for node in one.nodes()]
+    return call.leaf or (
+        asked <= _SETTINGS | parts.keys()
+        and len(call.args) == 1
+        and not call.kwargs
+        and all(torch_name(node) == "batch_norm" or asks_shape(node) or _asserts(node) for node in nodes)
+        and all(one in checks or one.module in parts.values() for one in calls)
+        and next(call.observed(), None) is None
+    )
+
+
+def _asserts(node: fx.Node) -> bool:
+    return only_asserted(node) or does(node, Is.ASSERTS)
 
 
 def _does_the_same(norm: nn.Module, training: bool) -> bool:

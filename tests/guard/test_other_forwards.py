@@ -414,6 +414,59 @@ def test_a_part_that_reads_its_own_parts(cls, merges):
     check(cls(), X, merges=merges, refused=refused, within=CLOSE)
 
 
+class ReadsItsParts(nn.Module):
+    """A block that computes with the weights of its layers, and calls none."""
+
+    def __init__(self):
+        super().__init__()
+        self.c, self.n = nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        y, n = F.conv2d(x, self.c.weight, self.c.bias), self.n
+        return F.batch_norm(y, n.running_mean, n.running_var, n.weight, n.bias).relu()
+
+
+class ReadsInside(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.b, self.h = ReadsItsParts(), nn.Conv2d(4, 2, 1)
+
+    def forward(self, x):
+        return self.h(self.b(x))
+
+    def forward_alike(self, x):
+        return self(x), self.h(self.b(x).neg())
+
+
+class WalksOverNumbers(ReadsInside):
+    def forward_loss(self, x):
+        return self(x), sum(p.square().sum() for p in self.b.parameters())
+
+
+class WalksOverParts(ReadsInside):
+    def forward_loss(self, x):
+        return [self(x), *(m(x) for m in self.b.modules() if isinstance(m, nn.Conv2d))]
+
+
+class ReadsAPart(ReadsInside):
+    def forward_loss(self, x):
+        return self(x), self.b.c.weight.square().sum()
+
+
+class RunsAPart(ReadsInside):
+    def forward_loss(self, x):
+        return self(x), self.b.c(x)
+
+
+@pytest.mark.parametrize("cls", [WalksOverNumbers, WalksOverParts, ReadsAPart, RunsAPart])
+def test_parts_that_a_block_reads_and_another_forward_uses(cls):
+    check(cls(), X, merges=0, refused="Shared Isolated", method="forward_loss", within=CLOSE)
+
+
+def test_parts_that_a_block_reads_and_another_forward_runs_as_a_whole():
+    check(ReadsInside(), X, merges=1, method="forward_alike", within=CLOSE)
+
+
 class Switched(nn.Module):
     """A forward of another name that looks at what its part gives by a way that no attribute of the part tells of."""
 

@@ -74,6 +74,17 @@ def looked_at(self, x):
     return self.n(y).view(b, t, c), y
 
 
+def of_each_row(self, x):
+    """A constant for each token of ten, of both batches."""
+    b, t, c = x.shape
+    return self.k((self.l(x).reshape(b * t, c) * torch.arange(1.0, 11.0)[:, None]).view(b, t, c))
+
+
+def of_each_channel(self, x):
+    b, t, c = x.shape
+    return self.k((self.l(x).reshape(b * t, c) * self.b).view(b, t, c))
+
+
 def of_another(self, x):
     b, t, c = x.shape
     return self.k(self.l(x).view(b * t, c)).view(x.mT.size(0), x.mT.size(2), c)
@@ -83,7 +94,7 @@ def of_another(self, x):
 FORWARDS = {
     conv1d: (1, ""), normed: (1, ""), reshaped: (1, ""), flattened: (1, ""), both: (1, ""), one_pixel: (1, ""),
     turned: (0, "Isolated"), split: (0, "Isolated"), halved: (0, ""), moved: (0, "Isolated"),
-    looked_at: (0, "Isolated"), of_another: (0, ""),
+    looked_at: (0, "Isolated"), of_another: (0, ""), of_each_row: (0, ""), of_each_channel: (1, ""),
 }  # fmt: skip
 
 
@@ -91,7 +102,7 @@ FORWARDS = {
 def test_layers_between_a_flattening_and_its_inverse(forward):
     merges, refused = FORWARDS[forward]
     cls = type("Flattens", (Tokens,), {"forward": forward})
-    others = [noise(3, 5, 6)] if forward is not halved else []
+    others = [noise(3, 5, 6)] if forward not in (halved, of_each_row) else []
     # of what `flatten(0, 1)` gives only the example tells how many dims it has
     ways = ("with an example",) if forward is flattened else ("with an example", "in place")
     check(cls(), X, *others, merges=merges, refused=refused, ways=ways)

@@ -212,13 +212,59 @@ def test_what_a_norm_does_besides_stays_where_it_was(norm):
     assert relative_error(copy.deepcopy(back)(X), back(X)) == 0
 
 
-@pytest.mark.parametrize("norm", [Other, Backwards, Frozen, WithMore, CountsTwice])
+class Clipped(nn.BatchNorm2d):
+    """Which shows on large values alone."""
+
+    def forward(self, x):
+        return super().forward(x).clamp(-60, 60)
+
+
+class OfSize(nn.BatchNorm2d):
+    def forward(self, x):
+        y = super().forward(x)
+        return y if x.shape[-1] < 40 else y * 2
+
+
+class Flagged(nn.BatchNorm2d):
+    flag = False
+
+    def forward(self, x):
+        return -super().forward(x) if self.flag else super().forward(x)
+
+
+@pytest.mark.parametrize("norm", [Other, Backwards, Frozen, WithMore, CountsTwice, Clipped, OfSize, Flagged])
 def test_norms_that_no_block_takes_in(norm):
     model = settled(nn.Sequential(conv(), nn.ReLU(), conv(), norm(4)))
     names = list(model.state_dict())
     with pytest.raises(BadInput, match=f"1 of 2: .*: {norm.__name__} does something else than to normalize"):
         structrep.expand(model, "repvgg")
     assert list(model.state_dict()) == names
+
+
+ASKED = {
+    "by name": lambda self, y: self.n(x=y),
+    "its weight": lambda self, y: self.n(y) * self.n.weight.mean(),
+    "its size": lambda self, y: self.n(y) / self.n.num_features,
+    "its eps": lambda self, y: self.n(y) + self.n.eps,
+}
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, Acts])
+@pytest.mark.parametrize("forward", ASKED.values(), ids=ASKED)
+def test_norms_of_which_code_asks_more(norm, forward):
+    class Asks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.c, self.n = conv(3), conv(), norm(4)
+
+        def forward(self, x):
+            return forward(self, self.c(self.a(x).relu()))
+
+    if norm is nn.BatchNorm2d and forward is ASKED["by name"]:
+        forward = ASKED["its eps"]  # torch's own calls it otherwise
+    model = settled(Asks())
+    with pytest.raises(BadInput, match="no batch norm that is its alone"):
+        structrep.expand(model, "repvgg")
 
 
 def test_training_goes_on_in_the_blocks():
