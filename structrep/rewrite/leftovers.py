@@ -107,7 +107,7 @@ class Leftovers:
         dead.update(id(tensor) for formula in assigned for tensor in formula.tensors)
         called = {call.path for calls in self.traced.calls.values() for call in calls if call.leaf}
         names = {self.traced.names[tensor] for tensor in dead - alive if tensor in self.traced.names}
-        return {name for name in names if name.rpartition(".")[0] not in called}
+        return {name for name in names if called.isdisjoint(_holders(name))}
 
     def used(self) -> tuple[set[int], set[int]]:
         """The tensors that dead nodes use otherwise than by calling a layer, and those that others do, by id."""
@@ -202,3 +202,9 @@ class Leftovers:
         if name == "running_mean" and "num_batches_tracked" in module._buffers:
             module._buffers["num_batches_tracked"] = None
             module.__dict__["track_running_stats"] = False  # or loading a plain state dict would count batches again
+
+
+def _holders(name: str) -> set[str]:
+    """The paths of all modules that a tensor is in."""
+    parts = name.split(".")
+    return {".".join(parts[:depth]) for depth in range(len(parts))}
