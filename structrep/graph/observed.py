@@ -124,6 +124,7 @@ class Observed:
                 before = module.__dict__.get(name)
                 if name == "forward" or before is None:
                     run = functools.partial(self._run, stack, module, (path, name), getattr(module, name))
+                    functools.update_wrapper(run, getattr(module, name))  # whose signature is asked for
                     watched.append((module, name, before))
                     module.__dict__[name] = run
         try:

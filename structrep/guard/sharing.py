@@ -100,8 +100,10 @@ class Replicas:
                 if site(next(other.homes())) not in anew or self._needed(tensor, inside):
                     raise Shared(f"{other.path or 'the model'} uses {call.path}.{name} itself")
         if call.leaf and stands_in(call.module):  # which has no parameters of its own
+            within = f"{call.path}."
             for path, users in self.traced.reached.items():
-                if path.startswith(f"{call.path}.") and not users <= touched:
+                outside = (one for one in users if not f"{one.path}.".startswith(within))
+                if path.startswith(within) and not touched.issuperset(outside):
                     raise Shared(f"code around {call.path} uses {path} itself")
         for other in self.traced.reached.get(call.path, ()):
             if other not in touched:

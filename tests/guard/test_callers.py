@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import inspect
 import sys
 
 import pytest
@@ -11,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import structrep
 from structrep.errors import BadInput
+from structrep.prove.run import observe
 from tests.support.models import settled
 from tests.support.truth import EXACT, relative_error, says
 
@@ -608,3 +610,23 @@ def test_what_is_given_by_keyword_is_followed_so(model, inputs):
     plan = structrep.plan(settled(model()), *inputs)
     assert len(plan.merges) == 1
     assert not any("multiple values" in refusal.reason for refusal in plan.refusals)
+
+
+class Chunked(nn.Module):
+    """Hands a method to a function that asks for its signature, as transformers' `apply_chunking_to_forward` does."""
+
+    def __init__(self):
+        super().__init__()
+        self.part = Plain()
+
+    def forward(self, x):
+        if len(inspect.signature(self.one_input).parameters) != 1:
+            raise ValueError("one input, please")
+        return self.one_input(x)
+
+    def one_input(self, x):
+        return self.part(x)
+
+
+def test_a_method_whose_signature_is_asked_for_is_seen_to_be_called():
+    assert observe(settled(Chunked()), X).forms("part", "forward")
