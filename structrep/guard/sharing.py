@@ -102,8 +102,8 @@ class Replicas:
         if call.leaf and stands_in(call.module):  # which has no parameters of its own
             within = f"{call.path}."
             for path, users in self.traced.reached.items():
-                outside = (one for one in users if not f"{one.path}.".startswith(within))
-                if path.startswith(within) and not touched.issuperset(outside):
+                outside = (one for one in users - touched if not f"{one.path}.".startswith(within))
+                if path.startswith(within) and any(outside):
                     raise Shared(f"code around {call.path} uses {path} itself")
         for other in self.traced.reached.get(call.path, ()):
             if other not in touched:

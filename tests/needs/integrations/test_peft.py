@@ -186,6 +186,16 @@ def test_adapters_that_are_not_read_are_probed(config, shape):
     assert deploy.state_dict().keys() == MLP().state_dict().keys()
 
 
+def test_adapters_on_convolutions():
+    """DoRA's vector of magnitudes reads the weights beside it: code of the layer itself, which is probed as a whole."""
+    model = settled(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 1)))
+    model = random_adapters(lora(use_dora=True, target_modules=["0", "2"]), model)
+    x = torch.randn(2, 3, 7, 6, dtype=torch.float64)
+    deploy = structrep.reparameterize(model, x)
+    assert [type(part) for part in deploy] == [nn.Conv2d, nn.ReLU, nn.Conv2d]
+    assert relative_error(deploy(x), model(x)) < EXACT
+
+
 def test_adapters_of_ones_own_are_not_probed():
     """Of peft's classes it is known that they are made to be linear; of others whatever one input shows may be all."""
 
