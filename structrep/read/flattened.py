@@ -11,16 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from structrep.algebra import ConvMap
-from structrep.errors import Refusal, Unreadable
+from structrep.errors import Refusal
 from structrep.graph.facts import VALUE
 from structrep.graph.operations import keeps_shape, torch_name
 from structrep.graph.queries import counts_sizes
 from structrep.graph.run import computed
 from structrep.graph.shapes import rank
 from structrep.read.arguments import Arguments, reads
+from structrep.read.transposed import scale_of_last_dim
 from structrep.terms.layer import Identity, Layer, Reading
-from structrep.terms.layers import diagonal_layer
 
 MOST_BETWEEN = 8  # nodes that do nothing, on the way
 # Sizes of the dims before the last that both are tried on, by how many there are: what fits all of them fits any.
@@ -44,7 +43,7 @@ def _(a: Arguments) -> Layer | None:
     source = flattening.args[0]
     if not isinstance(source, fx.Node) or not _are_inverse(a, flattening, source, layer):
         return None
-    found = layer if layer.kind == "linear" else _of_last_dim(layer)
+    found = layer if layer.kind == "linear" else scale_of_last_dim(lambda c: layer.load(c, 0), layer.in_channels)
     return replace(found, source=source, through=(flattening, *through))
 
 
@@ -104,18 +103,6 @@ def _made_by(a: Arguments, node: Any, through: list[fx.Node]) -> fx.Node | None:
         through.append(node)
         node = reading.source
     return None
-
-
-def _of_last_dim(scale: Layer) -> Layer:
-    """A scale of dim 1 of values with two dims, for values with more."""
-
-    def load(c: int, d: int) -> ConvMap:
-        if d:
-            raise Unreadable("a scale of the last dim, of values whose channels are on dim 1")
-        map_ = scale.load(c, 0)
-        return ConvMap.scale(map_.kernel.flatten(), map_.bias, dims=0)
-
-    return diagonal_layer("affine", load, scale.in_channels, 0, 0)
 
 
 def _reshaped(node: fx.Node, given: Mapping[fx.Node, Tensor], value: Tensor) -> Tensor | None:

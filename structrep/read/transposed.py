@@ -34,6 +34,13 @@ def _(a: Arguments) -> Layer | None:
     if first is None or not (shows_rank or _is_permute(first)) or len(through) == 1:
         return None
     (source,) = first.all_input_nodes
+    known = (a.read(node) for node in through if not does(node, Is.PERMUTES))
+    count = next((r.in_channels for r in known if isinstance(r, Layer) and r.in_channels is not None), None)
+    return replace(scale_of_last_dim(load, count), source=source, through=tuple(through))
+
+
+def scale_of_last_dim(load: Callable[[int], ConvMap], channels: int | None) -> Layer:
+    """A scale of the last dim, by the map of so many channels that `load` gives."""
 
     def scale(c: int, d: int) -> ConvMap:
         if d:
@@ -41,10 +48,7 @@ def _(a: Arguments) -> Layer | None:
         map_ = load(c)
         return ConvMap.scale(map_.kernel.flatten(), map_.bias, dims=0)
 
-    known = (a.read(node) for node in through if not does(node, Is.PERMUTES))
-    count = next((r.in_channels for r in known if isinstance(r, Layer) and r.in_channels is not None), None)
-    layer = diagonal_layer("affine", scale, count, 0, 0)
-    return replace(layer, source=source, through=tuple(through))
+    return diagonal_layer("affine", scale, channels, 0, 0)
 
 
 def _swapped(a: Arguments, node: Any, known: dict[fx.Node, _Scale | None]) -> _Scale | None:
