@@ -56,7 +56,7 @@ from structrep.registry import default
 
 def catalogue() -> str:
     """The page."""
-    return "\n".join([HEAD, *(section(rule) for rule in default if rule.comes_along and not rule.law), laws()])
+    return "\n".join([HEAD, *(section(rule) for rule in default if rule.built_in and not rule.law), laws()])
 
 
 def section(rule: Rule) -> str:
@@ -211,7 +211,7 @@ def main() -> None:
     PICTURES.mkdir(exist_ok=True)
     (HERE / "catalogue.md").write_text(catalogue())
     for rule in default:
-        if rule.comes_along and not rule.law:
+        if rule.built_in and not rule.law:
             (PICTURES / f"{rule.name}.svg").write_bytes(picture(rule))
 
 

@@ -58,7 +58,7 @@ class Rule:
     proved: set[tuple[object, ...]] = field(default_factory=set, init=False, repr=False, compare=False)
 
     @property
-    def comes_along(self) -> bool:
+    def built_in(self) -> bool:
         """Whether it is one of structrep's own, which give way to those of users."""
         return written_in(self.merge).startswith("structrep.rules.")
 
@@ -74,7 +74,7 @@ class Rule:
             raise WrongMerge(f"the pattern of rule {self.name!r} cannot be matched: {said(error)}") from error
 
     def merged(self, term: Term, found: Captures) -> ConvMap:
-        """The term's value, after the merge function's was proved to be the same; of a rule that comes along, once for
+        """The term's value, after the merge function's was proved to be the same; of a built-in rule, once for
         each geometry and set of branches.
 
         Raises:
@@ -87,7 +87,7 @@ class Rule:
             truth = value(term, at=at, known=known)
             if not self.law and (truth.geometry, *found) not in self.proved:
                 self._prove(truth, found, at, known)
-                if self.comes_along:  # a user's function may look at the weights
+                if self.built_in:  # a user's function may look at the weights
                     self.proved.add((truth.geometry, *found))
             return truth
         finally:
@@ -122,7 +122,7 @@ class Rule:
 
 @dataclass
 class Registry:
-    """An ordered collection of rules: yours are tried before those that come along, laws last, else earlier ones first.
+    """An ordered collection of rules: yours are tried before the built-in ones, laws last, else earlier ones first.
 
     Iterating gives the rules in the order in which they are tried.
 
@@ -234,7 +234,7 @@ class Registry:
         return register
 
     def __iter__(self) -> Iterator[Rule]:
-        return iter(sorted(self._rules.values(), key=lambda rule: (rule.law, rule.comes_along)))
+        return iter(sorted(self._rules.values(), key=lambda rule: (rule.law, rule.built_in)))
 
     def __len__(self) -> int:
         return len(self._rules)
@@ -271,7 +271,7 @@ class Registry:
 
 
 class _Default(Registry):
-    """The rules that come along, imported when rules are first looked at, and those of users."""
+    """The built-in rules, imported when rules are first looked at, and those of users."""
 
     @property
     def _rules(self) -> dict[str, Rule]:

@@ -11,7 +11,7 @@ dilations and overhangs are in pixels. Coefficients are float64, on the CPU.
 
 from structrep.algebra.border import CANCELLATION, ROUNDING
 from structrep.algebra.convmap import ConvMap, concat
-from structrep.algebra.geometry import CONV, CONV_TRANSPOSE, Border, Geometry, Ints, Pads, Rigour
+from structrep.algebra.geometry import CONV, CONV_TRANSPOSE, Border, Geometry, Ints, Pads, Strictness
 from structrep.algebra.kernels import swapped
 
 __all__ = [
@@ -24,7 +24,7 @@ __all__ = [
     "Geometry",
     "Ints",
     "Pads",
-    "Rigour",
+    "Strictness",
     "concat",
     "swapped",
 ]

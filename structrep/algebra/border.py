@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, get_args
 import torch
 from torch import Tensor
 
-from structrep.algebra.geometry import Rigour
+from structrep.algebra.geometry import Strictness
 from structrep.algebra.kernels import channel_mix, peak
 from structrep.errors import Inexact
 
@@ -23,25 +23,25 @@ CANCELLATION = 64.0  # a factor: a pad may cost six bits of the bias that it sta
 ROUNDING = 64 * torch.finfo(torch.float64).eps  # two routes to one number may differ so much, relative to its size
 
 
-def composed_fill(first: ConvMap, second: ConvMap, rigour: Rigour) -> Tensor:
+def composed_fill(first: ConvMap, second: ConvMap, strictness: Strictness) -> Tensor:
     """What the composite is to read outside, (I,).
 
     Args:
-        rigour: what to do where the border law forbids it, as for `ConvMap.then`.
+        strictness: what to do where the border law forbids it, as for `ConvMap.then`.
 
     Raises:
         Inexact: nothing that it could read there would do.
-        ValueError: a rigour of another name.
+        ValueError: a strictness of another name.
     """
-    if rigour not in get_args(Rigour):
-        raise ValueError(f"rigour {rigour!r} is none of {', '.join(get_args(Rigour))}")
+    if strictness not in get_args(Strictness):
+        raise ValueError(f"strictness {strictness!r} is none of {', '.join(get_args(Strictness))}")
     try:
         return _fill_before(first, second)
     except Inexact:
-        solved = _solved_fill(first, second) if rigour != "exact" else None
+        solved = _solved_fill(first, second) if strictness != "exact" else None
         transposed = first.geometry.transposed or second.geometry.transposed
         copied = {first.border, second.border} != {"constant"}
-        if solved is None and (rigour != "inside" or transposed or copied):
+        if solved is None and (strictness != "inside" or transposed or copied):
             raise
         return first.fill if solved is None else solved
 

@@ -43,7 +43,7 @@ from torch import Tensor
 
 from structrep.algebra.border import common_border, composed_fill
 from structrep.algebra.evaluation import evaluate
-from structrep.algebra.geometry import Border, Geometry, Ints, Rigour
+from structrep.algebra.geometry import Border, Geometry, Ints, Strictness
 from structrep.algebra.kernels import channel_mix, check_finite, compose_kernels, peak, place
 from structrep.errors import Incompatible, Inexact, Unreadable
 
@@ -176,11 +176,11 @@ class ConvMap:
             return NotImplemented
         return self.then(other)
 
-    def then(self, other: ConvMap, rigour: Rigour = "exact") -> ConvMap:
+    def then(self, other: ConvMap, strictness: Strictness = "exact") -> ConvMap:
         """`self >> other`, and what to do where the border law forbids it.
 
         Args:
-            rigour: "exact" raises. "padded" looks for a constant per input channel that this map turns into what
+            strictness: "exact" raises. "padded" looks for a constant per input channel that this map turns into what
                 `other` reads outside, W fill + b = other.fill, and has the result pad with it. "inside" lets the result
                 differ where `other` reads outside its input, if what is there is constant.
 
@@ -188,10 +188,10 @@ class ConvMap:
             Incompatible: channels or spatial dims do not fit.
             Inexact: the border law forbids it, and there is no such constant, or none that float64 can tell; or a
                 coefficient outgrows float64.
-            ValueError: a rigour of another name.
+            ValueError: a strictness of another name.
         """
         geometry = self.geometry >> other.geometry
-        fill = composed_fill(self, other, rigour)
+        fill = composed_fill(self, other, strictness)
         kernel = compose_kernels(self.kernel, other.kernel, self.geometry, other.geometry, geometry)
         bias = other.bias + channel_mix(other.kernel, self.bias, other.geometry.groups)
         return ConvMap._of(geometry, kernel, bias, fill, (self if self.geometry.pads else other).border)

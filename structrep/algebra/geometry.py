@@ -13,7 +13,7 @@ from torch import Tensor
 from structrep.errors import Incompatible
 
 Border = Literal["constant", "reflect", "replicate", "circular"]
-Rigour = Literal["exact", "padded", "inside"]  # how the border law is kept, see `ConvMap.then`
+Strictness = Literal["exact", "padded", "inside"]  # how the border law is kept, see `ConvMap.then`
 Ints = tuple[int, ...]  # one for each spatial dim
 Pads = tuple[tuple[int, int], ...]  # (lo, hi) for each spatial dim, in pixels; negative ones crop
 CONV = (None, F.conv1d, F.conv2d, F.conv3d)  # by the number of spatial dims

@@ -31,7 +31,7 @@ from structrep.blocks.repvgg import RepVGGBlock1d, RepVGGBlock2d, RepVGGBlock3d
 from structrep.blocks.span import Conv3XC2d
 
 # What stands in the place of one plain layer, and gives it back when merged.
-STAND_INS: tuple[type[nn.Module], ...] = (
+REPLACE_A_LAYER: tuple[type[nn.Module], ...] = (
     ConvBlock,
     ExpandLinear,
     LoRALinear,

@@ -17,6 +17,7 @@ from structrep.errors import BadInput, Unmerged, listed
 from structrep.graph.observed import Observed
 from structrep.guard.ready import check_ready
 from structrep.match.find import find
+from structrep.match.findings import Findings
 from structrep.modules.arguments import Example
 from structrep.modules.copies import eval_copy, shallow_copy
 from structrep.modules.parametrized import uncached
@@ -106,14 +107,26 @@ def planned(model: nn.Module, example_inputs: Example | None, options: Options) 
             "norms='keep' gives back a model that structrep.expand has made, and in this one is no such block"
         )
     with process.same_chance(), process.room(), precision.whole():  # a forward may draw numbers
-        kept, borders = excluded(model), options.inexact_borders
-        found = find(model, example_inputs, registry, borders, maps, refused, blocks, observed, kept)
-        selection = select(found, options.reserve)
+        kept = excluded(model)
+
+        def found() -> Findings:
+            return find(
+                model,
+                example_inputs,
+                registry,
+                inexact_borders=options.inexact_borders,
+                probed=maps,
+                beforehand=refused,
+                blocks=blocks,
+                observed=observed,
+                excluded=kept,
+            )
+
+        selection = select(found(), options.reserve)
         if example_inputs is not None and (left := unmerged_adapters(model, selection)):
             more, why = probed(model, observe(model, example_inputs, left))
             maps, refused = {**more, **maps}, [*refused, *why]
-            found = find(model, example_inputs, registry, borders, maps, refused, blocks, observed, kept)
-            selection = select(found, options.reserve)
+            selection = select(found(), options.reserve)
     measured = None if options.cost == "counted" else IN_TORCH if options.cost == "measured" else options.cost
     plan = Plan(model, selection, measured, given, wrapper)
     if example_inputs is None or measured is None:

@@ -51,7 +51,7 @@ class Selection:
     @property
     def inexact(self) -> bool:
         """Whether some merge differs from the model at the border, as the user allowed."""
-        return any(merge.fit.rigour == "inside" for merge in self.merges)
+        return any(merge.fit.strictness == "inside" for merge in self.merges)
 
     def records(self, seconds: Callable[[Merge], Seconds | None]) -> tuple[MergeRecord, ...]:
         """The merges as records.
@@ -146,7 +146,7 @@ def _record(merge: Merge, where: str, group: Sequence[Merge], seconds: Seconds |
         multiply_adds=(before.multiply_adds, after.multiply_adds),
         parameters=(before.parameters, after.parameters),
         largest=merge.fit.largest,
-        border=str(border(merge, group)) if merge.fit.rigour == "inside" else merge.fit.remedy,
+        border=str(border(merge, group)) if merge.fit.strictness == "inside" else merge.fit.remedy,
         sizes=sizes,
         notes=merge.fit.notes,
         seconds=seconds,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from structrep.blocks import STAND_INS
+from structrep.blocks import REPLACE_A_LAYER
 from structrep.errors import Shared
 from structrep.graph.calls import Call, Traced
 from structrep.graph.facts import ASSIGNED, CALL, COMPUTED, FORMULA, INDEX, SHAPE, VALUE
@@ -122,7 +122,7 @@ class Replicas:
             stays: whether all that is merged is a layer alone, which keeps its settings.
         """
         kept = call.module.__dict__ if stays and not turns_around(call.module) else {}
-        swapped = call.leaf or isinstance(call.module, STAND_INS)  # perhaps
+        swapped = call.leaf or isinstance(call.module, REPLACE_A_LAYER)  # perhaps
         for one in self.asking.found.get(call.path, ()):
             written = one.asker is not None and site(next(one.asker.homes())) in anew
             if written or one.what in kept or (one.apart and _moves_alone(call, touched)):

@@ -24,6 +24,7 @@ def find(
     model: nn.Module,
     example_inputs: Example | None,
     registry: Registry,
+    *,
     inexact_borders: Iterable[str] = (),
     probed: Mapping[str, ConvMap] | None = None,
     beforehand: Iterable[Missed] = (),

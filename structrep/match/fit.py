@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from structrep.algebra import ConvMap, Rigour
+from structrep.algebra import ConvMap, Strictness
 from structrep.errors import Costlier, Inexact, Overflow, Shared
 from structrep.graph.calls import Trace, Traced
 from structrep.graph.facts import CALL
@@ -28,7 +28,7 @@ class Fit:
     """How a merged map fits into a layer of the dtype that it will have."""
 
     costs: tuple[Cost, Cost]  # before and after, but for what the border takes
-    rigour: Rigour
+    strictness: Strictness
     remedy: str  # what a layer of its own does for the border
     largest: tuple[float, float]  # largest coefficient of a kernel before, of any after
     notes: tuple[str, ...]  # what is to be told of the numbers
@@ -76,7 +76,11 @@ def _check_sizes(stretch: Stretch, trace: Trace, traced: Traced) -> None:
 
 
 def fit(
-    map_: ConvMap, stretch: Stretch, costs: tuple[Cost, Cost], rigour: Rigour = "exact", at_any_price: bool = False
+    map_: ConvMap,
+    stretch: Stretch,
+    costs: tuple[Cost, Cost],
+    strictness: Strictness = "exact",
+    at_any_price: bool = False,
 ) -> Fit:
     """How a map fits into a layer in the place of a stretch.
 
@@ -108,7 +112,7 @@ def fit(
         border = apart or ("a copy of pixels" if map_.border != "constant" else "")
         raise Costlier(f"{term} saves nothing" + (f": what its border takes, {border}, would stay" if border else ""))
     largest = max(float(kernel.detach().abs().max()) for kernel in kernels), map_.magnitude
-    return Fit(costs, rigour, apart, largest, tuple(_notes(map_, leaves, dtype)))
+    return Fit(costs, strictness, apart, largest, tuple(_notes(map_, leaves, dtype)))
 
 
 def fit_value(stretch: Stretch, costs: tuple[Cost, Cost], inexact_borders: Iterable[str]) -> tuple[ConvMap, Fit]:
@@ -121,17 +125,17 @@ def fit_value(stretch: Stretch, costs: tuple[Cost, Cost], inexact_borders: Itera
         Refusal: it does not, whatever is done about the border.
     """
     forbidden: Inexact | None = None
-    for rigour in _rigours(stretch, inexact_borders):
+    for strictness in _strictnesses(stretch, inexact_borders):
         try:
-            map_ = value(stretch.term, rigour=rigour)
-            return map_, fit(map_, stretch, costs, rigour)
+            map_ = value(stretch.term, strictness=strictness)
+            return map_, fit(map_, stretch, costs, strictness)
         except Inexact as reason:
             forbidden = forbidden or reason
     assert forbidden is not None
     raise forbidden
 
 
-def _rigours(stretch: Stretch, inexact_borders: Iterable[str]) -> Iterator[Rigour]:
+def _strictnesses(stretch: Stretch, inexact_borders: Iterable[str]) -> Iterator[Strictness]:
     """How a border may be treated, best first."""
     yield "exact"
     if len(stretch.segments) > 1 and _has_kernel(stretch.segments[0]):

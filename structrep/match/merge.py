@@ -78,7 +78,7 @@ class Merge:
 
     def value(self) -> ConvMap:
         """The merged map; read from the weights as they are now, if it is not cached."""
-        return self.cached or value(self.term, rigour=self.fit.rigour)
+        return self.cached or value(self.term, strictness=self.fit.strictness)
 
     @property
     def sizes(self) -> tuple[Ints, Ints] | None:

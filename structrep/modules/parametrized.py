@@ -113,7 +113,7 @@ def about_hooks(module: nn.Module) -> str:
     )
 
 
-def may_set(module: nn.Module) -> str:
+def attribute_setter(module: nn.Module) -> str:
     """A pre-hook that may give a module new attributes before each call, by its code; "" if there is none."""
     for hook in module._forward_pre_hooks.values():
         function = getattr(hook, "__func__", getattr(hook, "func", hook))

@@ -34,7 +34,7 @@ def prove(merges: Sequence[Merge]) -> None:
         WrongMerge: the two differ, or there were no sizes that the part itself accepts.
     """
     both = _Both(merges)
-    open_ = any(merge.fit.rigour == "inside" for merge in merges)
+    open_ = any(merge.fit.strictness == "inside" for merge in merges)
     found: list[tuple[str, fx.Node, Tensor, Tensor]] = []
     tried: dict[str, None] = {}
 
@@ -122,7 +122,7 @@ class _Both:
 
     def _layer(self, merge: Merge, map_: ConvMap, everywhere: bool) -> Callable[[Tensor], Tensor]:
         layer = lower(map_, map_.kernel.to(self.region.device))
-        if everywhere or merge.fit.rigour != "inside":
+        if everywhere or merge.fit.strictness != "inside":
             return layer
 
         def inside(x: Tensor) -> Tensor:

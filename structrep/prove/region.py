@@ -251,7 +251,7 @@ class Trials:
             spare: with as many more as strides leave out, and as borders reach that the user has left open.
         """
         if spare:
-            open_ = [room(merge) for merge in self.maps if merge.fit.rigour == "inside"]
+            open_ = [room(merge) for merge in self.maps if merge.fit.strictness == "inside"]
             far = [max(each) for each in itertools.zip_longest(*open_, fillvalue=0)]
             least = tuple(n + 2 * more for n, more in itertools.zip_longest(least, far, fillvalue=0))
         sizes = self._sizes(least, spare)

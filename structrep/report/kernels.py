@@ -54,7 +54,7 @@ def _branches(term: Term, whole: ConvMap, dead: float) -> Iterator[BranchRecord]
         for name, branch in zip(_names(part), part.parts, strict=True):
             # the others stay, as zeros: so the kernel has the taps and groups of the whole
             alone = replace(part, parts=tuple(one if one is branch else signed(one, 0.0) for one in part.parts))
-            kernel = value(seq([*parts[:index], alone, *parts[index + 1 :]]), rigour="inside").kernel
+            kernel = value(seq([*parts[:index], alone, *parts[index + 1 :]]), strictness="inside").kernel
             norm = float(whole.kernel.norm()) or 1.0
             size = float(kernel.norm()) / norm
             share = float((kernel * whole.kernel).sum()) / norm**2

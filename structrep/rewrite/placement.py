@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import fx
 
-from structrep.blocks import STAND_INS
+from structrep.blocks import REPLACE_A_LAYER
 from structrep.graph.calls import Call, Traced
 from structrep.graph.facts import ASSIGNED, AT, CALL, FORMULA, VALUE
 from structrep.graph.operations import does, torch_name
@@ -215,7 +215,11 @@ class Placement:
         written = len(unit.nodes) == 1 and node.op == "call_function" and call.method == "forward"
         if merge.fit.remedy or merge.sizes is not None:
             return None  # what does that is a layer of its own
-        if not written or not isinstance(module, STAND_INS) or not {"weight", "bias"} <= module._parameters.keys():
+        if (
+            not written
+            or not isinstance(module, REPLACE_A_LAYER)
+            or not {"weight", "bias"} <= module._parameters.keys()
+        ):
             return None
         if layer is None or layer.formula or layer.weight is not module._parameters["weight"]:
             return None

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import fx
 
-from structrep.blocks import STAND_INS
+from structrep.blocks import REPLACE_A_LAYER
 from structrep.errors import Refusal
 from structrep.graph.calls import Call
 from structrep.graph.facts import CALL, VALUE
@@ -87,7 +87,7 @@ def _block_at(segments: list[Segment]) -> tuple[Call | None, int]:
     for call in reversed(list(first.chain())):
         layer = knows(call.module) and bool(computed(call.module))  # which is a call of its own only as a root
         adapted = stands_in(call.module)
-        stands = isinstance(call.module, STAND_INS) or adapted
+        stands = isinstance(call.module, REPLACE_A_LAYER) or adapted
         if call.leaf or call.method != "forward" or hooks(call.module):
             continue
         if not layer and (not stands or (call.parent is None and not call.path)):

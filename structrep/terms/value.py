@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from structrep import algebra
-from structrep.algebra import ConvMap, Rigour
+from structrep.algebra import ConvMap, Strictness
 from structrep.terms.layer import Layer
 from structrep.terms.term import Term, evaluate, geometry_in
 
@@ -14,7 +14,7 @@ def value(
     term: Term,
     channels: int | None = None,
     dims: int | None = None,
-    rigour: Rigour = "exact",
+    strictness: Strictness = "exact",
     at: dict[int, int] | None = None,
     known: dict[tuple[int, int], ConvMap] | None = None,
 ) -> ConvMap:
@@ -22,7 +22,7 @@ def value(
 
     Args:
         channels, dims: input channels and spatial dims, for terms whose layers leave them open.
-        rigour: how the border law is kept, see `ConvMap.then`.
+        strictness: how the border law is kept, see `ConvMap.then`.
         at: notes how many channels there are before each layer, by the id of its term.
         known: the maps of parts of terms that are there still, by id and channels; gets those that this one has.
 
@@ -34,7 +34,7 @@ def value(
         return layer.load(c, d)
 
     def then(first: ConvMap, second: ConvMap) -> ConvMap:
-        return first.then(second, rigour)
+        return first.then(second, strictness)
 
     return evaluate(term, load, ConvMap.identity, then, algebra.concat, channels, dims, [], at, known)
 

@@ -110,7 +110,7 @@ class Below:
         if method == "forward" and not _runs(module):  # a container such as ModuleList
             self.left |= dict.fromkeys(_parts(module))
             return
-        if setting := parametrized.may_set(module):
+        if setting := parametrized.attribute_setter(module):
             reason = f"{setting} may set what {type(module).__name__}.forward reads"
             self.traced.untraced[path] = Untraceable(reason)
             self._apart(module, method)

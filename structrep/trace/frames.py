@@ -12,7 +12,7 @@ _PICKING, _PICKS = ("operator", "itertools"), ("min", "max", "sorted", "filter",
 
 
 def is_engine(frame: FrameType) -> bool:
-    """Whether a frame is the engine's own; modules that come along are models like others."""
+    """Whether a frame is the engine's own; its blocks are models like others."""
     return _of_engine(frame.f_globals.get("__name__"))
 
 

@@ -78,7 +78,7 @@ for first in (
     exec(first)
     print(*rules._rules)
 """
-    ours = [name for name, rule in registry.default._rules.items() if rule.comes_along]
+    ours = [name for name, rule in registry.default._rules.items() if rule.built_in]
     assert [line.split() for line in fresh(program).splitlines()] == [ours] * 5
 
 
