@@ -29,6 +29,11 @@ class ACBlock2d(NormedBlock):
 
     Raises:
         ValueError: arguments that `nn.Conv2d` could not work with; a complex dtype.
+
+    Example:
+        >>> net = nn.Sequential(ACBlock2d(8, 16, 3, padding=1), nn.ReLU()).eval()
+        >>> structrep.reparameterize(net)[0]
+        Conv2d(8, 16, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1))
     """
 
     dims = 2

@@ -42,6 +42,11 @@ class LearnableAffine(nn.Module):
 
     Raises:
         RuntimeError: `dtype` is one of integers.
+
+    Example:
+        >>> net = nn.Sequential(nn.Conv2d(8, 16, 3), LearnableAffine(2.0), nn.ReLU()).eval()
+        >>> sum(parameter.numel() for parameter in structrep.reparameterize(net).parameters())
+        1168
     """
 
     def __init__(self, scale: float = 1.0, shift: float = 0.0, device: Device = None, dtype: torch.dtype | None = None):

@@ -55,6 +55,11 @@ class _DiverseBranchBlock(NormedBlock):
     Raises:
         ValueError: arguments that `nn.Conv{n}d` could not work with; a padding mode other than "zeros" or a dilation
             other than 1, for the paper has none, and an average has no dilation; a complex dtype.
+
+    Example:
+        >>> net = nn.Sequential(DiverseBranchBlock2d(8, 8, 3, padding=1), nn.ReLU()).eval()
+        >>> structrep.reparameterize(net)[0]
+        Conv2d(8, 8, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1))
     """
 
     def __init__(

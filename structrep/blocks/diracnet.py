@@ -24,6 +24,11 @@ class _DiracConv(ComputedConv):
 
     Raises:
         ValueError: arguments that `nn.Conv{n}d` could not work with.
+
+    Example:
+        >>> net = nn.Sequential(DiracConv2d(8, 8, 3, padding=1), nn.ReLU()).eval()
+        >>> structrep.reparameterize(net)[0]
+        Conv2d(8, 8, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1))
     """
 
     def __init__(

@@ -30,6 +30,11 @@ class _DOConv(ComputedConv):
 
     Raises:
         ValueError: arguments that `nn.Conv{n}d` could not work with; D_mul < M.
+
+    Example:
+        >>> net = nn.Sequential(DOConv2d(8, 16, 3, padding=1), nn.ReLU()).eval()
+        >>> structrep.reparameterize(net)[0]
+        Conv2d(8, 16, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1))
     """
 
     D: nn.Parameter | None

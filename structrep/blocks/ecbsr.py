@@ -72,6 +72,11 @@ class EdgeBlock2d(ConvBlock):
 
     Raises:
         ValueError: anything but a 3x3 with padding 1, stride 1, dilation 1, one group and zeros: edges have no others.
+
+    Example:
+        >>> net = nn.Sequential(EdgeBlock2d(8, 16, 3, padding=1), nn.ReLU()).eval()
+        >>> structrep.reparameterize(net)[0]
+        Conv2d(8, 16, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1))
     """
 
     dims = 2

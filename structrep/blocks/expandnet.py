@@ -43,6 +43,11 @@ class _ExpandConv(ConvBlock):
     Raises:
         ValueError: arguments that `nn.Conv{n}d` could not work with; a rate below 1; an unknown mode; in mode "ck" a
             kernel that is not one odd number >= 5 in all dims.
+
+    Example:
+        >>> net = nn.Sequential(ExpandConv2d(8, 16, 3, rate=2), nn.ReLU()).eval()
+        >>> structrep.reparameterize(net)[0]
+        Conv2d(8, 16, kernel_size=(3, 3), stride=(1, 1))
     """
 
     def __init__(
@@ -172,6 +177,11 @@ class ExpandLinear(nn.Module):
 
     Raises:
         ValueError: feature counts or a rate below 1.
+
+    Example:
+        >>> net = nn.Sequential(ExpandLinear(8, 16), nn.ReLU()).eval()
+        >>> structrep.reparameterize(net)[0]
+        Linear(in_features=8, out_features=16, bias=True)
     """
 
     def __init__(

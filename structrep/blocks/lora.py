@@ -21,6 +21,11 @@ class LoRALinear(nn.Module):
 
     Raises:
         ValueError: feature counts or a rank below 1.
+
+    Example:
+        >>> net = nn.Sequential(LoRALinear(8, 16, rank=2), nn.ReLU()).eval()
+        >>> structrep.reparameterize(net)[0]
+        Linear(in_features=8, out_features=16, bias=True)
     """
 
     def __init__(

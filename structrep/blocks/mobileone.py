@@ -26,6 +26,11 @@ class _MobileOneBlock(NormedBlock):
 
     Raises:
         ValueError: arguments that `nn.Conv{n}d` could not work with; fewer than one branch; a complex dtype.
+
+    Example:
+        >>> net = nn.Sequential(MobileOneBlock2d(8, 8, 3, padding=1, groups=8, branches=2), nn.ReLU()).eval()
+        >>> structrep.reparameterize(net)[0]
+        Conv2d(8, 8, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1), groups=8)
     """
 
     def __init__(

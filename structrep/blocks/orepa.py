@@ -26,6 +26,11 @@ class OREPA2d(ComputedConv):
 
     Raises:
         ValueError: arguments that `nn.Conv2d` could not work with.
+
+    Example:
+        >>> net = nn.Sequential(OREPA2d(8, 8, 3, padding=1), nn.ReLU()).eval()
+        >>> structrep.reparameterize(net)[0]
+        Conv2d(8, 8, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1))
     """
 
     dims = 2

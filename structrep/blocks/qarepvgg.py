@@ -27,6 +27,11 @@ class _QARepVGGBlock(ConvBlock):
     Raises:
         ValueError: arguments that `nn.Conv{n}d` could not work with; with `pool`, channels that differ, a stride, or a
             padding that is not zeros in numbers and keeps the shape; a complex dtype.
+
+    Example:
+        >>> net = nn.Sequential(QARepVGGBlock2d(8, 8, 3, padding=1), nn.ReLU()).eval()
+        >>> structrep.reparameterize(net)[0]
+        Conv2d(8, 8, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1))
     """
 
     def __init__(

@@ -40,6 +40,11 @@ class LargeKernelBlock2d(NormedBlock):
         ValueError: arguments that `nn.Conv2d` could not work with; a kernel that is not one odd number, dilated or even
             kernels; a branch that reaches beyond the large kernel; "dilated" for a K that has none in UniRepLKNet;
             a complex dtype.
+
+    Example:
+        >>> net = nn.Sequential(LargeKernelBlock2d(8, 8, 13, padding=6, groups=8), nn.ReLU()).eval()
+        >>> structrep.reparameterize(net)[0]
+        Conv2d(8, 8, kernel_size=(13, 13), stride=(1, 1), padding=(6, 6), groups=8)
     """
 
     dims = 2

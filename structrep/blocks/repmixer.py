@@ -25,6 +25,11 @@ class RepMixer2d(ConvBlock):
 
     Raises:
         ValueError: arguments that `nn.Conv2d` could not work with; the block would not keep its shape; a complex dtype.
+
+    Example:
+        >>> net = nn.Sequential(RepMixer2d(8, 8, 3, padding=1, groups=8), nn.ReLU()).eval()
+        >>> structrep.reparameterize(net)[0]
+        Conv2d(8, 8, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1), groups=8)
     """
 
     dims = 2

@@ -28,6 +28,15 @@ class RepMLP2d(nn.Module):
     Raises:
         ValueError: sets that do not divide the channels; an even kernel; sizes below 1, or not two of them.
         RuntimeError: by `forward`, for an input of other channels, or of no whole number of pieces.
+
+    Example:
+        >>> net = nn.Sequential(RepMLP2d(8, 6), nn.ReLU()).eval()
+        >>> structrep.reparameterize(net)[0]
+        RepMLP2d(
+          (whole): Conv2d(36, 36, kernel_size=(1, 1), stride=(1, 1))
+          (norm): Identity()
+          (local): None
+        )
     """
 
     def __init__(

@@ -26,6 +26,11 @@ class _RepVGGBlock(NormedBlock):
 
     Raises:
         ValueError: arguments that `nn.Conv{n}d` could not work with; a complex dtype.
+
+    Example:
+        >>> net = nn.Sequential(RepVGGBlock2d(8, 8, 3, padding=1), nn.ReLU()).eval()
+        >>> structrep.reparameterize(net)[0]
+        Conv2d(8, 8, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1))
     """
 
     def __init__(

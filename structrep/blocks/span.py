@@ -27,6 +27,11 @@ class Conv3XC2d(ComputedConv):
 
     Raises:
         ValueError: arguments that `nn.Conv2d` could not work with; groups; a gain below 1.
+
+    Example:
+        >>> net = nn.Sequential(Conv3XC2d(8, 16, 3, padding=1), nn.ReLU()).eval()
+        >>> structrep.reparameterize(net)[0]
+        Conv2d(8, 16, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1))
     """
 
     dims = 2

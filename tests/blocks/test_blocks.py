@@ -1,6 +1,7 @@
 """Each block equals, in float64, one plain conv of a kernel put together here anew by the paper's formula."""
 
 import copy
+import doctest
 import inspect
 import itertools
 import pickle
@@ -453,3 +454,14 @@ def test_illegal_arguments_are_refused(block, wrong, message):
 def test_illegal_options_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("name", blocks.__all__)
+def test_example_in_the_docstring_is_as_it_says(name):
+    cls = getattr(blocks, name)
+    names = {**vars(blocks), "nn": nn, "torch": torch, "structrep": structrep}
+    lines = doctest.DocTestParser().get_doctest(inspect.getdoc(cls), names, name, None, None)
+    assert lines.examples
+    said = []
+    doctest.DocTestRunner().run(lines, out=said.append)
+    assert not said, "".join(said)
