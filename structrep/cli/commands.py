@@ -39,15 +39,11 @@ from structrep.cli.arguments import (
 from structrep.convert.options import Options
 from structrep.deliver import checkpoint
 from structrep.deliver.formats import (
-    FORMS,
-    PROGRAMS,
-    RUNTIMES,
     checksum,
-    demand,
-    encoded,
-    program,
+    format_of,
     provenance,
     read,
+    said_of_formats,
 )
 from structrep.errors import BadInput, said
 from structrep.prove.latency import latency
@@ -141,7 +137,7 @@ def convert(
         Path,
         typer.Option(
             metavar="FILE",
-            help=f"Where the deploy model goes: {FORMS}",
+            help=f"Where the deploy model goes: {said_of_formats()}",
             show_default=False,
         ),
     ],
@@ -171,7 +167,8 @@ def convert(
     what was merged, by which rules and versions, from which weights, and how it was verified.
     """
     with outcome(as_json) as working:
-        demand(out)
+        form = format_of(out)
+        form.demand()
         Options.of(**settings)
         write = files.writer(out, force)
         if report and report.resolve() == out.resolve():
@@ -179,7 +176,7 @@ def convert(
         write_report = files.writer(report, force) if report else None
         given = _prepare(working, source, weights, entry, arg, shape, download, trusted)
         model, inputs = given.model, given.inputs
-        if inputs is None and out.suffix in PROGRAMS:
+        if inputs is None and form.program:
             raise BadInput(f"{out} is made from an example input: give its --shape, 1x3x224x224 say")
         with working("merging"):
             plan = structrep.plan(model, inputs, **settings)
@@ -194,10 +191,10 @@ def convert(
             _demand(proof, "the merged model")
         with working("writing"):
             record = provenance(model, plan.record, source, proof)
-            content = encoded(deploy, out.suffix, inputs, record)
+            content = form.encoded(deploy, inputs, record.model_dump_json())
             runs = None
-            if verify and inputs is not None and out.suffix in PROGRAMS:
-                runs = compare(model, program(out.suffix, content), inputs, device="cpu")
+            if verify and inputs is not None and form.program:
+                runs = compare(model, form.loaded(content), inputs, device="cpu")
                 _demand(runs, f"the program for {out}")
             compared = proof or (plan.verify(inputs, deploy) if report and inputs is not None else None)
             shown = plan.page(deploy, inputs, compared) if report else b""
@@ -246,7 +243,7 @@ def verify(
         if not shape:
             raise BadInput("the models are compared on an example input: give its --shape, 1x3x224x224 say")
         Options.of(**settings)
-        if file is not None and (runtime := RUNTIMES.get(file.suffix)):
+        if file is not None and (runtime := format_of(file).runtime):
             asked = {
                 "--device": device not in (None, "cpu"), "--dtype": dtype, "--autocast": autocast,
                 "--channels-last": channels_last, "--tf32": tf32,

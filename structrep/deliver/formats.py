@@ -13,11 +13,11 @@ import logging
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.utils._pytree as pytree
@@ -72,64 +72,150 @@ def checksum(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def demand(out: Path) -> None:
-    """Raises BadInput where no format has the suffix of `out`, or a package is missing that writes it."""
-    if out.suffix not in SUFFIXES:
-        raise BadInput(f"{out} has the suffix {out.suffix!r}: {', '.join(SUFFIXES)} are supported")
-    if out.suffix == ".safetensors":
+class Format:
+    """What a deploy model can be written to: one a suffix."""
+
+    suffix: ClassVar[str]
+    holds: ClassVar[str]
+    program: ClassVar[bool] = False  # it runs by itself, and is made from example inputs
+    runtime: ClassVar[str] = ""  # that runs it on the CPU, in the dtype it has, where that is not torch
+
+    def demand(self) -> None:
+        """Raises BadInput where a package is missing that writes it."""
+
+    def encoded(self, deploy: nn.Module, example_inputs: Example | None, record: str) -> bytes:
+        """A deploy model as the content of a file; of a program, its batch, dim 0 of all inputs, is left open where the
+        model allows it.
+
+        Raises:
+            BadInput: it is a program, and there are no example inputs, or it cannot be made.
+        """
+        raise NotImplementedError
+
+    def decoded(self, path: Path) -> tuple[Any, str]:
+        """A state dict, or a module that runs the program, and the record in the file, "" for none.
+
+        Raises:
+            BadInput: the file is damaged, or another one.
+        """
+        raise NotImplementedError
+
+    def loaded(self, content: bytes) -> nn.Module:
+        """The program that a file's content is.
+
+        Raises:
+            BadInput: it is none.
+        """
+        raise NotImplementedError
+
+
+class Safetensors(Format):
+    suffix = ".safetensors"
+    holds = "its state dict"
+
+    def demand(self) -> None:
         files.safetensors(writes=True)
-    if out.suffix == ".onnx":
+
+    def encoded(self, deploy: nn.Module, example_inputs: Example | None, record: str) -> bytes:
+        return files.as_safetensors(files.plain(deploy.state_dict()), **{KEY: record})
+
+    def decoded(self, path: Path) -> tuple[Any, str]:
+        content = files.read(path)
+        with files.safetensors().safe_open(path, "pt") as file:
+            return content, (file.metadata() or {}).get(KEY, "")
+
+
+class Torch(Format):
+    suffix = ".pt"
+    holds = "its state dict"
+
+    def encoded(self, deploy: nn.Module, example_inputs: Example | None, record: str) -> bytes:
+        state: Any = deploy.state_dict()
+        told = {**state._metadata, KEY: {"record": record}}  # versions of modules; what torch reads nothing into
+        for name, value in files.plain(state).items():
+            state[name] = value
+        state._metadata = told
+        file = io.BytesIO()
+        torch.save(state, file)
+        return file.getvalue()
+
+    def decoded(self, path: Path) -> tuple[Any, str]:
+        content = files.read(path)
+        told: Mapping[str, Mapping[str, str]] = getattr(content, "_metadata", {})
+        return content, told.get(KEY, {}).get("record", "")
+
+
+class Exported(Format):
+    suffix = ".pt2"
+    holds = "a program of torch.export"
+    program = True
+
+    def encoded(self, deploy: nn.Module, example_inputs: Example | None, record: str) -> bytes:
+        file = io.BytesIO()
+
+        def export(args: Any, kwargs: Any, shapes: Any) -> Any:
+            return torch.export.export(deploy, args, kwargs, dynamic_shapes=shapes)
+
+        torch.export.save(_with_open_batch(export, example_inputs), file, extra_files={f"{KEY}.json": record})
+        return file.getvalue()
+
+    def decoded(self, path: Path) -> tuple[Any, str]:
+        with _named(path):
+            return _exported(path.read_bytes())
+
+    def loaded(self, content: bytes) -> nn.Module:
+        return _exported(content)[0]
+
+
+class Onnx(Format):
+    suffix = ".onnx"
+    holds = "an ONNX program"
+    program = True
+    runtime = "onnxruntime"
+
+    def demand(self) -> None:
         files.imported("onnxscript", ONNX)
 
+    def encoded(self, deploy: nn.Module, example_inputs: Example | None, record: str) -> bytes:
+        def export(args: Any, kwargs: Any, shapes: Any) -> Any:
+            return torch.onnx.export(deploy, args, kwargs=kwargs, dynamic_shapes=shapes, dynamo=True, verbose=False)
 
-def encoded(deploy: nn.Module, suffix: str, example_inputs: Example | None, record: Provenance) -> bytes:
-    """A deploy model as the content of a file.
+        made = _with_open_batch(export, example_inputs)
+        made.model.metadata_props[KEY] = record
+        program = made.model_proto
+        _name_batch(program.graph)
+        content: bytes = program.SerializeToString()
+        return content
 
-    Args:
-        suffix: ".safetensors", ".pt", ".pt2" or ".onnx"; see `demand`.
-        example_inputs: needed for programs, whose batch, dim 0 of all inputs, is left open where the model allows it.
+    def decoded(self, path: Path) -> tuple[Any, str]:
+        with _named(path):
+            made = OnnxModel(path.read_bytes())
+        return made, made.session.get_modelmeta().custom_metadata_map.get(KEY, "")
+
+    def loaded(self, content: bytes) -> nn.Module:
+        return OnnxModel(content)
+
+
+FORMATS: dict[str, Format] = {one.suffix: one for one in (Safetensors(), Torch(), Exported(), Onnx())}
+
+
+def format_of(path: Path) -> Format:
+    """The format of a file, by its suffix.
 
     Raises:
-        BadInput: there are no example inputs, or the program cannot be made.
+        BadInput: there is none of that suffix.
     """
-    return _ENCODERS[suffix](deploy, example_inputs, record.model_dump_json())
+    if path.suffix not in FORMATS:
+        raise BadInput(f"{path} has the suffix {path.suffix!r}: convert writes {', '.join(FORMATS)}")
+    return FORMATS[path.suffix]
 
 
-def _safetensors(deploy: nn.Module, example_inputs: Example | None, record: str) -> bytes:
-    return files.as_safetensors(files.plain(deploy.state_dict()), **{KEY: record})
-
-
-def _torch(deploy: nn.Module, example_inputs: Example | None, record: str) -> bytes:
-    state: Any = deploy.state_dict()
-    told = {**state._metadata, KEY: {"record": record}}  # versions of modules; what torch reads nothing into
-    for name, value in files.plain(state).items():
-        state[name] = value
-    state._metadata = told
-    file = io.BytesIO()
-    torch.save(state, file)
-    return file.getvalue()
-
-
-def _program(deploy: nn.Module, example_inputs: Example | None, record: str) -> bytes:
-    file = io.BytesIO()
-
-    def export(args: Any, kwargs: Any, shapes: Any) -> Any:
-        return torch.export.export(deploy, args, kwargs, dynamic_shapes=shapes)
-
-    torch.export.save(_with_open_batch(export, example_inputs), file, extra_files={f"{KEY}.json": record})
-    return file.getvalue()
-
-
-def _onnx(deploy: nn.Module, example_inputs: Example | None, record: str) -> bytes:
-    def export(args: Any, kwargs: Any, shapes: Any) -> Any:
-        return torch.onnx.export(deploy, args, kwargs=kwargs, dynamic_shapes=shapes, dynamo=True, verbose=False)
-
-    made = _with_open_batch(export, example_inputs)
-    made.model.metadata_props[KEY] = record
-    program = made.model_proto
-    _name_batch(program.graph)
-    content: bytes = program.SerializeToString()
-    return content
+def said_of_formats() -> str:
+    """What the suffix of a file decides, in a sentence."""
+    suffixes: dict[str, list[str]] = {}
+    for one in FORMATS.values():
+        suffixes.setdefault(f"{one.holds}{', which needs --shape' * one.program}", []).append(one.suffix)
+    return "; ".join(f"{' or '.join(names)}, {holds}" for holds, names in suffixes.items())
 
 
 def _name_batch(graph: Any) -> None:
@@ -173,21 +259,6 @@ def _with_open_batch(export: Callable[[Any, Any, Any], Any], example_inputs: Exa
             raise BadInput(f"torch makes no such program of the model: {said(error)}") from error
 
 
-_ENCODERS: dict[str, Callable[[nn.Module, Example | None, str], bytes]] = {
-    ".safetensors": _safetensors,
-    ".pt": _torch,
-    ".pt2": _program,
-    ".onnx": _onnx,
-}
-SUFFIXES = tuple(_ENCODERS)
-PROGRAMS = (".pt2", ".onnx")  # which run by themselves
-RUNTIMES = {".onnx": "onnxruntime"}  # of programs that others than torch run: on the CPU, in the dtype they have
-FORMS = (
-    "its state dict, .safetensors or .pt; a program of torch.export, .pt2; or an ONNX program, .onnx. "
-    "The last two need --shape."
-)
-
-
 class OnnxModel(nn.Module):
     """An ONNX program, run by onnxruntime on the CPU.
 
@@ -215,15 +286,6 @@ class OnnxModel(nn.Module):
         return self  # it has no state
 
 
-def program(suffix: str, content: bytes) -> nn.Module:
-    """The program that a .pt2 or .onnx file holds.
-
-    Raises:
-        BadInput: it is none.
-    """
-    return OnnxModel(content) if suffix == ".onnx" else _exported(content)[0]
-
-
 def _exported(content: bytes) -> tuple[nn.Module, str]:
     """A program of `torch.export`, and what its file says of it."""
     told = {f"{KEY}.json": ""}
@@ -245,6 +307,15 @@ def _exported(content: bytes) -> tuple[nn.Module, str]:
     return graph, told[f"{KEY}.json"]
 
 
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Errors that name the file they are about."""
+    try:
+        yield
+    except BadInput as error:
+        raise BadInput(f"{path}: {error}") from error
+
+
 @dataclass(frozen=True)
 class Written:
     """What a file of `convert`'s holds: a state dict or a program, and its record if it has one."""
@@ -259,41 +330,10 @@ def read(path: Path) -> Written:
     Raises:
         BadInput: there is no such file, `convert` writes none of that suffix, or it is damaged.
     """
-    if path.suffix not in _READERS:
-        raise BadInput(f"{path} has the suffix {path.suffix!r}: convert writes {', '.join(_READERS)}")
+    form = format_of(path)
     files.demand(path)
-    content, record = _READERS[path.suffix](path)
+    content, record = form.decoded(path)
     try:
         return Written(content, Provenance.model_validate_json(record) if record else None)
     except ValueError as error:
         raise BadInput(f"{path} has a record that is damaged: {said(error)}") from error
-
-
-def _read_safetensors(path: Path) -> tuple[Any, str]:
-    content = files.read(path)
-    with files.safetensors().safe_open(path, "pt") as file:
-        return content, (file.metadata() or {}).get(KEY, "")
-
-
-def _read_torch(path: Path) -> tuple[Any, str]:
-    content = files.read(path)
-    told: Mapping[str, Mapping[str, str]] = getattr(content, "_metadata", {})
-    return content, told.get(KEY, {}).get("record", "")
-
-
-def _read_program(path: Path) -> tuple[Any, str]:
-    try:
-        if path.suffix == ".pt2":
-            return _exported(path.read_bytes())
-        made = OnnxModel(path.read_bytes())
-    except BadInput as error:
-        raise BadInput(f"{path}: {error}") from error
-    return made, made.session.get_modelmeta().custom_metadata_map.get(KEY, "")
-
-
-_READERS: dict[str, Callable[[Path], tuple[Any, str]]] = {
-    ".safetensors": _read_safetensors,
-    ".pt": _read_torch,
-    ".pt2": _read_program,
-    ".onnx": _read_program,
-}

@@ -75,9 +75,9 @@ def test_bad_input(here: Path, arguments: list[str], said: str) -> None:
 @pytest.mark.parametrize(
     ("out", "said"),
     [
-        ("net.bin", ".safetensors, .pt, .pt2, .onnx are supported"),
-        ("net", ".safetensors, .pt, .pt2, .onnx are supported"),
-        ("net.PT", ".safetensors, .pt, .pt2, .onnx are supported"),
+        ("net.bin", "convert writes .safetensors, .pt, .pt2, .onnx"),
+        ("net", "convert writes .safetensors, .pt, .pt2, .onnx"),
+        ("net.PT", "convert writes .safetensors, .pt, .pt2, .onnx"),
         ("nowhere/net.pt", "there is no folder"),
         ("folder.pt", "is a folder"),
         ("net.onnx", "is made from an example input: give its --shape"),

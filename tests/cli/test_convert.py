@@ -19,11 +19,13 @@ import structrep
 from structrep.cli.app import _working
 from structrep.cli.doctor import DoctorRecord
 from structrep.deliver import formats
-from structrep.deliver.formats import PROGRAMS, SUFFIXES, checksum
+from structrep.deliver.formats import FORMATS, checksum
 from structrep.records.delivery import ExportRecord
 from structrep.records.latency import LatencyRecord
 from structrep.records.verification import Verification
 from tests.cli.running import failed, files, local, randomized, read, run
+
+PROGRAMS = [suffix for suffix, form in FORMATS.items() if form.program]
 
 # --- convert ------------------------------------------------------------------------------------------------------
 
@@ -58,7 +60,7 @@ def test_round_trip(
     assert set(files(here)) == {"nets.py", "fails.py", "wrong.py", weights.name, out.name}
 
 
-@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("suffix", FORMATS)
 @pytest.mark.parametrize(
     ("source", "shape", "more"), [("nets:Net", (2, 3, 9, 7), 5), ("timm:test_resnet", (1, 3, 64, 64), 3)]
 )
@@ -294,12 +296,12 @@ def test_a_link_goes_on_pointing_where_it_did(here: Path) -> None:
 
 def test_files_may_be_read_by_whom_the_umask_lets(here: Path) -> None:
     (here / "plain").write_text("")
-    for suffix in SUFFIXES:
+    for suffix in FORMATS:
         assert run("convert", "nets:Net", "--out", f"net{suffix}", "--shape", "2x3x9x9").exit_code == 0
         assert (here / f"net{suffix}").stat().st_mode == (here / "plain").stat().st_mode
 
 
-@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("suffix", FORMATS)
 def test_a_write_that_fails_midway_leaves_the_old_file(
     here: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
 ) -> None:
