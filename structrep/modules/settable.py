@@ -71,6 +71,17 @@ def set_by(cls: type, method: str, gone: frozenset[ast.AST] = frozenset()) -> fr
     return frozenset(found)
 
 
+def own_writes(function: FunctionType, static: bool = False) -> set[str]:
+    """The names and attributes of all that a method may set or write to, or fill; `OTHERS` of what others may that its
+    module is given to.
+
+    Args:
+        static: whether it is not given that module.
+    """
+    found = _set_in(function, {function}, {*function.__code__.co_varnames[: not static]})
+    return {name.removeprefix(_FILLED).removeprefix(_LOCAL) for name in found}
+
+
 def _set_in(
     function: FunctionType, around: Set[FunctionType], itself: Set[str] = frozenset(), gone: Set[ast.AST] = frozenset()
 ) -> set[str]:

@@ -13,6 +13,7 @@ from structrep.deployed.edited import EditedMethod, compiled, layers, original, 
 from structrep.errors import Unreadable
 from structrep.graph.calls import Call, Traced
 from structrep.graph.facts import FORMULA, SHAPE, VALUE
+from structrep.modules.computing import computing
 from structrep.modules.positions import definition, imported
 from structrep.modules.source import functions, written_in
 from structrep.modules.uses import Use
@@ -50,13 +51,14 @@ class Edit:
         self._check_method()
         known = ((test, self._answer(test) or self._of_rank(test)) for test in self._tests())
         answers = tuple((test, told[1]) for test, told in known if told is not None)
-        steps = Steps(changes, call, self.code, self.tree, self.space, list(misuses), answers)
+        methods = computing(call.module, self.tree, self.tree.args.args[0].arg)
+        steps = Steps(changes, call, self.code, self.tree, self.space, list(misuses), answers, methods)
         self._check_changes(steps.gone)
         found = self.edited = edited(self.code, steps.wanted())
         self._check_source(found)
         self.mentions = {f"{call.path}.{path}" if call.path else path for path in self._mentioned(found.stays)}
         followed = Followed.of(traced, call, written_out)
-        went_by = GoneBy(followed, self.function, found, self.mentions, self._answer, self._of_rank)
+        went_by = GoneBy(followed, self.function, found, self.mentions, self._answer, self._of_rank, methods)
         went_by.note()
         went_by.guard_tensors(steps.gone)
         self.reads, self.asked = went_by.reads, went_by.asked

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import ast
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from types import FunctionType
 from typing import Any
@@ -38,6 +38,7 @@ class GoneBy:
         mentions: paths of what the rest of the method asks its module for.
         answer: of a condition that is known, how it is spelt and the answer.
         of_rank: the same of a condition on how many dims an argument has.
+        computing: by path, the methods that it may call which only compute, with those that they may come to.
     """
 
     def __init__(
@@ -48,9 +49,10 @@ class GoneBy:
         mentions: set[str],
         answer: Callable[[ast.AST], tuple[str, bool] | None],
         of_rank: Callable[[ast.expr], tuple[str, bool] | None],
+        computing: Mapping[str, frozenset[FunctionType]],
     ) -> None:
         self.followed, self.call, self.found = followed, followed.call, found
-        self.mentions, self.answer, self.of_rank = mentions, answer, of_rank
+        self.mentions, self.answer, self.of_rank, self.computing = mentions, answer, of_rank, computing
         self.function, self.code, self.space = function, function.__code__, function.__globals__
         self.reads: list[Guard] = []
         self.asked: list[Guard] = []  # of parts that vanish: for as long as nothing is applied
@@ -113,6 +115,8 @@ class GoneBy:
         helpers = [one for one in self.found.vanished if isinstance(one, ast.Call) and self._is_of_others(one)]
         for helper in helpers:
             held = self.space.get(helper.func.id) if isinstance(helper.func, ast.Name) else None
+            for one in self.computing.get(path_to(helper.func, self.code.co_varnames[0]) or "", ()):
+                self._check_names(one)
             if is_object(held):
                 raise Unreadable(f"{self.call.shown} goes by {ast.unparse(helper.func)}, which may be set")
             if isinstance(held, FunctionType):

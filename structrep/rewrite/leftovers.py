@@ -38,6 +38,7 @@ class Leftovers:
     ) -> None:
         self.traced, self.replicas, self.changes = traced, replicas, changes
         self.forwards, self.merges = forwards, merges
+        self.uncalled: set[str] = set()
 
     def _at(self, path: str) -> nn.Module:
         return self.model.get_submodule(path)
@@ -105,9 +106,22 @@ class Leftovers:
         dead, alive = self.used()
         assigned = [ASSIGNED.of(n) for merge in self.merges for n in merge.nodes if ASSIGNED.get(n)]
         dead.update(id(tensor) for formula in assigned for tensor in formula.tensors)
-        called = {call.path for calls in self.traced.calls.values() for call in calls if call.leaf}
         names = {self.traced.names[tensor] for tensor in dead - alive if tensor in self.traced.names}
+        self.uncalled = set(self._uncalled(names))
+        called = {call.path for calls in self.traced.calls.values() for call in calls if call.leaf} - self.uncalled
         return {name for name in names if called.isdisjoint(_holders(name))}
+
+    def _uncalled(self, dead: set[str]) -> Iterator[str]:
+        """Paths of modules that nothing was seen to call, whose numbers were all in what a forward computed of them.
+
+        Args:
+            dead: paths of tensors that nothing needs.
+        """
+        for root in self.traced.guessed:
+            around = {*_holders(f"{root.path}."), ""}
+            held = {f"{root.path}.{name}" for name, _ in root.module.named_parameters()}
+            if held <= dead and around.isdisjoint(self.traced.whole):
+                yield from (f"{root.path}.{name}".rstrip(".") for name, _ in root.module.named_modules())
 
     def used(self) -> tuple[set[int], set[int]]:
         """The tensors that dead nodes use otherwise than by calling a layer, and those that others do, by id."""
@@ -160,6 +174,7 @@ class Leftovers:
         parts = [name.split(".") for name in dead]
         homes = {".".join(path[:depth]) for path in parts for depth in range(1, len(path))}
         called = {module for module, _ in self.traced.calls}
+        called -= {self.traced.model.get_submodule(path) for path in self.uncalled}
         homes -= {holder for forward in self.forwards.values() for holder, _ in forward.merged}
         found = set()
         for path in homes:

@@ -90,6 +90,9 @@ class Mentioned:
         pending = [("", self.module, self.everything)]
         while pending:
             at, one, every = pending.pop()
+            if at and not every:  # a method of its own may ask for all that it has
+                methods = (name for name in functions(type(one)) if name != "forward" and not hasattr(nn.Module, name))
+                every = not self.below.isdisjoint(methods)
             named = self.below if at else self.own
             starts = tuple(self.picked[bool(at)])
             parts = dict(one._modules.items())  # of a ScriptModule no dict

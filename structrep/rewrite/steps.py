@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
@@ -37,6 +37,7 @@ class Steps:
         space: the names outside of the method.
         misuses: what it may do, on paths that were not taken, with some of what is merged alone.
         answers: conditions on settings, and their answers.
+        computing: paths of methods that only compute.
     """
 
     def __init__(
@@ -48,9 +49,10 @@ class Steps:
         space: dict[str, Any],
         misuses: list[Use],
         answers: tuple[tuple[ast.expr, bool], ...],
+        computing: Iterable[str],
     ) -> None:
         self.changes, self.call, self.code, self.tree, self.space = changes, call, code, tree, space
-        self.misuses, self.answers = misuses, answers
+        self.misuses, self.answers, self.computing = misuses, answers, frozenset(computing)
         self.numbers: dict[fx.Node, int] = {}
         self.units = {root: set(nodes) for root, (owner, nodes) in changes.units.items() if owner is call}
         self.gone = set[fx.Node]().union(*self.units.values())
@@ -113,6 +115,7 @@ class Steps:
                 ]
             ),
             _computed(self.call.module, {*self.code.co_names, *self.code.co_consts}),
+            self.computing,
             frozenset(
                 name
                 for name, value in named.items()

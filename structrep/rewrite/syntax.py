@@ -241,6 +241,8 @@ class Syntax:
             return function.id in PURE
         if not isinstance(function, ast.Attribute):
             return False
+        if path_to(function, self.itself) in self.wanted.computing:
+            return True
         name, owner = function.attr, function.value
         odd = name.endswith("_") or name.startswith(("_", "rand", "set_", "manual", "seed", "register", "backward"))
         if odd or name in ("bernoulli", "multinomial", "normal", "dropout"):

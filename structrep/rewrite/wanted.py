@@ -44,6 +44,7 @@ class Wanted:
         misused: texts that may use some of what is merged without the rest.
         computed: names of what the module's class computes when it is asked for; "*" if it may be any.
         calm: paths of parts, and names of methods, that surely write to nothing that they are given, nor set anything.
+        computing: paths of methods of the module, and of its parts, that only compute.
         functions: names of torch's functions that write to nothing.
         altered: names of methods of the module, and of others, that give or take other values then.
         takers: texts that stay, and take values that will be others, with the numbers of these.
@@ -65,6 +66,7 @@ class Wanted:
     takers: tuple[tuple[ast.AST, int], ...]
     calm: frozenset[str]
     computed: frozenset[str]
+    computing: frozenset[str]
     functions: frozenset[str]
 
 

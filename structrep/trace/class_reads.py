@@ -48,7 +48,8 @@ def class_reads(codes: Iterable[CodeType], module: nn.Module) -> Iterator[Read]:
 
 
 def methods_of(codes: Iterable[CodeType], module: nn.Module) -> Iterator[FunctionType]:
-    """The methods of a module that code calls for what they give, one by another: not those that only do something."""
+    """The methods and properties of a module that code asks for what they give, one by another: not methods that do
+    something and give nothing."""
     pending, seen = _written(codes, module), set[FunctionType]()
     for function in pending:
         for name, _ in _calls(function):
@@ -76,8 +77,9 @@ def _written(codes: Iterable[CodeType], module: nn.Module) -> list[FunctionType]
 
 @functools.lru_cache(4096)
 def _calls(function: FunctionType) -> tuple[tuple[str, str], ...]:
-    """The calls of methods of the same module in a method, but for those whose results nothing looks at: their names,
-    and which attribute of what they give without being given anything is asked for."""
+    """The calls of methods of the same module in a method, but for those whose results nothing looks at, and what else
+    it asks its module for, properties perhaps: their names, and which attribute of what they give without being given
+    anything is asked for."""
     read = read_function(function)
     if read is None:
         return ()
@@ -89,6 +91,9 @@ def _calls(function: FunctionType) -> tuple[tuple[str, str], ...]:
             assert isinstance(call.func, ast.Attribute)
             plain = isinstance(outer, ast.Attribute) and not (call.args or call.keywords)
             found.append((call.func.attr, outer.attr if plain and isinstance(outer, ast.Attribute) else ""))
+        elif attribute_of(call, itself) and not (isinstance(outer, ast.Call) and outer.func is call):
+            assert isinstance(call, ast.Attribute)
+            found.append((call.attr, ""))
     return tuple(found)
 
 

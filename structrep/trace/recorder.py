@@ -20,6 +20,7 @@ from structrep.graph.structures import alike, held, holds_still, is_traced, prox
 from structrep.modules import parametrized
 from structrep.modules.source import written_first
 from structrep.read.modules import settings as settings_of
+from structrep.trace.class_reads import methods_of
 from structrep.trace.frames import may_go_otherwise
 from structrep.trace.origins import Origins
 from structrep.trace.proxies import TracedValue
@@ -82,7 +83,12 @@ class Recorder:
                 module.__dict__.pop(name, None)
 
     def _call_method(self, m: nn.Module, name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if not self.stack or not is_traced((args, kwargs)):
+        if not self.stack:
+            return function(*args, **kwargs)
+        if not is_traced((args, kwargs)):  # its code is asked what it goes by; all that it gives is constant
+            code = inspect.unwrap(function).__code__
+            for one in (inspect.unwrap(function), *methods_of([code], m)):
+                self.stack[-1].codes[one.__code__] = one.__globals__
             return function(*args, **kwargs)
         return self.record(m, function, args, kwargs, False, name, function)
 
