@@ -3,6 +3,7 @@ first."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -63,6 +64,18 @@ class Stretch:
         """The nodes of those scales."""
         return {node for one in self.absorbed for node in one.nodes}
 
+    def _shape_stays(self, index: int) -> bool:
+        """Whether what a segment gives has the shape of the merged layer's input, which will stand before it, or of its
+        output, which will stand behind."""
+        before, behind = self.segments[: index + 1], self.segments[index + 1 :]
+        return all(one.keeps_shape for one in before) or all(one.keeps_shape for one in behind)
+
+    def reshaped(self) -> Iterator[fx.Node]:
+        """The values inside that have a shape which none will have any more."""
+        for index, segment in enumerate(self.segments):
+            if len(segment.nodes) > 1 or not self._shape_stays(index):
+                yield from (node for node in segment.nodes if node is not self.root)
+
     def leak(self) -> fx.Node | None:
         """A node that would vanish but is used elsewhere; None if there is none."""
         inside = set(self.nodes)
@@ -73,11 +86,8 @@ class Stretch:
                 if STORED.get(node):
                     return node
                 users = [user for user in node.users if user not in inside and not _vanishes(user, inside)]
-                # Before the merged layer stands its input, behind it its output: their shapes may be those asked for.
-                before, behind = self.segments[: index + 1], self.segments[index + 1 :]
-                shape_stays = all(one.keeps_shape for one in before) or all(one.keeps_shape for one in behind)
                 asked = all(asks_shape(user) or only_asserted(user) for user in users)
-                if users and not (len(segment.nodes) == 1 and shape_stays and asked):
+                if users and not (len(segment.nodes) == 1 and self._shape_stays(index) and asked):
                     return node
         return None
 
@@ -88,10 +98,10 @@ def _vanishes(user: fx.Node, inside: set[fx.Node]) -> bool:
 
 
 def _sizes_inside(node: fx.Node, inside: set[fx.Node]) -> bool:
-    """Whether a node is a size that only what vanishes goes by."""
+    """Whether a node is a size that only what vanishes goes by, if anything."""
     pending, seen = [node], {node}
     for one in pending:
-        if not counts_sizes(one) or not one.users:
+        if not counts_sizes(one) or STORED.get(one):
             return False
         pending += [user for user in one.users if user not in inside and user not in seen]
         seen.update(one.users)

@@ -6,7 +6,7 @@ import ast
 import inspect
 import itertools
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from types import CodeType
 from typing import Any
@@ -16,6 +16,7 @@ from torch import fx, nn
 from structrep.graph.calls import Call, Traced
 from structrep.graph.facts import AT, CALL
 from structrep.graph.operations import torch_name
+from structrep.graph.queries import counts_sizes
 from structrep.graph.structures import proxies
 from structrep.guard.asked import Asking
 from structrep.guard.other_forwards import Borders
@@ -75,6 +76,8 @@ class Untaken:
             misuses = self._misuses(merge)
             guarded = {*_told_to_do_nothing(merge.nodes), *self.asking.otherwise(merge.nodes)}
             guarded |= self.borders.flagged(set(merge.nodes), merge.root, merge.owner)
+            sizes = _sizes_of(merge.stretch.reshaped())
+            guarded |= {call for size in sizes for call in self._seen_by(size) if _strays(size, call)}
             self.found[merge] = Risks(self._strays(merge), misuses, guarded)
         return self.found[merge]
 
@@ -152,6 +155,17 @@ class Untaken:
                 break
             made = made.parent
         return found
+
+
+def _sizes_of(values: Iterable[fx.Node]) -> Iterator[fx.Node]:
+    """The sizes of values, and the numbers made of them."""
+    pending = list(values)
+    seen = set(pending)
+    for node in pending:
+        new = [user for user in node.users if user not in seen and counts_sizes(user)]
+        seen.update(new)
+        pending += new
+        yield from new
 
 
 def _told_to_do_nothing(nodes: Sequence[fx.Node]) -> Iterator[Call]:

@@ -83,6 +83,7 @@ class StackedBorder(nn.Module):
         value = (self.norm.bias - self.norm.running_mean * scale).reshape(1, -1, 1, 1)
         n, c, h, w = y.shape
         p = self.pad
+        c = -1 if self.spoil == "a size that nothing goes by" else c
         rows = value.expand(n, c, p, w)
         y = torch.cat([rows, y, rows * 2 if self.spoil == "another value" else rows], 2)
         columns = value.expand(n, c, h + 2 * p, p)
@@ -106,9 +107,10 @@ class StackedBranches(nn.Module):
 
 @pytest.mark.parametrize("pad", [1, 2])
 @pytest.mark.parametrize("example", [False, True])
-def test_a_border_that_is_stacked_around(pad, example):
+@pytest.mark.parametrize("spoil", [None, "a size that nothing goes by"])
+def test_a_border_that_is_stacked_around(pad, example, spoil):
     torch.manual_seed(0)
-    model = settled(StackedBranches(pad))
+    model = settled(StackedBranches(pad, spoil))
     deploy = structrep.reparameterize(model, X if example else None)
     assert relative_error(deploy(X), model(X)) < CLOSE
     assert sum(isinstance(m, nn.Conv2d) for m in deploy.modules()) == 1

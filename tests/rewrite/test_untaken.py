@@ -538,3 +538,45 @@ def test_a_text_that_takes_another_value_where_a_layer_is_left_out():
     deploy.short = True
     with pytest.raises(ValueError, match=r"self\.short"):
         deploy(x)
+
+
+class Sized(nn.Module):
+    """Asks for the sizes of what vanishes, and needs them on another path alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.low, self.kept = nn.Conv2d(4, 6, 1, stride=2), nn.Conv2d(6, 4, 3), False, None
+
+    def forward(self, x):
+        y = self.first(x)
+        _, _, h, w = y.shape
+        z = self.second(y)
+        return z * h + w if self.low else z
+
+
+class Keeping(Sized):
+    def forward(self, x):
+        y = self.first(x)
+        self.kept = y.shape[2]
+        return self.second(y)
+
+
+class Giving(Sized):
+    def forward(self, x):
+        y = self.first(x)
+        h = y.shape[2]
+        return self.second(y), h
+
+
+def test_sizes_that_only_another_path_goes_by():
+    model = settled(Sized())
+    deploy = says(structrep.plan(model), 1).apply()
+    assert relative_error(deploy(X), model(X)) < EXACT
+    deploy.low = True
+    with pytest.raises(ValueError, match=r"self\.low"):
+        deploy(X)
+
+
+@pytest.mark.parametrize("kind", [Keeping, Giving])
+def test_sizes_that_are_kept_or_given_back_keep_what_has_them(kind):
+    says(structrep.plan(settled(kind())), 0)
