@@ -119,6 +119,7 @@ class Introspection:
         what: the attribute; what it is, of a part that was handed to somebody.
         file, line: where that stands.
         apart: whether a function asked it that is no method of the module.
+        places: the instructions of the asker's code by which it came to that; None where that is not known.
     """
 
     asker: Call | None
@@ -127,6 +128,7 @@ class Introspection:
     file: str
     line: int
     apart: bool = False
+    places: list[int | None] = field(default_factory=list, compare=False)
 
     @property
     def question(self) -> tuple[str, str, str, int]:

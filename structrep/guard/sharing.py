@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from structrep.blocks import REPLACE_A_LAYER
 from structrep.errors import Shared
-from structrep.graph.calls import Call, Traced
+from structrep.graph.calls import Call, Introspection, Traced
 from structrep.graph.facts import ASSIGNED, CALL, COMPUTED, FORMULA, INDEX, SHAPE, VALUE
 from structrep.graph.names import is_lone_layer, path_of
 from structrep.guard.asked import Asking
@@ -121,15 +121,30 @@ class Replicas:
         Args:
             stays: whether all that is merged is a layer alone, which keeps its settings.
         """
+        for one in self._answered_otherwise(call, touched, anew, stays):
+            if one.asker is None or site(next(one.asker.homes())) not in anew:
+                raise Shared(f"{one.said_of(call.path)}: a merge would change it")
+
+    def asked_by(self, owner: Call, inside: set[fx.Node]) -> Iterator[tuple[Call, Introspection]]:
+        """The questions of a call about parts of a merge that have another answer once that is done, with the calls of
+        these."""
+        touched = dict.fromkeys(call for node in inside for call in CALL.of(node).chain() if owner in call.chain())
+        for call in touched:
+            for one in self._answered_otherwise(call, touched.keys(), {site(owner)}, is_lone_layer(inside)):
+                if one.asker is not None and next(one.asker.homes()) is owner:
+                    yield call, one
+
+    def _answered_otherwise(
+        self, call: Call, touched: Set[Call], anew: set[tuple[str, str]], stays: bool
+    ) -> Iterator[Introspection]:
         kept = call.module.__dict__ if stays and not turns_around(call.module) else {}
         swapped = call.leaf or isinstance(call.module, REPLACE_A_LAYER)  # perhaps
         for one in self.asking.found.get(call.path, ()):
-            written = one.asker is not None and site(next(one.asker.homes())) in anew
-            if written or one.what in kept or (one.apart and _moves_alone(call, touched)):
+            if one.what in kept or (one.apart and _moves_alone(call, touched)):
                 continue
             typed = (one.what == CLASS and swapped) or (one.what == TYPE and (swapped or site(call) in anew))
             if call.leaf or typed:
-                raise Shared(f"{one.said_of(call.path)}: a merge would change it")
+                yield one
 
     def _check_computed(self, inside: set[fx.Node]) -> None:
         """Raise where what a layer of a merge computes before its calls is of use elsewhere."""

@@ -13,6 +13,7 @@ from structrep.errors import Unreadable
 from structrep.graph.calls import Entry
 from structrep.graph.facts import FORMULA, VALUE
 from structrep.graph.reads import MISSING, Read
+from structrep.read.endings import ends
 from structrep.rewrite import guards
 from structrep.rewrite.followed import Followed
 from structrep.rewrite.guards import Guard
@@ -48,12 +49,26 @@ class Assumptions:
             Unreadable: one of them no guard can ask again.
         """
         calls = self.followed.calls()
-        asked = {key: read for call in calls for key, read in call.reads.items() if key not in answers}
+        asked = {
+            key: read
+            for call in calls
+            for key, read in call.reads.items()
+            if key not in answers and not self._is_of_a_layer(key, read)
+        }
         for (path, _), read in asked.items():
             _check_stable(path, read)
             if read.text == WHOLE:
                 raise Unreadable(f"{self.call.shown} looks at all attributes of {path or 'the model'} at once")
         return asked
+
+    def _is_of_a_layer(self, key: Key, read: Read) -> bool:
+        """Whether an answer is what layers are set to that will be gone, or others, or how many those are."""
+        if isinstance(holder := read.holder, nn.ModuleDict):
+            inside = (
+                f"{key[0]}.{name}" for name, one in holder.named_modules() if not any(True for _ in one.children())
+            )
+            return self.changes.layers.issuperset(inside)
+        return isinstance(holder, nn.Module) and key[0] in self.changes.layers and not ends(holder)
 
     def add(self, path: str, read: Read) -> None:
         """Guard an answer, if it matters.

@@ -11,10 +11,10 @@ from torch import fx, nn
 from structrep.deployed.answers import NAMES
 from structrep.deployed.edited import EditedMethod, compiled, layers, original, same
 from structrep.errors import Unreadable
-from structrep.graph.calls import Call, Traced
+from structrep.graph.calls import Call, Introspection, Traced
 from structrep.graph.facts import FORMULA, SHAPE, VALUE
 from structrep.modules.computing import computing
-from structrep.modules.positions import definition, imported
+from structrep.modules.positions import definition, imported, place
 from structrep.modules.source import functions, written_in
 from structrep.modules.uses import Use
 from structrep.rewrite import guards
@@ -97,6 +97,12 @@ class Edit:
         """The guards that a module would pass."""
         return {one for one in (*self.reads, *self.asked) if one.passes(module, {**self.space, **NAMES})}
 
+    def check_asked(self, one: Introspection) -> None:
+        """Raise where text that stays asks a part for what a merge changes."""
+        texts = [None if at is None else place(self.code, at) for at in one.places]
+        if not all(text in self.edited.vanished for text in texts):
+            raise Unreadable(f"{self.call.shown} asks for {one.what} of what is merged in its line {one.line}")
+
     def _check_method(self) -> None:
         """Raise unless the method is one of the module's class, and its text is known."""
         module, code = self.call.module, self.call.bytecode
@@ -151,7 +157,11 @@ class Edit:
         edited = {name for name, made in calls.items() if made and all(one in self.changes.owners for one in made)}
         found = Mentioned(module, edited)
         parents = {child: one for one in ast.walk(self.tree) for child in ast.iter_child_nodes(one)}
-        found.add(stays, self.tree.args.args[0].arg, parents)
+        silent = {node for one in stays if isinstance(one, (ast.Raise, ast.Assert)) for node in ast.walk(one)}
+        found.add(stays - silent, self.tree.args.args[0].arg, parents)
+        if found.counts:
+            raise Unreadable(f"{self.call.shown} may ask for all that its module has")
+        found.add(silent, self.tree.args.args[0].arg, parents)
         return set(found.paths())
 
     def _tests(self) -> Iterator[ast.expr]:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterable, Iterator, Set
+from typing import Any
 
 from torch import nn
 
-from structrep.modules.introspection import beginning, given_away
+from structrep.modules.attributes import is_computed
+from structrep.modules.introspection import beginning, given_away, methods_of
 from structrep.modules.source import attribute_of, functions, read_function
 
 _ORDERED = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+STORES = {"_modules", "_parameters", "_buffers", "__dict__"}
 _ASK_NO_PART = {"isinstance", "super", "type", "id", "len", "bool"}
 
 
@@ -26,6 +29,7 @@ class Mentioned:
         picked: how computed names begin of own attributes, and of those of anything else.
         inside: own attributes that are lists or dicts of parts, and are handed to others.
         everything: whether it may ask for anything.
+        counts: whether it may ask for all that there is at once, as `len(self._modules)` and `str(self)` do.
     """
 
     def __init__(self, module: nn.Module, edited: Set[str]) -> None:
@@ -33,15 +37,18 @@ class Mentioned:
         self.parts = dict(module.named_children())
         self.own, self.below, self.inside = set[str](), set[str](), set[str]()
         self.picked: tuple[set[str], set[str]] = set(), set()
-        self.everything = False
+        self.everything = self.counts = False
 
     def add(self, nodes: Iterable[ast.AST], itself: str, parents: dict[ast.AST, ast.AST]) -> None:
         """Add what syntax asks for, and the methods that it calls."""
-        known, pending = functions(type(self.module)), self._add(nodes, itself, parents)
+        cls: Any = type(self.module)
+        known, pending = methods_of(cls), self._add(nodes, itself, parents)
         seen = set(self.edited)
         while pending and not self.everything:
             name = pending.pop()
-            self.everything |= hasattr(nn.Module, name)
+            self.everything |= hasattr(nn.Module, name) or (
+                name not in known and (name in STORES or is_computed(self.module, name))
+            )
             if name not in known or name in seen or self.everything:
                 continue
             seen.add(name)
@@ -61,6 +68,7 @@ class Mentioned:
             if attribute_of(node, itself):
                 assert isinstance(node, ast.Attribute)
                 found.add(node.attr)
+                self.counts |= node.attr in STORES and not _is_entry(around)
                 if isinstance(self.parts.get(node.attr), (nn.ModuleList, nn.ModuleDict)):
                     self.inside |= {node.attr} if self._is_handed(node, parents) else set()
             elif isinstance(node, ast.Attribute):
@@ -73,6 +81,7 @@ class Mentioned:
                     (found if of_itself else self.below).add(str(name.value))
             elif isinstance(node, ast.Name) and node.id == itself and not isinstance(around, ast.Attribute):
                 asks = around.func.id if isinstance(around, ast.Call) and isinstance(around.func, ast.Name) else ""
+                self.counts |= asks in ("str", "repr", "format") or isinstance(around, ast.FormattedValue)
                 self.everything |= asks not in _ASK_NO_PART and not (
                     isinstance(around, ast.Call) and _asks_by_name(around) and around.args[0] is node
                 )
@@ -103,6 +112,13 @@ class Mentioned:
                     yield path
                     if (part := parts.get(name)) is not None:
                         pending.append((path, part, every or path in self.inside))
+
+
+def _is_entry(around: ast.AST | None) -> bool:
+    """Whether all that is done with a dict is to ask for one entry, which is no such dict itself."""
+    if isinstance(around, ast.Subscript):
+        return not (isinstance(around.slice, ast.Constant) and around.slice.value in STORES)
+    return isinstance(around, ast.Attribute) and around.attr == "get"
 
 
 def _asks_by_name(call: ast.Call) -> bool:

@@ -7,11 +7,12 @@ from collections.abc import Set
 from typing import TypeAlias
 
 from structrep.errors import ExampleOnly, Refusal, Unreadable
-from structrep.graph.calls import Call, Traced
+from structrep.graph.calls import Call, Introspection, Traced
 from structrep.graph.facts import CALL
 from structrep.guard.callers import Callers
 from structrep.guard.sharing import Replicas, site
 from structrep.match.merge import Merge
+from structrep.modules.introspection import WHAT
 from structrep.modules.uses import Use
 from structrep.rewrite.edit import Edit
 from structrep.rewrite.followed import Followed
@@ -65,7 +66,7 @@ class Rewriter:
         """The slot that a method has for the one layer that is new in its module."""
         homes = [placement.homes.get(merge, ("", "")) for merge in placement.owned[owner]]
         names = [name for path, name in homes if path == owner.path and name]
-        if len(names) != 1 or not is_asked_for(owner, names[0]):
+        if len(names) != 1 or not is_asked_for(owner, names[0]) or self._asked(placement, owner):
             return None
         with contextlib.suppress(Unreadable):
             forward = self._anew(placement, owner, written_out)
@@ -86,17 +87,32 @@ class Rewriter:
                 misuses += [
                     use for call, found in risks.misuses.items() if next(call.homes()) is owner for use in found
                 ]
+        asked = self._asked(placement, owner)
         nodes = [node for node in owner.nodes() if next(CALL.of(node).homes()) is owner]
         try:
             filled = any(node in changes.refilled for node in nodes)
             if filled and any(owner in self.untaken.risks(merge).strays for merge in placement.owned[owner]):
                 return None
             if filled or (any(node in changes.ended for node in nodes) and changes.dead.isdisjoint(nodes)):
-                return Untouched(self.traced, changes, owner)
-            return Edit(self.traced, changes, owner, written_out, misuses)
+                return None if asked else Untouched(self.traced, changes, owner)
+            edit = Edit(self.traced, changes, owner, written_out, misuses)
+            for one in asked:
+                edit.check_asked(one)
+            return edit
         except Unreadable as reason:
             self.unedited[site(owner)] = reason
             return None
+
+    def _asked(self, placement: Placement, owner: Call) -> list[Introspection]:
+        """The questions of a method that have another answer once all is merged that it is changed for: about all that
+        is below a module, and about layers that are exchanged. Those that text asks for by name stay as they are."""
+        exchanged = {unit.module for unit in (*placement.hosts.values(), *placement.idle)}
+        return [
+            one
+            for merge in placement.owned[owner]
+            for call, one in self.replicas.asked_by(owner, {*merge.nodes, *merge.stretch.scales})
+            if one.what == WHAT or call in exchanged
+        ]
 
     def _anew(self, placement: Placement, owner: Call, written_out: Set[Call]) -> Forward:
         if (doubt := self.callers.doubt(*site(owner))) is not None:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import ast
-import inspect
 from collections.abc import Iterable, Iterator
-from types import CodeType, FunctionType, ModuleType
+from types import CodeType, ModuleType
 from typing import Any
 
 from torch import fx, nn
@@ -17,6 +16,7 @@ from structrep.graph.operations import does
 from structrep.graph.queries import asks_shape, only_asserted
 from structrep.graph.structures import is_torch, proxies
 from structrep.graph.table import Is
+from structrep.modules.attributes import is_computed, looks_itself
 from structrep.modules.mentions import comes_to
 from structrep.modules.positions import definition, parts_of, place
 from structrep.modules.settable import calm
@@ -233,25 +233,11 @@ def _class_of(module: nn.Module) -> Any:
 def _computed(module: nn.Module, names: set[Any]) -> frozenset[str]:
     """Which attributes of a module are properties, or given by its class where there is none of that name; "*" if any
     may be."""
-    found = {name for name in names if isinstance(name, str) and _is_computed(module, name)}
+    found = {name for name in names if isinstance(name, str) and is_computed(module, name)}
     of_class = (one for cls in type(module).__mro__[:-1] if cls is not nn.Module for one in vars(cls).values())
-    if _looks_itself(module) or any(isinstance(one, property) for one in of_class):
+    if looks_itself(module) or any(isinstance(one, property) for one in of_class):
         found.add("*")
     return frozenset(found)
-
-
-def _is_computed(module: nn.Module, name: str) -> bool:
-    """Whether an attribute of a module is a property, or given by its class where there is none of that name."""
-    held = inspect.getattr_static(type(module), name, None)
-    if held is not None:
-        return hasattr(type(held), "__get__") and not isinstance(held, FunctionType)
-    own = (vars(module), module._modules, module._parameters, module._buffers)
-    return _looks_itself(module) and not any(name in one for one in own)
-
-
-def _looks_itself(module: nn.Module) -> bool:
-    """Whether its class has its own way to find attributes."""
-    return type(module).__getattr__ is not nn.Module.__getattr__
 
 
 def _whole(code: CodeType, text: ast.AST | None) -> ast.AST | None:

@@ -11,6 +11,7 @@ import functools
 import linecache
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from types import CodeType, FrameType
 from typing import Any, NamedTuple
 
@@ -54,6 +55,14 @@ def _shown(frame: FrameType) -> FrameType:
     return frame
 
 
+def _place(call: Call) -> int | None:
+    """The instruction of a call's code that runs; None if it is not its code that does."""
+    outer: FrameType | None = sys._getframe(1)
+    while outer is not None and outer.f_code is not call.bytecode:
+        outer = outer.f_back
+    return None if outer is None else outer.f_lasti
+
+
 class Got(NamedTuple):
     """A part that code has got: the names on the way to it from a module, where, and whether its type questions are
     noted there (`patches.show_tensors`)."""
@@ -65,6 +74,7 @@ class Got(NamedTuple):
     at: int
     space: dict[str, Any]
     typed: bool
+    place: int | None
 
 
 class Introspections:
@@ -98,13 +108,13 @@ class Introspections:
             own = name not in GEOMETRY or any(one is call.module for one in frame.f_locals.values())
             shown = _shown(frame)
             what = TYPE if name == "__class__" else name
-            self._note(call, path, what, shown.f_code, shown.f_lineno, apart=not own)
+            self._note(call, path, what, shown.f_code, shown.f_lineno, _place(call), apart=not own)
 
     def is_instance(self, module: nn.Module, cls: type, told: bool, frame: FrameType) -> None:
         """Note that code asks whether a part is of a class, if that may be otherwise for what it becomes."""
         call, path = self.current(), self.paths.get(id(module))
         if call is not None and path is not None and any(issubclass(one, cls) != told for one in _LATER):
-            self._note(call, path, CLASS, frame.f_code, frame.f_lineno)
+            self._note(call, path, CLASS, frame.f_code, frame.f_lineno, _place(call))
 
     def store(self, module: nn.Module, name: str, frame: FrameType) -> None:
         """Note that code of the user's looks at all parts of a module, or at all tensors."""
@@ -137,7 +147,7 @@ class Introspections:
         self, call: Call, module: nn.Module, code: CodeType, at: int, space: dict[str, Any], way: tuple[str, ...]
     ) -> None:
         key = id(call), id(module), id(code), at
-        self.got.setdefault((*key, way), Got(call, module, way, code, at, space, "isinstance" in space))
+        self.got.setdefault((*key, way), Got(call, module, way, code, at, space, "isinstance" in space, _place(call)))
 
     def _by_name(self, plain: Callable[[str], nn.Module], get: Callable[[Any], None], target: str) -> nn.Module:
         get(tuple(filter(None, target.split("."))))
@@ -155,12 +165,16 @@ class Introspections:
     def _all(self, call: Call, module: nn.Module, which: str, code: CodeType, line: int) -> None:
         for _, part in resolve(module, (which,)):
             if id(part) in self.paths:
-                self._note(call, self.paths[id(part)], WHAT, code, line)
+                self._note(call, self.paths[id(part)], WHAT, code, line, _place(call))
 
-    def _note(self, call: Call, path: str, what: str, code: CodeType, line: int, apart: bool = False) -> None:
+    def _note(
+        self, call: Call, path: str, what: str, code: CodeType, line: int, place: int | None, apart: bool = False
+    ) -> None:
         known = self.found.get((path, id(call), what))
+        places = [*(known.places if known is not None else ()), place]
         if known is None or (known.apart and not apart):
-            self.found[path, id(call), what] = Introspection(call, call.path, what, code.co_filename, line, apart)
+            known = Introspection(call, call.path, what, code.co_filename, line, apart)
+        self.found[path, id(call), what] = replace(known, places=list(dict.fromkeys(places)))
 
     def all(self) -> Iterator[tuple[str, Introspection]]:
         """The introspections, each with the path of the part that it is about."""
@@ -173,7 +187,7 @@ class Introspections:
                     continue
                 for _, part in resolve(got.module, (*got.way, *one.way)):
                     if id(part) in self.paths:
-                        self._note(got.call, self.paths[id(part)], one.what, got.code, one.line)
+                        self._note(got.call, self.paths[id(part)], one.what, got.code, one.line, got.place)
                         self._types(got, one, part)
         yield from ((path, one) for (path, _, _), one in self.found.items())
 
@@ -185,4 +199,5 @@ class Introspections:
             if not below and ask.what in (TYPE, CLASS):
                 path = self.paths[id(part)]
                 key = path, id(got.call), ask.what
-                self.found.setdefault(key, Introspection(got.call, got.call.path, ask.what, ask.file, ask.line))
+                made = Introspection(got.call, got.call.path, ask.what, ask.file, ask.line)
+                self.found.setdefault(key, made).places.append(got.place)
