@@ -30,14 +30,20 @@ class Held:
         self.value = value
 
 
-_VERSIONS: Any = weak.WeakIdKeyDictionary()  # of tensors, when they were first asked for; of a copy, as it came
+_VERSIONS: Any = weak.WeakIdKeyDictionary()  # of tensors, when their numbers were last looked at
 
 
-def written(tensor: Any) -> bool:
-    """Whether a tensor was written to since it was asked for first."""
+def written(tensor: Any, numbers: Any) -> bool:
+    """Whether a tensor was written to, and has other numbers than it had. They are looked at when it was, and once of
+    a copy. Never under torch.compile, which would stop at that, nor in inference mode, which counts no writes."""
     if torch.compiler.is_compiling() or not isinstance(tensor, Tensor) or tensor.is_inference():
-        return False  # which counts no writes
-    return bool(_VERSIONS.setdefault(tensor, tensor._version) != tensor._version)
+        return False
+    if _VERSIONS.get(tensor) != tensor._version:
+        alike = (tensor == numbers) | ((tensor != tensor) & (numbers != numbers))  # NaN
+        if not bool(alike.all()):
+            return True
+        _VERSIONS[tensor] = tensor._version
+    return False
 
 
 def literal(value: Any) -> str:

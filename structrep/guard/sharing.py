@@ -82,9 +82,10 @@ class Replicas:
                 raise Shared(f"{call.path} is merged where it is called first")
             homes = {next((body for body in bodies if body in one.chain()), None) for one in calls}
             if len(calls) != len(bodies) or None in homes or len(homes) != len(bodies):
-                raise Shared(
-                    f"{call.path or 'the model'} is used {len(calls)} times: merged here, its other uses would change"
-                )
+                what = f"{call.path or 'the model'} is used {len(calls)} times"
+                if touched.keys() >= set(calls):
+                    raise Shared(f"{what} in it, and a merge takes each layer once")
+                raise Shared(f"{what}: merged here, its other uses would change")
 
     def _check_reach(self, call: Call, touched: Set[Call], anew: set[tuple[str, str]], inside: set[fx.Node]) -> None:
         """Raise where code that will stay uses what a merge takes from a module, other than by calling it.

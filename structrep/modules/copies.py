@@ -219,11 +219,14 @@ def scripted(module: nn.Module) -> Untraceable:
 
 
 def demand_python(model: nn.Module) -> None:
-    """Raise where a model's code is no longer Python's.
+    """Raise where a model is none, or its code no longer Python's.
 
     Raises:
-        BadInput: it is TorchScript.
+        BadInput: it is no module, or TorchScript.
     """
+    if not isinstance(model, nn.Module):
+        what = model.__name__ if isinstance(model, type) else type(model).__name__
+        raise BadInput(f"{what} is no torch.nn.Module instance: give the model itself")
     if isinstance(model, torch.jit.ScriptModule):
         name = getattr(model, "original_name", type(model).__name__)
         raise BadInput(

@@ -17,7 +17,6 @@ from typing import Any
 from torch import nn
 from torch.export import ExportedProgram
 
-from structrep.errors import BadInput
 from structrep.modules.copies import demand_python, is_compiled, own_copy
 from structrep.modules.parametrized import hooks
 from structrep.modules.source import words, written_in
@@ -32,9 +31,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
     if isinstance(model, ExportedProgram):
         model = own_copy(model.module())  # whose weights the program would share
     while True:
-        if not isinstance(model, nn.Module):
-            what = model.__name__ if isinstance(model, type) else type(model).__name__
-            raise BadInput(f"{what} is no torch.nn.Module instance: give the model itself")
+        demand_python(model)
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             model = model.module
         elif is_compiled(model):
@@ -42,7 +39,6 @@ def unwrapped(model: nn.Module) -> nn.Module:
         elif (inside := _adapted(model)) is not None:
             model = inside
         else:
-            demand_python(model)
             return model
 
 

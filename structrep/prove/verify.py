@@ -20,6 +20,7 @@ from structrep.errors import BadInput, VerificationError, said
 from structrep.match.merge import Merge
 from structrep.modules import parametrized
 from structrep.modules.arguments import Example
+from structrep.modules.copies import demand_python
 from structrep.prove.passing import Passing
 from structrep.prove.run import (
     How,
@@ -76,6 +77,9 @@ def verify(
         BadInput: the reference rejects the inputs, or the two models' outputs differ in structure or shape.
         VerificationError: the deploy model does not run on inputs that the reference takes.
     """
+    for one in (reference, deploy):
+        if not isinstance(one, torch.jit.ScriptModule):
+            demand_python(one)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     own = dtype_of(reference)
     how = How(device, dtype or own, autocast, channels_last, seed, cast=dtype not in (None, own))

@@ -7,7 +7,7 @@ from dataclasses import replace
 from types import FunctionType
 from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from structrep.errors import Unreadable
 from structrep.graph.calls import Entry
@@ -86,6 +86,11 @@ class Assumptions:
         held = isinstance(read.holder, nn.Module) and read.text[1:] in read.holder.__dict__
         named = asked.replace("structrep_is(", "isinstance(") if isinstance(read.holder, nn.Module) else read.of(path)
         made = guards.guard(asked, named, read.told, self.call.shown, scripted=held)
+        if read.text == ".device" and isinstance(read.holder, Tensor) and path not in self.changes.homes:
+            weight = self.changes.new_weight(self.call)
+            first = next(self.call.module.parameters(), read.holder)
+            if weight and first.device == read.told:  # as long as all are moved alike
+                made = guards.alike(asked, f"{weight}.device", self.call.shown)
         if made is not None and read.of_numbers:
             made = replace(made, unlike=f"not structrep_is_exporting() and ({made.unlike})")
         if made is not None:

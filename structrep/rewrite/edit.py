@@ -58,7 +58,7 @@ class Edit:
         self._check_source(found)
         self.mentions = {f"{call.path}.{path}" if call.path else path for path in self._mentioned(found.stays)}
         followed = Followed.of(traced, call, written_out)
-        went_by = GoneBy(followed, self.function, found, self.mentions, self._answer, self._of_rank, methods)
+        went_by = GoneBy(followed, self.function, found, self.mentions, self._answer, self._of_rank, methods, changes)
         went_by.note()
         went_by.guard_tensors(steps.gone)
         self.reads, self.asked = went_by.reads, went_by.asked

@@ -10,7 +10,7 @@ from dataclasses import replace
 from types import FunctionType
 from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from structrep.errors import Unreadable
 from structrep.graph.calls import Call
@@ -22,6 +22,7 @@ from structrep.modules.presence import path_to
 from structrep.rewrite import guards
 from structrep.rewrite.followed import Followed
 from structrep.rewrite.guards import Guard
+from structrep.rewrite.node_changes import NodeChanges
 from structrep.rewrite.syntax import in_place_alike
 from structrep.rewrite.wanted import Edited
 from structrep.trace.instructions import namespace_reads
@@ -50,9 +51,11 @@ class GoneBy:
         answer: Callable[[ast.AST], tuple[str, bool] | None],
         of_rank: Callable[[ast.expr], tuple[str, bool] | None],
         computing: Mapping[str, frozenset[FunctionType]],
+        changes: NodeChanges,
     ) -> None:
         self.followed, self.call, self.found = followed, followed.call, found
-        self.mentions, self.answer, self.of_rank, self.computing = mentions, answer, of_rank, computing
+        self.mentions, self.answer, self.of_rank = mentions, answer, of_rank
+        self.computing, self.changes = computing, changes
         self.function, self.code, self.space = function, function.__code__, function.__globals__
         self.reads: list[Guard] = []
         self.asked: list[Guard] = []  # of parts that vanish: for as long as nothing is applied
@@ -192,11 +195,17 @@ class GoneBy:
             if name == "training" or read.text.endswith(" is None)") or (own and name in _plain(holder).__constants__):
                 return []
         prefix = f"{self.call.path}." if self.call.path else ""
+        spelt = ".".join(filter(None, ("self", path.removeprefix(self.call.path).lstrip("."))))
+        weight = self.changes.new_weight(self.call)
+        if isinstance(holder, Tensor) and path.startswith(prefix) and path not in self.changes.homes and weight:
+            first = next(self.call.module.parameters(), holder)
+            if read.text in (".dtype", ".device") and getattr(first, read.text[1:]) == read.told:
+                alike = guards.alike(read.of(spelt), f"{weight}{read.text}", self.call.shown)
+                return [replace(alike, scripted=True)]  # as long as all are cast alike
         if not isinstance(holder, nn.Module) or not f"{path}.".startswith(prefix) or read.unstable:
             if not asked_still:
                 return []
             raise Unreadable(f"{self.call.shown} goes by {read.of(path or 'the model')}, which may change")
-        spelt = ".".join(filter(None, ("self", path.removeprefix(self.call.path).lstrip("."))))
         made = guards.guard(read.of(spelt), read.of(spelt), read.told, self.call.shown, scripted=True)
         return [replace(made, scripted=True)] if made is not None else []
 

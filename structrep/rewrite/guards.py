@@ -126,6 +126,9 @@ def alike(asked: str, other: str, method: str) -> Guard:
     return Guard(asked, other, f"{asked} != {other}", False, (before, ": convert the model again after casting it"))
 
 
+NUMBERS = "_numbers"  # behind the name by which a tensor is kept: of what it was
+
+
 def same(asked: str, kept: str, holders: Iterable[str], method: str) -> Guard:
     """A guard for a tensor that was merged.
 
@@ -135,7 +138,7 @@ def same(asked: str, kept: str, holders: Iterable[str], method: str) -> Guard:
     before = f"{method} was reparameterized for the {asked} that was merged, and {asked} is "
     after = " now: convert the model again after setting it"
     there = " and ".join((*(f"{one} is not None" for one in holders), ""))
-    unlike = f"{there}({asked} is not {kept} or structrep_written({asked}))"
+    unlike = f"{there}({asked} is not {kept} or structrep_written({asked}, {kept}{NUMBERS}))"
     return Guard(asked, "merged", unlike, False, (before, after))
 
 

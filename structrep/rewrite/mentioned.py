@@ -115,10 +115,11 @@ class Mentioned:
 
 
 def _is_entry(around: ast.AST | None) -> bool:
-    """Whether all that is done with a dict is to ask for one entry, which is no such dict itself."""
+    """Whether all that is done with a dict is to ask for one entry, or whether it is there, which is no such dict
+    itself."""
     if isinstance(around, ast.Subscript):
         return not (isinstance(around.slice, ast.Constant) and around.slice.value in STORES)
-    return isinstance(around, ast.Attribute) and around.attr == "get"
+    return isinstance(around, ast.Compare) or (isinstance(around, ast.Attribute) and around.attr == "get")
 
 
 def _asks_by_name(call: ast.Call) -> bool:

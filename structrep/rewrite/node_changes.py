@@ -56,6 +56,13 @@ class NodeChanges:
             turned={same[n] for n in self.turned if n in same},
         )
 
+    def new_weight(self, call: Call) -> str:
+        """As code, the weight of a merged layer that is new in the module of a call; "" if there is none."""
+        around = f"{call.path}." if call.path else ""
+        paths = (path.removeprefix(around) for _, path in self.replaced.values() if path.startswith(around))
+        new = next((name for name in paths if "." not in name), None)
+        return f"self.{new}.weight" if new is not None else ""
+
     def first_left(self, call: Call) -> str:
         """As code, the first of the parameters that the module of a call is left with.
 

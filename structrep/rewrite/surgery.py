@@ -7,6 +7,7 @@ from collections import Counter
 
 from torch import fx, nn
 
+from structrep.deployed.answers import written
 from structrep.deployed.layers import Sizes
 from structrep.deployed.methods import Method, install, regraph
 from structrep.errors import StructrepError
@@ -16,6 +17,7 @@ from structrep.modules.wrappers import as_before
 from structrep.read.lower import lower
 from structrep.rewrite.draft import Draft
 from structrep.rewrite.edit import Edit
+from structrep.rewrite.guards import NUMBERS
 from structrep.rewrite.leftovers import Leftovers
 from structrep.rewrite.norms import end
 from structrep.rewrite.refill import kernels_of, nothing, refill
@@ -60,7 +62,9 @@ class Surgery:
             for name, tensor in forward.constants.items():
                 module.register_buffer(name, tensor.detach().clone(), persistent=False)
             for (holder, alias), entry in forward.merged.items():
-                vars(self._at(holder))[alias] = entry.of(self.model)
+                kept, tensor = vars(self._at(holder)), entry.of(self.model)
+                kept[alias], kept[f"{alias}{NUMBERS}"] = tensor, tensor.detach().clone()
+                written(tensor, tensor)  # as it is now
         self.left.bury(self.model, dead)
         self._install()
         return self.model

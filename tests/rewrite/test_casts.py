@@ -155,3 +155,32 @@ def test_in_place_or_not_is_no_matter():
     deploy = plan.apply()
     model[1].inplace = deploy[1].inplace = True
     assert relative_error(deploy(X), model(X)) < EXACT
+
+
+class Placed(nn.Module):
+    """Branches that are cast to where a buffer is that stays, and to its dtype."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1)
+        self.register_buffer("place", torch.zeros(0))
+
+    def forward(self, x):
+        y = self.a(x.to(self.place.device, self.place.dtype)) + self.b(x)
+        return F.relu(y)
+
+
+class PlacedInALine(Placed):
+    def forward(self, x): return F.relu(self.a(x.to(self.place.device)) + self.b(x))  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [Placed, PlacedInALine])
+def test_a_buffer_beside_what_is_merged_is_cast_and_moved_with_it(kind):
+    model = settled(kind()).float()
+    deploy = structrep.reparameterize(model, X.float())
+    assert deploy.bfloat16()(X.bfloat16()).dtype == torch.bfloat16
+    assert deploy.to("meta")(X.bfloat16().to("meta")).device == torch.device("meta")
+    if kind is Placed:
+        deploy.place = torch.zeros(0)
+        with pytest.raises(ValueError, match=r"self\.place\.device and"):
+            deploy(X.bfloat16().to("meta"))

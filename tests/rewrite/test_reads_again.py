@@ -458,6 +458,18 @@ def test_what_a_forward_was_told(forward, change, named):
         assert (error is None) if named is None else (error is not None and named in error), error
 
 
+@pytest.mark.parametrize("copied", [copy.deepcopy, copy.copy])
+def test_a_plain_tensor_that_is_merged_and_written_to_in_a_copy(copied):
+    model = made(plain_tensor_that_is_merged)
+    deploy = copied(structrep.reparameterize(model))
+    with torch.no_grad():
+        deploy.plain.mul_(1.0)  # which changes nothing
+        assert differs(model, deploy, X) is None
+        again = copied(deploy)
+        again.plain.fill_(3.0)
+    assert "self.plain that was merged" in differs(model, again, X)
+
+
 def of_type(self, x):
     return both(self, x) * type(self).of_class
 
