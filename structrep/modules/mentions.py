@@ -4,47 +4,94 @@ from __future__ import annotations
 
 import ast
 import functools
-from collections.abc import Set
+from collections.abc import Iterator, Set
 from types import FunctionType
 
 from torch import nn
 
-from structrep.modules.source import attribute_of, functions, read_function
+from structrep.modules.source import attribute_of, functions, read_function, written_in
 
 
-def mentions(cls: type, name: str) -> frozenset[str] | None:
+def mentions(cls: type, name: str, picks: bool = True) -> frozenset[str] | None:
     """The attributes of its module that a method mentions, itself or in methods that it calls.
 
     None if they may be any: the code cannot be read, or does something else with its module than ask for an attribute.
+
+    Args:
+        picks: leave out what the method itself picks by names that it is given: that is for those to say who call it.
     """
-    known, found, pending = functions(cls), set[str](), [name]
+    known, found = functions(cls), set[str]()
+    pending = [(known[name], picks)]
     while pending:
-        one = _own_mentions(known[pending.pop()])
+        one = _own_mentions(*pending.pop())
         if one is None or any(hasattr(nn.Module, attribute) for attribute in one - known.keys()):
             return None
-        pending += [attribute for attribute in one - found if attribute in known]
+        pending += [(inner, False) for attribute in one - found for inner in _all_of(cls, attribute)]
         found |= one
     return frozenset(found)
+
+
+def _all_of(cls: type, name: str) -> Iterator[FunctionType]:
+    """The methods of a name, its own and those that it may come to by `super()`, but for torch's."""
+    for base in cls.__mro__:
+        held = vars(base).get(name)
+        if isinstance(held, FunctionType) and written_in(base).partition(".")[0] != "torch":
+            yield held
 
 
 def comes_to(cls: type, name: str | None, methods: Set[str]) -> bool:
     """Whether a call of a method, by a name that a class may have none of, may come to one of some methods."""
     if name is None or name not in functions(cls):
         return False
-    found = mentions(cls, name)
+    found = mentions(cls, name, picks=False)
     return name in methods or found is None or not found.isdisjoint(methods)
 
 
 @functools.lru_cache(4096)
-def _own_mentions(function: FunctionType) -> frozenset[str] | None:
+def _own_mentions(function: FunctionType, picks: bool) -> frozenset[str] | None:
+    """The same of one method.
+
+    Args:
+        picks: whether it may pick parts by names that it is given.
+    """
     read = read_function(function)
     if read is None:
         return None
     tree, itself = read
     nodes = list(ast.walk(tree))
-    asked = [node for node in nodes if attribute_of(node, itself)]
-    bare = sum(isinstance(node, ast.Name) and node.id in (itself, "super") for node in nodes) != len(asked)
-    return None if bare else frozenset(node.attr for node in asked if isinstance(node, ast.Attribute))
+    asked = [node for node in nodes if attribute_of(node, itself) or _of_super(node)]
+    picked = [one for one in nodes if isinstance(one, ast.Call) and _picks(one, itself)]
+    by_name = {one.args[1].value for one in picked if isinstance(one.args[1], ast.Constant)}
+    given = _given(tree, itself) if picks else frozenset()
+    named = [n for one in picked for n in ast.walk(one.args[1]) if isinstance(n, ast.Name)]
+    if any(one.id not in given for one in named):
+        return None
+    uses = sum(isinstance(node, ast.Name) and node.id in (itself, "super") for node in nodes)
+    bare = uses != len(asked) + len(picked)
+    return None if bare else frozenset({*(n.attr for n in asked if isinstance(n, ast.Attribute)), *map(str, by_name)})
+
+
+def _of_super(node: ast.AST) -> bool:
+    """Whether code asks for an attribute of `super()`."""
+    owner = node.value if isinstance(node, ast.Attribute) else None
+    return isinstance(owner, ast.Call) and getattr(owner.func, "id", "") == "super" and not owner.args
+
+
+def _picks(call: ast.Call, itself: str) -> bool:
+    """Whether a call is `getattr(self, name)`."""
+    named = isinstance(call.func, ast.Name) and call.func.id in ("getattr", "hasattr") and len(call.args) > 1
+    return named and isinstance(call.args[0], ast.Name) and call.args[0].id == itself
+
+
+def _given(tree: ast.AST, itself: str) -> frozenset[str]:
+    """The names of what a function is given, and of what is in that."""
+    found = {one.arg for one in ast.walk(tree) if isinstance(one, ast.arg)} - {itself}
+    stored = [n for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
+    loops = [n for n in ast.walk(tree) if isinstance(n, ast.For) and getattr(n.iter, "id", None) in found]
+    targets = {one.target for one in loops}
+    inside = {one.target.id for one in loops if isinstance(one.target, ast.Name)}
+    others = {one.id for one in stored if one not in targets}
+    return frozenset((found | inside) - others)
 
 
 def taken_apart(module: nn.Module) -> set[str]:

@@ -34,8 +34,11 @@ def functions(cls: type) -> dict[str, FunctionType]:
     """The functions of a class, as they are inherited, but for torch's own."""
     found: dict[str, FunctionType] = {}
     for base in reversed(cls.__mro__):
-        if written_in(base).partition(".")[0] != "torch":
-            found |= {name: f for name, f in vars(base).items() if isinstance(f, FunctionType)}
+        for name, held in vars(base).items() if written_in(base).partition(".")[0] != "torch" else ():
+            if isinstance(held, FunctionType):
+                found[name] = held
+            else:
+                found.pop(name, None)  # taken back
     return found
 
 

@@ -238,8 +238,8 @@ def _imported(instructions: tuple[dis.Instruction, ...], space: dict[str, Any]) 
 def _of_library(instructions: tuple[dis.Instruction, ...], place: int, value: Any) -> tuple[str, Any] | None:
     """A call of a library's function for constants, or for nothing, of which something is asked: a question how things
     stand. Its text, and the answer; None if it is none, or one that is noted as it is asked."""
-    if not isinstance(value, (FunctionType, BuiltinFunctionType)):
-        return None
+    if not isinstance(value, (FunctionType, BuiltinFunctionType)) or value is sys.getrecursionlimit:
+        return None  # that limit is another while a forward is followed (`process.room`)
     library = written_in(value).partition(".")[0]
     if library in _PURE or (library != "torch" and library not in sys.stdlib_module_names):
         return None

@@ -68,14 +68,13 @@ class Recorder:
         """Record calls of methods too: forward_features and its like are then rewritten where they stand."""
         watched: list[tuple[nn.Module, str]] = []
         for module in modules:
-            for base in type(module).__mro__[: type(module).__mro__.index(nn.Module)]:
-                for name, function in vars(base).items():
-                    plain = isinstance(function, FunctionType) and not name.startswith("__") and name != "forward"
-                    if plain and name not in module.__dict__ and not hasattr(nn.Module, name):
-                        module.__dict__[name] = functools.partial(
-                            self._call_method, module, name, getattr(module, name)
-                        )
-                        watched.append((module, name))
+            bases = type(module).__mro__[: type(module).__mro__.index(nn.Module)]
+            for name in dict.fromkeys(name for base in bases for name in vars(base)):
+                plain = isinstance(inspect.getattr_static(type(module), name), FunctionType)
+                plain &= not name.startswith("__") and name != "forward"
+                if plain and name not in module.__dict__ and not hasattr(nn.Module, name):
+                    module.__dict__[name] = functools.partial(self._call_method, module, name, getattr(module, name))
+                    watched.append((module, name))
         try:
             yield
         finally:
