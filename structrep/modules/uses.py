@@ -263,10 +263,18 @@ class _Calls(Values):
         held: list[Any] = []
         for one in (one for one in given[0].held if isinstance(one, nn.Module)):
             held += [child for key, child in one._modules.items() if child is not None and key.startswith(start)]
-            own = dir(type(one)) if given[1].hangs_on else ()  # else it counts parts
+            counts = not given[1].hangs_on
+            own = () if counts or self._names_a_part(name, one) else dir(type(one))
             methods = (key for key in own if key.startswith(start) and not hasattr(nn.Module, key))
             held += [found for key in methods for found in self._of_module(one, key)[0].held]
         return Value(tuple(held), given[0].hangs_on | given[1].hangs_on)
+
+    def _names_a_part(self, name: ast.expr, module: nn.Module) -> bool:
+        """Whether a name is a setting that says which part is meant: not a method, which would be another model."""
+        if not isinstance(name, ast.Attribute):
+            return False
+        told = [vars(one).get(name.attr) for one in self.value(name.value).held if isinstance(one, nn.Module)]
+        return bool(told) and all(isinstance(one, str) and one in module._modules for one in told)
 
     def _by_key(self, node: ast.Call, containers: list[Any], hangs: frozenset[str]) -> Value:
         key = node.args[0] if node.args else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Iterable, Iterator, Set
+from collections.abc import Callable, Collection, Iterable, Iterator, Set
 from typing import Any
 
 from torch import fx, nn
@@ -43,7 +43,7 @@ class Edit:
     """
 
     def __init__(
-        self, traced: Traced, changes: NodeChanges, call: Call, written_out: Set[Call], misuses: Iterable[Use] = ()
+        self, traced: Traced, changes: NodeChanges, call: Call, written_out: Set[Call], misuses: Collection[Use] = ()
     ) -> None:
         self.traced, self.changes, self.call = traced, changes, call
         self.constants: dict[str, Any] = {}
@@ -52,7 +52,9 @@ class Edit:
         known = ((test, self._answer(test) or self._of_rank(test)) for test in self._tests())
         answers = tuple((test, told[1]) for test, told in known if told is not None)
         methods = computing(call.module, self.tree, self.tree.args.args[0].arg)
-        steps = Steps(changes, call, self.code, self.tree, self.space, list(misuses), answers, methods)
+        named = {use: names for use in misuses if (names := self._named_by(use))}  # parts that a setting names
+        left = [use for use in misuses if use not in named]
+        steps = Steps(changes, call, self.code, self.tree, self.space, left, answers, methods)
         self._check_changes(steps.gone)
         found = self.edited = edited(self.code, steps.wanted())
         self._check_source(found)
@@ -61,6 +63,7 @@ class Edit:
         went_by = GoneBy(followed, self.function, found, self.mentions, self._answer, self._of_rank, methods, changes)
         went_by.note()
         went_by.guard_tensors(steps.gone)
+        went_by.guard_names({name for names in named.values() for name in names})
         self.reads, self.asked = went_by.reads, went_by.asked
         guards.check_settled(self.reads, call, others=True)
         if self.reads and (others := sorted(_USED & self.space.keys())):
@@ -163,6 +166,19 @@ class Edit:
             raise Unreadable(f"{self.call.shown} may ask for all that its module has")
         found.add(silent, self.tree.args.args[0].arg, parents)
         return set(found.paths())
+
+    def _named_by(self, use: Use) -> set[str]:
+        """The settings of the module that tell which part a use is of, if these tell it, and were asked for."""
+        itself, found = self.tree.args.args[0].arg, set[str]()
+        for hangs in use.hangs_on:
+            owner, _, text = hangs.partition(" ")
+            way = text.rpartition(": ")[2].split(".")
+            read = self.call.reads.get((self.call.path, f".{way[-1]}"))
+            own = owner == str(id(self.call.module)) and len(way) == 2 and way[0] in (itself, "self")
+            if not own or read is None or not isinstance(read.told, str):
+                return set()
+            found.add(way[1])
+        return found
 
     def _tests(self) -> Iterator[ast.expr]:
         return (node.test for node in ast.walk(self.tree) if isinstance(node, (ast.If, ast.IfExp)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import ast
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import replace
 from types import FunctionType
 from typing import Any
@@ -151,6 +151,11 @@ class GoneBy:
             if holder == self.call.path and not isinstance(self.call.module, _OF_LAYERS):
                 made = guards.kept if ".".join(filter(None, (holder, name))) in self.mentions else guards.gone
                 self.reads.append(replace(made(f"self.{name}", self.call.shown), scripted=True))
+
+    def guard_names(self, settings: Set[str]) -> None:
+        """Guard settings that tell which part of the module is meant."""
+        for name in sorted(settings):
+            self.reads += self._guard(self.call.path, self.call.reads[self.call.path, f".{name}"])
 
     def _vanished_calls(self) -> Iterator[Call]:
         """The calls that are made no more, of parts and of methods."""
