@@ -13,8 +13,8 @@ from structrep.graph.names import layer_of
 from structrep.graph.operations import does, module_does
 from structrep.graph.queries import only_asserted
 from structrep.graph.table import Is
+from structrep.match.absorption import readers_of
 from structrep.match.channels import permutes
-from structrep.match.shared_scales import readers_of
 from structrep.modules.parametrized import hooks
 from structrep.read.nodes import called
 from structrep.terms.layer import Identity, Layer, Readings

@@ -13,8 +13,8 @@ from structrep.errors import Refusal
 from structrep.graph.calls import Call, Trace
 from structrep.graph.facts import SHAPE
 from structrep.match import sum_order
+from structrep.match.absorption import Absorption
 from structrep.match.fit import Fit
-from structrep.match.shared_scales import Absorption
 from structrep.match.stretch import Segment, Stretch
 from structrep.match.sum_order import Reordered
 from structrep.terms.term import Term, geometry

@@ -18,6 +18,7 @@ from structrep.errors import Costlier, Isolated, Refusal
 from structrep.graph.calls import Trace
 from structrep.graph.facts import CALL
 from structrep.graph.names import is_lone_layer, layer_of, path_of
+from structrep.match.absorption import Absorption
 from structrep.match.findings import Findings
 from structrep.match.fit import Fit, fit, fit_value, price
 from structrep.match.isolation import isolated
@@ -27,7 +28,7 @@ from structrep.match.merge import Merge, Missed
 from structrep.match.readings import endings, read, readable, refuse_autocast
 from structrep.match.refusals import Refusals
 from structrep.match.segments import Segments
-from structrep.match.shared_scales import Absorption, absorptions
+from structrep.match.shared_scales import absorptions
 from structrep.match.stretch import Stretch
 from structrep.registry import Rule
 from structrep.terms.cost import Cost

@@ -15,8 +15,8 @@ from torch import fx
 from structrep.graph.facts import INDEX
 from structrep.graph.operations import torch_name
 from structrep.graph.shapes import spatial_size
+from structrep.match.absorption import Absorption
 from structrep.match.readings import inputs_of
-from structrep.match.shared_scales import Absorption
 from structrep.match.stretch import Segment, Stretch
 from structrep.terms.layer import Concat, Identity, Layer, Reading, Readings, Sum
 from structrep.terms.term import ONE, Term, concat_terms, leaf, seq, signed, sum_terms

@@ -1,7 +1,8 @@
 """Scales that no single neighbour can take, but one behind a permute can, or all of several can.
 
 * A norm that several convolutions read (queries, keys and values of one norm) goes into each of them.
-* A norm behind a concatenation goes into the branches, each taking its own channels.
+* A norm behind a concatenation goes into the branches, each taking its own channels; one behind a sum of layers of
+  several inputs goes into each of these.
 * What is done with pieces of a fixed size (`pieces`) goes into a matrix on all their numbers: a norm of their channels
   behind it, convolutions beside it.
 * What a layer norm, an RMS norm or a group norm ends with, its weight and bias, goes into what reads it.
@@ -15,66 +16,24 @@ It is all of them or none: the scale itself becomes an identity.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 from torch import fx
 
 from structrep.algebra import ConvMap
 from structrep.errors import Isolated, Mutated, Refusal
 from structrep.graph.aliases import aliases, writers
-from structrep.graph.axes import axis_after, axis_before, swaps_unknown_dims
-from structrep.graph.facts import INDEX, STORED, VALUE
-from structrep.graph.queries import asks_shape, counts_sizes, only_asserted
-from structrep.graph.shapes import rank
-from structrep.match.channels import Moved, channels_before, channels_behind, compares, passes
+from structrep.graph.axes import axis_after, swaps_unknown_dims
+from structrep.graph.facts import INDEX, STORED
+from structrep.graph.queries import asks_shape
+from structrep.match.absorption import Absorption, axis_of, is_alone, layer_behind, maker_of, users_of, where_moved
+from structrep.match.channels import Moved, channels_behind, passes
 from structrep.match.pieces import Pieces, frame, is_matrix, pieces, spread, takes_together, tiled
-from structrep.terms.layer import Concat, Identity, Layer, Readings, Sum
+from structrep.match.summands import by_summands
+from structrep.terms.layer import Concat, Layer, Readings, Sum
 from structrep.terms.layers import diagonal_layer
-from structrep.terms.term import Term, signed, sum_terms
-
-
-@dataclass(frozen=True, eq=False)
-class Absorption:
-    """A scale, and what it becomes for each of the layers that share in it: something before or behind that layer."""
-
-    node: fx.Node
-    source: fx.Node
-    through: tuple[fx.Node, ...]  # nodes between the two that the scale is made of
-    before: Mapping[fx.Node, Layer]
-    behind: Mapping[fx.Node, Layer]
-    ends: bool = False  # whether the node does more, and only ends with the scale
-    beside: Mapping[fx.Node, Term] = field(default_factory=dict)  # what is added to what a layer gives
-    views: tuple[fx.Node, ...] = ()  # the reshapes of one value that such a layer, and what is added, are made of
-    shapes: tuple[tuple[int, ...], ...] = ()  # of what it scales, for which it was seen where the channels go
-    turns: bool = False  # whether they come to another order, or number, there
-    moves: bool = False  # whether that was seen, and no dim was counted
-
-    @property
-    def takers(self) -> frozenset[fx.Node]:
-        return frozenset((*self.before, *self.behind, *self.beside))
-
-    @property
-    def changed(self) -> set[fx.Node]:
-        """Values that are not what they were: from the scale to what takes it, or from there to the scale."""
-        return {*self.through, *([self.node] if self.before else self.takers), *self.between}
-
-    @property
-    def between(self) -> set[fx.Node]:
-        """What stands between the scale and the layers that take it: dims are moved, values stacked."""
-        pending: list[fx.Node] = [self.node] if self.before else [*self.takers]
-        stops = {*self.takers, self.node}
-        found = set[fx.Node]()
-        while pending:
-            users = [user for user in pending.pop().users if not (user in stops or user in found)]
-            new = [user for user in users if not (asks_shape(user) or only_asserted(user))]
-            found.update(new)
-            pending += new
-        return found
-
-    @property
-    def nodes(self) -> tuple[fx.Node, ...]:
-        return *self.through, self.node
+from structrep.terms.term import signed, sum_terms
 
 
 def absorptions(readings: Readings, endings: Mapping[fx.Node, Layer]) -> Iterator[Absorption | tuple[fx.Node, Refusal]]:
@@ -129,14 +88,15 @@ def _takers(node: fx.Node, scale: Layer, readings: Readings, found: Mapping[fx.N
     assert scale.source is not None
     one = (
         _by_branches(node, scale, readings)
+        or by_summands(node, scale, readings, found)
         or _by_maker(node, scale, readings, found)
         or _by_matrix(node, scale, readings)
     )
     if one is not None:
         return one
-    feeding = _maker(scale.source, readings)
+    feeding = maker_of(scale.source, readings)
     known = readings.get(feeding)
-    if isinstance(known, Layer) and known.weight is not None and _alone(feeding, node, scale, readings):
+    if isinstance(known, Layer) and known.weight is not None and is_alone(feeding, node, scale, readings):
         return None  # that layer takes it by itself
     return _by_readers(node, scale, readings)
 
@@ -145,9 +105,9 @@ def _by_readers(node: fx.Node, scale: Layer, readings: Readings) -> Absorption |
     """All that reads the scale, perhaps with its dims moved, is a layer that may do it first."""
     takers: dict[fx.Node, Layer] = {}
     goes: dict[fx.Node, Moved] = {}  # where its channels come to, by what takes it there
-    count, first = scale.in_channels, _axis(node, scale)
+    count, first = scale.in_channels, axis_of(node, scale)
     pending: list[tuple[fx.Node, int | None, tuple[fx.Node, ...]]]
-    pending = [(user, first, ()) for user in _users(node, readings)]
+    pending = [(user, first, ()) for user in users_of(node, readings)]
     apart = scale.source is None  # whether no term holds the scale and a layer that reads it
     while pending:
         user, axis, chain = pending.pop()
@@ -156,7 +116,7 @@ def _by_readers(node: fx.Node, scale: Layer, readings: Readings) -> Absorption |
             if layer.in_channels is None or layer.dims is None or user in takers:
                 return None
             if axis != -(layer.dims + 1) and (axis is not None or chain or (scale.kind == "norm" and not layer.dims)):
-                moved = _moved(channels_behind, chain, node, scale, first, -(layer.dims + 1), layer.in_channels)
+                moved = where_moved(channels_behind, chain, node, scale, first, -(layer.dims + 1), layer.in_channels)
                 if moved is None:
                     return None
                 goes[user] = moved
@@ -170,7 +130,7 @@ def _by_readers(node: fx.Node, scale: Layer, readings: Readings) -> Absorption |
             )
         if new is None and not (first is not None and passes(user)):
             return None
-        pending += [(other, new, (*chain, user)) for other in _users(user, readings)]
+        pending += [(other, new, (*chain, user)) for other in users_of(user, readings)]
         apart = True
     if len(takers) < 2 - apart:
         return None
@@ -197,19 +157,19 @@ def _by_readers(node: fx.Node, scale: Layer, readings: Readings) -> Absorption |
 def _by_branches(node: fx.Node, scale: Layer, readings: Readings) -> Absorption | None:
     """What is scaled are the channels of layers, stacked, and of use to nothing else."""
     assert scale.source is not None
-    concat = _maker(scale.source, readings)
+    concat = maker_of(scale.source, readings)
     stacked = readings.get(concat)
     if scale.in_channels is None:
         return None  # one number for all
-    if not isinstance(stacked, Concat) or stacked.dim != 1 or _users(concat, readings) != [node]:
+    if not isinstance(stacked, Concat) or stacked.dim != 1 or users_of(concat, readings) != [node]:
         return None
     behind: dict[fx.Node, Layer] = {}
     first = 0
-    for part in (_maker(part, readings) for part in stacked.parts):
+    for part in (maker_of(part, readings) for part in stacked.parts):
         layer = readings.get(part)
         if not isinstance(layer, Layer) or not layer.dims or layer.out_channels is None or part in behind:
             return None
-        if layer.kind not in ("conv", "norm", "affine") or _users(part, readings) != [concat]:
+        if layer.kind not in ("conv", "norm", "affine") or users_of(part, readings) != [concat]:
             return None
         behind[part] = _channels(scale, first, layer.out_channels)
         first += layer.out_channels
@@ -221,50 +181,28 @@ def _by_maker(
 ) -> Absorption | None:
     """What is scaled are the channels of one layer with their dims moved, perhaps scaled by others that it takes."""
     assert scale.source is not None
-    axis = first = _axis(node, scale)
-    maker, count, chain = _maker(scale.source, readings), scale.in_channels, list[fx.Node]()
-    alone = _alone(maker, node, scale, readings)
-    while first is not None and alone:
-        layer = readings.get(maker)
-        if isinstance(layer, Layer) and layer.weight is not None:
-            if not chain or layer.dims is None or layer.out_channels is None:
-                return None
-            of = None
-            if axis != -(layer.dims + 1) or count not in (None, layer.out_channels):
-                held = _moved(channels_before, chain, maker, scale, first, -(layer.dims + 1), layer.out_channels)
-                if held is None:
-                    return None
-                of = held.of
-            behind = {maker: spread(scale, layer.out_channels, layer.dims, of)}
-            turns = of not in (None, tuple(range(layer.out_channels)))
-            return Absorption(node, scale.source, scale.through, {}, behind, turns=turns, moves=of is not None)
-        if maker in found:
-            if found[maker].behind.keys() != found[maker].takers or len(found[maker].takers) > 1:
-                return None
-            source = found[maker].source  # stands and falls with the same layer
-        elif count is not None and (layer is None or (isinstance(layer, Layer) and layer.kind == "pool")):
-            axis = axis_before(maker, axis, count) if axis is not None else None
-            if axis is None and not passes(maker):
-                return None
-            source = next(one for one in maker.all_input_nodes if not VALUE.known(one) and not counts_sizes(one))
-            chain.insert(0, maker)
-        else:
-            return None
-        user, maker = maker, _maker(source, readings)
-        alone = _users(maker, readings) == [user]
-    return None
+    maker = maker_of(scale.source, readings)
+    layer = readings.get(maker)
+    if not is_alone(maker, node, scale, readings) or (isinstance(layer, Layer) and layer.weight is not None):
+        return None
+    taken = layer_behind(maker, scale, axis_of(node, scale), readings, found)
+    if taken is None:
+        return None
+    maker, (behind, of) = taken
+    turns = of not in (None, tuple(range(len(of or ()))))
+    return Absorption(node, scale.source, scale.through, {}, {maker: behind}, turns=turns, moves=of is not None)
 
 
 def _by_matrix(node: fx.Node, scale: Layer, readings: Readings) -> Absorption | None:
     """What is scaled are the channels of pieces, all of whose numbers one matrix makes."""
     assert scale.source is not None
-    view = _maker(scale.source, readings)
+    view = maker_of(scale.source, readings)
     found = pieces(view)
     if not found or found[0] != scale.in_channels or scale.dims not in (None, len(found) - 1):
         return None
-    maker = _maker(view.all_input_nodes[0], readings)
+    maker = maker_of(view.all_input_nodes[0], readings)
     layer = readings.get(maker)
-    alone = _alone(view, node, scale, readings) and _users(maker, readings) == [view]
+    alone = is_alone(view, node, scale, readings) and users_of(maker, readings) == [view]
     if not isinstance(layer, Layer) or not alone or not is_matrix(maker, readings):
         return None
     if layer.out_channels != math.prod(found) or layer.dims is None:
@@ -314,7 +252,7 @@ def _matrix_behind(
 ) -> tuple[fx.Node, fx.Node] | None:
     """The matrix that makes a value, but for reshapes and for what it takes itself, and the first reshape behind it."""
     passed: list[fx.Node] = []
-    while _users(node := _maker(node, readings), readings) == [user]:
+    while users_of(node := maker_of(node, readings), readings) == [user]:
         layer = readings.get(node)
         if is_matrix(node, readings):
             assert isinstance(layer, Layer)
@@ -330,72 +268,6 @@ def _matrix_behind(
         else:
             return None
     return None
-
-
-def _moved(
-    look: Callable[..., Moved | None],
-    chain: Sequence[fx.Node],
-    source: fx.Node,
-    scale: Layer,
-    scaled: int | None,
-    axis: int,
-    channels: int,
-) -> Moved | None:
-    """Where the channels of a scale are in what a layer is given, or those of a layer in what is scaled.
-
-    Args:
-        look: `channels_behind` a scale, or `channels_before` it.
-        chain: what stands between.
-        scaled, axis, channels: the dims of the scale's channels and of the layer's, and how many of these there are.
-    """
-    count = scale.in_channels
-    if count is None or scaled is None or not chain or not all(map(passes, chain)):
-        return None
-    if any(map(compares, chain)):
-        kernel = scale.load(count, scale.dims if scale.dims is not None else -scaled - 1).kernel
-        if not bool((kernel > 0).all()):
-            return None
-    ahead = look is channels_behind
-    here, there = ((scaled, count), (axis, channels)) if ahead else ((axis, channels), (scaled, count))
-    return look(chain, source, *here, *there)
-
-
-def _alone(maker: fx.Node, node: fx.Node, scale: Layer, readings: Readings) -> bool:
-    """Whether a value is of use to a scale and nothing else."""
-    return {node, *scale.through}.issuperset(_users(maker, readings))
-
-
-def _axis(node: fx.Node, scale: Layer) -> int | None:
-    """The dim that a scale's channels are on, from the end; None if it is not known."""
-    if scale.dims is not None:
-        return -(scale.dims + 1)
-    known = rank(node)
-    return 1 - known if scale.kind == "norm" and known is not None and known > 2 else None
-
-
-def _maker(node: fx.Node, readings: Readings) -> fx.Node:
-    """What made a value, identities seen through."""
-    while isinstance(same := readings.get(node), Identity):
-        node = same.source
-    return node
-
-
-def readers_of(node: fx.Node, readings: Readings) -> list[fx.Node]:
-    """What reads a value, identities seen through."""
-    found, pending = [], [*reversed(node.users)]
-    while pending:
-        user = pending.pop()
-        if isinstance(readings.get(user), Identity):
-            pending += reversed(user.users)
-        else:
-            found.append(user)
-    return found
-
-
-def _users(node: fx.Node, readings: Readings) -> list[fx.Node]:
-    """What reads a value, but for what asks for its shape; the value itself, if its module keeps it."""
-    stored = [node] if STORED.get(node) else []
-    return stored + [user for user in readers_of(node, readings) if not only_asserted(user) and not asks_shape(user)]
 
 
 def _channels(scale: Layer, first: int, count: int) -> Layer:

@@ -11,7 +11,7 @@ from torch import fx
 
 from structrep.graph.facts import STORED
 from structrep.graph.queries import asks_dtype, asks_shape, asserts_rank, counts_sizes, only_asserted
-from structrep.match.shared_scales import Absorption
+from structrep.match.absorption import Absorption
 from structrep.terms.term import Term, seq
 
 

@@ -17,8 +17,8 @@ from structrep.graph.calls import Call, Traced
 from structrep.graph.facts import ASSIGNED, AT, CALL, FORMULA, VALUE
 from structrep.graph.operations import does, torch_name
 from structrep.graph.table import Is
+from structrep.match.absorption import Absorption
 from structrep.match.merge import Merge
-from structrep.match.shared_scales import Absorption
 from structrep.match.stretch import Segment
 from structrep.modules.positions import place
 from structrep.modules.source import words

@@ -11,8 +11,9 @@ from torch import nn
 import structrep
 from structrep.algebra import ConvMap
 from structrep.match import residuals
+from structrep.match.absorption import Absorption
 from structrep.match.residuals import _range
-from structrep.match.shared_scales import Absorption, absorptions
+from structrep.match.shared_scales import absorptions
 from structrep.match.sum_order import _write
 from structrep.terms.layers import diagonal_layer
 from structrep.terms.term import signed, sum_terms
