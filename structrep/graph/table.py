@@ -28,6 +28,7 @@ class Is(enum.Flag):
     RANK = enum.auto()  # gives as many dims as it is given, in each piece if it gives several
     DTYPE = enum.auto()  # gives the dtype of the floats that it is given, if it is told none; if several, in the first
     MOVES = enum.auto()  # gives numbers that it is given, in other places
+    PADS = enum.auto()  # puts numbers around those that it is given: some of them, or others
     AVERAGES = enum.auto()  # gives sums and averages of numbers that it is given, and knows no weights
     FOLDS = enum.auto()  # takes neighbouring dims together, or apart
     RESHAPES = enum.auto()  # the same, to sizes that it is told
@@ -72,7 +73,7 @@ _TABLE = [
     (r"grid_sampler?|affine_grid|one_hot", Is.OWN),
     (r"(pixel_(un)?|channel_)shuffle", _MOVED | Is.RANK | Is.VIEW),
     (r"_?unsafe_\w+|native_channel_shuffle", Is.VIEW),
-    (r"pad", Is.DTYPE),
+    (r"pad|(reflection|replication|circular|constant|zero)_pad[123]d", Is.DTYPE | Is.PADS),
     # numbers in other places, and shapes
     (r"view|reshape", _MOVED | Is.FOLDS | Is.RESHAPES),
     (r"flatten", _MOVED | Is.FOLDS),

@@ -26,6 +26,7 @@ from structrep.graph.table import Is
 MOST = 1 << 23  # numbers that are moved to see where they go
 _SIZED = {"expand", "repeat", "unflatten", "interpolate", "expand_as", "view_as", "reshape_as",
           *(f"adaptive_avg_pool{dims}d" for dims in (1, 2, 3))}  # fmt: skip
+_PASSES = (Is.MOVES, Is.AVERAGES, Is.PADS)  # a border of others is seen (`_agreed`)
 _TURNS = {"T", "mT", "H", "mH"}
 _SIZES = ((2, 5, 6, 7), (3, 4, 9, 2), (2, 14, 7, 28), (1, 8, 16, 4))  # of dims of which nothing else is known
 
@@ -54,8 +55,8 @@ def passes(node: fx.Node) -> bool:
         return False
     if node.op == "call_module" and not rearranges(node):
         found: Callable[[Is], bool] = lambda what: module_does(CALL.of(node).module, what)  # noqa: E731
-        return not UNFOLLOWED.get(node) and (found(Is.MOVES) or found(Is.AVERAGES) or found(Is.MAXIMUM))
-    return rearranges(node) or permutes(node) or does(node, Is.MOVES) or does(node, Is.AVERAGES) or compares(node)
+        return not UNFOLLOWED.get(node) and any(map(found, (*_PASSES, Is.MAXIMUM)))
+    return rearranges(node) or permutes(node) or any(does(node, what) for what in _PASSES) or compares(node)
 
 
 def _is_size(told: fx.Node, node: fx.Node) -> bool:

@@ -728,7 +728,7 @@ def test_casts_beside_branches(forward, inputs):
 @pytest.mark.parametrize(
     ("forward", "merges"),
     [
-        (lambda self, x: self.n(self.a(x.double().float()) + self.b(x.half().float())), 0),
+        (lambda self, x: self.n(self.a(x.double().float()) + self.b(x.half().float())), 2),  # of two inputs
         (lambda self, x: self.n((self.a(x).half() + self.b(x).half()).to(torch.float32)), 0),
         (lambda self, x: self.n((self.a(x) + self.b(x).half().float()).float()), 0),
         (lambda self, x: self.n((self.a(x) * torch.ones(1, dtype=torch.float64) + self.b(x)).float()), 1),

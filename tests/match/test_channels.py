@@ -49,6 +49,8 @@ def shuffled(x):
 AHEAD = {  # what stands between the norm and the layer, and that
     "flattened": (lambda x: x.flatten(1), nn.Linear(192, 5)),
     "tokens": (lambda x: x.flatten(2).transpose(1, 2), nn.Linear(4, 5)),
+    "reflected": (lambda x: F.pad(x.flatten(2).transpose(1, 2).mT, (1, 1), mode="reflect"), nn.Conv1d(4, 5, 3)),
+    "nn.ReplicationPad1d": (lambda x: nn.ReplicationPad1d(1)(x.flatten(2)), nn.Conv1d(4, 5, 3)),
     "permuted tokens": (lambda x: x.reshape(x.shape[0], 4, -1).permute(2, 0, 1), nn.Linear(4, 5)),
     "global average": (lambda x: x.mean((2, 3)), nn.Linear(4, 5)),
     "average that keeps dims": (lambda x: x.mean((-2, -1), keepdim=True), nn.Conv2d(4, 5, 1)),
@@ -81,6 +83,8 @@ MIXED = {  # channels are mixed, or of another number for another size
     "as rows": (lambda x: x.reshape(x.shape[0], -1, 4), nn.Linear(4, 5)),
     "average of channels": (lambda x: x.mean(1, keepdim=True), nn.Conv2d(1, 5, 1)),
     "border of zeros": (lambda x: F.avg_pool2d(x, 3, 1, 1), nn.Conv2d(4, 5, 1)),
+    "padded with zeros": (lambda x: F.pad(x.flatten(2).transpose(1, 2).mT, (1, 1)), nn.Conv1d(4, 5, 3)),
+    "padded with a channel": (lambda x: F.pad(x.transpose(2, 3), (0, 0, 0, 0, 0, 1)), nn.Conv2d(5, 5, 1)),
     "rolled rows": (lambda x: x.flatten(1).roll(1, 1).view_as(x), nn.Conv2d(4, 5, 1)),
     "sum": (lambda x: x.sum((2, 3)), nn.Linear(4, 5)),
     "sine": (lambda x: x.sin(), nn.Conv2d(4, 5, 1)),
