@@ -29,6 +29,7 @@ class Absorption:
     ends: bool = False  # whether the node does more, and only ends with the scale
     beside: Mapping[fx.Node, Term] = field(default_factory=dict)  # what is added to what a layer gives
     views: tuple[fx.Node, ...] = ()  # the reshapes of one value that such a layer, and what is added, are made of
+    apart: tuple[fx.Node, ...] = ()  # what takes other channels of such a layer
     shapes: tuple[tuple[int, ...], ...] = ()  # of what it scales, for which it was seen where the channels go
     turns: bool = False  # whether they come to another order, or number, there
     moves: bool = False  # whether that was seen, and no dim was counted
@@ -53,11 +54,21 @@ class Absorption:
             new = [user for user in users if not (asks_shape(user) or only_asserted(user))]
             found.update(new)
             pending += new
-        return found
+        return found if self.before else found & _before(self.node)
 
     @property
     def nodes(self) -> tuple[fx.Node, ...]:
         return *self.through, self.node
+
+
+def _before(node: fx.Node) -> set[fx.Node]:
+    """All that a node is made of."""
+    pending, seen = [node], set[fx.Node]()
+    while pending:
+        new = [one for one in pending.pop().all_input_nodes if one not in seen]
+        seen.update(new)
+        pending += new
+    return seen
 
 
 def layer_behind(

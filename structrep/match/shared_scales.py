@@ -18,7 +18,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from typing import TypeGuard
 
+import torch
 from torch import fx
 
 from structrep.algebra import ConvMap
@@ -26,12 +28,14 @@ from structrep.errors import Isolated, Mutated, Refusal
 from structrep.graph.aliases import aliases, writers
 from structrep.graph.axes import axis_after, swaps_unknown_dims
 from structrep.graph.facts import INDEX, STORED
+from structrep.graph.operations import does
 from structrep.graph.queries import asks_shape
+from structrep.graph.table import Is
 from structrep.match.absorption import Absorption, axis_of, is_alone, layer_behind, maker_of, users_of, where_moved
 from structrep.match.channels import Moved, channels_behind, passes
 from structrep.match.pieces import Pieces, frame, is_matrix, pieces, spread, takes_together, tiled
 from structrep.match.summands import by_summands
-from structrep.terms.layer import Concat, Layer, Readings, Sum
+from structrep.terms.layer import Concat, Layer, Reading, Readings, Sum
 from structrep.terms.layers import diagonal_layer
 from structrep.terms.term import signed, sum_terms
 
@@ -89,6 +93,7 @@ def _takers(node: fx.Node, scale: Layer, readings: Readings, found: Mapping[fx.N
     one = (
         _by_branches(node, scale, readings)
         or by_summands(node, scale, readings, found)
+        or _by_some_channels(node, scale, readings)
         or _by_maker(node, scale, readings, found)
         or _by_matrix(node, scale, readings)
     )
@@ -174,6 +179,55 @@ def _by_branches(node: fx.Node, scale: Layer, readings: Readings) -> Absorption 
         behind[part] = _channels(scale, first, layer.out_channels)
         first += layer.out_channels
     return Absorption(node, scale.source, scale.through, {}, behind) if first == scale.in_channels else None
+
+
+def _by_some_channels(node: fx.Node, scale: Layer, readings: Readings) -> Absorption | None:
+    """What is scaled are some channels of a layer, of which all else takes others."""
+    assert scale.source is not None
+    mine = maker_of(scale.source, readings)
+    piece = readings.get(mine)
+    if not _is_slice(piece) or piece.source is None or not is_alone(mine, node, scale, readings):
+        return None
+    whole = maker_of(piece.source, readings)
+    layer = readings.get(whole)
+    if not isinstance(layer, Layer) or layer.weight is None or layer.out_channels is None or not layer.dims:
+        return None
+    count, dims = layer.out_channels, layer.dims
+    pieces_: dict[fx.Node, tuple[int, ...]] = {}
+    pending = users_of(whole, readings)
+    for user in pending:
+        reading = readings.get(user)
+        if _is_slice(reading):
+            pieces_[user] = _kept(reading, count, dims)
+        elif does(user, Is.PIECES):
+            pending += users_of(user, readings)
+        else:
+            return None
+    kept = pieces_.pop(mine, ())
+    taken = {channel for others in pieces_.values() for channel in others}
+    if not kept or scale.in_channels != len(kept) or axis_of(node, scale) != -(dims + 1) or not taken.isdisjoint(kept):
+        return None
+
+    def load(c: int, d: int) -> ConvMap:
+        map_ = scale.load(len(kept), d)
+        factors, shifts = torch.ones(c, dtype=torch.float64), torch.zeros(c, dtype=torch.float64)
+        factors[[*kept]], shifts[[*kept]] = map_.kernel.flatten(), map_.bias
+        return ConvMap.scale(factors, shifts, dims=d)
+
+    wide = replace(diagonal_layer("affine", load, count, dims, scale.parameters), node=node, shifts=scale.shifts)
+    return Absorption(node, scale.source, scale.through, {}, {whole: wide}, apart=tuple(pieces_))
+
+
+def _is_slice(reading: Reading | None) -> TypeGuard[Layer]:
+    return isinstance(reading, Layer) and reading.kind == "slice"
+
+
+def _kept(piece: Layer, channels: int, dims: int) -> tuple[int, ...]:
+    """Which channels a slice is of; all of them where that is not known."""
+    try:
+        return tuple(piece.load(channels, dims).kernel.reshape(-1, channels).argmax(1).tolist())
+    except Refusal:
+        return tuple(range(channels))
 
 
 def _by_maker(

@@ -63,6 +63,8 @@ class Region:
         inside.update(*(one.were for merge in merges for one in merge.reordered))
         inside.update(*(one.through for one in carried))
         inside.update(merge.base for merge in merges if merge.carried is not None)  # the activations
+        inside.update(*(one.apart for one in absorbed))
+        inside |= {user for node in inside if does(node, Is.PIECES) for user in node.users}  # no tuple is compared
         before = (hands_on(node) for node in inside)  # a cast that was made before, from what it was made of
         inside |= {one for one in before if one is not None and does(one, Is.CAST)}
         self.nodes = [one for one in sorted(inside, key=lambda n: int(INDEX.of(n))) if not only_asserted(one)]
