@@ -235,6 +235,12 @@ class Origin:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     contexts: tuple[Context, ...] = ()  # that it was computed in
+    item: int | None = None  # which it is of several that the function gives
+
+    def again(self, args: Any, kwargs: Any) -> Any:
+        """What the function gives for other arguments."""
+        found = self.function(*args, **kwargs)
+        return found if self.item is None else found[self.item]
 
     @property
     def given(self) -> list[Tensor]:

@@ -13,8 +13,8 @@ def constant(value: Any) -> Tensor | float | None:
     """The number or tensor that an argument is, if it does not depend on the input, nor on how often it was asked."""
     if isinstance(value, fx.Node):
         value = VALUE.get(value) if not UNSTEADY.get(value) else None
-        if isinstance(value, Tensor):
-            return value
+    if isinstance(value, Tensor):
+        return value
     return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
 

@@ -15,10 +15,10 @@ from structrep.algebra.precision import doubled
 from structrep.graph.constants import constant, exact
 from structrep.graph.facts import INDEX, VALUE
 from structrep.graph.operations import torch_name
-from structrep.graph.queries import asked_of
 from structrep.graph.shapes import rank
 from structrep.graph.table import spatial_dims
 from structrep.read.arguments import Arguments, reads
+from structrep.read.repeated import spread_out
 from structrep.terms.layer import Concat, Identity, Layer, Reading, Sum
 from structrep.terms.layers import (
     adaptive_pool_layer,
@@ -210,16 +210,27 @@ def _(a: Arguments) -> Reading | None:
 
 @reads(torch.rsub, "rsub")
 def _(a: Arguments) -> Reading | None:
-    value, other = a.pair()
+    value, other, through = spread_out(*a.pair())
     known = exact(other)
-    if "alpha" in a.node.kwargs:
+    if "alpha" in a.node.kwargs or constant(value) is not None:
         return None
-    return Sum(((value, -1.0), (other, 1.0))) if known is None else scale_layer(-1.0, known)
+    return Sum(((value, -1.0), (other, 1.0))) if known is None else _by_way_of(scale_layer(-1.0, known), value, through)
+
+
+@reads(torch.addcmul, "addcmul")
+def _(a: Arguments) -> Layer | None:
+    """A constant and a value times one: `torch.addcmul(shift, x, scale)`."""
+    shift, (left, right) = exact(a(0, "input")), (a(1, "tensor1"), a(2, "tensor2"))
+    factor, value = (exact(right), left) if constant(left) is None else (exact(left), right)
+    if shift is None or factor is None or constant(value) is not None or "value" in a.node.kwargs:
+        return None
+    layer = scale_layer(factor, shift)
+    return None if layer is None else replace(layer, source=value)
 
 
 def _signed_sum(a: Arguments, sign: float) -> Reading | None:
     """left + sign * alpha * right."""
-    left, right, through = _spread_out(*a.pair())
+    left, right, through = spread_out(*a.pair())
     alpha = a.node.kwargs.get("alpha", 1)
     if not isinstance(alpha, (int, float)):
         return None
@@ -239,7 +250,7 @@ def _signed_sum(a: Arguments, sign: float) -> Reading | None:
 
 @reads(operator.mul, operator.imul, torch.mul, torch.multiply, "mul", "imul", "rmul", "multiply")
 def _(a: Arguments) -> Layer | Identity | None:
-    left, right, through = _spread_out(*a.pair())
+    left, right, through = spread_out(*a.pair())
     factor, value = (exact(right), left) if constant(left) is None else (exact(left), right)
     if factor is None:
         return None
@@ -249,24 +260,6 @@ def _(a: Arguments) -> Layer | Identity | None:
 def _by_way_of(layer: Layer | None, source: fx.Node, through: tuple[fx.Node, ...]) -> Layer | None:
     """A layer whose constant other nodes spread out."""
     return replace(layer, source=source, through=through) if layer and through else layer
-
-
-def _spread_out(left: Any, right: Any) -> tuple[Any, Any, tuple[fx.Node, ...]]:
-    """Two operands, the constant for one that only repeats it to the shape of the other, and what does so."""
-    for value, other, back in ((left, right, False), (right, left, True)):
-        if not isinstance(value, fx.Node) or torch_name(value) not in ("expand_as", "expand", "broadcast_to"):
-            continue
-        held, *shape = value.args
-        like = shape[0] if len(shape) == 1 and isinstance(shape[0], fx.Node) else None
-        whole = (
-            like is not None
-            and asked_of(like) == "sizes"
-            and like.args[0] is other
-            and len(like.args) + (like.op == "call_function") in (1, 3)
-        )
-        if constant(held) is not None and other is not value and (like is other or whole):
-            return (other, held, (value,)) if back else (held, other, (value,))
-    return left, right, ()
 
 
 @reads(
@@ -333,20 +326,27 @@ def _(a: Arguments) -> Sum | None:
     if weighed is not None and len(weighed.args) == 2:
         left, right = weighed.args
         value, factors = (left, exact(right)) if constant(left) is None else (right, exact(left))
-    if not isinstance(value, fx.Node) or value.target is not torch.stack or set(a.node.kwargs) - {"dim", "axis"}:
+    if (stack := stacked(value, a)) is None or set(a.node.kwargs) - {"dim", "axis"} or len(a.node.args) > 2:
         return None
-    inner = Arguments(value, a.read)
-    parts, dim = inner(0, "tensors"), inner(1, "dim", 0)
+    parts, dim = stack
+    assert isinstance(value, fx.Node)
     over = a(1, "dim", a.node.kwargs.get("axis"))
-    if not isinstance(parts, (list, tuple)) or over not in (dim, [dim], (dim,)) or len(a.node.args) > 2:
-        return None
-    plain = all(isinstance(p, fx.Node) and not VALUE.known(p) for p in parts)
     share = 1.0 / len(parts) if a.node.target in (torch.mean, "mean") else 1.0
     numbers = [1.0] * len(parts) if weighed is None else _along(factors, dim, len(parts), value)
-    if not plain or numbers is None:
+    if over not in (dim, [dim], (dim,)) or numbers is None:
         return None
     through = (value,) if weighed is None else (value, weighed)
     return Sum(tuple((part, share * number) for part, number in zip(parts, numbers, strict=True)), through)
+
+
+def stacked(value: Any, a: Arguments) -> tuple[Sequence[fx.Node], int] | None:
+    """The values that are stacked, and along which dim; None if it is no stack of such."""
+    if not isinstance(value, fx.Node) or value.target is not torch.stack:
+        return None
+    inner = Arguments(value, a.read)
+    parts, dim = inner(0, "tensors"), inner(1, "dim", 0)
+    plain = isinstance(parts, (list, tuple)) and all(isinstance(p, fx.Node) and not VALUE.known(p) for p in parts)
+    return (parts, dim) if plain and isinstance(dim, int) else None
 
 
 def _along(factors: Any, dim: int, count: int, stacked: fx.Node) -> list[float] | None:

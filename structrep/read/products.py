@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from structrep.graph.constants import constant
+from structrep.graph.constants import constant, exact
 from structrep.graph.shapes import rank
 from structrep.read.arguments import Arguments, reads
-from structrep.terms.layer import Layer
+from structrep.read.functions import stacked
+from structrep.terms.layer import Layer, Sum
 from structrep.terms.layers import channel_mix_layer, linear_layer
 
 
@@ -29,9 +31,20 @@ def _(a: Arguments) -> Layer | None:
     return None if a.node.kwargs.keys() & {"alpha", "beta"} else channel_mix_layer(weight, weight.T, 0, bias)
 
 
+def _weighed(a: Arguments, weight: Any, value: Any, dim: int) -> Sum | None:
+    """A sum of values that are stacked along a dim, each with its number of a weight, (count,)."""
+    numbers, stack = exact(weight), stacked(value, a)
+    if stack is None or stack[1] != dim or not isinstance(numbers, Tensor) or numbers.shape != (len(stack[0]),):
+        return None
+    told = numbers.detach().double().tolist()
+    return Sum(tuple(zip(stack[0], told, strict=True)), (value,))
+
+
 @reads(torch.tensordot)
-def _(a: Arguments) -> Layer | None:
+def _(a: Arguments) -> Layer | Sum | None:
     weight, dims = constant(a(1, "b")), a(2, "dims", 2)
+    if dims == 1 and (found := _weighed(a, a(0, "a"), a(1, "b"), 0)) is not None:
+        return found
     last = dims in (1, ([-1], [0]), ((-1,), (0,))) and isinstance(weight, Tensor) and weight.ndim == 2
     return channel_mix_layer(weight, weight.T, 0) if last else None  # type: ignore[arg-type, union-attr]
 
@@ -47,7 +60,7 @@ def _(a: Arguments) -> Layer | None:
 
 
 @reads(torch.einsum)
-def _(a: Arguments) -> Layer | None:
+def _(a: Arguments) -> Layer | Sum | None:
     equation, *operands = a.node.args
     if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
         operands = list(operands[0])
@@ -59,6 +72,8 @@ def _(a: Arguments) -> Layer | None:
     terms = given.split(",")
     letters, value = terms[weights[0]], terms[1 - weights[0]]
     assert isinstance(weight, Tensor)
+    if len(letters) == 1 and value.count(letters) == 1 and value.replace(letters, "") == result:
+        return _weighed(a, operands[weights[0]], operands[1 - weights[0]], value.index(letters))
     mixed, made = set(letters) & set(value), set(letters) - set(value)
     if not len(letters) == weight.ndim == len(mixed | made) == 2 or len(mixed) != 1:
         return None

@@ -73,8 +73,10 @@ class ConstantLoader:
             args, kwargs = pytree.tree_map(lambda one: self.written[id(one)] if isinstance(one, Tensor) else one, given)
             name = origin.function.__name__
             if getattr(Tensor, name, None) is origin.function:
-                return self.graph.call_method(name, args, kwargs)
-            return self.graph.call_function(origin.function, args, kwargs)
+                made = self.graph.call_method(name, args, kwargs)
+            else:
+                made = self.graph.call_function(origin.function, args, kwargs)
+            return made if origin.item is None else self.graph.call_function(operator.getitem, (made, origin.item))
         if (entry := self.traced.entries.get(id(tensor))) is not None:
             (_, name), *steps = entry.steps
             found = self.graph.get_attr(self.spelling.relative(f"{entry.holder}.{name}" if entry.holder else name))

@@ -213,7 +213,7 @@ class Comparison:
             if origins[0] is not origins[1] or one.shape != other.shape or not torch.equal(one, other):
                 raise Different
             return
-        if origins[0].function is not origins[1].function or origins[0].contexts != origins[1].contexts:
+        if any(getattr(origins[0], name) != getattr(origins[1], name) for name in ("function", "contexts", "item")):
             raise Different
         self._pair(origins[0].args, origins[1].args, one, ("args",))
         self._pair(origins[0].kwargs, origins[1].kwargs, one, ("kwargs",))
@@ -294,4 +294,4 @@ class _Numbers:
         if origin is None:
             return tuple(tensor.shape), str(tensor.dtype), tuple(tensor.flatten()[:64].tolist())
         name = getattr(origin.function, "__name__", repr(origin.function))
-        return name, self._of(origin.args), self._of(origin.kwargs)
+        return name, origin.item, self._of(origin.args), self._of(origin.kwargs)

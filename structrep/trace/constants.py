@@ -115,6 +115,10 @@ class Constants(TorchFunctionMode):
         itself = any(result is one for one in pytree.tree_leaves((args, kwargs)))  # `x.to(x.dtype)`
         if isinstance(result, Tensor) and not written and not itself:
             self.origins.known[id(result)] = Origin(result, func, args, kwargs, self.recorder.contexts.now)
+        several = result if isinstance(result, (tuple, list)) and not written else ()
+        for item, one in enumerate(several):
+            if isinstance(one, Tensor) and id(one) not in self.names:
+                self.origins.known[id(one)] = Origin(one, func, args, kwargs, self.recorder.contexts.now, item)
         return result
 
     def holds(self, tensor: Tensor) -> bool:

@@ -76,7 +76,7 @@ class Origins:
                     continue
                 elif id(one) not in known:
                     args, kwargs = pytree.tree_map(lambda v: known.get(id(v), v), (origin.args, origin.kwargs))
-                    known[id(one)] = origin.function(*args, **kwargs)
+                    known[id(one)] = origin.again(args, kwargs)
                 pending.pop()
             return known[id(tensor)]
 
