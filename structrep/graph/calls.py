@@ -6,11 +6,12 @@ import functools
 import inspect
 import linecache
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from types import CodeType, FunctionType
 from typing import Any
 
+import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
@@ -42,6 +43,7 @@ class Call:
     steps: list[fx.Node | Call] = field(default_factory=list)  # what its forward did, in order
     reads: dict[tuple[str, str], Read] = field(default_factory=dict)  # what it asked for, by whose it is and how
     codes: dict[CodeType, dict[str, Any]] = field(default_factory=dict)  # the code that asked, and its namespace
+    functions: dict[CodeType, FunctionType] = field(default_factory=dict)  # those of that code which are known
     held: dict[fx.Node, set[CodeType]] = field(default_factory=dict)  # values that code of no call had as it asked
     at: int | None = None  # the instruction of its parent's code that it is called by, if that code itself calls it
     contexts: tuple[Context, ...] = ()  # that it is called in
@@ -219,6 +221,13 @@ class Traced:
     changes: dict[tuple[str, str], frozenset[int]] = field(default_factory=dict)
     watched: Mapping[tuple[str, str], frozenset[int]] | None = None
 
+    def above(self, calls: Iterable[Call]) -> list[Call]:
+        """The calls of modules around those of some calls that no run was seen to make: they may make them."""
+        guessed = [one for one in calls if one in self.guessed]
+        ways = {one.path[:end] for one in guessed for end, mark in enumerate(one.path) if mark == "."}
+        ways |= {""} if guessed else set()
+        return [one for made in self.calls.values() for one in made if one.path in ways and not one.leaf]
+
     def plain(self, tensor: Any) -> Entry | None:
         """Where a tensor stands that is an attribute of a module, or in one, and neither parameter nor buffer."""
         holder, _, name = self.names.get(id(tensor), "").rpartition(".")
@@ -264,5 +273,5 @@ class Method:
 
 
 def storage(tensor: Tensor) -> int:
-    """Which memory a tensor looks at."""
-    return tensor.untyped_storage().data_ptr()
+    """Which memory a tensor looks at; of a sparse one, which has several, the tensor."""
+    return tensor.untyped_storage().data_ptr() if tensor.layout is torch.strided else id(tensor)

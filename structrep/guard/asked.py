@@ -24,6 +24,7 @@ class Asking:
         self.found: dict[str, list[Introspection]] = defaultdict(
             list, {k: [*v] for k, v in traced.introspections.items()}
         )
+        self.traced = traced
         self.perhaps: dict[tuple[nn.Module, str], frozenset[str]] = {}
         for path in sorted(traced.whole | traced.untraced.keys()):
             module = traced.model.get_submodule(path)
@@ -40,6 +41,7 @@ class Asking:
         """The calls whose code may ask layers of a merge for something, on a path that was not taken."""
         layers = {CALL.of(node) for node in nodes if node.op == "call_module"}
         around = dict.fromkeys(call for layer in layers for call in layer.chain() if not call.leaf)
+        around |= dict.fromkeys(self.traced.above(around))
         return {one for one in around if not self._may_ask(one).isdisjoint(layer.path for layer in layers)}
 
     def _may_ask(self, call: Call) -> frozenset[str]:

@@ -12,7 +12,7 @@ any name that code which cannot be followed calls of a part. Left out are those 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass
 from inspect import Parameter, signature
 from types import FunctionType
@@ -22,7 +22,7 @@ from torch import fx, nn
 
 from structrep.errors import Shared
 from structrep.graph.calls import Call, Method, Traced
-from structrep.graph.facts import CALL, INDEX
+from structrep.graph.facts import CALL, FORMULA, INDEX
 from structrep.graph.names import path_of
 from structrep.modules.call_sites import methods_called
 from structrep.modules.mentions import mentions
@@ -72,7 +72,10 @@ class Borders:
         Raises:
             Shared: it is, or may be.
         """
-        held = {str(n.target) for node in inside for n in node.all_input_nodes if n.op == "get_attr"}
+        read = [n for node in inside for n in node.all_input_nodes if n.op == "get_attr"]
+        held = {str(n.target) for n in read if not FORMULA.get(n)}
+        made = (tensor for n in read if FORMULA.get(n) for tensor in FORMULA.of(n).tensors)
+        held |= {name for tensor in made if (name := self.traced.names.get(id(tensor))) is not None}
         for around in owner.chain() if held else ():
             self._check_parameters(around, held)
         for node, call in self._given_back(inside, root, owner):
@@ -80,12 +83,36 @@ class Borders:
                 if _is_forward(call.method):
                     raise Shared(f"{call.path or 'the model'}.{call.method} gives back a value inside the merge")
                 continue
-            for around, variant in self._lookers(owner, call, node is root, inside):
+            for around, variant in self._lookers(owner, call, node is root, inside, inside - {root}):
                 if root is None or not _is_flag(around, variant):
                     raise Shared(
                         f"{type(around.module).__name__}.{variant} may look at what {call.path} gives, which would no "
                         f"longer be there"
                     )
+
+    def check_absorbed(
+        self, changed: set[fx.Node], between: set[fx.Node], takers: Iterable[fx.Node], owner: Call
+    ) -> None:
+        """Raise if another forward looks at what stands between a scale and the layers that take it, or gives these
+        something else.
+
+        Args:
+            changed, between: what will be another there; without the scale and the layers.
+            takers: the layers behind it.
+
+        Raises:
+            Shared: it does, or may.
+        """
+        self.check(changed, None, owner)
+        sources = {node for taker in takers for node in taker.all_input_nodes}
+        for taker in sorted(takers, key=INDEX.of):
+            for call in self.given[taker]:
+                if call.leaf and call is not owner and owner in call.chain():
+                    for around, variant in self._lookers(owner, call, True, between | sources, between):
+                        raise Shared(
+                            f"{type(around.module).__name__}.{variant} may give {call.path} something else than it is "
+                            f"given here"
+                        )
 
     def flagged(self, inside: set[fx.Node], root: fx.Node, owner: Call) -> set[Call]:
         """The calls of parts whose forwards, with a flag that none of their callers turns, look into what may be merged
@@ -94,7 +121,7 @@ class Borders:
             around
             for node, call in self._given_back(inside, root, owner)
             if call.method == "forward"
-            for around, variant in self._lookers(owner, call, node is root, inside)
+            for around, variant in self._lookers(owner, call, node is root, inside, inside - {root})
             if _is_flag(around, variant)
         }
 
@@ -125,8 +152,14 @@ class Borders:
             if uses:
                 raise Shared(f"{type(around.module).__name__}.{variant} uses {' or '.join(sorted(uses))} too")
 
-    def _lookers(self, owner: Call, call: Call, last: bool, inside: set[fx.Node]) -> Iterator[tuple[Call, Variant]]:
-        """The other forwards of modules around that look at what a call of a part gives, or give it something else."""
+    def _lookers(
+        self, owner: Call, call: Call, last: bool, inside: set[fx.Node], within: set[fx.Node]
+    ) -> Iterator[tuple[Call, Variant]]:
+        """The other forwards of modules around that look at what a call of a part gives, or give it something else.
+
+        Args:
+            within: what of the merge other values are inside of, by which they have to go and come alike.
+        """
         for around in owner.chain():
             variants = self._other_forwards(around)
             parts = self._parts(around.module, call.module) if variants else frozenset()
@@ -143,7 +176,7 @@ class Borders:
                     variant.flags or (seen is not None and self._runs_it_whole(around, variant, inside))
                 ):
                     continue
-                if method is None or self._differs(method, call, last, inside):
+                if method is None or self._differs(method, call, last, inside, within):
                     yield around, variant
 
     def _parts(self, module: nn.Module, part: nn.Module) -> frozenset[str]:
@@ -156,19 +189,17 @@ class Borders:
             self.below[module] = {below: frozenset(names) for below, names in found.items()}
         return self.below[module].get(part, frozenset())
 
-    def _differs(self, method: Method, call: Call, last: bool, inside: set[fx.Node]) -> bool:
+    def _differs(self, method: Method, call: Call, last: bool, inside: set[fx.Node], within: set[fx.Node]) -> bool:
         """Whether a method uses a part of a merge otherwise than `forward` does."""
         usual = self.traced.calls[call.module, call.method]
         calls = method.forwards.get(call.path, [])
-        read = [_readers(one.result) for one in usual]
-        fed = [_feeders(one) for one in usual]
         given = any(isinstance(p, fx.Proxy) and p.node in inside for p in call.args)
         asked = {one.question for one in self.traced.introspections.get(call.path, ())}
         return (
             any(self._reaches_otherwise(path, method) for path in method.reached if path.startswith(f"{call.path}."))
             or (call.leaf and not method.introspected.get(call.path, set()) <= asked)
-            or (not last and any(not any(_readers(one.result) <= some for some in read) for one in calls))
-            or (given and any(_feeders(one) not in fed for one in calls))
+            or (not last and any(not any(_goes_as(one, own, within) for own in usual) for one in calls))
+            or (given and any(not any(_comes_as(one, own, inside, within) for own in usual) for one in calls))
         )
 
     def _uses_otherwise(self, name: str, method: Method) -> bool:
@@ -178,7 +209,9 @@ class Borders:
         return runs or (name in method.reached and self._reaches_otherwise(name, method))
 
     def _called(self, path: str) -> list[Call]:
-        return self.traced.calls.get((self.traced.model.get_submodule(path), "forward"), [])
+        """The calls of a layer that a run is seen to make."""
+        calls = self.traced.calls.get((self.traced.model.get_submodule(path), "forward"), [])
+        return [one for one in calls if self.traced.guessed.isdisjoint(one.chain())]
 
     def _reaches_otherwise(self, path: str, method: Method) -> bool:
         """Whether a method uses what is at a path where `forward` does not: a part of it that both run may."""
@@ -242,18 +275,39 @@ def _variants(name: str, function: FunctionType) -> Iterator[Variant]:
             yield Variant(name, ((parameter.name, ...),))
 
 
-def _readers(value: Any) -> set[tuple[str, str, str]]:
-    """What reads a value, as it is called and where."""
-    node = value.node if isinstance(value, fx.Proxy) else value
-    if not isinstance(node, fx.Node):
-        return {("given back", "", "")}
-    return set(map(_named, node.users))
+def _goes_as(call: Call, usual: Call, inside: Set[fx.Node]) -> bool:
+    """Whether what a call gives is read by nothing else than what another call of the part gives, and so on for what
+    is made of it inside."""
+    one, other = (of.result.node if isinstance(of.result, fx.Proxy) else of.result for of in (call, usual))
+    if not (isinstance(one, fx.Node) and isinstance(other, fx.Node)):
+        return not isinstance(other, fx.Node)
+    return _is_read_as(one, other, inside)
 
 
-def _feeders(call: Call) -> set[tuple[str, str, str]]:
-    """What makes that which a call is given, as it is called and where."""
-    nodes = [p.node for p in call.args if isinstance(p, fx.Proxy)]
-    return set(map(_named, nodes))
+def _is_read_as(one: fx.Node, other: fx.Node, inside: Set[fx.Node]) -> bool:
+    """The same of values; deep by no more than what is inside."""
+    return all(
+        any(
+            _named(own) == _named(user) and (own not in inside or _is_read_as(user, own, inside)) for own in other.users
+        )
+        for user in one.users
+    )
+
+
+def _comes_as(call: Call, usual: Call, inside: Set[fx.Node], within: Set[fx.Node]) -> bool:
+    """Whether what a call is given is made as that which another call of the part is given, as far as that is inside,
+    and so on for what is within."""
+    ones, others = ([p.node for p in of.args if isinstance(p, fx.Proxy)] for of in (call, usual))
+    pending, seen = [(ones, [one for one in others if one in inside])], set[fx.Node]()
+    for mine, theirs in pending:
+        for node in (one for one in theirs if one not in seen):
+            seen.add(node)
+            found = next((one for one in mine if _named(one) == _named(node)), None)
+            if found is None:
+                return False
+            if node in within:
+                pending.append((found.all_input_nodes, [one for one in node.all_input_nodes if one in inside]))
+    return True
 
 
 def _named(node: fx.Node) -> tuple[str, str, str]:

@@ -64,7 +64,7 @@ class Legality:
         findings.replicas.check(changed, owner)
         findings.borders.check(inside, root, owner)
         for one in stretch.absorbed:
-            findings.borders.check(one.changed, None, owner)
+            findings.borders.check_absorbed(one.changed, one.between, one.before, owner)
 
 
 def owner_of(nodes: Iterable[fx.Node]) -> Call:

@@ -9,6 +9,7 @@ from types import CodeType, FunctionType
 
 from torch import nn
 
+from structrep.modules.objects import is_object
 from structrep.modules.positions import definition
 from structrep.modules.presence import path_to
 from structrep.modules.settable import own_writes
@@ -24,6 +25,10 @@ def computing(module: nn.Module, tree: ast.AST, itself: str) -> dict[str, frozen
         itself: what it calls its module.
     """
     known = {type(one): functions(type(one)) for one in module.modules()}
+    # functions among the attributes, and methods of objects there, may go by anything
+    held = {name for one in module.modules() for name, value in vars(one).items() if callable(value)}
+    objects = {type(value) for one in module.modules() for value in vars(one).values() if is_object(value)}
+    held |= {name for cls in objects for name, value in vars(cls).items() if hasattr(value, "__get__")}
     found: dict[str, frozenset[FunctionType]] = {}
     for call in (one for one in ast.walk(tree) if isinstance(one, ast.Call)):
         holder, _, name = (path_to(call.func, itself) or "").rpartition(".")
@@ -31,18 +36,25 @@ def computing(module: nn.Module, tree: ast.AST, itself: str) -> dict[str, frozen
         function = known[type(part)].get(name) if part is not None else None
         if function is None or name in vars(part) or name in nn.Module.__dict__ or name == "forward":
             continue
-        reached = _reached(function, known.keys())
+        reached = _reached(function, known.keys(), held)
         if reached is not None and all(_only_computes(*one) for one in reached):
             found[f"{holder}.{name}" if holder else name] = frozenset(one for one, _ in reached)
     return found
 
 
-def _reached(function: FunctionType, classes: Collection[type]) -> list[tuple[FunctionType, bool]] | None:
+def _reached(
+    function: FunctionType, classes: Collection[type], opaque: Collection[str]
+) -> list[tuple[FunctionType, bool]] | None:
     """A method, and all methods of some classes that it may call, by their names, and whether each is static; None if
-    those are not all plain."""
+    those are not all plain, or it names what may go by anything."""
     reached, static = [function], set[FunctionType]()
     for one in reached:
-        for name in _names(one.__code__):
+        names = set(_names(one.__code__))
+        if not names.isdisjoint(("type", "__class__", "__dict__", "vars")):
+            return None
+        if not names.isdisjoint(opaque):
+            return None
+        for name in sorted(names):
             for cls in classes if name not in nn.Module.__dict__ else ():
                 held = inspect.getattr_static(cls, name, None)
                 own = held.fget if isinstance(held, property) else getattr(held, "__func__", held)

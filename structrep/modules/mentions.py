@@ -11,6 +11,8 @@ from torch import nn
 
 from structrep.modules.source import attribute_of, functions, read_function, written_in
 
+_STORES = {"_modules", "_parameters", "_buffers", "__dict__"}
+
 
 def mentions(cls: type, name: str, picks: bool = True) -> frozenset[str] | None:
     """The attributes of its module that a method mentions, itself or in methods that it calls.
@@ -63,8 +65,10 @@ def _own_mentions(function: FunctionType, picks: bool) -> frozenset[str] | None:
     picked = [one for one in nodes if isinstance(one, ast.Call) and _picks(one, itself)]
     by_name = {one.args[1].value for one in picked if isinstance(one.args[1], ast.Constant)}
     given = _given(tree, itself) if picks else frozenset()
-    named = [n for one in picked for n in ast.walk(one.args[1]) if isinstance(n, ast.Name)]
-    if any(one.id not in given for one in named):
+    computed = [one.args[1] for one in picked if not isinstance(one.args[1], ast.Constant)]
+    if any(not isinstance(one, ast.Name) or one.id not in given for one in computed):
+        return None
+    if any(attribute_of(node, itself) and node.attr in _STORES for node in nodes if isinstance(node, ast.Attribute)):
         return None
     uses = sum(isinstance(node, ast.Name) and node.id in (itself, "super") for node in nodes)
     bare = uses != len(asked) + len(picked)
@@ -84,8 +88,13 @@ def _picks(call: ast.Call, itself: str) -> bool:
 
 
 def _given(tree: ast.AST, itself: str) -> frozenset[str]:
-    """The names of what a function is given, and of what is in that."""
-    found = {one.arg for one in ast.walk(tree) if isinstance(one, ast.arg)} - {itself}
+    """The names of what a function has to be given, and of what is in that."""
+    if not isinstance(tree, ast.FunctionDef):
+        return frozenset()
+    plain = [*tree.args.posonlyargs, *tree.args.args]
+    needed = plain[: len(plain) - len(tree.args.defaults)]
+    alone = zip(tree.args.kwonlyargs, tree.args.kw_defaults, strict=True)
+    found = {one.arg for one in (*needed, *(one for one, default in alone if default is None))} - {itself}
     stored = [n for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
     loops = [n for n in ast.walk(tree) if isinstance(n, ast.For) and getattr(n.iter, "id", None) in found]
     targets = {one.target for one in loops}

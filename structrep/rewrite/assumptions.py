@@ -105,7 +105,7 @@ class Assumptions:
         for one in self.followed.calls():
             function = one.code
             if isinstance(function, FunctionType) and not one.leaf:
-                codes: list[Any] = [(code, space, None) for code, space in one.codes.items()]
+                codes: list[Any] = [(code, space, one.functions.get(code)) for code, space in one.codes.items()]
                 methods = [function, *methods_of([function.__code__, *one.codes], one.module)]
                 held = (getattr(value, "func", value) for value in vars(one.module).values() if callable(value))
                 methods += [value for value in held if isinstance(value, FunctionType)]  # that it may call

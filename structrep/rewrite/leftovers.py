@@ -120,7 +120,8 @@ class Leftovers:
         for root in self.traced.guessed:
             around = {*_holders(f"{root.path}."), ""}
             held = {f"{root.path}.{name}" for name, _ in root.module.named_parameters()}
-            if held <= dead and around.isdisjoint(self.traced.whole):
+            merges = any(root in merge.owner.chain() for merge in self.merges)
+            if held <= dead and not merges and around.isdisjoint(self.traced.whole):
                 yield from (f"{root.path}.{name}".rstrip(".") for name, _ in root.module.named_modules())
 
     def used(self) -> tuple[set[int], set[int]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterable, Iterator, Set
+from functools import cached_property
 from typing import Any
 
 from torch import nn
@@ -14,6 +15,8 @@ from structrep.modules.source import attribute_of, functions, read_function
 
 _ORDERED = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 STORES = {"_modules", "_parameters", "_buffers", "__dict__"}
+_TELL = {"str", "repr", "format", "len", "iter", "list", "tuple", "vars", "dir"}
+_TELL_ALL = {"__repr__", "__str__", "__format__", "__len__", "__iter__"}
 _ASK_NO_PART = {"isinstance", "super", "type", "id", "len", "bool"}
 
 
@@ -42,7 +45,11 @@ class Mentioned:
     def add(self, nodes: Iterable[ast.AST], itself: str, parents: dict[ast.AST, ast.AST]) -> None:
         """Add what syntax asks for, and the methods that it calls."""
         cls: Any = type(self.module)
-        known, pending = methods_of(cls), self._add(nodes, itself, parents)
+        kept: dict[str, Any] = {
+            name: held.func for name in dir(cls) if isinstance(held := getattr(cls, name, None), cached_property)
+        }
+        known: dict[str, Any] = {**methods_of(cls), **kept}
+        pending = self._add(nodes, itself, parents)
         seen = set(self.edited)
         while pending and not self.everything:
             name = pending.pop()
@@ -68,11 +75,12 @@ class Mentioned:
             if attribute_of(node, itself):
                 assert isinstance(node, ast.Attribute)
                 found.add(node.attr)
-                self.counts |= node.attr in STORES and not _is_entry(around)
+                self.counts |= (node.attr in STORES and not _is_entry(around)) or node.attr in _TELL_ALL
                 if isinstance(self.parts.get(node.attr), (nn.ModuleList, nn.ModuleDict)):
                     self.inside |= {node.attr} if self._is_handed(node, parents) else set()
             elif isinstance(node, ast.Attribute):
                 self.below.add(node.attr)
+                self.counts |= _is_of_super(node) and node.attr != "forward" and hasattr(nn.Module, node.attr)
             elif isinstance(node, ast.Call) and _asks_by_name(node):
                 of_itself, name = isinstance(node.args[0], ast.Name) and node.args[0].id == itself, node.args[1]
                 if not isinstance(name, ast.Constant):
@@ -81,10 +89,10 @@ class Mentioned:
                     (found if of_itself else self.below).add(str(name.value))
             elif isinstance(node, ast.Name) and node.id == itself and not isinstance(around, ast.Attribute):
                 asks = around.func.id if isinstance(around, ast.Call) and isinstance(around.func, ast.Name) else ""
-                self.counts |= asks in ("str", "repr", "format") or isinstance(around, ast.FormattedValue)
-                self.everything |= asks not in _ASK_NO_PART and not (
-                    isinstance(around, ast.Call) and _asks_by_name(around) and around.args[0] is node
-                )
+                by_name = isinstance(around, ast.Call) and _asks_by_name(around) and around.args[0] is node
+                handed = asks not in _ASK_NO_PART and not by_name  # to whoever may ask for anything
+                self.counts |= asks in _TELL or (handed and not asks)
+                self.everything |= handed
         self.own |= found
         return found
 
@@ -112,6 +120,10 @@ class Mentioned:
                     yield path
                     if (part := parts.get(name)) is not None:
                         pending.append((path, part, every or path in self.inside))
+
+
+def _is_of_super(node: ast.Attribute) -> bool:
+    return isinstance(node.value, ast.Call) and getattr(node.value.func, "id", "") == "super"
 
 
 def _is_entry(around: ast.AST | None) -> bool:

@@ -50,6 +50,8 @@ class Spelling:
         if isinstance(holder, FunctionType):
             return self._cell(holder, read.text)
         module = read.text.partition(".")[0]
+        if module not in sys.modules:  # a variable around code of another class, say
+            raise Unreadable(f"{self.call.shown} goes by {read.text}, which may be set to something else")
         self.names[module] = sys.modules[module]
         return read.text
 

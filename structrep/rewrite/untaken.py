@@ -101,6 +101,7 @@ class Untaken:
         if not parts:
             return {}
         around = list(dict.fromkeys(call for chain in chains for call in chain))
+        around += self.traced.above(around)
         found: dict[Call, list[Use]] = {}
         hangs: dict[frozenset[str], list[tuple[Call, Use]]] = {}
         for call in around:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import ast
 import dis
 import operator
 import sys
 from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx
 
 from structrep.graph import operations
+from structrep.modules.boxes import FILLS
+from structrep.modules.positions import definition, place
 from structrep.trace.held import owner_of
 
 if TYPE_CHECKING:
@@ -62,7 +66,7 @@ class TracedValue(fx.Proxy):
         raise self._refuse(TypeError("a value that depends on the input is written as text"))
 
     def __format__(self, spec: str) -> str:
-        return repr(self)  # for the messages of assertions
+        return repr(self) if _only_tells(sys._getframe(1)) else str(self)
 
     def __int__(self) -> int:
         return int(self.tracer.observer.number(self, int))
@@ -102,6 +106,20 @@ class TracedAttribute(fx.proxy.Attribute, TracedValue):
         if owner is None or (self.attr not in ("device", "dtype") and inner != "device"):
             return super().__str__()
         return str(owner.device.type if inner else getattr(owner, self.attr))
+
+
+def _only_tells(frame: FrameType) -> bool:
+    """Whether the text that code of a frame makes of a value is for somebody to read: of an error, of an assertion, or
+    of a statement that gives nothing."""
+    found = definition(frame.f_code)
+    node = place(frame.f_code, frame.f_lasti) if found is not None else None
+    while found is not None and node is not None:
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in FILLS:
+            return False
+        if isinstance(node, ast.stmt):
+            return isinstance(node, (ast.Raise, ast.Assert, ast.Expr))
+        node = found[1].get(node)
+    return False
 
 
 INFOS = (torch.finfo, torch.iinfo)

@@ -18,7 +18,8 @@ from structrep.graph.contexts import Contexts
 from structrep.graph.facts import CALL, STORED
 from structrep.graph.structures import alike, held, holds_still, is_traced, proxies, snapshot
 from structrep.modules import parametrized
-from structrep.modules.source import written_first
+from structrep.modules.objects import is_object
+from structrep.modules.source import functions_in, written_first
 from structrep.read.modules import settings as settings_of
 from structrep.trace.class_reads import methods_of
 from structrep.trace.frames import may_go_otherwise
@@ -86,10 +87,21 @@ class Recorder:
             return function(*args, **kwargs)
         if not is_traced((args, kwargs)):  # its code is asked what it goes by; all that it gives is constant
             code = inspect.unwrap(function).__code__
-            for one in (inspect.unwrap(function), *methods_of([code], m)):
+            for one in (inspect.unwrap(function), *methods_of([code], m), *_functions_held(m)):
                 self.stack[-1].codes[one.__code__] = one.__globals__
-            return function(*args, **kwargs)
+                self.stack[-1].functions[one.__code__] = one
+            return self._unrecorded(m, function, args, kwargs)
         return self.record(m, function, args, kwargs, False, name, function)
+
+    def _unrecorded(self, m: nn.Module, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """What a method gives that is given no value; it may count its calls in its module."""
+        before = snapshot(m.__dict__)
+        result = function(*args, **kwargs)
+        now = m.__dict__
+        settled = {key for key, value in now.items() if isinstance(value, Tensor) and self.origins.formula(value)}
+        kept = [{key: one for key, one in held.items() if key not in settled} for held in (before, now)]
+        self.stack[-1].mutates |= not alike(*kept)
+        return result
 
     def record(
         self, m: nn.Module, run: Callable[..., Any], args: Any, kwargs: Any, leaf: bool, method: str, function: Any
@@ -199,6 +211,15 @@ class Recorder:
             for call in self.calls:
                 given = {proxy.node for proxy in proxies((call.args, call.kwargs, call.result))}
                 call.mutates |= call in makers or value.node in given
+
+
+def _functions_held(m: nn.Module) -> Iterator[FunctionType]:
+    """The functions among a module's attributes, and those of objects there."""
+    for value in vars(m).values():
+        if isinstance(value, FunctionType):
+            yield value
+        elif is_object(value):
+            yield from (one for held in vars(type(value)).values() for one in functions_in(held))
 
 
 def _chance() -> tuple[Any, ...]:

@@ -406,10 +406,11 @@ class AsksMore(ReadsANorm):
         return [y, y * (1 if type(self.border.norm) is nn.BatchNorm2d else 2)]
 
 
-@pytest.mark.parametrize(("cls", "merges"), [(ReadsANorm, 1), (ReadsMore, 0), (AsksMore, 0)])
-def test_a_part_that_reads_its_own_parts(cls, merges):
+@pytest.mark.parametrize(
+    ("cls", "merges", "refused"), [(ReadsANorm, 1, ""), (ReadsMore, 0, "Shared"), (AsksMore, 0, "Shared Costlier")]
+)
+def test_a_part_that_reads_its_own_parts(cls, merges, refused):
     """Another forward that runs the part reads of it what `forward` does, and is no hindrance: DBB in timm's ResNet."""
-    refused = "" if merges else "Shared Costlier"
     check(cls(), X, merges=merges, refused=refused, method="forward_intermediates", within=CLOSE)
     check(cls(), X, merges=merges, refused=refused, within=CLOSE)
 
@@ -505,3 +506,83 @@ class Body(nn.Module):
 def test_other_forwards_are_followed_into_what_they_run(way):
     check(Switched(way), X, merges=0, refused="Shared", within=CLOSE)
     check(Switched(way), X, merges=0, refused="Shared", method="forward_body", within=CLOSE)
+
+
+class Between(nn.Module):
+    """Layers, what stands between them and a norm, and another forward that gives that."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+        self.d, self.n, self.wide = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.BatchNorm2d(8)
+
+
+class SumBetween(Between):
+    def forward(self, x):
+        return self.n(self.a(x) + self.b(x.tanh()))
+
+    def forward_sum(self, x):
+        return self.a(x) + self.b(x.tanh())
+
+
+class StackBetween(Between):
+    def forward(self, x):
+        return self.wide(torch.cat([self.a(x), self.b(x.tanh())], 1))
+
+    def forward_sum(self, x):
+        return torch.cat([self.a(x), self.b(x.tanh())], 1)
+
+
+class UpBetween(Between):
+    def forward(self, x):
+        return self.n(F.interpolate(self.a(x), scale_factor=2.0))
+
+    def forward_sum(self, x):
+        return F.interpolate(self.a(x), scale_factor=2.0)
+
+
+class NormBetween(Between):
+    def forward(self, x):
+        y = self.n(x.relu())
+        return self.c(y) * self.d(y)
+
+    def forward_sum(self, x):
+        return self.c(x.relu())
+
+
+class NamedByDefault(Between):
+    def forward(self, x):
+        return self.n(self.a(x))
+
+    def forward_sum(self, x, name="a"):
+        return getattr(self, name)(x)
+
+
+class OfTheTable(NamedByDefault):
+    def forward_sum(self, x):
+        return self._modules["a"](x)
+
+
+@pytest.mark.parametrize("kind", [SumBetween, StackBetween, UpBetween, NormBetween, NamedByDefault, OfTheTable])
+def test_what_another_forward_gives_of_what_stands_between(kind):
+    check(kind(), X, merges=0, refused="Shared", method="forward_sum")
+
+
+class SameBetween(SumBetween):
+    def forward_sum(self, x):
+        return self.n(self.a(x) + self.b(x.tanh())).relu()
+
+
+class NamedByWhoCalls(NamedByDefault):
+    def forward_sum(self, x, names=()):
+        return self.n(self.a(x)).relu()
+
+    def forward_plugin(self, x, names):
+        for name in names:
+            x = getattr(self, name)(x)
+        return x
+
+
+@pytest.mark.parametrize(("kind", "merges"), [(SameBetween, 2), (NamedByWhoCalls, 1)])
+def test_another_forward_that_does_the_same(kind, merges):
+    check(kind(), X, merges=merges, method="forward_sum")

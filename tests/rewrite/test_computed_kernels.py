@@ -24,7 +24,7 @@ class Part(nn.Module):
         super().__init__()
         self.w, self.v = nn.Parameter(torch.randn(4, 4, 3, 3)), nn.Parameter(torch.randn(4, 4, 1, 1))
         self.flag, self.factor, self.calls, self.cached, self.settings = False, 2.0, 0, None, Settings()
-        self.factors = [1.0, 2.0]
+        self.factors, self.function = [1.0, 2.0], helper
 
     @property
     def scaled(self):
@@ -123,7 +123,20 @@ def fills_what_it_is_given(self):
 
 def counts(self):
     self.calls += 1
-    return self.w
+    return self.w * self.calls
+
+
+def by_a_cell():
+    factor = 1.5
+
+    def kernel(self):
+        return self.w * factor
+
+    return kernel
+
+
+def by_a_function_that_it_holds(self):
+    return self.function(self.w)
 
 
 def caches(self):
@@ -168,9 +181,9 @@ def _as_before():
         (by_a_name, "rewrite", sets_name, "FACTOR=1.5"),
         (by_a_helper, "rewrite", sets_name, "FACTOR=1.5"),
         (by_a_class_method, "rewrite", sets_name, "FACTOR=1.5"),
+        (by_a_function_that_it_holds, "rewrite", sets_name, "FACTOR=1.5"),
         (by_a_property_and_a_name, "rewrite", sets_name, "FACTOR=1.5"),
         (fills_what_it_is_given, "rewrite", None, ""),
-        (counts, "rewrite", None, ""),
         (caches, "rewrite", None, ""),
     ],
 )
@@ -192,8 +205,9 @@ def test_a_method_that_only_computes_goes_with_its_kernel(kernel, way, later, na
         assert named in str(raised.value)
 
 
-def test_a_method_that_tells_others_stays():
-    model = net(tells_others)
+@pytest.mark.parametrize("kernel", [tells_others, counts])
+def test_a_method_that_does_more_stays(kernel):
+    model = net(kernel)
     plan = says(structrep.plan(model), merges=0, refused="Unreadable")
     assert "changes its arguments or itself" in plan.refusals[0].reason
 
@@ -240,6 +254,34 @@ class Unfollowed(Edge):
 
 def numbers(model):
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_a_variable_around_a_method_of_another_class():
+    plan = says(structrep.plan(net(by_a_cell())), merges=0, refused="Unreadable")
+    assert "goes by factor, which may be set" in plan.refusals[0].reason
+
+
+class Within(Edge):
+    """A kernel of its own that is made of a part's, whose forward would merge too."""
+
+    def kernel(self):
+        return self.part.kernel() * 2
+
+    def forward(self, x):
+        return F.conv2d(x, self.kernel(), padding=1).relu()
+
+
+class Other(Edge):
+    def forward_part(self, x):
+        return self.part.a(x)
+
+
+def test_a_part_that_merges_by_itself_stays():
+    check(settled(Within()), X, merges=1, refused="Shared", conv=1)
+
+
+def test_another_forward_that_runs_a_layer_of_the_part():
+    says(structrep.plan(settled(Other())), merges=0, refused="Shared")
 
 
 def test_layers_that_nothing_calls_vanish_with_the_kernel_that_was_computed_of_them():

@@ -552,3 +552,29 @@ def test_a_head_that_is_never_called_merges_also_where_its_activation_is_called_
     x, deploy = torch.randn(2, 4, 6, 6, dtype=torch.float64), plan.apply()
     assert relative_error(deploy(x), model(x)) < SAME
     assert relative_error(deploy.head(x), model.head(x)) < SAME
+
+
+class Worded(nn.Module):
+    """Makes texts of values, for itself or for who reads them."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.conv, self.norm, self.how = nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), how
+
+    def forward(self, x):
+        if self.how == "message":
+            print(f"{x.shape}", end="")
+            if x.shape[1] != 4:
+                raise ValueError(f"{x.shape[1]} channels")
+            assert x.ndim == 4, f"{x.ndim} dims"
+            return self.norm(self.conv(x))
+        text = f"{x.shape[1]}" if self.how == "size" else f"{x.shape}" if self.how == "shape" else f"{x.dtype}"
+        return self.norm(self.conv(x)) * len(text)
+
+
+@pytest.mark.parametrize(("how", "merges"), [("message", 1), ("size", 0), ("shape", 0)])
+def test_texts_of_values(how, merges, capsys):
+    model, x = settled(Worded(how)), torch.randn(2, 4, 6, 5, dtype=torch.float64)
+    plan = structrep.plan(model, x)
+    assert len(plan.merges) == merges
+    assert relative_error(plan.apply()(x), model(x)) < EXACT
