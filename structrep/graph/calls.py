@@ -43,7 +43,8 @@ class Call:
     steps: list[fx.Node | Call] = field(default_factory=list)  # what its forward did, in order
     reads: dict[tuple[str, str], Read] = field(default_factory=dict)  # what it asked for, by whose it is and how
     codes: dict[CodeType, dict[str, Any]] = field(default_factory=dict)  # the code that asked, and its namespace
-    functions: dict[CodeType, FunctionType] = field(default_factory=dict)  # those of that code which are known
+    # methods that were given no value, and what those may call, by code, with the module whose they are and its path
+    functions: dict[CodeType, tuple[FunctionType, nn.Module, str]] = field(default_factory=dict)
     held: dict[fx.Node, set[CodeType]] = field(default_factory=dict)  # values that code of no call had as it asked
     at: int | None = None  # the instruction of its parent's code that it is called by, if that code itself calls it
     contexts: tuple[Context, ...] = ()  # that it is called in

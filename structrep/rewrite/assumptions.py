@@ -105,7 +105,8 @@ class Assumptions:
         for one in self.followed.calls():
             function = one.code
             if isinstance(function, FunctionType) and not one.leaf:
-                codes: list[Any] = [(code, space, one.functions.get(code)) for code, space in one.codes.items()]
+                known = {code: function for code, (function, *_) in one.functions.items()}
+                codes: list[Any] = [(code, space, known.get(code)) for code, space in one.codes.items()]
                 methods = [function, *methods_of([function.__code__, *one.codes], one.module)]
                 held = (getattr(value, "func", value) for value in vars(one.module).values() if callable(value))
                 methods += [value for value in held if isinstance(value, FunctionType)]  # that it may call
@@ -113,6 +114,9 @@ class Assumptions:
                 for read in namespace_reads([*codes, *own], self.traced.unfollowed):  # own last: those are read first
                     _check_stable(one.path, read)
                     self.add("", read)
+                for code, (_, of, path) in one.functions.items():
+                    for read in class_reads([code], of):
+                        self.add(path, read)
                 own_codes = [*(method.__code__ for method in methods), *one.codes]
                 for read in (*class_reads(own_codes, one.module), *settings_given(own_codes, one.module)):
                     self.add(one.path, read)

@@ -76,10 +76,13 @@ class Mentioned:
                 assert isinstance(node, ast.Attribute)
                 found.add(node.attr)
                 self.counts |= (node.attr in STORES and not _is_entry(around)) or node.attr in _TELL_ALL
+                shown = isinstance(around, ast.FormattedValue) or _called(around) in ("str", "repr", "format")
+                self.counts |= shown and isinstance(self.parts.get(node.attr), nn.Module)
                 if isinstance(self.parts.get(node.attr), (nn.ModuleList, nn.ModuleDict)):
                     self.inside |= {node.attr} if self._is_handed(node, parents) else set()
             elif isinstance(node, ast.Attribute):
                 self.below.add(node.attr)
+                self.counts |= node.attr in STORES and not _is_entry(around)
                 self.counts |= _is_of_super(node) and node.attr != "forward" and hasattr(nn.Module, node.attr)
             elif isinstance(node, ast.Call) and _asks_by_name(node):
                 of_itself, name = isinstance(node.args[0], ast.Name) and node.args[0].id == itself, node.args[1]
@@ -88,7 +91,7 @@ class Mentioned:
                 else:
                     (found if of_itself else self.below).add(str(name.value))
             elif isinstance(node, ast.Name) and node.id == itself and not isinstance(around, ast.Attribute):
-                asks = around.func.id if isinstance(around, ast.Call) and isinstance(around.func, ast.Name) else ""
+                asks = _called(around)
                 by_name = isinstance(around, ast.Call) and _asks_by_name(around) and around.args[0] is node
                 handed = asks not in _ASK_NO_PART and not by_name  # to whoever may ask for anything
                 self.counts |= asks in _TELL or (handed and not asks)
@@ -120,6 +123,11 @@ class Mentioned:
                     yield path
                     if (part := parts.get(name)) is not None:
                         pending.append((path, part, every or path in self.inside))
+
+
+def _called(node: ast.AST | None) -> str:
+    """The name of the function that a call is of; "" of other syntax."""
+    return node.func.id if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) else ""
 
 
 def _is_of_super(node: ast.Attribute) -> bool:

@@ -89,7 +89,7 @@ class Recorder:
             code = inspect.unwrap(function).__code__
             for one in (inspect.unwrap(function), *methods_of([code], m), *_functions_held(m)):
                 self.stack[-1].codes[one.__code__] = one.__globals__
-                self.stack[-1].functions[one.__code__] = one
+                self.stack[-1].functions[one.__code__] = one, m, self.paths[m]
             return self._unrecorded(m, function, args, kwargs)
         return self.record(m, function, args, kwargs, False, name, function)
 
