@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 from weakref import ref
@@ -162,6 +163,8 @@ class CallTracer(process.Tracer):
         leaf = caller is not None and self.policy.keeps(m)
         if leaf and not is_traced((args, kwargs)):
             leaf = False  # it depends on constants alone
+        if leaf and not isinstance(m, torch.jit.ScriptModule):
+            inspect.signature(m.forward).bind(*args, **kwargs)  # or it raises what the call does
         function = (lambda *a, **k: self.create_proxy("call_module", self.paths[m], a, k)) if leaf else forward
         return self.recorder.record(m, function, args, kwargs, leaf, "forward", m.forward)
 

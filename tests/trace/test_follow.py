@@ -578,3 +578,37 @@ def test_texts_of_values(how, merges, capsys):
     plan = structrep.plan(model, x)
     assert len(plan.merges) == merges
     assert relative_error(plan.apply()(x), model(x)) < EXACT
+
+
+class Tried(nn.Module):
+    """Gives every part an argument that most do not take: speechbrain's x-vectors."""
+
+    def __init__(self):
+        super().__init__()
+        norm, conv = nn.BatchNorm1d(4), nn.Conv1d(4, 4, 3)
+        self.parts = nn.ModuleList([Lengths(nn.Conv1d(4, 4, 3)), nn.LeakyReLU(), norm, nn.ReflectionPad1d(1), conv])
+
+    def forward(self, x, lengths=None):
+        for part in self.parts:
+            try:
+                x = part(x, lengths=lengths)
+            except TypeError:
+                x = part(x)
+        return x
+
+
+class Lengths(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x, lengths=None):
+        return self.inner(x)
+
+
+@pytest.mark.parametrize("example", [False, True])
+def test_a_layer_that_is_given_what_it_does_not_take(example):
+    model, x = settled(Tried()), torch.randn(2, 4, 9, dtype=torch.float64)
+    plan = structrep.plan(model, x if example else None)
+    assert len(plan.merges) == 1, plan
+    assert relative_error(plan.apply()(x), model(x)) < EXACT
