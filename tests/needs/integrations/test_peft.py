@@ -167,9 +167,20 @@ PROBED = {
     "BOFT": peft.BOFTConfig(boft_block_size=2, **WHERE),
     "RoAd": peft.RoadConfig(group_size=4, **WHERE),
     "MiSS": peft.MissConfig(r=2, **WHERE),
-    "VB-LoRA": peft.VBLoRAConfig(r=2, num_vectors=4, vector_length=4, topk=2, **WHERE),
     "GraLoRA": peft.GraloraConfig(r=2, gralora_k=2, **WHERE),
 }
+
+
+def test_vectors_that_are_picked_from_a_bank_are_read():
+    """VB-LoRA's `topk` of its logits is a constant: without inputs too."""
+    config = peft.VBLoRAConfig(r=2, num_vectors=4, vector_length=4, topk=2, **WHERE)
+    model, x = random_adapters(config), torch.randn(2, 3, 8, dtype=torch.float64)
+    truth = model(x).detach()
+    for inputs in ((), (x,)):
+        plan = structrep.plan(model, *inputs)
+        assert {merge.where for merge in plan.merges} == {"a", "b"}
+        assert not any("probed" in " ".join(merge.notes) for merge in plan.merges)
+        assert relative_error(plan.reparameterize(*inputs)(x), truth) < EXACT
 
 
 @pytest.mark.parametrize("config", PROBED.values(), ids=PROBED)
