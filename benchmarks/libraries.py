@@ -151,7 +151,10 @@ def convert(library: Library, name: str) -> dict[str, Any]:
         line["holds"] = line["error"] < EXACT[line["dtype"]] or structrep.verify(model, deploy, x, device="cpu").ok
     except Exception as error:
         return {**line, "exception": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"}
-    reasons = {path: f"{one.kind}: {one.reason.splitlines()[0]}" for one in plan.refusals for path in one.layers}
+    told = {one: f"{one.kind}: {one.reason.splitlines()[0]}" for one in plan.refusals}
+    for folder in filter(None, sys.path):
+        told = {one: reason.replace(f"{folder}/", "") for one, reason in told.items()}
+    reasons = {path: reason for one, reason in told.items() for path in one.layers}
     left = Counter(re.sub(r"\d+", "#", reasons.get(path, "not reached")) for path in after.ran)
     return {**line, "rules": dict(Counter(rule for merge in plan.merges for rule in merge.rules)), "left": dict(left)}
 
