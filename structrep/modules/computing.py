@@ -30,9 +30,10 @@ def computing(module: nn.Module, tree: ast.AST, itself: str) -> dict[str, frozen
     objects = {type(value) for one in module.modules() for value in vars(one).values() if is_object(value)}
     held |= {name for cls in objects for name, value in vars(cls).items() if hasattr(value, "__get__")}
     found: dict[str, frozenset[FunctionType]] = {}
+    parts = dict(module.named_modules())
     for call in (one for one in ast.walk(tree) if isinstance(one, ast.Call)):
         holder, _, name = (path_to(call.func, itself) or "").rpartition(".")
-        part = dict(module.named_modules()).get(holder)
+        part = parts.get(holder)
         function = known[type(part)].get(name) if part is not None else None
         if function is None or name in vars(part) or name in nn.Module.__dict__ or name == "forward":
             continue

@@ -11,7 +11,7 @@ from torch import nn
 
 from structrep.modules.source import attribute_of, functions, read_function, written_in
 
-_STORES = {"_modules", "_parameters", "_buffers", "__dict__"}
+STORES = {"_modules", "_parameters", "_buffers", "__dict__"}
 
 
 def mentions(cls: type, name: str, picks: bool = True) -> frozenset[str] | None:
@@ -68,7 +68,7 @@ def _own_mentions(function: FunctionType, picks: bool) -> frozenset[str] | None:
     computed = [one.args[1] for one in picked if not isinstance(one.args[1], ast.Constant)]
     if any(not isinstance(one, ast.Name) or one.id not in given for one in computed):
         return None
-    if any(attribute_of(node, itself) and node.attr in _STORES for node in nodes if isinstance(node, ast.Attribute)):
+    if any(attribute_of(node, itself) and node.attr in STORES for node in nodes if isinstance(node, ast.Attribute)):
         return None
     uses = sum(isinstance(node, ast.Name) and node.id in (itself, "super") for node in nodes)
     bare = uses != len(asked) + len(picked)

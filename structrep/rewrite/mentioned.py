@@ -11,10 +11,10 @@ from torch import nn
 
 from structrep.modules.attributes import is_computed
 from structrep.modules.introspection import beginning, given_away, methods_of
+from structrep.modules.mentions import STORES
 from structrep.modules.source import attribute_of, functions, read_function
 
 _ORDERED = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
-STORES = {"_modules", "_parameters", "_buffers", "__dict__"}
 _TELL = {"str", "repr", "format", "len", "iter", "list", "tuple", "vars", "dir"}
 _TELL_ALL = {"__repr__", "__str__", "__format__", "__len__", "__iter__"}
 _ASK_NO_PART = {"isinstance", "super", "type", "id", "len", "bool"}
