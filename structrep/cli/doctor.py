@@ -12,7 +12,7 @@ import structrep
 from structrep import files, registry
 from structrep.cli.app import Refused, app, outcome, show, version_of
 from structrep.cli.arguments import AsJson
-from structrep.deliver import formats
+from structrep.deliver.formats import FORMATS, version
 from structrep.errors import BadInput, Refusal, StructrepError
 from structrep.prove.latency import accelerator, device_name
 from structrep.records.base import Record, counted
@@ -30,14 +30,12 @@ class Part:
 PARTS = (
     Part("torch", "everything"),
     Part("networkx", "everything"),
-    Part("safetensors", ".safetensors files", files.WEIGHTS),
-    Part("numpy", "writing .safetensors files", files.WEIGHTS),
+    *(Part(name, f"writing {one.suffix} files", one.remedy) for one in FORMATS.values() for name in one.writers),
+    *(Part(name, f"checking {one.suffix} files", one.remedy) for one in FORMATS.values() for name in one.checkers),
     Part("timm", "timm: models", "pip install 'structrep[timm]'"),
     Part("torchvision", "torchvision: models", "pip install torchvision"),
     Part("transformers", "hf: models, the callback", "pip install 'structrep[transformers]'"),
     Part("lightning", "the callback", "pip install 'structrep[lightning]'"),
-    Part("onnxscript", ".onnx files", "pip install 'structrep[onnx]'"),
-    Part("onnxruntime", "checking .onnx files", "pip install 'structrep[onnx]'"),
     Part("matplotlib", "plots", "pip install 'structrep[plot]'"),
 )
 
@@ -92,7 +90,7 @@ def doctor(as_json: AsJson = False) -> None:
 
 
 def _looked_at(part: Part) -> PartRecord:
-    found = formats.version(part.package)
+    found = version(part.package)
     trouble = part.remedy if not found else ""
     if found:
         try:

@@ -79,9 +79,14 @@ class Format:
     holds: ClassVar[str]
     program: ClassVar[bool] = False  # it runs by itself, and is made from example inputs
     runtime: ClassVar[str] = ""  # that runs it on the CPU, in the dtype it has, where that is not torch
+    writers: ClassVar[tuple[str, ...]] = ()  # packages that write it
+    checkers: ClassVar[tuple[str, ...]] = ()  # that what is written is compared with
+    remedy: ClassVar[str] = ""  # how to come by these
 
     def demand(self) -> None:
         """Raises BadInput where a package is missing that writes it."""
+        for package in self.writers:
+            files.imported(package, self.remedy)
 
     def encoded(self, deploy: nn.Module, example_inputs: Example | None, record: str) -> bytes:
         """A deploy model as the content of a file; of a program, its batch, dim 0 of all inputs, is left open where the
@@ -112,9 +117,8 @@ class Format:
 class Safetensors(Format):
     suffix = ".safetensors"
     holds = "its state dict"
-
-    def demand(self) -> None:
-        files.safetensors(writes=True)
+    writers = ("safetensors", "numpy")
+    remedy = files.WEIGHTS
 
     def encoded(self, deploy: nn.Module, example_inputs: Example | None, record: str) -> bytes:
         return files.as_safetensors(files.plain(deploy.state_dict()), **{KEY: record})
@@ -172,9 +176,9 @@ class Onnx(Format):
     holds = "an ONNX program"
     program = True
     runtime = "onnxruntime"
-
-    def demand(self) -> None:
-        files.imported("onnxscript", ONNX)
+    writers = ("onnxscript",)
+    checkers = ("onnxruntime",)
+    remedy = ONNX
 
     def encoded(self, deploy: nn.Module, example_inputs: Example | None, record: str) -> bytes:
         def export(args: Any, kwargs: Any, shapes: Any) -> Any:

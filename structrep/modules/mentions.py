@@ -9,9 +9,10 @@ from types import FunctionType
 
 from torch import nn
 
-from structrep.modules.source import attribute_of, functions, read_function, written_in
+from structrep.modules.objects import STORES
+from structrep.modules.source import asks_by_name, attribute_of, functions, of_super, read_function, written_in
 
-STORES = {"_modules", "_parameters", "_buffers", "__dict__"}
+HOLDS_ALL = STORES | {"__dict__"}  # what gives all that a module holds at once
 
 
 def mentions(cls: type, name: str, picks: bool = True) -> frozenset[str] | None:
@@ -61,30 +62,23 @@ def _own_mentions(function: FunctionType, picks: bool) -> frozenset[str] | None:
         return None
     tree, itself = read
     nodes = list(ast.walk(tree))
-    asked = [node for node in nodes if attribute_of(node, itself) or _of_super(node)]
+    asked = [node for node in nodes if attribute_of(node, itself) or of_super(node)]
     picked = [one for one in nodes if isinstance(one, ast.Call) and _picks(one, itself)]
     by_name = {one.args[1].value for one in picked if isinstance(one.args[1], ast.Constant)}
     given = _given(tree, itself) if picks else frozenset()
     computed = [one.args[1] for one in picked if not isinstance(one.args[1], ast.Constant)]
     if any(not isinstance(one, ast.Name) or one.id not in given for one in computed):
         return None
-    if any(attribute_of(node, itself) and node.attr in STORES for node in nodes if isinstance(node, ast.Attribute)):
+    if any(attribute_of(node, itself) and node.attr in HOLDS_ALL for node in nodes if isinstance(node, ast.Attribute)):
         return None
     uses = sum(isinstance(node, ast.Name) and node.id in (itself, "super") for node in nodes)
     bare = uses != len(asked) + len(picked)
     return None if bare else frozenset({*(n.attr for n in asked if isinstance(n, ast.Attribute)), *map(str, by_name)})
 
 
-def _of_super(node: ast.AST) -> bool:
-    """Whether code asks for an attribute of `super()`."""
-    owner = node.value if isinstance(node, ast.Attribute) else None
-    return isinstance(owner, ast.Call) and getattr(owner.func, "id", "") == "super" and not owner.args
-
-
 def _picks(call: ast.Call, itself: str) -> bool:
     """Whether a call is `getattr(self, name)`."""
-    named = isinstance(call.func, ast.Name) and call.func.id in ("getattr", "hasattr") and len(call.args) > 1
-    return named and isinstance(call.args[0], ast.Name) and call.args[0].id == itself
+    return asks_by_name(call) and isinstance(call.args[0], ast.Name) and call.args[0].id == itself
 
 
 def _given(tree: ast.AST, itself: str) -> frozenset[str]:

@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from structrep.modules.source import written_in
 
 OF_MODULES = frozenset(vars(nn.Module()))  # torch's own attributes, `training` among them
+STORES = {"_modules", "_parameters", "_buffers"}  # the dicts that a module keeps what it holds in
 _HEAP, _IMMUTABLE = 1 << 9, 1 << 8  # of types: made as Python runs, as by a class statement; their attributes are fixed
 CONTAINERS = (dict, list, tuple, set, frozenset, MappingProxyType)
 HOLDERS = (fx.Proxy, list, tuple, dict)  # what values stand in

@@ -181,3 +181,14 @@ def asked_of_names(names: set[str], tree: ast.AST) -> list[str] | None:
 
 def attribute_of(node: ast.AST, itself: str) -> bool:
     return isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == itself
+
+
+def of_super(node: ast.AST) -> bool:
+    """Whether syntax asks for an attribute of `super()`."""
+    owner = node.value if isinstance(node, ast.Attribute) else None
+    return isinstance(owner, ast.Call) and getattr(owner.func, "id", "") == "super"
+
+
+def asks_by_name(call: ast.Call) -> bool:
+    """Whether a call is `getattr(owner, name)` or `hasattr(owner, name)`."""
+    return isinstance(call.func, ast.Name) and call.func.id in ("getattr", "hasattr") and len(call.args) > 1

@@ -11,8 +11,8 @@ from torch import nn
 
 from structrep.modules.attributes import is_computed
 from structrep.modules.introspection import beginning, given_away, methods_of
-from structrep.modules.mentions import STORES
-from structrep.modules.source import attribute_of, functions, read_function
+from structrep.modules.mentions import HOLDS_ALL
+from structrep.modules.source import asks_by_name, attribute_of, functions, of_super, read_function
 
 _ORDERED = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 _TELL = {"str", "repr", "format", "len", "iter", "list", "tuple", "vars", "dir"}
@@ -54,7 +54,7 @@ class Mentioned:
         while pending and not self.everything:
             name = pending.pop()
             self.everything |= hasattr(nn.Module, name) or (
-                name not in known and (name in STORES or is_computed(self.module, name))
+                name not in known and (name in HOLDS_ALL or is_computed(self.module, name))
             )
             if name not in known or name in seen or self.everything:
                 continue
@@ -75,16 +75,16 @@ class Mentioned:
             if attribute_of(node, itself):
                 assert isinstance(node, ast.Attribute)
                 found.add(node.attr)
-                self.counts |= (node.attr in STORES and not _is_entry(around)) or node.attr in _TELL_ALL
+                self.counts |= (node.attr in HOLDS_ALL and not _is_entry(around)) or node.attr in _TELL_ALL
                 shown = isinstance(around, ast.FormattedValue) or _called(around) in ("str", "repr", "format")
                 self.counts |= shown and isinstance(self.parts.get(node.attr), nn.Module)
                 if isinstance(self.parts.get(node.attr), (nn.ModuleList, nn.ModuleDict)):
                     self.inside |= {node.attr} if self._is_handed(node, parents) else set()
             elif isinstance(node, ast.Attribute):
                 self.below.add(node.attr)
-                self.counts |= node.attr in STORES and not _is_entry(around)
-                self.counts |= _is_of_super(node) and node.attr != "forward" and hasattr(nn.Module, node.attr)
-            elif isinstance(node, ast.Call) and _asks_by_name(node):
+                self.counts |= node.attr in HOLDS_ALL and not _is_entry(around)
+                self.counts |= of_super(node) and node.attr != "forward" and hasattr(nn.Module, node.attr)
+            elif isinstance(node, ast.Call) and asks_by_name(node):
                 of_itself, name = isinstance(node.args[0], ast.Name) and node.args[0].id == itself, node.args[1]
                 if not isinstance(name, ast.Constant):
                     self.picked[not of_itself].add(beginning(name))
@@ -92,7 +92,7 @@ class Mentioned:
                     (found if of_itself else self.below).add(str(name.value))
             elif isinstance(node, ast.Name) and node.id == itself and not isinstance(around, ast.Attribute):
                 asks = _called(around)
-                by_name = isinstance(around, ast.Call) and _asks_by_name(around) and around.args[0] is node
+                by_name = isinstance(around, ast.Call) and asks_by_name(around) and around.args[0] is node
                 handed = asks not in _ASK_NO_PART and not by_name  # to whoever may ask for anything
                 self.counts |= asks in _TELL or (handed and not asks)
                 self.everything |= handed
@@ -130,18 +130,9 @@ def _called(node: ast.AST | None) -> str:
     return node.func.id if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) else ""
 
 
-def _is_of_super(node: ast.Attribute) -> bool:
-    return isinstance(node.value, ast.Call) and getattr(node.value.func, "id", "") == "super"
-
-
 def _is_entry(around: ast.AST | None) -> bool:
     """Whether all that is done with a dict is to ask for one entry, or whether it is there, which is no such dict
     itself."""
     if isinstance(around, ast.Subscript):
-        return not (isinstance(around.slice, ast.Constant) and around.slice.value in STORES)
+        return not (isinstance(around.slice, ast.Constant) and around.slice.value in HOLDS_ALL)
     return isinstance(around, ast.Compare) or (isinstance(around, ast.Attribute) and around.attr == "get")
-
-
-def _asks_by_name(call: ast.Call) -> bool:
-    """Whether a call is `getattr(...)` or `hasattr(...)`."""
-    return isinstance(call.func, ast.Name) and call.func.id in ("getattr", "hasattr") and len(call.args) > 1

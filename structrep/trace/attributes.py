@@ -16,12 +16,12 @@ from torch import Tensor, fx, nn
 from structrep import process
 from structrep.deployed.contents import described
 from structrep.graph.reads import MISSING, PLACEHOLDER
-from structrep.modules.objects import CONTAINERS, OF_MODULES, is_object
+from structrep.modules.objects import CONTAINERS, OF_MODULES, STORES, is_object
 from structrep.modules.source import written_in
 from structrep.trace.class_reads import is_type
 from structrep.trace.frames import is_engine, is_library
 from structrep.trace.instructions import has_settings, instructions_of, is_constant, onward
-from structrep.trace.introspection import STORES, WALKS, Introspections
+from structrep.trace.introspection import WALKS, Introspections
 from structrep.trace.reads import Reads
 
 _METHODS = {name: value for name, value in vars(nn.Module).items() if not name.startswith("__")}

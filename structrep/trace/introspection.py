@@ -34,11 +34,10 @@ from structrep.modules.introspection import (
     only_runs,
     resolve,
 )
-from structrep.modules.objects import OF_MODULES
+from structrep.modules.objects import OF_MODULES, STORES
 from structrep.modules.runners import only_calls
 
 WALKS = MODULES.keys() | TENSORS | {BY_NAME}
-STORES = {"_modules", "_parameters", "_buffers"}
 _RUN = (OF_MODULES - STORES) | {"forward"}  # what is looked up to run a part, or belongs to torch
 _NOTED = {"getattr", "hasattr", "callable", "id"}  # functions that ask nothing but what is noted
 _LATER = (nn.Identity, nn.Sequential, nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # what layers may be after a merge
