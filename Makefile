@@ -4,14 +4,18 @@ JOBS ?= 2
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test lint format test-thorough test-oldest test-gpu fuzz bench bench-full docs dist smoke clean
+.PHONY: demo test test-pages lint format test-thorough test-oldest test-gpu fuzz bench bench-full docs dist smoke clean
 
 demo: .venv/installed-demo
 	$(BIN)/python examples/demo.py
 
 test: .venv/installed-test
-	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal --ignore tests/pages
 	$(MAKE) lint
+
+# what the pages print, the benchmarks' and the example's smallest runs, whole models of others
+test-pages: .venv/installed-test
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal tests/pages
 
 lint: .venv/installed-test
 	$(BIN)/python -m mypy --strict

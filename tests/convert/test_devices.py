@@ -24,20 +24,20 @@ def test_tensors_of_two_devices_do_not_meet():
             model(torch.zeros(1, 2, 4, 4))
 
 
-@pytest.mark.parametrize("by_default", [False, True], ids=["", "where tensors are made there by default"])
 @pytest.mark.parametrize("rule", FAMILIES, ids=lambda rule: rule.name)
-def test_a_rule_s_example(rule, by_default):
-    model = settled(nn.Sequential(rule.example()))
-    x = example_input(rule, model)
-    truth = model(x)
-    with pretend_device.device() as there, there if by_default else contextlib.nullcontext():
-        model.to(there)
-        plan = structrep.plan(model)
-        plan.prove()
-        assert [merge.rules for merge in plan.merges] == [(rule.name,)]
-        deploy = plan.apply()
-        assert {one.device for one in deploy.state_dict().values()} == {there}
-        assert relative_error(deploy(x.to(there)).cpu(), truth) < CLOSE
+def test_a_rule_s_example(rule):
+    for by_default in (False, True):
+        model = settled(nn.Sequential(rule.example()))
+        x = example_input(rule, model)
+        truth = model(x)
+        with pretend_device.device() as there, there if by_default else contextlib.nullcontext():
+            model.to(there)
+            plan = structrep.plan(model)
+            plan.prove()
+            assert [merge.rules for merge in plan.merges] == [(rule.name,)]
+            deploy = plan.apply()
+            assert {one.device for one in deploy.state_dict().values()} == {there}
+            assert relative_error(deploy(x.to(there)).cpu(), truth) < CLOSE
 
 
 @pytest.mark.parametrize("rule", FAMILIES, ids=lambda rule: rule.name)

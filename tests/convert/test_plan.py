@@ -40,18 +40,18 @@ def net():
 
 
 @pytest.mark.usefixtures("forgetful")
-@pytest.mark.parametrize("example", [None, X])
 @pytest.mark.parametrize("inplace", [False, True])
-def test_a_wrong_reader_is_reported_and_the_rest_is_merged(example, inplace):
-    model = net()
-    truth = model(X)
-    with pytest.warns(structrep.MergeDropped) as told:
-        deploy = structrep.reparameterize(model, example, inplace=inplace)
-    assert [one.filename for one in told] == [__file__]
-    assert str(told[0].message).startswith("0 (fold_norm) is not merged, as planned: on an input of shape")
-    assert relative_error(deploy(X), truth) < EXACT
-    assert [type(part) for part in deploy[:2]] == [Doubling, nn.BatchNorm2d]
-    assert isinstance(deploy[4], nn.Identity)
+def test_a_wrong_reader_is_reported_and_the_rest_is_merged(inplace):
+    for example in (None, X):
+        model = net()
+        truth = model(X)
+        with pytest.warns(structrep.MergeDropped) as told:
+            deploy = structrep.reparameterize(model, example, inplace=inplace)
+        assert [one.filename for one in told] == [__file__]
+        assert str(told[0].message).startswith("0 (fold_norm) is not merged, as planned: on an input of shape")
+        assert relative_error(deploy(X), truth) < EXACT
+        assert [type(part) for part in deploy[:2]] == [Doubling, nn.BatchNorm2d]
+        assert isinstance(deploy[4], nn.Identity)
 
 
 @pytest.mark.usefixtures("forgetful")
@@ -107,10 +107,10 @@ def test_that_there_is_nothing_to_merge_is_said():
         structrep.reparameterize(settled(nn.Sequential(nn.ReLU(), nn.BatchNorm2d(3))))
 
 
-@pytest.mark.parametrize("inplace", [False, True])
-def test_of_a_deploy_model_it_is_not(inplace):
-    model = settled(nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        deploy = structrep.reparameterize(model, inplace=inplace)
-        structrep.reparameterize(structrep.reparameterize(deploy, X))
+def test_of_a_deploy_model_it_is_not():
+    for inplace in (False, True):
+        model = settled(nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            deploy = structrep.reparameterize(model, inplace=inplace)
+            structrep.reparameterize(structrep.reparameterize(deploy, X))

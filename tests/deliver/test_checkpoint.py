@@ -160,14 +160,15 @@ def test_names_with_wrappers(wide, tmp_path):
         assert relative_error(plain_of(bare)(X), wide(X)) < 1e-5
 
 
-@pytest.mark.parametrize("nested", [False, True])
-def test_a_sharded_checkpoint(wide, tmp_path, nested):
-    state = dict(wide.state_dict())
-    content = {"model": state, "optim": {"state": {"conv.weight": torch.zeros(3)}}, "step": 7} if nested else state
-    sharded.save(content, checkpoint_id=tmp_path / "step-7")
-    structrep.convert_checkpoint(tmp_path / "step-7", tmp_path / "deploy.safetensors", wide, norms="keep")
-    state = safetensors.torch.load_file(tmp_path / "deploy.safetensors")
-    assert relative_error(plain_of(state)(X), wide(X)) < 1e-5
+def test_a_sharded_checkpoint(wide, tmp_path):
+    for nested in (False, True):
+        state = dict(wide.state_dict())
+        content = {"model": state, "optim": {"state": {"conv.weight": torch.zeros(3)}}, "step": 7} if nested else state
+        folder = tmp_path / str(nested)
+        sharded.save(content, checkpoint_id=folder / "step-7")
+        structrep.convert_checkpoint(folder / "step-7", folder / "deploy.safetensors", wide, norms="keep")
+        state = safetensors.torch.load_file(folder / "deploy.safetensors")
+        assert relative_error(plain_of(state)(X), wide(X)) < 1e-5
 
 
 def test_dtypes_are_those_of_the_checkpoint(tmp_path):

@@ -668,23 +668,24 @@ CASTS_BEHIND_NORMS = {
 }
 
 
-@pytest.mark.parametrize("inputs", [False, True])
 @pytest.mark.parametrize("forward", CASTS_BEHIND_NORMS.values(), ids=CASTS_BEHIND_NORMS)
-def test_a_cast_to_the_dtype_of_a_norm_is_merged_across(forward, inputs):
-    class Normed(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.last, self.linear = nn.LayerNorm(8), nn.Linear(8, 8)
-            self.n, self.c = nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3)
+def test_a_cast_to_the_dtype_of_a_norm_is_merged_across(forward):
+    for inputs in (False, True):
 
-    Normed.forward = forward
-    net = settled(Normed()).float()
-    nn.init.normal_(net.last.weight)
-    x = torch.randn(2, 4, 8, 8)
-    plan = structrep.plan(net, *([x] if inputs else []))
-    assert len(plan.merges) == 1, plan.refusals
-    assert relative_error(structrep.reparameterize(net, *([x] if inputs else []))(x), net(x)) < 1e-5
-    assert not structrep.plan(net.double()).merges  # which a cast to float32 is not the dtype of
+        class Normed(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.last, self.linear = nn.LayerNorm(8), nn.Linear(8, 8)
+                self.n, self.c = nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3)
+
+        Normed.forward = forward
+        net = settled(Normed()).float()
+        nn.init.normal_(net.last.weight)
+        x = torch.randn(2, 4, 8, 8)
+        plan = structrep.plan(net, *([x] if inputs else []))
+        assert len(plan.merges) == 1, plan.refusals
+        assert relative_error(structrep.reparameterize(net, *([x] if inputs else []))(x), net(x)) < 1e-5
+        assert not structrep.plan(net.double()).merges  # which a cast to float32 is not the dtype of
 
 
 class Branched(nn.Module):
@@ -711,18 +712,18 @@ CASTS_BESIDE_BRANCHES = {
 }
 
 
-@pytest.mark.parametrize("inputs", [False, True])
 @pytest.mark.parametrize("forward", CASTS_BESIDE_BRANCHES.values(), ids=CASTS_BESIDE_BRANCHES)
-def test_casts_beside_branches(forward, inputs):
-    net = model(forward, Branched)
-    x = torch.randn(2, 4, 6, 6)
-    plan = structrep.plan(net, *([x] if inputs else []))
-    assert len(plan.merges) == 1, plan.refusals
-    deploy = plan.reparameterize()
-    assert relative_error(deploy(x), net(x)) < 1e-5
-    assert [type(part) for part in deploy.modules()].count(nn.Conv2d) == 1
-    if "twice" in [name for name, one in CASTS_BESIDE_BRANCHES.items() if one is forward]:
-        assert relative_error(deploy((9 * x).byte()), net((9 * x).byte())) < 1e-5
+def test_casts_beside_branches(forward):
+    for inputs in (False, True):
+        net = model(forward, Branched)
+        x = torch.randn(2, 4, 6, 6)
+        plan = structrep.plan(net, *([x] if inputs else []))
+        assert len(plan.merges) == 1, plan.refusals
+        deploy = plan.reparameterize()
+        assert relative_error(deploy(x), net(x)) < 1e-5
+        assert [type(part) for part in deploy.modules()].count(nn.Conv2d) == 1
+        if "twice" in [name for name, one in CASTS_BESIDE_BRANCHES.items() if one is forward]:
+            assert relative_error(deploy((9 * x).byte()), net((9 * x).byte())) < 1e-5
 
 
 @pytest.mark.parametrize(

@@ -331,12 +331,12 @@ def judge(model, inputs, expected):
         assert relative_error(deploy(x), model(x)) < EXACT
 
 
-@pytest.mark.parametrize("inputs", [(X,), ()], ids=["with inputs", "without"])
 @pytest.mark.parametrize("case", CASES)
-def test_a_part_is_merged_for_what_it_is_given(case, inputs):
-    part, body, known, guessed = CASES[case]
-    torch.manual_seed(0)
-    judge(settled(net(part, body)()), inputs, known if inputs else guessed)
+def test_a_part_is_merged_for_what_it_is_given(case):
+    for inputs in ((X,), ()):
+        part, body, known, guessed = CASES[case]
+        torch.manual_seed(0)
+        judge(settled(net(part, body)()), inputs, known if inputs else guessed)
 
 
 # merges and refusals with an example, and without
@@ -370,12 +370,12 @@ def test_a_part_is_given_what_the_example_does_not_show(case, monkeypatch):
             assert relative_error(deploy(x), model(x)) < EXACT
 
 
-@pytest.mark.parametrize("inputs", [(X,), ()], ids=["with inputs", "without"])
 @pytest.mark.parametrize("case", IN_LISTS)
-def test_parts_in_a_list(case, inputs):
-    part, body, known, guessed = IN_LISTS[case]
-    torch.manual_seed(0)
-    judge(settled(net(part, body, several=True)()), inputs, known if inputs else guessed)
+def test_parts_in_a_list(case):
+    for inputs in ((X,), ()):
+        part, body, known, guessed = IN_LISTS[case]
+        torch.manual_seed(0)
+        judge(settled(net(part, body, several=True)()), inputs, known if inputs else guessed)
 
 
 def test_what_is_not_called_with_the_example_inputs():
@@ -566,13 +566,13 @@ class Listing(Plain):
 
 
 @pytest.mark.parametrize(("cls", "other"), [(Masked, None), (Asking, "none"), (Listing, (1,))])
-@pytest.mark.parametrize("inputs", [(), ((X, X),)])
-def test_an_argument_that_was_taken_for_a_tensor(cls, other, inputs):
-    model = settled(cls())
-    deploy = structrep.reparameterize(model, *inputs)
-    assert relative_error(deploy(X, X), model(X, X)) < EXACT
-    with pytest.raises(ValueError, match="reparameterized for a tensor as mask and was called with mask="):
-        deploy(X, other)
+def test_an_argument_that_was_taken_for_a_tensor(cls, other):
+    for inputs in ((), ((X, X),)):
+        model = settled(cls())
+        deploy = structrep.reparameterize(model, *inputs)
+        assert relative_error(deploy(X, X), model(X, X)) < EXACT
+        with pytest.raises(ValueError, match="reparameterized for a tensor as mask and was called with mask="):
+            deploy(X, other)
 
 
 def test_a_number_for_an_argument_that_nothing_is_asked_of():
@@ -604,12 +604,12 @@ def call_by_keyword(self, x):
     return self.a(x, cached=None) if odd(x) else x
 
 
-@pytest.mark.parametrize("inputs", [(X,), ({"x": X},)], ids=["by position", "by keyword"])
 @pytest.mark.parametrize("model", [net(SetByDecorator, call_by_keyword), SetByDecorator], ids=["a part", "the model"])
-def test_what_is_given_by_keyword_is_followed_so(model, inputs):
-    plan = structrep.plan(settled(model()), *inputs)
-    assert len(plan.merges) == 1
-    assert not any("multiple values" in refusal.reason for refusal in plan.refusals)
+def test_what_is_given_by_keyword_is_followed_so(model):
+    for inputs in ((X,), ({"x": X},)):
+        plan = structrep.plan(settled(model()), *inputs)
+        assert len(plan.merges) == 1
+        assert not any("multiple values" in refusal.reason for refusal in plan.refusals)
 
 
 class Chunked(nn.Module):

@@ -58,7 +58,7 @@ one_of_each = pytest.mark.parametrize("case", EACH, ids=str)
 
 @every_case
 def test_each_block_becomes_one_layer_under_the_name_of_the_family(case):
-    """One that is equal in float64, and stores less."""
+    """One that is equal in float64 and stores less: what became useless is gone, a gradient reaches the rest."""
     it = Converted.of(case)
     plan = structrep.plan(it.model)
     assert set(case.rules) <= {rule for merge in plan.merges for rule in merge.rules}, f"{plan}"
@@ -68,18 +68,12 @@ def test_each_block_becomes_one_layer_under_the_name_of_the_family(case):
     assert not ran["einsum"]
     stored, was = (sum(p.numel() for p in model.parameters()) for model in (it.deploy, it.model))
     assert stored < was
-
-
-@every_case
-def test_every_parameter_left_is_used(case):
-    """What the merge made useless is gone: a gradient reaches all that is stored."""
-    it = Converted.of(case)
     deploy = copy.deepcopy(it.deploy).requires_grad_()
     sum(y.sum() for y in flat(deploy(it.x.clone()))).backward()
     assert not [name for name, p in deploy.named_parameters() if p.grad is None]
 
 
-@every_case
+@one_of_each
 def test_example_inputs_and_inplace_make_no_difference(case):
     it = Converted.of(case)
     truth = [call(it.model, x) for x in it.inputs]
@@ -106,7 +100,7 @@ def test_planning_leaves_the_model_alone(case):
     assert fingerprint(model) == before
 
 
-@every_case
+@one_of_each
 def test_converting_again_changes_nothing(case):
     it = Converted.of(case)
     plan = structrep.plan(it.deploy, it.x)
@@ -128,7 +122,7 @@ def test_float32_errs_by_rounding_only(case):
     assert all(b.dtype == torch.float32 for b in deploy.buffers() if b.is_floating_point())
 
 
-@every_case
+@one_of_each
 def test_new_layers_are_like_the_old(case):
     for learned in (True, False):
         deploy = structrep.reparameterize(copy.deepcopy(Converted.of(case).model).requires_grad_(learned))

@@ -103,26 +103,26 @@ def judged(model, x, inputs, left):
     return deploy
 
 
-@pytest.mark.parametrize("inputs", [(), (X,)], ids=["alone", "with an example"])
 @pytest.mark.parametrize("name", [name for name, (_, last) in AHEAD.items() if last is not None])
-def test_a_norm_before_what_moves_numbers(name, inputs):
-    how, last = AHEAD[name]
-    judged(settled(Net(how, 4, (copy.deepcopy(last), None), ahead)), X, inputs, left=0)
+def test_a_norm_before_what_moves_numbers(name):
+    for inputs in ((), (X,)):
+        how, last = AHEAD[name]
+        judged(settled(Net(how, 4, (copy.deepcopy(last), None), ahead)), X, inputs, left=0)
 
 
-@pytest.mark.parametrize("inputs", [(), (X,)], ids=["alone", "with an example"])
 @pytest.mark.parametrize("name", BACK)
-def test_a_norm_behind_what_moves_numbers(name, inputs):
-    how, first, channels = BACK[name]
-    judged(settled(Net(how, channels, (None, copy.deepcopy(first)), back)), X, inputs, left=0)
+def test_a_norm_behind_what_moves_numbers(name):
+    for inputs in ((), (X,)):
+        how, first, channels = BACK[name]
+        judged(settled(Net(how, channels, (None, copy.deepcopy(first)), back)), X, inputs, left=0)
 
 
 @pytest.mark.filterwarnings("ignore::structrep.NothingMerged")
-@pytest.mark.parametrize("inputs", [(), (X,)], ids=["alone", "with an example"])
 @pytest.mark.parametrize("name", MIXED)
-def test_a_norm_before_what_mixes_them_stays(name, inputs):
-    how, last = MIXED[name]
-    judged(settled(Net(how, 4, (copy.deepcopy(last), None), ahead)), X, inputs, left=1)
+def test_a_norm_before_what_mixes_them_stays(name):
+    for inputs in ((), (X,)):
+        how, last = MIXED[name]
+        judged(settled(Net(how, 4, (copy.deepcopy(last), None), ahead)), X, inputs, left=1)
 
 
 @pytest.mark.filterwarnings("ignore::structrep.NothingMerged")
@@ -235,15 +235,15 @@ SETTINGS = {  # what numbers are moved by, and another value of that
 }
 
 
-@pytest.mark.parametrize("inputs", [(), (X,)], ids=["alone", "with an example"])
 @pytest.mark.parametrize("name", SETTINGS)
-def test_what_numbers_are_moved_by_may_be_set(name, inputs):
-    forward, by, other = SETTINGS[name]
-    model = settled(Net(None, 4, (nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)), forward))
-    model.by = by
-    deploy = judged(model, X, inputs, left=0)
-    model.by = deploy.by = other
-    assert followed_or_told(model, deploy, X)
+def test_what_numbers_are_moved_by_may_be_set(name):
+    for inputs in ((), (X,)):
+        forward, by, other = SETTINGS[name]
+        model = settled(Net(None, 4, (nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)), forward))
+        model.by = by
+        deploy = judged(model, X, inputs, left=0)
+        model.by = deploy.by = other
+        assert followed_or_told(model, deploy, X)
 
 
 ORDER = torch.tensor([1, 0, 3, 2])
@@ -289,12 +289,12 @@ class Turned(nn.Module):
         return self.n(y)
 
 
-@pytest.mark.parametrize("inputs", [(), (X,)], ids=["alone", "with an example"])
-def test_channels_that_are_moved_by_a_setting(inputs):
-    model = settled(Turned())
-    deploy = judged(model, X, inputs, left=0)
-    model.turn = deploy.turn = False
-    assert followed_or_told(model, deploy, X)
+def test_channels_that_are_moved_by_a_setting():
+    for inputs in ((), (X,)):
+        model = settled(Turned())
+        deploy = judged(model, X, inputs, left=0)
+        model.turn = deploy.turn = False
+        assert followed_or_told(model, deploy, X)
 
 
 SIZES = {  # how numbers are moved, the layer behind, an example, and another size

@@ -55,18 +55,18 @@ class Block(nn.Module):
 
 @pytest.mark.parametrize("act", [nn.ReLU, nn.ReLU6, lambda: nn.ReLU(inplace=True)])
 @pytest.mark.parametrize("how", ["", "in place"])
-@pytest.mark.parametrize("inplace", [False, True])
-def test_a_block_becomes_plain(how, act, inplace):
-    model = settled(nn.Sequential(Block(how, act), nn.Conv2d(4, 2, 1)))
-    truth = model(X.clone())
-    assert {merge.rules for merge in structrep.plan(model).merges} == {("fold_norm",)}, "unless it is asked for"
-    plan = structrep.plan(model, reserve="0")
-    assert [merge.rules for merge in plan.merges] == [("fold_norm", "rmnet"), ("fold_norm", "rmnet")]
-    assert plan.merges[0].multiply_adds[1] > plan.merges[0].multiply_adds[0]
-    assert plan.verify(X.float()).ok
-    deploy = structrep.reparameterize(model, reserve="0", inplace=inplace)
-    assert relative_error(deploy(X.clone()), truth) < EXACT
-    assert (deploy[0].a.out_channels, deploy[0].b.in_channels) == (10, 10)
+def test_a_block_becomes_plain(how, act):
+    for inplace in (False, True):
+        model = settled(nn.Sequential(Block(how, act), nn.Conv2d(4, 2, 1)))
+        truth = model(X.clone())
+        assert {merge.rules for merge in structrep.plan(model).merges} == {("fold_norm",)}, "unless it is asked for"
+        plan = structrep.plan(model, reserve="0")
+        assert [merge.rules for merge in plan.merges] == [("fold_norm", "rmnet"), ("fold_norm", "rmnet")]
+        assert plan.merges[0].multiply_adds[1] > plan.merges[0].multiply_adds[0]
+        assert plan.verify(X.float()).ok
+        deploy = structrep.reparameterize(model, reserve="0", inplace=inplace)
+        assert relative_error(deploy(X.clone()), truth) < EXACT
+        assert (deploy[0].a.out_channels, deploy[0].b.in_channels) == (10, 10)
 
 
 @pytest.mark.parametrize(

@@ -73,17 +73,17 @@ class TwiceCalled(nn.Module):
 
 
 @pytest.mark.parametrize("make", [Attention, Mixed, Functional, TwiceCalled, lambda: nn.Sequential(Mixed(), nn.ReLU())])
-@pytest.mark.parametrize("inplace", [False, True])
-def test_all_take_their_part(make, inplace):
-    model = settled(make())
-    truth = model(X.clone())
-    deploy = structrep.reparameterize(model, inplace=inplace)
-    assert relative_error(deploy(X.clone()), truth) < EXACT
-    assert norms(deploy) == 0 or make is Functional
-    if make is Functional:
-        assert deploy.norm is None
-    plan = structrep.plan(deploy)
-    assert not plan.merges
+def test_all_take_their_part(make):
+    for inplace in (False, True):
+        model = settled(make())
+        truth = model(X.clone())
+        deploy = structrep.reparameterize(model, inplace=inplace)
+        assert relative_error(deploy(X.clone()), truth) < EXACT
+        assert norms(deploy) == 0 or make is Functional
+        if make is Functional:
+            assert deploy.norm is None
+        plan = structrep.plan(deploy)
+        assert not plan.merges
 
 
 def refusals(model):
@@ -251,16 +251,16 @@ class Windows(nn.Module):
         return (q @ k.transpose(1, 2)).softmax(-1) @ v, tokens
 
 
-@pytest.mark.parametrize("example", [None, X])
-def test_a_scale_is_taken_by_a_layer_whose_dims_are_moved(example):
-    model = settled(FeedForward())
-    deploy = structrep.reparameterize(model, example)
-    assert relative_error(deploy(X), model(X)) < EXACT
-    assert norms(deploy) == 0
-    assert deploy.gamma is None
-    assert deploy.act[1].beta is None
-    assert deploy.second[0].bias is not None
-    assert not structrep.plan(deploy).merges
+def test_a_scale_is_taken_by_a_layer_whose_dims_are_moved():
+    for example in (None, X):
+        model = settled(FeedForward())
+        deploy = structrep.reparameterize(model, example)
+        assert relative_error(deploy(X), model(X)) < EXACT
+        assert norms(deploy) == 0
+        assert deploy.gamma is None
+        assert deploy.act[1].beta is None
+        assert deploy.second[0].bias is not None
+        assert not structrep.plan(deploy).merges
 
 
 def test_a_norm_of_tokens_goes_into_the_linear_behind_a_window_partition():
@@ -391,18 +391,18 @@ TOKENS = torch.randn(2, 5, 4, dtype=torch.float64, generator=torch.Generator().m
         lambda: nn.Sequential(OwnNorm(4), nn.Dropout()),
     ],
 )
-@pytest.mark.parametrize("inplace", [False, True])
-def test_weight_and_bias_of_a_norm_of_tokens_go_into_the_linears(make, inplace):
-    model = learned(Tokens(make()))
-    truth, numbers = model(TOKENS), sum(p.numel() for p in model.parameters())
-    own = sum(p.numel() for p in model.norm.parameters())
-    deploy = structrep.reparameterize(model, inplace=inplace)
-    assert relative_error(deploy(TOKENS), truth) < EXACT
-    assert not list(deploy.norm.parameters())
-    assert repr(deploy.norm) == repr(pickle.loads(pickle.dumps(deploy)).norm)
-    biases = own > 4  # then the keys, which have no bias of their own, are given one
-    assert sum(p.numel() for p in deploy.parameters()) == numbers - own + 4 * biases
-    assert not structrep.plan(deploy).merges
+def test_weight_and_bias_of_a_norm_of_tokens_go_into_the_linears(make):
+    for inplace in (False, True):
+        model = learned(Tokens(make()))
+        truth, numbers = model(TOKENS), sum(p.numel() for p in model.parameters())
+        own = sum(p.numel() for p in model.norm.parameters())
+        deploy = structrep.reparameterize(model, inplace=inplace)
+        assert relative_error(deploy(TOKENS), truth) < EXACT
+        assert not list(deploy.norm.parameters())
+        assert repr(deploy.norm) == repr(pickle.loads(pickle.dumps(deploy)).norm)
+        biases = own > 4  # then the keys, which have no bias of their own, are given one
+        assert sum(p.numel() for p in deploy.parameters()) == numbers - own + 4 * biases
+        assert not structrep.plan(deploy).merges
 
 
 @pytest.mark.parametrize("norm", [lambda: nn.GroupNorm(2, 4), lambda: nn.InstanceNorm2d(4, affine=True)])
@@ -549,7 +549,6 @@ class Heads(nn.Module):
         return self.linear(self.mix(self.norm(x)))
 
 
-@pytest.mark.parametrize("example", [False, True])
 @pytest.mark.parametrize(
     "mix",
     [
@@ -560,11 +559,12 @@ class Heads(nn.Module):
         lambda y: y.reshape(2, 2, 4, 2).roll(1, 1).reshape(2, 4, 4),
     ],
 )
-def test_channels_that_are_mixed_are_followed_no_further(mix, example):
-    model = learned(settled(Heads(mix)))
-    x = torch.randn(2, 4, 4, dtype=torch.float64)
-    deploy = structrep.reparameterize(model, x if example else None)
-    assert relative_error(deploy(x), model(x)) < EXACT
+def test_channels_that_are_mixed_are_followed_no_further(mix):
+    for example in (False, True):
+        model = learned(settled(Heads(mix)))
+        x = torch.randn(2, 4, 4, dtype=torch.float64)
+        deploy = structrep.reparameterize(model, x if example else None)
+        assert relative_error(deploy(x), model(x)) < EXACT
 
 
 @pytest.mark.parametrize("name", ["weight", "bias"])
@@ -629,18 +629,18 @@ class Between(nn.Module):
         return BETWEEN[self.how][0](self, x)
 
 
-@pytest.mark.parametrize("verify", [False, True])
 @pytest.mark.parametrize("how", BETWEEN)
-def test_a_norm_between_two_permutations_is_merged_once(how, verify):
-    model = settled(Between(how))
-    x = torch.randn(4, 4, 4, dtype=torch.float64)  # of one size, so that a mistake of the dim would still run
-    for example in (None, x):
-        plan = structrep.plan(model, example)
-        assert len(plan.merges) == BETWEEN[how][1]
-        deploy = plan.reparameterize(example, verify=verify)
-        assert distance(deploy(x), model(x)) < EXACT
-        left = [module for module, _ in trace(deploy).calls if isinstance(module, nn.BatchNorm1d)]
-        assert bool(left) == (not plan.merges)
+def test_a_norm_between_two_permutations_is_merged_once(how):
+    for verify in (False, True):
+        model = settled(Between(how))
+        x = torch.randn(4, 4, 4, dtype=torch.float64)  # of one size, so that a mistake of the dim would still run
+        for example in (None, x):
+            plan = structrep.plan(model, example)
+            assert len(plan.merges) == BETWEEN[how][1]
+            deploy = plan.reparameterize(example, verify=verify)
+            assert distance(deploy(x), model(x)) < EXACT
+            left = [module for module, _ in trace(deploy).calls if isinstance(module, nn.BatchNorm1d)]
+            assert bool(left) == (not plan.merges)
 
 
 def test_a_norm_that_was_probed_is_no_norm_of_each_value_too():
@@ -666,14 +666,14 @@ class ByAPartsParameters(nn.Module):
         return self.d(F.layer_norm(self.c(x), (8,), self.n.weight, self.n.bias))
 
 
-@pytest.mark.parametrize("given", [False, True], ids=["without inputs", "with inputs"])
 @pytest.mark.parametrize("holder", [nn.LayerNorm, nn.Module])
-def test_a_norm_that_is_given_the_parameters_of_a_part(holder, given):
-    torch.manual_seed(0)
-    model, x = settled(ByAPartsParameters(holder)), torch.randn(2, 4, dtype=torch.float64)
-    plan = structrep.plan(model, *((x,) if given else ()))
-    assert len(plan.merges) == 1
-    assert relative_error(plan.reparameterize()(x), model(x)) < EXACT
+def test_a_norm_that_is_given_the_parameters_of_a_part(holder):
+    for given in (False, True):
+        torch.manual_seed(0)
+        model, x = settled(ByAPartsParameters(holder)), torch.randn(2, 4, dtype=torch.float64)
+        plan = structrep.plan(model, *((x,) if given else ()))
+        assert len(plan.merges) == 1
+        assert relative_error(plan.reparameterize()(x), model(x)) < EXACT
 
 
 class Swapped(nn.Module):

@@ -1,1 +1,1 @@
-"""What needs more than torch: a device, processes, trainers, whole models of others, the pages."""
+"""What needs more than torch: a device, processes, trainers."""

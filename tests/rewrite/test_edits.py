@@ -612,11 +612,11 @@ class Wrapped(nn.Conv2d):
         return self.norm(super().forward(x))
 
 
-@pytest.mark.parametrize("inputs", [(), (X,)], ids=["alone", "with an example"])
-def test_a_convolution_that_holds_its_norm(inputs):
-    model = settled(nn.Sequential(Wrapped(4, 4, 3, norm=nn.BatchNorm2d(4)), nn.ReLU()))
-    plan = structrep.plan(model, *inputs)
-    assert len(plan.merges) == 1, plan
-    deploy = plan.apply()
-    assert not any(isinstance(one, nn.BatchNorm2d) for one in deploy.modules())
-    assert relative_error(deploy(X), model(X)) < EXACT
+def test_a_convolution_that_holds_its_norm():
+    for inputs in ((), (X,)):
+        model = settled(nn.Sequential(Wrapped(4, 4, 3, norm=nn.BatchNorm2d(4)), nn.ReLU()))
+        plan = structrep.plan(model, *inputs)
+        assert len(plan.merges) == 1, plan
+        deploy = plan.apply()
+        assert not any(isinstance(one, nn.BatchNorm2d) for one in deploy.modules())
+        assert relative_error(deploy(X), model(X)) < EXACT

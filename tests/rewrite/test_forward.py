@@ -73,14 +73,14 @@ OUTPUTS = [(NamedTupleOut, 1, ""), (DataclassOut, 1, ""), (DictOut, 1, ""), (Inp
 
 
 @pytest.mark.parametrize(("make", "merges", "refused"), OUTPUTS)
-@pytest.mark.parametrize("nested", [False, True])
-def test_structured_outputs(make, merges, refused, nested):
-    model = nn.Sequential(conv(), nn.ReLU(), make()) if nested else make()
-    deploy = check(model, X, TINY, merges=merges, refused=refused, conv=nested + 2 - merges)
-    ours, theirs = call(deploy, X), call(model, X)
-    if isinstance(ours, dict):
-        assert list(ours) == list(theirs)
-        assert ours["name"] == "y"
+def test_structured_outputs(make, merges, refused):
+    for nested in (False, True):
+        model = nn.Sequential(conv(), nn.ReLU(), make()) if nested else make()
+        deploy = check(model, X, TINY, merges=merges, refused=refused, conv=nested + 2 - merges)
+        ours, theirs = call(deploy, X), call(model, X)
+        if isinstance(ours, dict):
+            assert list(ours) == list(theirs)
+            assert ours["name"] == "y"
 
 
 def used(m, x):
@@ -235,13 +235,13 @@ def equal_or_says_so(deploy, model, given):
         assert distance(ours, call(model, given)) <= EXACT
 
 
-@pytest.mark.parametrize("example", [None, X], ids=["alone", "with an example"])
-def test_optional_arguments_stay_optional(example):
-    model = randomised(Optional())
-    deploy = says(structrep.plan(model, example), 1).reparameterize(example)
-    assert equal(deploy, model, X)
-    for more in ({"mask": X.sigmoid()}, {"flip": True}):
-        equal_or_says_so(deploy, model, {"x": X, **more})
+def test_optional_arguments_stay_optional():
+    for example in (None, X):
+        model = randomised(Optional())
+        deploy = says(structrep.plan(model, example), 1).reparameterize(example)
+        assert equal(deploy, model, X)
+        for more in ({"mask": X.sigmoid()}, {"flip": True}):
+            equal_or_says_so(deploy, model, {"x": X, **more})
 
 
 def test_optional_arguments_given_inside():

@@ -153,19 +153,20 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("given", [False, True], ids=["without inputs", "with inputs"])
 @pytest.mark.parametrize(("cls", "holder", "name", "value"), CASES, ids=[cls.__name__ for cls, *_ in CASES])
-def test_what_a_call_gives_is_guarded(cls, holder, name, value, given, monkeypatch):
-    torch.manual_seed(0)
-    model, inputs = settled(cls()), (X,) if given else ()
-    plan = structrep.plan(model, *inputs)
-    assert len(plan.merges) == 1
-    deploy = plan.reparameterize(*inputs)
-    assert relative_error(deploy(X), model(X)) < EXACT
-    change = monkeypatch.setitem if isinstance(holder, dict) else monkeypatch.setattr
-    change(holder, name, value, **({} if isinstance(holder, dict) else {"raising": False}))
-    with pytest.raises(ValueError, match=rf"{name}.* now: convert the model again"):
-        deploy(X)
+def test_what_a_call_gives_is_guarded(cls, holder, name, value, monkeypatch):
+    for given in (False, True):
+        torch.manual_seed(0)
+        model, inputs = settled(cls()), (X,) if given else ()
+        plan = structrep.plan(model, *inputs)
+        assert len(plan.merges) == 1
+        deploy = plan.reparameterize(*inputs)
+        assert relative_error(deploy(X), model(X)) < EXACT
+        with monkeypatch.context() as later:
+            change = later.setitem if isinstance(holder, dict) else later.setattr
+            change(holder, name, value, **({} if isinstance(holder, dict) else {"raising": False}))
+            with pytest.raises(ValueError, match=rf"{name}.* now: convert the model again"):
+                deploy(X)
 
 
 class CalledOtherwise(nn.Module):
@@ -200,13 +201,13 @@ class ReadsAComputedWeight(nn.Module):
         return self.n(self.c(x)) * self.c.weight.norm()
 
 
-@pytest.mark.parametrize("inputs", [(), (X,)], ids=["without inputs", "with inputs"])
-def test_a_parametrized_weight_that_is_read_elsewhere(inputs):
-    torch.manual_seed(0)
-    model = settled(ReadsAComputedWeight())
-    plan = structrep.plan(model, *inputs)
-    assert len(plan.merges) == 1
-    assert relative_error(plan.reparameterize(*inputs)(X), model(X)) < EXACT
+def test_a_parametrized_weight_that_is_read_elsewhere():
+    for inputs in ((), (X,)):
+        torch.manual_seed(0)
+        model = settled(ReadsAComputedWeight())
+        plan = structrep.plan(model, *inputs)
+        assert len(plan.merges) == 1
+        assert relative_error(plan.reparameterize(*inputs)(X), model(X)) < EXACT
 
 
 SCALE = torch.tensor(2.0, dtype=torch.float64)
@@ -239,33 +240,34 @@ class OfTheModule(Model):
         return self.n(self.c(x) * self.scale)
 
 
-@pytest.mark.parametrize("given", [False, True], ids=["without inputs", "with inputs"])
 @pytest.mark.parametrize("cls", [OfAFile, InAList, OfAClass])
-def test_a_tensor_that_no_module_holds_is_no_constant(cls, given, monkeypatch):
-    torch.manual_seed(0)
-    model, inputs = settled(cls()), (X,) if given else ()
-    plan = structrep.plan(model, *inputs)
-    assert not plan.merges
-    deploy, other = plan.reparameterize(*inputs), torch.tensor(3.0, dtype=torch.float64)
-    monkeypatch.setitem(globals(), "SCALE", other)
-    monkeypatch.setitem(globals(), "SCALES", [other])
-    monkeypatch.setattr(OfAClass, "scale", other)
-    assert relative_error(deploy(X), model(X)) < EXACT
+def test_a_tensor_that_no_module_holds_is_no_constant(cls, monkeypatch):
+    for given in (False, True):
+        torch.manual_seed(0)
+        model, inputs = settled(cls()), (X,) if given else ()
+        plan = structrep.plan(model, *inputs)
+        assert not plan.merges
+        deploy, other = plan.reparameterize(*inputs), torch.tensor(3.0, dtype=torch.float64)
+        with monkeypatch.context() as later:
+            later.setitem(globals(), "SCALE", other)
+            later.setitem(globals(), "SCALES", [other])
+            later.setattr(OfAClass, "scale", other)
+            assert relative_error(deploy(X), model(X)) < EXACT
 
 
-@pytest.mark.parametrize("given", [False, True], ids=["without inputs", "with inputs"])
 @pytest.mark.parametrize("copied", [False, True], ids=["", "copied"])
-def test_a_plain_tensor_of_a_module_that_is_written_to_is_guarded(given, copied):
-    torch.manual_seed(0)
-    model, inputs = settled(OfTheModule()), (X,) if given else ()
-    plan = structrep.plan(model, *inputs)
-    assert len(plan.merges) == 1
-    deploy = plan.reparameterize(*inputs)
-    deploy = copy.deepcopy(deploy) if copied else deploy
-    assert relative_error(deploy(X), model(X)) < EXACT
-    deploy.scale.mul_(3)
-    with pytest.raises(ValueError, match=r"self\.scale that was merged"):
-        deploy(X)
+def test_a_plain_tensor_of_a_module_that_is_written_to_is_guarded(copied):
+    for given in (False, True):
+        torch.manual_seed(0)
+        model, inputs = settled(OfTheModule()), (X,) if given else ()
+        plan = structrep.plan(model, *inputs)
+        assert len(plan.merges) == 1
+        deploy = plan.reparameterize(*inputs)
+        deploy = copy.deepcopy(deploy) if copied else deploy
+        assert relative_error(deploy(X), model(X)) < EXACT
+        deploy.scale.mul_(3)
+        with pytest.raises(ValueError, match=r"self\.scale that was merged"):
+            deploy(X)
 
 
 class ByAName(Model):

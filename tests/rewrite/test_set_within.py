@@ -170,18 +170,18 @@ def made(forward):
 
 
 @pytest.mark.filterwarnings("ignore::structrep.NothingMerged")
-@pytest.mark.parametrize("example", [False, True], ids=["alone", "with an example"])
 @pytest.mark.parametrize("forward", SETS)
-def test_what_a_forward_sets_as_it_runs_is_no_ground_for_a_merge(forward, example):
-    model = made(forward)
-    twin = copy.deepcopy(model)
-    inputs = [INPUTS[8]] if example else []
-    plan = structrep.plan(copy.deepcopy(model), *inputs)
-    deploy = structrep.reparameterize(copy.deepcopy(model), *inputs)
-    for size in (8, 6, 12, 8, 6, 12):
-        assert relative_error(deploy(INPUTS[size]), twin(INPUTS[size])) < EXACT
-    assert not plan.merges
-    assert forward is returns_finally or any("may set" in one.reason for one in plan.refusals)
+def test_what_a_forward_sets_as_it_runs_is_no_ground_for_a_merge(forward):
+    for example in (False, True):
+        model = made(forward)
+        twin = copy.deepcopy(model)
+        inputs = [INPUTS[8]] if example else []
+        plan = structrep.plan(copy.deepcopy(model), *inputs)
+        deploy = structrep.reparameterize(copy.deepcopy(model), *inputs)
+        for size in (8, 6, 12, 8, 6, 12):
+            assert relative_error(deploy(INPUTS[size]), twin(INPUTS[size])) < EXACT
+        assert not plan.merges
+        assert forward is returns_finally or any("may set" in one.reason for one in plan.refusals)
 
 
 @pytest.mark.parametrize("forward", [fills, by_object])
@@ -320,13 +320,13 @@ class Named(nn.Module):
     lambda self, x: getattr(self, "norm{}".format(self.which))(self.c(x)).relu(),  # noqa: UP032
     lambda self, x: getattr(self, "run_%d" % self.which)(x).relu(),  # noqa: UP031
 ])  # fmt: skip
-@pytest.mark.parametrize("inputs", [(), (INPUTS[8],)], ids=["alone", "with an example"])
-def test_a_part_of_a_name_that_is_computed(forward, inputs):
-    model = settled(type("Model", (Named,), {"forward": forward})())
-    deploy = structrep.reparameterize(copy.deepcopy(model), *inputs)
-    assert relative_error(deploy(INPUTS[8]), model(INPUTS[8])) < EXACT
-    deploy.which = model.which = 1
-    assert followed_or_told(model, deploy, INPUTS[8])
+def test_a_part_of_a_name_that_is_computed(forward):
+    for inputs in ((), (INPUTS[8],)):
+        model = settled(type("Model", (Named,), {"forward": forward})())
+        deploy = structrep.reparameterize(copy.deepcopy(model), *inputs)
+        assert relative_error(deploy(INPUTS[8]), model(INPUTS[8])) < EXACT
+        deploy.which = model.which = 1
+        assert followed_or_told(model, deploy, INPUTS[8])
 
 
 def doubled(tensor):

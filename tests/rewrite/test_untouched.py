@@ -177,17 +177,17 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("given", [False, True], ids=["without inputs", "with inputs"])
 @pytest.mark.parametrize(("cls", "x", "guessed", "known"), CASES, ids=[cls.__name__ for cls, *_ in CASES])
-def test_a_line_beside_a_merge(cls, x, guessed, known, given):
-    torch.manual_seed(0)
-    model, inputs = settled(cls()), (x,) if given else ()
-    plan = structrep.plan(model, *inputs)
-    assert len(plan.merges) == (known if given else guessed)
-    deploy = plan.reparameterize(*inputs)
-    for one in (x, -x, torch.cat([x, x])):
-        assert relative_error(deploy(one), model(one)) < EXACT
-    assert not structrep.plan(deploy, *inputs).merges
+def test_a_line_beside_a_merge(cls, x, guessed, known):
+    for given in (False, True):
+        torch.manual_seed(0)
+        model, inputs = settled(cls()), (x,) if given else ()
+        plan = structrep.plan(model, *inputs)
+        assert len(plan.merges) == (known if given else guessed)
+        deploy = plan.reparameterize(*inputs)
+        for one in (x, -x, torch.cat([x, x])):
+            assert relative_error(deploy(one), model(one)) < EXACT
+        assert not structrep.plan(deploy, *inputs).merges
 
 
 def test_of_a_condition_on_rank_both_ways_stay():
@@ -454,15 +454,15 @@ class HasAnEye(nn.Module):
         return self.a(x) + self.b(x)
 
 
-@pytest.mark.parametrize("inputs", [(), (IMAGE,)], ids=["without inputs", "with inputs"])
-def test_a_part_with_a_plain_tensor_vanishes_with_it(inputs):
-    torch.manual_seed(0)
-    model = settled(HasAnEye())
-    plan = structrep.plan(model, *inputs)
-    assert len(plan.merges) == 1
-    deploy = plan.reparameterize(*inputs)
-    assert deploy.b is None
-    assert relative_error(deploy(IMAGE), model(IMAGE)) < SAME
+def test_a_part_with_a_plain_tensor_vanishes_with_it():
+    for inputs in ((), (IMAGE,)):
+        torch.manual_seed(0)
+        model = settled(HasAnEye())
+        plan = structrep.plan(model, *inputs)
+        assert len(plan.merges) == 1
+        deploy = plan.reparameterize(*inputs)
+        assert deploy.b is None
+        assert relative_error(deploy(IMAGE), model(IMAGE)) < SAME
 
 
 OF_THE_FILE = torch.rand(1, 8)
@@ -473,12 +473,12 @@ class AddsAFilesTensor(Linears):
         return self.b(self.a(x) + OF_THE_FILE.to(x.device))
 
 
-@pytest.mark.parametrize("inputs", [(), (TOKENS,)], ids=["without inputs", "with inputs"])
-def test_a_tensor_of_a_file_that_is_moved_merges_with_nothing(inputs):
-    model = settled(AddsAFilesTensor())
-    plan = structrep.plan(model, *inputs)
-    assert not plan.merges
-    assert relative_error(plan.apply()(TOKENS), model(TOKENS)) < SAME
+def test_a_tensor_of_a_file_that_is_moved_merges_with_nothing():
+    for inputs in ((), (TOKENS,)):
+        model = settled(AddsAFilesTensor())
+        plan = structrep.plan(model, *inputs)
+        assert not plan.merges
+        assert relative_error(plan.apply()(TOKENS), model(TOKENS)) < SAME
 
 
 class MovesItself(nn.Sequential):

@@ -54,23 +54,23 @@ class WritesBuffer(nn.Module):
         return self.n(self.c(x))
 
 
-@pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize(
     ("make", "merges", "refused"), [(WritesAttributes, 1, ""), (WritesData, 0, "Shared"), (WritesBuffer, 1, "")]
 )
-def test_forwards_that_write(make, merges, refused, inplace):
-    model, x = randomised(make()), noise(2, 4, 5, 6)
-    before, count = fingerprint(model), getattr(model, "calls", None)
-    plan = says(structrep.plan(model), merges, refused)
-    assert fingerprint(model) == before
-    assert getattr(model, "calls", None) == count
-    assert not [v for v in vars(model).values() if isinstance(v, torch.fx.Proxy)]
-    truth = call(copy.deepcopy(model), x)
-    deploy = plan.apply(inplace)
-    if not inplace:
+def test_forwards_that_write(make, merges, refused):
+    for inplace in (False, True):
+        model, x = randomised(make()), noise(2, 4, 5, 6)
+        before, count = fingerprint(model), getattr(model, "calls", None)
+        plan = says(structrep.plan(model), merges, refused)
         assert fingerprint(model) == before
-    assert distance(call(deploy, x), truth) <= EXACT
-    assert not [v for v in vars(deploy).values() if isinstance(v, torch.fx.Proxy)]
+        assert getattr(model, "calls", None) == count
+        assert not [v for v in vars(model).values() if isinstance(v, torch.fx.Proxy)]
+        truth = call(copy.deepcopy(model), x)
+        deploy = plan.apply(inplace)
+        if not inplace:
+            assert fingerprint(model) == before
+        assert distance(call(deploy, x), truth) <= EXACT
+        assert not [v for v in vars(deploy).values() if isinstance(v, torch.fx.Proxy)]
 
 
 def test_buffers_that_a_forward_writes_are_still_written():
@@ -108,25 +108,25 @@ def test_a_merge_that_cannot_be_written_leaves_the_smaller_ones():
 # --- numbers that are assigned --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("inplace", [False, True])
-def test_span_in_eval_mode(inplace):
-    model = SPAN().double().eval()
-    model.train()
-    trained = model(X)
-    model.eval()
-    plan = structrep.plan(model)
-    assert [merge.rules for merge in plan.merges] == [
-        ("conv3xc_computed", "fold_prenorm"),
-        ("conv3xc_computed",),
-        ("conv3xc_computed",),
-    ]
-    assert plan.merges[0].parameters[0] > plan.merges[0].parameters[1]
-    deploy = structrep.reparameterize(model, X, inplace=inplace)
-    assert relative_error(deploy(X), trained) < EXACT
-    blocks = ("head", "body", "tail")
-    assert set(deploy.state_dict()) == {f"{b}.eval_conv.{n}" for b in blocks for n in ("weight", "bias")}
-    assert isinstance(deploy.body, Conv3XC)
-    assert not structrep.plan(deploy).merges
+def test_span_in_eval_mode():
+    for inplace in (False, True):
+        model = SPAN().double().eval()
+        model.train()
+        trained = model(X)
+        model.eval()
+        plan = structrep.plan(model)
+        assert [merge.rules for merge in plan.merges] == [
+            ("conv3xc_computed", "fold_prenorm"),
+            ("conv3xc_computed",),
+            ("conv3xc_computed",),
+        ]
+        assert plan.merges[0].parameters[0] > plan.merges[0].parameters[1]
+        deploy = structrep.reparameterize(model, X, inplace=inplace)
+        assert relative_error(deploy(X), trained) < EXACT
+        blocks = ("head", "body", "tail")
+        assert set(deploy.state_dict()) == {f"{b}.eval_conv.{n}" for b in blocks for n in ("weight", "bias")}
+        assert isinstance(deploy.body, Conv3XC)
+        assert not structrep.plan(deploy).merges
 
 
 def test_span_in_training_mode():
@@ -241,15 +241,15 @@ def ordered(how):
     return settled(Ordered())
 
 
-@pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("how", ORDERS)
-def test_what_a_forward_does_at_its_next_call_stays(how, inplace):
-    model, twin = ordered(how), ordered(how)
-    state = {name: value.clone() for name, value in model.state_dict().items()}
-    refused, _ = ORDERS[how]
-    deploy = says(structrep.plan(model), int(not refused), refused).reparameterize(inplace=inplace)
-    if not inplace:
-        assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
-    x = torch.randn(2, 4, 3, 3, dtype=torch.float64)
-    for _ in range(3):
-        assert relative_error(deploy(x), twin(x)) < EXACT
+def test_what_a_forward_does_at_its_next_call_stays(how):
+    for inplace in (False, True):
+        model, twin = ordered(how), ordered(how)
+        state = {name: value.clone() for name, value in model.state_dict().items()}
+        refused, _ = ORDERS[how]
+        deploy = says(structrep.plan(model), int(not refused), refused).reparameterize(inplace=inplace)
+        if not inplace:
+            assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+        x = torch.randn(2, 4, 3, 3, dtype=torch.float64)
+        for _ in range(3):
+            assert relative_error(deploy(x), twin(x)) < EXACT

@@ -313,17 +313,17 @@ class PadsItself(nn.Conv2d):
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("inplace", [False, True])
-def test_a_convolution_that_pads_itself_keeps_its_place(bias, inplace):
-    model = settled(nn.Sequential(PadsItself(3, 4, 3, 2, bias=bias), nn.BatchNorm2d(4), nn.ReLU()))
-    x = torch.randn(2, 3, 8, 7, dtype=torch.float64)
-    truth = model(x)
-    deploy = structrep.reparameterize(model, inplace=inplace)
-    assert relative_error(deploy(x), truth) < EXACT
-    assert isinstance(deploy[0], PadsItself)
-    assert list(deploy.state_dict()) == ["0.weight", "0.bias"]
-    assert not list(deploy[0].children())
-    assert repr(deploy[0]) == "PadsItself(3, 4, kernel_size=(3, 3), stride=(2, 2))"
+def test_a_convolution_that_pads_itself_keeps_its_place(bias):
+    for inplace in (False, True):
+        model = settled(nn.Sequential(PadsItself(3, 4, 3, 2, bias=bias), nn.BatchNorm2d(4), nn.ReLU()))
+        x = torch.randn(2, 3, 8, 7, dtype=torch.float64)
+        truth = model(x)
+        deploy = structrep.reparameterize(model, inplace=inplace)
+        assert relative_error(deploy(x), truth) < EXACT
+        assert isinstance(deploy[0], PadsItself)
+        assert list(deploy.state_dict()) == ["0.weight", "0.bias"]
+        assert not list(deploy[0].children())
+        assert repr(deploy[0]) == "PadsItself(3, 4, kernel_size=(3, 3), stride=(2, 2))"
 
 
 def test_a_convolution_that_pads_itself_and_is_called_twice_stays():
@@ -479,23 +479,24 @@ def test_a_scripted_child_is_left_as_it_is():
     assert len([module for module in deploy.modules() if isinstance(module, nn.Conv2d)]) == 1
 
 
-@pytest.mark.parametrize("inputs", [(), (torch.ones(1, 4, 6, 6, dtype=torch.float64),)], ids=["alone", "inputs"])
 @pytest.mark.parametrize("holder", [lambda part: [part], lambda part: {0: part}], ids=["list", "dict"])
-def test_the_text_stays_around_a_scripted_module_that_is_no_part(holder, inputs):
-    class Holds(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.n, self.b = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1)
-            self.held = holder(torch.jit.script(nn.ReLU()))
+def test_the_text_stays_around_a_scripted_module_that_is_no_part(holder):
+    for inputs in ((), (torch.ones(1, 4, 6, 6, dtype=torch.float64),)):
 
-        def forward(self, x):
-            return self.held[0](self.n(self.a(x)) + self.b(x))
+        class Holds(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.a, self.n, self.b = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1)
+                self.held = holder(torch.jit.script(nn.ReLU()))
 
-    model = settled(Holds())
-    x = torch.randn(1, 4, 6, 6, dtype=torch.float64)
-    plan = structrep.plan(model, *inputs)
-    assert [(merge.rules, merge.edit) for merge in plan.merges] == [(("repvgg",), "edit")]
-    assert relative_error(plan.apply()(x), model(x)) < CLOSE
+            def forward(self, x):
+                return self.held[0](self.n(self.a(x)) + self.b(x))
+
+        model = settled(Holds())
+        x = torch.randn(1, 4, 6, 6, dtype=torch.float64)
+        plan = structrep.plan(model, *inputs)
+        assert [(merge.rules, merge.edit) for merge in plan.merges] == [(("repvgg",), "edit")]
+        assert relative_error(plan.apply()(x), model(x)) < CLOSE
 
 
 def test_what_lends_memory_is_not_run_where_there_is_none():
@@ -606,9 +607,9 @@ class Lengths(nn.Module):
         return self.inner(x)
 
 
-@pytest.mark.parametrize("example", [False, True])
-def test_a_layer_that_is_given_what_it_does_not_take(example):
-    model, x = settled(Tried()), torch.randn(2, 4, 9, dtype=torch.float64)
-    plan = structrep.plan(model, x if example else None)
-    assert len(plan.merges) == 1, plan
-    assert relative_error(plan.apply()(x), model(x)) < EXACT
+def test_a_layer_that_is_given_what_it_does_not_take():
+    for example in (False, True):
+        model, x = settled(Tried()), torch.randn(2, 4, 9, dtype=torch.float64)
+        plan = structrep.plan(model, x if example else None)
+        assert len(plan.merges) == 1, plan
+        assert relative_error(plan.apply()(x), model(x)) < EXACT

@@ -209,18 +209,19 @@ def takes_channels_apart(self, x):
     return sum(y[:, index : index + 1].relu() for index in range(y.shape[1])) + (self.n(self.b(x)) + x)
 
 
-@pytest.mark.parametrize("example", [X, None], ids=["with an example", "without"])
 @pytest.mark.parametrize(("forward", "merges", "alone"), FOLLOWED)
-def test_what_is_asked_costs_no_merge(forward, merges, alone, example):
-    class Plain(Base):
-        def __init__(self):
-            super().__init__()
-            self.rows = self.norms = self.m = None
+def test_what_is_asked_costs_no_merge(forward, merges, alone):
+    for example in (X, None):
 
-    model = made(forward, Plain)
-    _, deploy = converted(model, example, alone if example is None else merges)
-    told = judged(model, deploy)
-    assert "as the example" not in told
+        class Plain(Base):
+            def __init__(self):
+                super().__init__()
+                self.rows = self.norms = self.m = None
+
+        model = made(forward, Plain)
+        _, deploy = converted(model, example, alone if example is None else merges)
+        told = judged(model, deploy)
+        assert "as the example" not in told
 
 
 @pytest.mark.parametrize(("forward", "merges", "alone"), FOLLOWED[:2])

@@ -113,23 +113,23 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("inputs", [(), (X,)], ids=["alone", "inputs"])
 @pytest.mark.parametrize(("forward", "asked"), CHANGES.items(), ids=[one.__name__ for one in CHANGES])
-def test_what_is_asked_elsewhere(forward, asked, inputs):
-    reset()
-    model = made(forward, Model)
-    deploy = structrep.reparameterize(model, *inputs)
-    assert isinstance(deploy.n, nn.Identity)
-    assert relative_error(deploy(X), model(X)) < EXACT
-    change, named = asked
-    change()
-    try:
-        found = deploy(X)  # where the user's text stays, it asks again
-        assert relative_error(found, model(X)) < EXACT
-    except ValueError as error:
-        assert named in str(error)  # noqa: PT017
-    finally:
+def test_what_is_asked_elsewhere(forward, asked):
+    for inputs in ((), (X,)):
         reset()
+        model = made(forward, Model)
+        deploy = structrep.reparameterize(model, *inputs)
+        assert isinstance(deploy.n, nn.Identity)
+        assert relative_error(deploy(X), model(X)) < EXACT
+        change, named = asked
+        change()
+        try:
+            found = deploy(X)  # where the user's text stays, it asks again
+            assert relative_error(found, model(X)) < EXACT
+        except ValueError as error:
+            assert named in str(error)  # noqa: PT017
+        finally:
+            reset()
 
 
 def test_a_setting_of_a_backend():

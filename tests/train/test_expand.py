@@ -57,30 +57,30 @@ X = torch.randn(4, 3, 9, 8, dtype=torch.float64, generator=torch.Generator().man
 
 
 @pytest.mark.parametrize("block", OF_CONVS)
-@pytest.mark.parametrize("inplace", [False, True])
-def test_the_same_function_then_the_same_model(block, inplace):
-    model = settled(Plain())
-    model.train()
-    original, trained = copy.deepcopy(model), copy.deepcopy(model)
-    expanded = structrep.expand(model, block, inplace=inplace, **SMALL.get(block, {}))
-    assert (expanded is model) == inplace
-    assert type(expanded) is Plain
-    assert sum(p.numel() for p in expanded.parameters()) > sum(p.numel() for p in original.parameters())
-    assert relative_error(copy.deepcopy(expanded)(X), trained(X)) < EXACT, "with statistics of batches"
-    assert relative_error(expanded.eval()(X), original.eval()(X)) < EXACT
-    with torch.no_grad():
-        for parameter in expanded.parameters():
-            parameter += 0.05 * torch.randn_like(parameter)
-    back = structrep.reparameterize(expanded, X, norms="keep")
-    assert relative_error(back(X), expanded(X)) < EXACT
-    assert shapes(back) == shapes(original)
-    assert kinds(back) == kinds(original)
-    original.load_state_dict(back.state_dict())
-    assert relative_error(original(X), expanded(X)) < EXACT
-    folded, plain = structrep.reparameterize(expanded, X), structrep.reparameterize(original)
-    assert relative_error(folded(X), expanded(X)) < EXACT
-    assert shapes(folded) == shapes(plain)
-    assert kinds(folded) == kinds(plain)
+def test_the_same_function_then_the_same_model(block):
+    for inplace in (False, True):
+        model = settled(Plain())
+        model.train()
+        original, trained = copy.deepcopy(model), copy.deepcopy(model)
+        expanded = structrep.expand(model, block, inplace=inplace, **SMALL.get(block, {}))
+        assert (expanded is model) == inplace
+        assert type(expanded) is Plain
+        assert sum(p.numel() for p in expanded.parameters()) > sum(p.numel() for p in original.parameters())
+        assert relative_error(copy.deepcopy(expanded)(X), trained(X)) < EXACT, "with statistics of batches"
+        assert relative_error(expanded.eval()(X), original.eval()(X)) < EXACT
+        with torch.no_grad():
+            for parameter in expanded.parameters():
+                parameter += 0.05 * torch.randn_like(parameter)
+        back = structrep.reparameterize(expanded, X, norms="keep")
+        assert relative_error(back(X), expanded(X)) < EXACT
+        assert shapes(back) == shapes(original)
+        assert kinds(back) == kinds(original)
+        original.load_state_dict(back.state_dict())
+        assert relative_error(original(X), expanded(X)) < EXACT
+        folded, plain = structrep.reparameterize(expanded, X), structrep.reparameterize(original)
+        assert relative_error(folded(X), expanded(X)) < EXACT
+        assert shapes(folded) == shapes(plain)
+        assert kinds(folded) == kinds(plain)
 
 
 def test_large_depthwise_kernels():
@@ -392,15 +392,15 @@ def test_why_none_of_the_layers_will_do(model, block, options, told):
 
 
 @pytest.mark.parametrize("block", [name for name in FAMILIES if name not in ("replknet", "expandnet_linear", "lora")])
-@pytest.mark.parametrize("inplace", [False, True])
-def test_a_model_is_expanded_once(block, inplace):
+def test_a_model_is_expanded_once(block):
     """As the cell of a notebook is run again."""
-    once = structrep.expand(settled(Plain()), block, **SMALL.get(block, {}))
-    names, places = list(once.state_dict()), structrep.expand_layers(once)
-    for other in {block, "repvgg"} if block in ("repvgg", "acb", "dbb", "mobileone") else {block}:
-        with pytest.raises(BadInput, match=f"Plain is expanded already, {', '.join(places)}: .*again=True"):
-            structrep.expand(once, other, inplace=inplace)
-    assert list(once.state_dict()) == names
+    for inplace in (False, True):
+        once = structrep.expand(settled(Plain()), block, **SMALL.get(block, {}))
+        names, places = list(once.state_dict()), structrep.expand_layers(once)
+        for other in {block, "repvgg"} if block in ("repvgg", "acb", "dbb", "mobileone") else {block}:
+            with pytest.raises(BadInput, match=f"Plain is expanded already, {', '.join(places)}: .*again=True"):
+                structrep.expand(once, other, inplace=inplace)
+        assert list(once.state_dict()) == names
 
 
 def test_a_model_is_expanded_again_where_that_is_said():
@@ -438,21 +438,21 @@ def test_norms_that_do_more_are_told_of(caplog):
     assert relative_error(nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model)).eval()(x), model(x)) > 0.1
 
 
-@pytest.mark.parametrize("inplace", [False, True])
-def test_an_optimizer_that_was_made_too_early(inplace):
-    model = Plain()
-    early = torch.optim.SGD(model.parameters(), 0.1)
-    expanded = structrep.expand(model, "repvgg", inplace=inplace)
-    of_blocks = [name for name, _ in expanded.named_parameters() if name.startswith(("a.", "c."))]
-    told = (
-        rf"has 0 of the {len(of_blocks)} parameters of the blocks in Plain, not a\.dense"
-        if inplace
-        else f"has none of the {len(list(expanded.parameters()))} parameters of Plain: make it of model.parameters"
-    )
-    with pytest.raises(BadInput, match=told):
-        structrep.check_optimizer(expanded, early)
-    with pytest.raises(BadInput, match=told.partition(" in Plain")[0].partition(" of Plain")[0]):
-        structrep.check_optimizer(nn.DataParallel(expanded), iter([early]))
+def test_an_optimizer_that_was_made_too_early():
+    for inplace in (False, True):
+        model = Plain()
+        early = torch.optim.SGD(model.parameters(), 0.1)
+        expanded = structrep.expand(model, "repvgg", inplace=inplace)
+        of_blocks = [name for name, _ in expanded.named_parameters() if name.startswith(("a.", "c."))]
+        told = (
+            rf"has 0 of the {len(of_blocks)} parameters of the blocks in Plain, not a\.dense"
+            if inplace
+            else f"has none of the {len(list(expanded.parameters()))} parameters of Plain: make it of model.parameters"
+        )
+        with pytest.raises(BadInput, match=told):
+            structrep.check_optimizer(expanded, early)
+        with pytest.raises(BadInput, match=told.partition(" in Plain")[0].partition(" of Plain")[0]):
+            structrep.check_optimizer(nn.DataParallel(expanded), iter([early]))
 
 
 def test_an_optimizer_that_trains_the_blocks():

@@ -81,23 +81,23 @@ ADAPTED = {
 }
 
 
-@pytest.mark.parametrize("inputs", [(), (X,)], ids=["alone", "with inputs"])
 @pytest.mark.parametrize("name", ADAPTED)
-def test_the_model_inside_comes_back_with_plain_layers(name, inputs):
-    make, where = ADAPTED[name]
-    model = make()
-    truth = model(X).detach()
-    plan = structrep.plan(model, *inputs)
-    assert {merge.where for merge in plan.merges} == where
-    deploy = plan.reparameterize(*inputs)
-    assert type(deploy) is MLP
-    assert {type(layer) for layer in deploy.children()} == {nn.Linear, nn.LayerNorm}
-    assert deploy.state_dict().keys() == MLP().state_dict().keys()
-    assert relative_error(deploy(X), truth) < EXACT
-    assert relative_error(model(X), truth) == 0  # the model itself is as it was
-    assert not hasattr(deploy, "peft_config")
-    deploy.train()  # a layer of peft's or of loralib's may take its adapter out again
-    assert relative_error(deploy.eval()(X), truth) < EXACT
+def test_the_model_inside_comes_back_with_plain_layers(name):
+    for inputs in ((), (X,)):
+        make, where = ADAPTED[name]
+        model = make()
+        truth = model(X).detach()
+        plan = structrep.plan(model, *inputs)
+        assert {merge.where for merge in plan.merges} == where
+        deploy = plan.reparameterize(*inputs)
+        assert type(deploy) is MLP
+        assert {type(layer) for layer in deploy.children()} == {nn.Linear, nn.LayerNorm}
+        assert deploy.state_dict().keys() == MLP().state_dict().keys()
+        assert relative_error(deploy(X), truth) < EXACT
+        assert relative_error(model(X), truth) == 0  # the model itself is as it was
+        assert not hasattr(deploy, "peft_config")
+        deploy.train()  # a layer of peft's or of loralib's may take its adapter out again
+        assert relative_error(deploy.eval()(X), truth) < EXACT
 
 
 class Normed(nn.Module):
@@ -109,13 +109,13 @@ class Normed(nn.Module):
         return self.a(self.norm(x))
 
 
-@pytest.mark.parametrize("inputs", [(), (X,)], ids=["alone", "with inputs"])
-def test_a_scale_of_inputs_is_merged(inputs):
+def test_a_scale_of_inputs_is_merged():
     """Its layer asks for the dtype of the scale, which is no more then: that of the layer that took it is the same."""
-    model = adapted(peft.IA3Config(target_modules=["a"], feedforward_modules=["a"]), settled(Normed()))
-    deploy = says(structrep.plan(model, *inputs), 1).reparameterize(*inputs)
-    assert relative_error(deploy(X), model(X)) < EXACT
-    assert not [name for name, _ in deploy.named_parameters() if "ia3" in name]
+    for inputs in ((), (X,)):
+        model = adapted(peft.IA3Config(target_modules=["a"], feedforward_modules=["a"]), settled(Normed()))
+        deploy = says(structrep.plan(model, *inputs), 1).reparameterize(*inputs)
+        assert relative_error(deploy(X), model(X)) < EXACT
+        assert not [name for name, _ in deploy.named_parameters() if "ia3" in name]
 
 
 @pytest.mark.parametrize("name", ["LoRA", "both", "AdaLoRA", "LoHa", "VeRA", "IA3", "LN tuning"])
@@ -419,18 +419,18 @@ class Moody(Net):
         return self.out(torch.relu(self.backbone(x)))
 
 
-@pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("kind", [Net, Moody])
-def test_an_adapted_part_is_the_part_inside(kind, inplace):
-    model = kind().eval()
-    truth = model(X).detach()
-    plan = structrep.plan(model, X)
-    assert [merge.where for merge in plan.merges] == ["backbone.a", "backbone.b"]
-    assert isinstance(model.backbone, peft.PeftModel)  # a plan changes nothing
-    deploy = plan.reparameterize(X, inplace=inplace)
-    assert (deploy is model) == inplace
-    assert type(deploy.backbone) is MLP
-    assert relative_error(deploy(X), truth) < EXACT
+def test_an_adapted_part_is_the_part_inside(kind):
+    for inplace in (False, True):
+        model = kind().eval()
+        truth = model(X).detach()
+        plan = structrep.plan(model, X)
+        assert [merge.where for merge in plan.merges] == ["backbone.a", "backbone.b"]
+        assert isinstance(model.backbone, peft.PeftModel)  # a plan changes nothing
+        deploy = plan.reparameterize(X, inplace=inplace)
+        assert (deploy is model) == inplace
+        assert type(deploy.backbone) is MLP
+        assert relative_error(deploy(X), truth) < EXACT
 
 
 def test_a_model_whose_embeddings_cannot_be_asked_for_is_converted():

@@ -7,7 +7,7 @@
 What another machine measures otherwise (rounding errors, times, sizes of files, versions) need be of the same form, no
 more.
 
-`python -m tests.needs.test_docs` writes what is printed now into the pages, or into those that it is given.
+`python -m tests.pages.test_docs` writes what is printed now into the pages, or into those that it is given.
 """
 
 import contextlib
