@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass
 from inspect import Parameter, signature
 from types import FunctionType
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import fx, nn
 
@@ -44,11 +44,19 @@ class Variant:
         return f"{self.method}({', '.join(given)})" if self.flags else self.method
 
 
-class Borders:
-    """What a model's methods see of the values between its modules."""
+# how modules are run in other ways; None for what cannot be followed
+Followed: TypeAlias = dict[tuple[nn.Module, Variant], Method | None]
 
-    def __init__(self, traced: Traced) -> None:
-        self.traced = traced
+
+class Borders:
+    """What a model's methods see of the values between its modules.
+
+    Args:
+        followed: what is known of that already, from another search of the same traces; it grows.
+    """
+
+    def __init__(self, traced: Traced, followed: Followed) -> None:
+        self.traced, self.followed = traced, followed
         self.given: dict[fx.Node, list[Call]] = defaultdict(list)  # value -> the calls that give it back
         for trace in traced.traces:
             for call in trace.calls:
@@ -61,7 +69,6 @@ class Borders:
         self.variants: dict[nn.Module, list[Variant]] = {}
         self.mentioned: dict[tuple[type, str], frozenset[str] | None] = {}
         self.below: dict[nn.Module, dict[nn.Module, frozenset[str]]] = {}  # a module's parts, by children they are in
-        self.followed: dict[tuple[nn.Module, Variant], Method | None] = {}
         self.used: dict[
             tuple[nn.Module, str], list[set[nn.Module]]
         ] = {}  # parts that a method uses, and all below each

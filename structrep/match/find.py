@@ -66,6 +66,7 @@ def again(
         {**found.unwritable, **(unwritable or {})},
         {**found.slower, **left},
         found.excluded,
+        found.followed,
     )
     return _search(findings)
 

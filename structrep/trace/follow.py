@@ -115,7 +115,7 @@ class Below:
             self.traced.untraced[path] = Untraceable(reason)
             self._apart(module, method)
             return
-        tracer = follow(self.traced, module, self.paths, given, method)
+        tracer = follow(self.traced, module, self.paths, given, method, holdings=Holdings(module))
         if tracer.recorder.stopped is not None:
             self._apart(module, method)
             return
@@ -223,21 +223,25 @@ def follow(
     given: Example | Arguments | None,
     method: str = "forward",
     flags: Mapping[str, Any] | None = None,
+    holdings: Holdings | None = None,
 ) -> CallTracer:
     """Trace, keeping whole one more function or module type after each failure, until all goes through or the root
-    itself stops it."""
+    itself stops it.
+
+    Args:
+        holdings: of the module, if it is to be noted which of them change as it runs.
+    """
     opaque = rearranging_layers()
     whole = {one: ("", Untraceable(f"{one.__name__} is kept whole")) for one in rearrangers()}
     followed: set[FunctionType] = set()
     assumed: dict[type, tuple[str, Untraceable]] = {}  # types that were followed on one of several ways
-    holdings = Holdings(module)
     while True:
         policy = Policy(module, opaque, whole.keys(), followed, assumed.keys())
-        state = holdings.state()
+        state = holdings.state() if holdings else ()
         arguments, values = bind(module, method, given, flags or {}, paths)
         run = Partial(values) if values else None
         places = (traced.watched or {}).get((paths[module], method))
-        look = functools.partial(holdings.state, places) if places else None
+        look = functools.partial(holdings.state, places) if holdings and places else None
         tracer = CallTracer(module, method, arguments, paths, traced, policy, run=run, look=look)
         recorder = tracer.recorder
         try:
@@ -283,7 +287,7 @@ def follow(
             continue
         traced.unfollowed.update(whole)
         traced.assumed.update(assumed.values())
-        if changed := holdings.changes(state):
+        if holdings and (changed := holdings.changes(state)):
             key = paths[module], method
             traced.changes[key] = traced.changes.get(key, frozenset()) | changed
         if values:
