@@ -112,6 +112,11 @@ class Call:
         return any(call is self for call in CALL.of(node).chain())
 
 
+def site(call: Call) -> tuple[str, str]:
+    """Whose method a call is of; the same for every trace."""
+    return call.path, call.method
+
+
 @dataclass(frozen=True)
 class Introspection:
     """Something that code asked about a part of the model, beside running it, or may ask.

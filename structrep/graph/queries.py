@@ -25,6 +25,11 @@ def asks_dtype(node: fx.Node) -> bool:
     return node.target is getattr and node.args[1] in ("dtype", "device")
 
 
+def asks_gradient(node: fx.Node) -> bool:
+    """Whether a node is the question whether a value has a gradient."""
+    return asked_of(node) == "gradient"
+
+
 def counts_sizes(node: fx.Node) -> bool:
     """Whether a node is a size of a value, or a number made of sizes."""
     pending = [node]

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from structrep.blocks import REPLACE_A_LAYER
 from structrep.errors import Shared
-from structrep.graph.calls import Call, Introspection, Traced
+from structrep.graph.calls import Call, Introspection, Traced, site
 from structrep.graph.facts import ASSIGNED, CALL, COMPUTED, FORMULA, INDEX, SHAPE, VALUE
 from structrep.graph.names import is_lone_layer, path_of
 from structrep.guard.asked import Asking
@@ -191,11 +191,6 @@ def _stays(constant: fx.Node, inside: set[fx.Node]) -> bool:
 def _moves_alone(layer: Call, touched: Set[Call]) -> bool:
     """Whether a layer is the only one of a merge with a stride and a padding, which the merged one has then."""
     return not any(one is not layer and one.leaf and hasattr(one.module, "stride") for one in touched)
-
-
-def site(call: Call) -> tuple[str, str]:
-    """Whose method a call is of; the same for every trace."""
-    return call.path, call.method
 
 
 def written_in_forwards(nodes: Iterable[fx.Node]) -> set[tuple[str, str]]:

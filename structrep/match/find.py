@@ -18,6 +18,7 @@ from structrep.match.sum_order import order
 from structrep.modules.arguments import Example
 from structrep.registry import Registry
 from structrep.trace.follow import trace
+from structrep.trace.gradients import settle_gradients
 
 
 def find(
@@ -46,6 +47,7 @@ def find(
         BadInput: the model cannot be planned as it is.
     """
     traced = trace(model, example_inputs, probed or {}, observed=observed)
+    settle_gradients(traced)
     borders, refused = tuple(inexact_borders), tuple(beforehand)
     return _search(Findings(traced, registry, borders, refused, blocks, excluded=excluded or {}))
 

@@ -15,12 +15,12 @@ from structrep.graph.facts import FORMULA, VALUE
 from structrep.graph.reads import MISSING, Read
 from structrep.read.endings import ends
 from structrep.rewrite import guards
-from structrep.rewrite.followed import Followed
 from structrep.rewrite.guards import Guard
 from structrep.rewrite.node_changes import NodeChanges
 from structrep.rewrite.otherwise import Key
 from structrep.rewrite.spelling import Spelling
 from structrep.trace.class_reads import class_reads, methods_of, settings_given
+from structrep.trace.followed import Followed
 from structrep.trace.instructions import namespace_reads
 from structrep.trace.reads import WHOLE
 

@@ -24,13 +24,13 @@ from structrep.modules.source import written_in
 from structrep.read.nodes import read_node
 from structrep.rewrite.blocks import Blocks, indented
 from structrep.rewrite.constants import ConstantLoader
-from structrep.rewrite.followed import Followed
 from structrep.rewrite.node_changes import NodeChanges
 from structrep.rewrite.otherwise import Key
 from structrep.rewrite.reads_again import ReadsAgain
 from structrep.rewrite.spelling import Spelling
 from structrep.rewrite.structures import built, places
 from structrep.terms.layer import Identity, Layer
+from structrep.trace.followed import Followed
 
 _ITSELF = "structrep_itself"  # an attribute path for the module itself, for which graphs have none
 

@@ -20,7 +20,6 @@ from structrep.modules.uses import Use
 from structrep.rewrite import guards
 from structrep.rewrite.conditions import answer, of_rank
 from structrep.rewrite.expressions import edited
-from structrep.rewrite.followed import Followed
 from structrep.rewrite.gone_by import GoneBy
 from structrep.rewrite.guards import Guard
 from structrep.rewrite.mentioned import Mentioned
@@ -28,6 +27,7 @@ from structrep.rewrite.node_changes import NodeChanges
 from structrep.rewrite.steps import Steps
 from structrep.rewrite.untaken import decorated_otherwise
 from structrep.rewrite.wanted import Edited
+from structrep.trace.followed import Followed
 
 _USED = {"ValueError", "bool", "getattr", "hasattr", "len", "str"}  # by the code of guards
 

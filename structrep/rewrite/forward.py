@@ -20,13 +20,11 @@ from torch import Tensor, fx, nn
 from structrep.deployed.answers import NAMES
 from structrep.deployed.methods import Method
 from structrep.errors import Unreadable
-from structrep.graph.calls import Call, Entry
+from structrep.graph.calls import Call, Entry, site
 from structrep.graph.reads import Read
-from structrep.guard.sharing import site
 from structrep.rewrite import guards
 from structrep.rewrite.assumptions import Assumptions
 from structrep.rewrite.body import Body
-from structrep.rewrite.followed import Followed
 from structrep.rewrite.guards import Guard
 from structrep.rewrite.node_changes import NodeChanges
 from structrep.rewrite.observed import demand_same_for_all
@@ -34,6 +32,7 @@ from structrep.rewrite.otherwise import Key, Otherwise
 from structrep.rewrite.parameters import Parameters
 from structrep.rewrite.reads_again import ReadsAgain
 from structrep.rewrite.spelling import Spelling
+from structrep.trace.followed import Followed
 
 
 @dataclass(eq=False)

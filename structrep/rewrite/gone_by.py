@@ -20,11 +20,11 @@ from structrep.modules.objects import is_object
 from structrep.modules.positions import parts_of, place
 from structrep.modules.presence import path_to
 from structrep.rewrite import guards
-from structrep.rewrite.followed import Followed
 from structrep.rewrite.guards import Guard
 from structrep.rewrite.node_changes import NodeChanges
 from structrep.rewrite.syntax import in_place_alike
 from structrep.rewrite.wanted import Edited
+from structrep.trace.followed import Followed
 from structrep.trace.instructions import namespace_reads
 
 _OF_LAYERS = (nn.modules.batchnorm._NormBase, nn.modules.conv._ConvNd, nn.Linear, nn.LayerNorm, nn.GroupNorm)

@@ -14,7 +14,7 @@ from structrep.graph.facts import RELIED, VALUE
 from structrep.graph.specializations import Specialization
 from structrep.graph.structures import holds_tensor, proxies
 from structrep.modules.positions import branches, definition, place
-from structrep.rewrite.followed import Followed
+from structrep.trace.followed import Followed
 
 
 def demand_same_for_all(followed: Followed, gone: Set[fx.Node]) -> None:

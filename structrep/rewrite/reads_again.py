@@ -19,8 +19,9 @@ from structrep.modules import positions
 from structrep.rewrite import guards
 from structrep.rewrite.guards import Guard
 from structrep.rewrite.node_changes import NodeChanges
-from structrep.rewrite.otherwise import Key, Otherwise, Where, alternatives
+from structrep.rewrite.otherwise import Key, Otherwise, alternatives
 from structrep.rewrite.spelling import Spelling
+from structrep.trace.comparison import Where
 from structrep.trace.reads import INPUTS
 
 _HANDED = (bool, int, float, str, tuple, list, type(None), torch.dtype, torch.device)

@@ -7,15 +7,14 @@ from collections.abc import Set
 from typing import TypeAlias
 
 from structrep.errors import ExampleOnly, Refusal, Unreadable
-from structrep.graph.calls import Call, Introspection, Traced
+from structrep.graph.calls import Call, Introspection, Traced, site
 from structrep.graph.facts import CALL
 from structrep.guard.callers import Callers
-from structrep.guard.sharing import Replicas, site
+from structrep.guard.sharing import Replicas
 from structrep.match.merge import Merge
 from structrep.modules.introspection import WHAT
 from structrep.modules.uses import Use
 from structrep.rewrite.edit import Edit
-from structrep.rewrite.followed import Followed
 from structrep.rewrite.forward import Forward, written_anew
 from structrep.rewrite.leftovers import Leftovers
 from structrep.rewrite.placement import Placement
@@ -23,6 +22,7 @@ from structrep.rewrite.slot import Slot, is_asked_for, slot
 from structrep.rewrite.units import units
 from structrep.rewrite.untaken import Untaken
 from structrep.rewrite.untouched import Untouched
+from structrep.trace.followed import Followed
 
 Rewritten: TypeAlias = Forward | Edit | Slot | Untouched
 

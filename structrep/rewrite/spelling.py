@@ -13,8 +13,8 @@ from structrep.deployed.answers import Cells, Space
 from structrep.errors import Unreadable
 from structrep.graph.reads import Read
 from structrep.modules.source import functions_in
-from structrep.rewrite.followed import Followed
 from structrep.rewrite.node_changes import NodeChanges
+from structrep.trace.followed import Followed
 
 
 class Spelling:

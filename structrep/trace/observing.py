@@ -22,8 +22,10 @@ from torch import Tensor, fx
 from torch.fx.proxy import TraceError
 
 from structrep.graph import dtypes
+from structrep.graph.calls import Call
 from structrep.graph.facts import ASSERTED, RANK, RELIED, STATIC_DTYPE
 from structrep.graph.known import Known
+from structrep.graph.queries import asks_gradient
 from structrep.graph.reads import Read
 from structrep.graph.run import Failed, Partial
 from structrep.graph.shapes import rank, rank_of_module
@@ -32,7 +34,7 @@ from structrep.trace.conditions import length, sized, spared
 from structrep.trace.frames import outside
 from structrep.trace.held import owner_of
 from structrep.trace.patches import plain_function
-from structrep.trace.reads import INPUTS
+from structrep.trace.reads import GRADIENTS, INPUTS
 
 if TYPE_CHECKING:
     from structrep.trace.tracer import CallTracer
@@ -112,10 +114,19 @@ class Observer:
                 raise self.recorder.refuse(refusal(f"{what}: {where}; {remedy}")) from reason
             self.guesses += 1
             told = False
+        gradient = asks_gradient(asked.node)
+        if gradient:
+            told = self._gradient_told(call, told)
         if not known.loose:  # weights fix it, for a value of so many dims
             self._rely(known.ranks)
-        self._note(frame, told, asserted=not known.loose)
+        self._note(frame, told, asserted=not known.loose, gradient=gradient)
         return told
+
+    def _gradient_told(self, call: Call, told: bool) -> bool:
+        """Whether a value has a gradient, as the call that is traced is answered in order, if it is."""
+        answers = self.tracer.reads.answers.get(GRADIENTS, ()) if call is self.recorder.calls[0] else ()
+        place = sum(one.gradient for one in call.specializations)
+        return answers[place] if place < len(answers) else told
 
     def _find(self, node: fx.Node, convert: Callable[[Any], Any], known: Known) -> Any:
         """What a node gives, as a number or a length.
@@ -186,9 +197,9 @@ class Observer:
         """The code that asks."""
         return outside(sys._getframe(1), _ENGINE)
 
-    def _note(self, frame: FrameType | None, told: Any, *, asserted: bool = False) -> None:
+    def _note(self, frame: FrameType | None, told: Any, *, asserted: bool = False, gradient: bool = False) -> None:
         if frame is not None and (call := self.recorder.current) is not None:
-            made = specialized(frame.f_code, frame.f_lasti, frame.f_lineno, told, asserted=asserted)
+            made = specialized(frame.f_code, frame.f_lasti, frame.f_lineno, told, asserted=asserted, gradient=gradient)
             call.specializations.append(made)
 
     def _assert(self, holds: fx.Proxy, said: str) -> fx.Node:

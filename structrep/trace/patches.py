@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
+import torch.utils.checkpoint
 from torch import Tensor, fx, nn
 
 from structrep import process
@@ -53,6 +54,13 @@ def keep_scripted(record: Callable[..., Any]) -> None:
         return record("call_function", function, args, kwargs, name=function.name)  # torch 2.6 knows no `__name__`
 
     process.change(torch.jit.ScriptFunction, "__call__", process.here(call, plain))
+
+
+def see_through_checkpoints() -> None:
+    """Have reentrant activation checkpoints run what they are given, as the others do: the numbers are the same."""
+    checkpoint = torch.utils.checkpoint.CheckpointFunction
+    run = process.here(lambda function, preserve, *args: function(*args), checkpoint.apply)
+    process.change(checkpoint, "apply", staticmethod(run))
 
 
 def exchange(function: FunctionType, hook: Callable[..., Any]) -> None:

@@ -32,6 +32,7 @@ _BETWEEN = (
     "torch.overrides",
 )
 INPUTS = "", "the dtype of inputs"  # what is answered for the dtype of inputs
+GRADIENTS = "", "the gradients of values"  # what a call is answered, one after another
 WHOLE = ".__dict__"  # all that a module has, of which no guard could say that it is the same
 
 

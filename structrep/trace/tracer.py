@@ -56,7 +56,14 @@ from structrep.trace.inputs import Placeholder
 from structrep.trace.introspection import Introspections
 from structrep.trace.observing import Observer
 from structrep.trace.origins import Origins
-from structrep.trace.patches import compiled_inlined, keep_scripted, keep_whole, show_tensors, take_traced_sizes
+from structrep.trace.patches import (
+    compiled_inlined,
+    keep_scripted,
+    keep_whole,
+    see_through_checkpoints,
+    show_tensors,
+    take_traced_sizes,
+)
 from structrep.trace.policy import Policy
 from structrep.trace.proxies import INFOS, TracedInfo, TracedValue
 from structrep.trace.reach import Reach
@@ -182,6 +189,7 @@ class CallTracer(process.Tracer):
             take_traced_sizes(self.create_proxy)
             keep_whole(self.policy.whole, self.create_proxy)
             keep_scripted(self.create_proxy)
+            see_through_checkpoints()
             show_tensors(self.module, self.attributes.is_instance)
             self.attributes.watch(self.module)
             self.environment.watch(self.module)

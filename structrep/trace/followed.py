@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from structrep.graph.calls import Call, Traced
+from structrep.graph.calls import Call, Traced, site
 from structrep.graph.facts import ASSERTED
-from structrep.guard.sharing import site
 
 
 @dataclass(frozen=True, eq=False)
