@@ -363,6 +363,17 @@ def rearranges(node: fx.Node) -> bool:
     return node.target in rearrangers() and told in ("rearrange", "repeat", "mean")
 
 
+def rearranged_ranks(node: fx.Node) -> tuple[int, int] | None:
+    """How many dims a call of einops takes and gives, by its pattern; None if that leaves it open, or it is none."""
+    if not rearranges(node):
+        return None
+    pattern = CALL.of(node).module.pattern if node.op == "call_module" else next(iter(node.args[1:]), None)
+    if not isinstance(pattern, str) or "." in pattern or "\u2026" in pattern:
+        return None
+    taken, _, given = re.sub(r"\([^)]*\)", "_", pattern).partition("->")
+    return len(taken.split()), len(given.split())
+
+
 def _shares(node: fx.Node) -> set[fx.Node]:
     inputs = set(node.all_input_nodes)
     if UNFOLLOWED.get(node):

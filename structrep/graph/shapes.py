@@ -12,7 +12,7 @@ from typing import Any, cast
 from torch import fx, nn
 
 from structrep.graph.facts import CALL, RANK, SHAPE, VALUE
-from structrep.graph.operations import does, keeps_shape, module_does, torch_name
+from structrep.graph.operations import does, keeps_shape, module_does, rearranged_ranks, torch_name
 from structrep.graph.table import Is, spatial_dims
 from structrep.modules.source import written_in
 
@@ -89,6 +89,8 @@ def _rank(node: fx.Node, source: fx.Node | None) -> int | None:
     given: int | None = RANK.of(source) if source is not None else None
     if node.op == "placeholder":
         return next((known for user in node.users if (known := _demanded(user)) is not None), None)
+    if (ranks := rearranged_ranks(node)) is not None:
+        return ranks[1]
     if node.op == "call_module":
         return rank_of_module(CALL.of(node).module, given)
     if node.op not in ("call_function", "call_method"):
@@ -129,6 +131,8 @@ def _rank(node: fx.Node, source: fx.Node | None) -> int | None:
 
 def _demanded(user: fx.Node) -> int | None:
     """How many dims a layer needs that is given a value."""
+    if (ranks := rearranged_ranks(user)) is not None:
+        return ranks[0]
     if user.op == "call_module":
         return rank_of_module(CALL.of(user).module, None)
     dims = spatial_dims(torch_name(user)) if user.op == "call_function" else None

@@ -10,7 +10,7 @@ from structrep.errors import Unreadable
 from structrep.graph.constants import constant
 from structrep.graph.facts import CALL, STORED, UNFOLLOWED, VALUE
 from structrep.graph.names import layer_of
-from structrep.graph.operations import does, module_does
+from structrep.graph.operations import does, module_does, rearranges
 from structrep.graph.queries import only_asserted
 from structrep.graph.table import Is
 from structrep.match.absorption import readers_of
@@ -116,7 +116,7 @@ def _moves(node: fx.Node, readings: Readings) -> bool:
         return reading.moves or reading.kind == "pool"
     if node.op == "call_module":
         return any(module_does(CALL.of(node).module, what) for what in _SEEN_THROUGH)
-    return permutes(node) or any(does(node, what) for what in _SEEN_THROUGH)
+    return permutes(node) or rearranges(node) or any(does(node, what) for what in _SEEN_THROUGH)
 
 
 def _told(layer: fx.Node, where: str, reason: str, between: Iterable[fx.Node]) -> str:

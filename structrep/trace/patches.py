@@ -136,13 +136,19 @@ def _holds_values(container: Any) -> bool:
     return False
 
 
-def take_traced_sizes(record: Record) -> None:
-    """Make real tensors and factories take traced sizes: such a call becomes a node."""
+def take_traced_sizes(model: nn.Module, record: Record) -> None:
+    """Make real tensors and factories take traced sizes: such a call becomes a node, by whatever name a model's code
+    knows the function."""
+    hooks: dict[int, Callable[..., Any]] = {}
     for place, names in SIZED.items():
         for name in names:
             function = getattr(place, name)
             kind, target = ("call_method", name) if place is Tensor else ("call_function", function)
-            process.change(place, name, _sized(function, kind, target, record))
+            hooks[id(function)] = _sized(function, kind, target, record)
+            process.change(place, name, hooks[id(function)])
+    for space in namespaces(model):
+        for alias in [name for name, value in space.items() if id(value) in hooks]:
+            process.change(space, alias, hooks[id(space[alias])])
 
 
 def _sized(function: Callable[..., Any], kind: str, target: Any, record: Record) -> Callable[..., Any]:

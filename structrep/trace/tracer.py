@@ -186,7 +186,7 @@ class CallTracer(process.Tracer):
             compiled_inlined(),
             self.constants,
         ):
-            take_traced_sizes(self.create_proxy)
+            take_traced_sizes(self.module, self.create_proxy)
             keep_whole(self.policy.whole, self.create_proxy)
             keep_scripted(self.create_proxy)
             see_through_checkpoints()

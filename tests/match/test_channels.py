@@ -192,9 +192,10 @@ class ChannelsLast(nn.LayerNorm):
         return rearrange(super().forward(rearrange(x, "b c h w -> b h w c")), "b h w c -> b c h w")
 
 
-def test_einops_moves_numbers_and_does_nothing_else():
+@pytest.mark.parametrize("example", [(), (X,)], ids=["alone", "inputs"])
+def test_einops_moves_numbers_and_does_nothing_else(example):
     model = settled(nn.Sequential(ChannelsLast(4), nn.Conv2d(4, 5, 1)))
-    plan = structrep.plan(model, X)
+    plan = structrep.plan(model, *example)
     assert [one.where for one in plan.merges] == ["1"]
     assert not plan.refusals
     deploy = plan.apply()
@@ -220,6 +221,23 @@ def test_other_functions_of_einops():
     how = lambda x: reduce(x, "b c h w -> b c", "max")  # noqa: E731
     judged(settled(Net(how, 4, (nn.Linear(4, 5), None), ahead)), X, (X,), left=1)
     judged(settled(Net(Rearrange("b c h w -> b h w c"), 4, (nn.Linear(4, 5), None), ahead)), X, (X,), left=0)
+
+
+class Tokens(nn.Module):
+    """A norm of an image made of tokens again, by sizes that the input has."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.norm = nn.Linear(4, 6), nn.BatchNorm2d(6)
+
+    def forward(self, x):
+        tokens = self.linear(rearrange(x, "b c h w -> b (h w) c"))
+        return self.norm(rearrange(tokens, "b (h w) c -> b c h w", h=x.shape[2]))
+
+
+def test_what_einops_does_between_a_layer_and_a_norm_is_named():
+    (refusal,) = structrep.plan(settled(Tokens()), X).refusals
+    assert "linear is before it, but reduce stands between" in refusal.reason
 
 
 SETTINGS = {  # what numbers are moved by, and another value of that

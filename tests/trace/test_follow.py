@@ -9,13 +9,13 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import as_tensor, fx, nn, zeros
 
 import structrep
 from structrep.graph.facts import SHAPE
 from structrep.graph.run import infer_shapes
 from tests.support.models import settled
-from tests.support.truth import CLOSE, EXACT, SAME, relative_error, says
+from tests.support.truth import CLOSE, EXACT, SAME, check, relative_error, says
 
 
 def same_padding(x, conv):
@@ -613,3 +613,18 @@ def test_a_layer_that_is_given_what_it_does_not_take():
         plan = structrep.plan(model, x if example else None)
         assert len(plan.merges) == 1, plan
         assert relative_error(plan.apply()(x), model(x)) < EXACT
+
+
+class NamedFactories(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        return self.norm(self.conv(x)) + zeros(x.shape[0], 1, 1, 1) + as_tensor(x)[:, :1, :7, :7]
+
+
+def test_torch_s_factories_by_names_of_their_own():
+    check(NamedFactories(), torch.randn(2, 3, 9, 9, dtype=torch.float64), merges=1, norm=0)
+    assert zeros is torch.zeros
+    assert as_tensor is torch.as_tensor
