@@ -6,17 +6,21 @@ call is followed once more for each way that its answers may send it. Where all 
 
 from __future__ import annotations
 
+import ast
 import itertools
 from collections.abc import Iterator
 
 from structrep.graph.calls import Call, Traced
 from structrep.graph.facts import CALL
 from structrep.graph.queries import asks_gradient
+from structrep.graph.specializations import Specialization
+from structrep.modules.positions import definition_around, place_around
 from structrep.trace.again import retrace
 from structrep.trace.comparison import differences
 from structrep.trace.followed import Followed
 from structrep.trace.reads import GRADIENTS
 
+_QUIET = (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Return, ast.If, ast.For, ast.With, ast.Pass, ast.FunctionDef)
 _MOST = 3  # questions of one call: each doubles the ways
 
 
@@ -30,6 +34,8 @@ def settle_gradients(traced: Traced) -> None:
 
 def _is_same(traced: Traced, call: Call) -> bool:
     """Whether a call does the same, whatever it is told of gradients."""
+    if not all(_only_computes(one) for one in call.specializations if one.gradient):
+        return False
     as_followed = Followed.of(traced, call, ())
     known = {(one.code, one.at, one.told) for _, one in call.observed()}
     for again in _ways(traced, call):
@@ -39,6 +45,27 @@ def _is_same(traced: Traced, call: Call) -> bool:
         if differences(as_followed, again) != []:
             return False
     return True
+
+
+def _only_computes(asked: Specialization) -> bool:
+    """Whether the code that an answer picks between gives names values and no more: who is told else, no trace sees."""
+    found, node = definition_around(asked.code), place_around(asked.code, asked.at)
+    if found is None or node is None:
+        return False
+    tree, parents, _ = found
+    while (around := parents.get(node)) is not None and not isinstance(around, (ast.If, ast.While, ast.stmt)):
+        node = around
+    if not isinstance(around, ast.If):
+        return isinstance(around, _QUIET)
+    statements = (one for one in ast.walk(tree) if isinstance(one, ast.stmt) and one.lineno >= around.lineno)
+    return all(isinstance(one, _QUIET) and _sets_names(one) for one in statements)
+
+
+def _sets_names(statement: ast.stmt) -> bool:
+    """Whether a statement sets no attributes and no entries."""
+    targets = statement.targets if isinstance(statement, ast.Assign) else [getattr(statement, "target", None)]
+    nodes = (node for target in targets if target is not None for node in ast.walk(target))
+    return not any(isinstance(node, (ast.Attribute, ast.Subscript)) for node in nodes)
 
 
 def _ways(traced: Traced, call: Call) -> Iterator[Followed | None]:

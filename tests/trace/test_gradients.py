@@ -8,6 +8,7 @@ import pytest
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+import structrep
 from tests.support.models import noise
 from tests.support.truth import check
 
@@ -127,6 +128,41 @@ class Settings(Block):
 
 def test_settings_that_are_asked_for_gradients_alone():
     check(Settings(), X, WITH_GRADIENT, merges=0, refused="ExampleOnly")
+
+
+SEEN = []
+
+
+class Tells(Block):
+    def forward(self, x):
+        def _inner_forward(x):
+            return self.norm1(self.conv1(x)) + self.conv2(x)
+
+        if x.requires_grad:
+            SEEN.append(1)
+        return _inner_forward(x)
+
+
+class ReturnsBefore(Block):
+    def forward(self, x):
+        def _inner_forward(x):
+            return self.norm1(self.conv1(x)) + self.conv2(x)
+
+        if x.requires_grad:
+            return _inner_forward(x)
+        SEEN.append(1)
+        return _inner_forward(x)
+
+
+@pytest.mark.parametrize("block", [Tells, ReturnsBefore])
+def test_what_somebody_is_told_for_an_answer_goes_on_being_told(block):
+    model = block().eval().double()
+    SEEN.clear()
+    deploy = structrep.plan(model).apply()
+    SEEN.clear()
+    for x in (X, WITH_GRADIENT):
+        deploy(x)
+    assert SEEN == [1]
 
 
 def test_several_questions_are_taken_together():
