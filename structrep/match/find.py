@@ -12,13 +12,13 @@ from structrep.graph.calls import Trace
 from structrep.graph.observed import Observed
 from structrep.graph.operations import rearrangers
 from structrep.match.findings import Findings
+from structrep.match.gradients import settle_gradients
 from structrep.match.merge import Merge, Missed
 from structrep.match.search import Search, search
 from structrep.match.sum_order import order
 from structrep.modules.arguments import Example
 from structrep.registry import Registry
 from structrep.trace.follow import trace
-from structrep.trace.gradients import settle_gradients
 
 
 def find(

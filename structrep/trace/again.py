@@ -75,7 +75,7 @@ def retrace(traced: Traced, call: Call, answers: Mapping[tuple[str, str], Any]) 
         return None
     if tracer.recorder.refused is not None:
         return None
-    fold_constants(tracer)
+    fold_constants(tracer, traced.model)
     calls = tracer.recorder.calls
     again.traces.append(Trace(call.path, tracer.graph, calls[0], calls, of.opaque, of.whole))
     for one in calls:

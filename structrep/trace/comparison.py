@@ -32,13 +32,18 @@ class Different(Exception):
 
 def differences(before: Followed, after: Followed) -> list[ArgumentDifference] | None:
     """The arguments that differ in a call as it was followed from what it is otherwise; None if more does."""
-    asked = {key for call in before.calls() for key in call.reads}
-    if any(not call.reads.keys() <= asked or call.mutates for call in after.calls()):
+    if asks_more(before, after):
         return None
     try:
         return Comparison(before, after).differences
     except Different:
         return None
+
+
+def asks_more(before: Followed, after: Followed) -> bool:
+    """Whether a call as it is otherwise goes by what it did not ask for as it was followed, or writes to it."""
+    asked = {key for call in before.calls() for key in call.reads}
+    return any(not call.reads.keys() <= asked or call.mutates for call in after.calls())
 
 
 class Comparison:

@@ -7,7 +7,7 @@ import functools
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from structrep.algebra.precision import as_stored, doubled
 from structrep.algebra.shadows import Shadows
@@ -22,12 +22,17 @@ from structrep.trace.origins import nearest_to
 from structrep.trace.tracer import CallTracer
 
 
-def fold_constants(tracer: CallTracer) -> None:
+def fold_constants(tracer: CallTracer, whole: nn.Module | None = None) -> None:
     """Note the value of every node that asks its inputs for no more than a device or a dtype.
 
     `torch.eye(n, device=x.device)` is a constant; inputs are taken to be where the parameters are, and of their dtype.
+
+    Args:
+        whole: the model that a module is in, whose parameters tell that where the module has none.
     """
     owner = owner_of(tracer.module)
+    if owner is None and whole is not None:
+        owner = owner_of(whole)
     asks = any(asks_dtype(node) or node.target == "type_as" for node in tracer.graph.nodes)
     for node in tracer.graph.nodes:
         if owner is None or not asks:

@@ -107,9 +107,9 @@ def test_facts_of_nodes_have_one_home() -> None:
 
 
 def test_tests_are_where_the_package_has_what_they_are_about() -> None:
-    """But for laws of all, and what needs more than torch."""
+    """But for laws of all, what needs more than torch, and what pages say."""
     tests = ROOT / "tests"
-    places = {path.relative_to(tests).parts[0] for path in tests.rglob("test_*.py")} - {"law", "needs"}
+    places = {path.relative_to(tests).parts[0] for path in tests.rglob("test_*.py")} - {"law", "needs", "pages"}
     assert {place.removeprefix("test_").removesuffix(".py") for place in places} <= set(ORDER)
 
 

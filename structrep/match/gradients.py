@@ -1,7 +1,8 @@
 """Questions whether a value has a gradient, of which it does not matter what the answer is.
 
 Activation checkpointing (`if self.with_cp and x.requires_grad`) and frozen norms ask so, and do the same both ways. A
-call is followed once more for each way that its answers may send it. Where all are the same, it has asked nothing.
+call is followed once more for each way that its answers may send it. Where all are the same, operation by operation, or
+scale and shift what it is given alike, it has asked nothing.
 """
 
 from __future__ import annotations
@@ -10,18 +11,30 @@ import ast
 import itertools
 from collections.abc import Iterator
 
+import torch
+from torch import fx
+
+from structrep.algebra import ConvMap
+from structrep.errors import Refusal
 from structrep.graph.calls import Call, Traced
 from structrep.graph.facts import CALL
 from structrep.graph.queries import asks_gradient
+from structrep.graph.shapes import rank
 from structrep.graph.specializations import Specialization
+from structrep.graph.structures import proxies
 from structrep.modules.positions import definition_around, place_around
+from structrep.read.nodes import read_node
+from structrep.terms.layer import Identity, Layer
+from structrep.terms.term import ONE, leaf, seq
+from structrep.terms.value import value
 from structrep.trace.again import retrace
-from structrep.trace.comparison import differences
+from structrep.trace.comparison import asks_more, differences
 from structrep.trace.followed import Followed
 from structrep.trace.reads import GRADIENTS
 
 _QUIET = (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Return, ast.If, ast.For, ast.With, ast.Pass, ast.FunctionDef)
 _MOST = 3  # questions of one call: each doubles the ways
+_OPERATIONS = 8  # that round, of those that a norm is written with
 
 
 def settle_gradients(traced: Traced) -> None:
@@ -42,9 +55,44 @@ def _is_same(traced: Traced, call: Call) -> bool:
         others = () if again is None else (one for _, one in again.call.observed() if not one.gradient)
         if again is None or not known.issuperset((one.code, one.at, one.told) for one in others):
             return False
-        if differences(as_followed, again) != []:
+        if differences(as_followed, again) != [] and not _is_one_scale(as_followed, again):
             return False
     return True
+
+
+def _is_one_scale(one: Followed, other: Followed) -> bool:
+    """Whether two ways to run a call scale and shift what it is given alike, to the rounding of its dtype."""
+    dims = rank(next(proxies((one.call.args, one.call.kwargs))).node)
+    if dims is None or asks_more(one, other):
+        return False
+    maps = [_scale(of, dims - 2) for of in (one, other)]
+    if maps[0] is None or maps[1] is None or maps[0].geometry != maps[1].geometry:
+        return False
+    dtypes = [t.dtype for t in one.call.module.state_dict().values() if t.is_floating_point()]
+    rounding = _OPERATIONS * max((torch.finfo(dtype).eps for dtype in dtypes), default=0.0)
+    return maps[0].distance(maps[1]) <= rounding * max(maps[0].magnitude, maps[1].magnitude)
+
+
+def _scale(of: Followed, dims: int) -> ConvMap | None:
+    """What a call makes of the one value, of so many spatial dims, that it is given; None if it does more than scale
+    and shift it."""
+    (given, *more), result = list(proxies((of.call.args, of.call.kwargs))), of.call.result
+    if more or not isinstance(result, fx.Proxy):
+        return None
+    node, term = result.node, ONE
+    while node is not given.node:
+        reading = read_node(node)
+        if not isinstance(reading, Identity) and not (
+            isinstance(reading, Layer) and reading.scales and not reading.through
+        ):
+            return None
+        if isinstance(reading, Layer):
+            term = seq([leaf(reading), term])
+        node = reading.source or node.all_input_nodes[0]
+    try:
+        return value(term, dims=dims)
+    except Refusal:
+        return None
 
 
 def _only_computes(asked: Specialization) -> bool:

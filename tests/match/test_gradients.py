@@ -5,12 +5,14 @@ them told otherwise. What does something else then is not merged across.
 """
 
 import pytest
+import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import structrep
 from tests.support.models import noise
-from tests.support.truth import check
+from tests.support.truth import check, relative_error
 
 X = noise(2, 4, 6, 6)
 WITH_GRADIENT = noise(2, 4, 6, 6).requires_grad_()
@@ -168,3 +170,72 @@ def test_what_somebody_is_told_for_an_answer_goes_on_being_told(block):
 def test_several_questions_are_taken_together():
     both = (WITH_GRADIENT, WITH_GRADIENT)
     check(TwoOfThem(), (X, X), (WITH_GRADIENT, X), (X, WITH_GRADIENT), both, merges=1)
+
+
+class Rewritten(nn.Module):
+    """A norm as detectron2 writes it: other operations where gradients are needed."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.eps = 1e-5
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            self.register_buffer(name, torch.rand(channels) + 0.5)
+
+    def forward(self, x):
+        if x.requires_grad:
+            return self.scaled(x)
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+
+    def scaled(self, x):
+        scale = self.weight * (self.running_var + self.eps).rsqrt()
+        bias = self.bias - self.running_mean * scale
+        dtype = x.dtype
+        return x * scale.reshape(1, -1, 1, 1).to(dtype) + bias.reshape(1, -1, 1, 1).to(dtype)
+
+
+class NormInside(nn.Conv2d):
+    def __init__(self, norm):
+        super().__init__(4, 4, 3)
+        self.norm = norm
+
+    def forward(self, x):
+        return F.relu(self.norm(F.conv2d(x, self.weight, self.bias)))
+
+
+@pytest.mark.parametrize("around", [NormInside, lambda norm: nn.Sequential(nn.Conv2d(4, 4, 1, bias=False), norm)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_norm_that_is_written_otherwise_for_gradients(around, dtype):
+    torch.manual_seed(0)
+    model = around(Rewritten(4)).to(dtype).eval()
+    for inputs in ((), (X.to(dtype),)):
+        plan = structrep.plan(model, *inputs)
+        assert len(plan.merges) == 1, plan
+        for x in (X.to(dtype), WITH_GRADIENT.to(dtype)):
+            assert relative_error(plan.apply()(x), model(x)) < (1e-12 if dtype is torch.float64 else 1e-5)
+
+
+def rows(self, x):
+    return x * self.weight.reshape(1, 1, 4, 1) + self.bias.reshape(1, -1, 1, 1)
+
+
+@pytest.mark.parametrize(
+    "scaled",
+    [
+        lambda self, x: Rewritten.scaled(self, x) * 2,
+        lambda self, x: Rewritten.scaled(self, x) * (1 + 1e-9),
+        lambda self, x: Rewritten.scaled(self, x) + 1e-9,
+        lambda self, x: Rewritten.scaled(self, x).relu(),
+        lambda self, x: Rewritten.scaled(self, x.flip(1)),
+        lambda self, x: F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=1e-4),
+        rows,
+    ],
+)
+def test_a_norm_that_is_another_for_gradients_stays(scaled):
+    torch.manual_seed(0)
+    model = NormInside(type("Otherwise", (Rewritten,), {"scaled": scaled})(4)).double().eval()
+    for inputs in ((), (noise(2, 4, 6, 6),)):
+        plan = structrep.plan(model, *inputs)
+        assert not plan.merges
+        assert any("requires_grad" in one.reason for one in plan.refusals)
+        for x in (X, WITH_GRADIENT):
+            assert torch.equal(plan.apply()(x), model(x))
