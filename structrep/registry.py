@@ -43,6 +43,8 @@ class Rule:
             where the pattern is to pass it by, and what makes the module.
         example_shape: of an input of the example, if it takes none of the channels of its layer and of any size.
         published: where a published conversion of this family differs from the merge, and by how much.
+        narrower_than: names of rules that match its blocks too and say less of them: it is tried before those, in
+            whatever order they were registered, so that a block has the name that fits it best.
         law: whether it holds for every term; laws come after all families.
     """
 
@@ -54,6 +56,7 @@ class Rule:
     counter_examples: tuple[tuple[str, Callable[[], nn.Module]], ...] = ()
     example_shape: tuple[int, ...] | None = None
     published: str = ""
+    narrower_than: tuple[str, ...] = ()
     law: bool = False
     proved: set[tuple[object, ...]] = field(default_factory=set, init=False, repr=False, compare=False)
 
@@ -122,7 +125,8 @@ class Rule:
 
 @dataclass
 class Registry:
-    """An ordered collection of rules: yours are tried before the built-in ones, laws last, else earlier ones first.
+    """An ordered collection of rules: yours are tried before the built-in ones, laws last, else earlier ones first; but
+    what is narrower than another, as it says itself, before that one.
 
     Iterating gives the rules in the order in which they are tried.
 
@@ -142,9 +146,19 @@ class Registry:
         """Register a rule.
 
         Raises:
-            InvalidRule: its name is taken, its merge function does not take what its pattern captures, or its pattern
-                matches a plain convolution, so that it would match its own output for ever.
+            InvalidRule: its name is taken or none, it has no source, its merge function does not take what its pattern
+                captures, its pattern matches a plain convolution, so that it would match its own output for ever, or
+                it is narrower than a rule that is narrower than it.
         """
+        if rule.name.strip() in ("", "<lambda>"):
+            raise InvalidRule(
+                f"{rule.name!r} is no name for a rule, by which plans and rules=[...] call it: give name=..., or "
+                f"decorate a function that has one"
+            )
+        if not rule.source.strip():
+            raise InvalidRule(
+                f"rule {rule.name!r} has no source: say the paper and section, or where it is written down, source=..."
+            )
         if rule.name in self._rules:
             other = self._rules[rule.name]
             raise InvalidRule(
@@ -177,8 +191,24 @@ class Registry:
                 f"the pattern of rule {rule.name!r} matches a plain convolution, which is what it merges to, so it "
                 f"would match its own output: {rule.pattern}; a stage that only training has must not be Optional"
             )
+        if rule.name in self.wider_than(rule):
+            raise InvalidRule(
+                f"rule {rule.name!r} is narrower than {' and '.join(rule.narrower_than)}, and so than itself, as the "
+                f"rules say: one of them is not"
+            )
         self._rules[rule.name] = rule
         return rule
+
+    def wider_than(self, rule: Rule) -> set[str]:
+        """The names of all rules that a rule is narrower than, as it says or as those say that it names."""
+        found: set[str] = set()
+        left = list(rule.narrower_than)
+        while left:
+            name = left.pop()
+            if name not in found:
+                found.add(name)
+                left += self._rules[name].narrower_than if name in self._rules else ()
+        return found
 
     def rule(
         self,
@@ -190,13 +220,14 @@ class Registry:
         counter_examples: Iterable[tuple[str, Callable[[], nn.Module]]] = (),
         example_shape: tuple[int, ...] | None = None,
         published: str = "",
+        narrower_than: Iterable[str] = (),
     ) -> Callable[[Merge], Merge]:
         """Decorator: register a merge function under its own name.
 
         Args:
             pattern, source: what it merges, whose names are the arguments of the function, and where it is from.
             name: another name than the function's.
-            example, counter_examples, example_shape, published: as for `Rule`.
+            example, counter_examples, example_shape, published, narrower_than: as for `Rule`.
 
         Raises:
             InvalidRule: as `add`.
@@ -218,6 +249,7 @@ class Registry:
                 tuple(counter_examples),
                 example_shape,
                 published,
+                tuple(narrower_than),
             )
             self.add(found)
             return merge
@@ -234,7 +266,7 @@ class Registry:
         return register
 
     def __iter__(self) -> Iterator[Rule]:
-        return iter(sorted(self._rules.values(), key=lambda rule: (rule.law, rule.built_in)))
+        return iter(_narrower_first(sorted(self._rules.values(), key=lambda rule: (rule.law, rule.built_in))))
 
     def __len__(self) -> int:
         return len(self._rules)
@@ -268,6 +300,26 @@ class Registry:
                 raise BadInput(f"rules has {rule!r}: give names of registered rules, and rules")
             chosen.add(rule if isinstance(rule, Rule) else self[rule])
         return chosen
+
+
+def _narrower_first(rules: Iterable[Rule]) -> list[Rule]:
+    """Rules in their order, but each behind those that are narrower than it."""
+    ordered = list(rules)
+    narrower: dict[str, list[Rule]] = {}
+    for rule in ordered:
+        for name in rule.narrower_than:
+            narrower.setdefault(name, []).append(rule)
+    placed: dict[str, Rule] = {}
+
+    def place(rule: Rule) -> None:
+        for other in narrower.get(rule.name, ()):
+            if other.name not in placed:
+                place(other)
+        placed.setdefault(rule.name, rule)
+
+    for rule in ordered:
+        place(rule)
+    return list(placed.values())
 
 
 class _Default(Registry):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +19,10 @@ from structrep import process
 from structrep.convert.calls import plan
 from structrep.convert.plan import Plan
 from structrep.errors import BrokenRule, TrainingMode
+from structrep.match.find import find
+from structrep.pattern.base import layers_in
 from structrep.prove.run import relative_error
-from structrep.registry import Registry, Rule
+from structrep.registry import Registry, Rule, default
 from structrep.terms.term import geometry
 from structrep.trace.follow import trace
 
@@ -53,8 +56,6 @@ def check_rule(rule: Rule) -> list[str]:
 
 def _checks(rule: Rule) -> Iterator[str]:
     Registry().add(rule)
-    if not rule.source.strip():
-        raise _broken(rule, "it has no source: say the paper and section, or where it is written down")
     if rule.example is None:
         raise _broken(rule, "it has no example: give example=lambda: MyBlock(8, 8), a small module of its structure")
     yield "it can be registered, and says its source"
@@ -68,6 +69,9 @@ def _checks(rule: Rule) -> Iterator[str]:
                 f"its example takes no input of {_shapes(rule, found)[-1]} or smaller: say of which, example_shape=",
             )
     yield f"its example merges under its name and gives the same on all sizes, for {SEEDS} random weights"
+    for name in rule.narrower_than:
+        if name in default and not _matches(default[name], found):
+            raise _broken(rule, f"it says that it is narrower than {name}, which does not match its example at all")
     deploy = found.apply()
     layers = [m for m in deploy.modules() if list(m.parameters(recurse=False))]
     if len(layers) != 1:
@@ -88,6 +92,55 @@ def _checks(rule: Rule) -> Iterator[str]:
     for kind, make in rule.counter_examples:
         _check_counter_example(rule, kind, make)
         yield f"a counter-example is refused: {kind or 'its pattern passes it by'}"
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """Two rules that one block fits.
+
+    Args:
+        rule: whose example the block is.
+        other: which matches it too.
+        credited: what a plan calls it that has both.
+        narrower: which of the two says that it is narrower than the other, "" where the order of registration decides.
+    """
+
+    rule: str
+    other: str
+    credited: str
+    narrower: str
+
+
+def overlaps(registry: Registry) -> list[Overlap]:
+    """All pairs of families in a registry of which one matches the example of the other, in the order of the registry.
+
+    Examples:
+        >>> [one for one in overlaps(structrep.registry.default) if not one.narrower]
+        []
+
+    Raises:
+        BrokenRule: an example cannot be made.
+    """
+    found: list[Overlap] = []
+    families = [rule for rule in registry if not rule.law]
+    for rule in families:
+        if rule.example is None:
+            continue
+        model = _settled(rule, rule.example, 0)
+        alone = plan(model, rules=[rule])
+        for other in families:
+            if other is not rule and _matches(other, alone):
+                both = [one for one in families if one in (rule, other)]
+                merges = plan(model, rules=registry.select(both)).merges
+                credited = " + ".join(dict.fromkeys(name for merge in merges for name in merge.rules))
+                says = [one.name for one in both if registry.wider_than(one) & {rule.name, other.name}]
+                found.append(Overlap(rule.name, other.name, credited, *says or [""]))
+    return found
+
+
+def _matches(rule: Rule, found: Plan) -> bool:
+    """Whether a rule's pattern matches something that a plan merges."""
+    return any(rule.match(term) is not None for term in found.terms)
 
 
 def _broken(rule: Rule, what: str) -> BrokenRule:
@@ -118,13 +171,28 @@ def _merged(rule: Rule, model: nn.Module) -> Plan:
     found = plan(model, rules=[rule])
     if not found.merges:
         told = "".join(f"\n  {r.where}, {r.what} ({r.kind}): {r.reason}" for r in found.refusals if r.rule == rule.name)
-        why = told or f"\n  its pattern, {rule.pattern}, is nowhere in it"
-        raise _broken(rule, f"its example does not merge:{why}\n{model}")
+        raise _broken(rule, f"its example does not merge:{told or _nowhere(rule, model)}\n{model}")
     found.prove()
     wrong = [r for r in found.refusals if r.kind == "WrongMerge"]
     if wrong:
         raise _broken(rule, f"its merge is wrong: {wrong[0].reason}")
     return found
+
+
+def _nowhere(rule: Rule, model: nn.Module) -> str:
+    """That a pattern is nowhere in a model: the term in it that comes nearest, and what keeps that from matching."""
+    terms = [
+        stretch.term
+        for segments, nodes in ((one.segments, one.readings) for one in find(model, None, Registry()).searches)
+        for node in nodes
+        if not segments.is_addend(node)
+        for stretch in segments.stretches(node)
+    ]
+    said = f"\n  its pattern, {rule.pattern}, is nowhere in it"
+    if not terms:
+        return f"{said}, where no layer is read"
+    term = min(terms, key=lambda one: (rule.pattern.miss(one).parts, -layers_in(one)))
+    return f"{said}; nearest comes\n  {term}\n  {rule.pattern.miss(term)}"
 
 
 def _shapes(rule: Rule, found: Plan) -> list[tuple[int, ...]]:

@@ -103,7 +103,26 @@ def test_registration_refuses_what_cannot_work() -> None:
         registry.add(Rule("three", TWO, lambda a, b, c: a, "a test"))
     with pytest.raises(InvalidRule, match="name 'a' twice"):
         registry.add(Rule("three", Sum(Conv().named("a"), Conv().named("a")), lambda a: a, "a test"))
+    with pytest.raises(InvalidRule, match=r"rule 'three' has no source: .*source=\.\.\."):
+        registry.add(Rule("three", TWO, _two, " "))
+    with pytest.raises(InvalidRule, match=r"'<lambda>' is no name for a rule.*give name="):
+        registry.rule(TWO, source="a test")(lambda a, b: a + b)
     assert [rule.name for rule in registry] == ["two"]
+
+
+def test_the_narrower_rule_is_tried_first_whenever_it_was_registered() -> None:
+    def named(*rules: tuple[str, tuple[str, ...]]) -> list[str]:
+        registry = Registry()
+        for name, wider in rules:
+            registry.rule(TWO, source="a test", name=name, narrower_than=wider)(_two)
+        return [rule.name for rule in registry]
+
+    assert named(("a", ()), ("b", ()), ("c", ("a",)), ("d", ("c",))) == ["d", "c", "a", "b"]
+    assert named(("a", ("c", "lost")), ("b", ()), ("c", ())) == ["a", "b", "c"]
+    with pytest.raises(InvalidRule, match="rule 'c' is narrower than a, and so than itself"):
+        named(("a", ("b",)), ("b", ("c",)), ("c", ("a",)))
+    with pytest.raises(InvalidRule, match="rule 'a' is narrower than a"):
+        named(("a", ("a",)))
 
 
 @pytest.mark.parametrize(

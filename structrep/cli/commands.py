@@ -12,7 +12,7 @@ from rich.table import Table
 from torch import Tensor, fx, nn
 
 import structrep
-from structrep import files, registry
+from structrep import files, registry, testing
 from structrep.cli import models
 from structrep.cli.app import Refused, Working, app, outcome, show
 from structrep.cli.arguments import (
@@ -71,9 +71,31 @@ class RulesRecord(Record):
     rules: tuple[RuleRecord, ...]
 
 
+class OverlapRecord(Record):
+    """Two rules that one block fits, the example of the first."""
+
+    rule: str
+    other: str
+    credited: str  # what a plan with both calls it
+    because: str
+
+
+class OverlapsRecord(Record):
+    """The pairs of rules of which one matches the example of the other."""
+
+    overlaps: tuple[OverlapRecord, ...]
+
+
 @app.command("rules")
-def rules_(as_json: AsJson = False) -> None:
+def rules_(
+    overlaps: Annotated[
+        bool, typer.Option("--overlaps", help="Show which rules match the example of another, and what is credited.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
     """Show all rules: name, pattern and source, in the order in which they are tried."""
+    if overlaps:
+        return _show_overlaps(as_json)
     record = RulesRecord(
         rules=tuple(
             RuleRecord(
@@ -88,6 +110,29 @@ def rules_(as_json: AsJson = False) -> None:
     table = Table("name", "kind", "pattern", "source", title=f"{len(record.rules)} rules")
     for rule in record.rules:
         table.add_row(rule.name, rule.kind, rule.pattern, rule.source)
+    show([table])
+
+
+def _show_overlaps(as_json: bool) -> None:
+    with outcome(as_json) as working, working("planning the examples of all rules"):
+        found = testing.overlaps(registry.resolve(None))
+    record = OverlapsRecord(
+        overlaps=tuple(
+            OverlapRecord(
+                rule=one.rule,
+                other=one.other,
+                credited=one.credited,
+                because=f"{one.narrower} is narrower, it says" if one.narrower else "it is tried first",
+            )
+            for one in found
+        )
+    )
+    if as_json:
+        print(record.model_dump_json(indent=2))
+        return
+    table = Table("example of", "matched by", "credited", "because", title=f"{len(found)} overlaps")
+    for pair in record.overlaps:
+        table.add_row(pair.rule, pair.other, pair.credited, pair.because)
     show([table])
 
 

@@ -9,7 +9,7 @@ from torch import nn
 from structrep import process
 from structrep.algebra import precision
 from structrep.blocks.places import expand_layers
-from structrep.convert.options import Cost, Names, Norms, Options, Rules
+from structrep.convert.options import Cost, Layers, Names, Norms, Options, Rules
 from structrep.convert.plan import IN_TORCH, Plan
 from structrep.convert.probed import probed, unmerged_adapters
 from structrep.convert.selection import select
@@ -34,7 +34,7 @@ def plan(
     *,
     rules: Rules = None,
     inexact_borders: Names = (),
-    probe: Names = (),
+    probe: Layers = (),
     reserve: Names = (),
     norms: Norms = "fold",
     cost: Cost = "counted",
@@ -56,8 +56,8 @@ def plan(
         rules: a registry, or names of registered rules and rules; all registered ones by default.
         inexact_borders: names of modules, or globs, whose merges may differ where they read outside their input, if
             nothing else helps; the plan says of each how many output pixels differ and by how much.
-        probe: names of layers, or globs, whose code cannot be read: what they are is found out by `structrep.probe`, on
-            inputs like those that the example inputs give them.
+        probe: names of layers, globs, or types, whose code cannot be read: what they are is found out by
+            `structrep.probe`, on inputs like those that the example inputs give them.
         reserve: names of blocks, or globs, whose residual is carried through their activations in channels of its own,
             so that no addition is left (RMNet, arXiv:2111.00687). Their layers take more multiply-adds than before.
         norms: "keep" merges nothing but the blocks that `structrep.expand` has put into a model, each into the layer
@@ -95,10 +95,10 @@ def planned(model: nn.Module, example_inputs: Example | None, options: Options) 
     if settle(model, change=False):
         model = shallow_copy(model)
         settle(model)
-    named = {glob: _named(model, glob) for glob in options.globs}
+    named = {one: _named(model, one) for one in options.chosen}
     observed = Observed()
     if example_inputs is not None:
-        observed = observe(model, example_inputs, {path for glob in options.probe for path in named[glob]})
+        observed = observe(model, example_inputs, {path for one in options.probe for path in named[one]})
         example_inputs = observed.inputs
     maps, refused = probed(model, observed)
     blocks = tuple(expand_layers(model)) if options.norms == "keep" else ()
@@ -135,15 +135,19 @@ def planned(model: nn.Module, example_inputs: Example | None, options: Options) 
         return plan.faster(example_inputs)
 
 
-def _named(model: nn.Module, glob: str) -> list[str]:
-    """The modules of that name, or of names that match it.
+def _named(model: nn.Module, one: str | type[nn.Module]) -> list[str]:
+    """The modules of that name, of names that match it, or of that type.
 
     Raises:
         BadInput: there are none.
     """
-    found = fnmatch.filter([path for path, _ in model.named_modules() if path], glob)
+    if isinstance(one, type):
+        found = [path for path, module in model.named_modules() if path and isinstance(module, one)]
+        what = f"of type {one.__name__}"
+    else:
+        found, what = fnmatch.filter([path for path, _ in model.named_modules() if path], one), f"named {one!r}"
     if not found:
-        raise BadInput(f"the model has no module named {glob!r}")
+        raise BadInput(f"the model has no module {what}")
     return found
 
 
@@ -173,7 +177,7 @@ def reparameterize(
     *,
     rules: Rules = None,
     inexact_borders: Names = (),
-    probe: Names = (),
+    probe: Layers = (),
     reserve: Names = (),
     norms: Norms = "fold",
     cost: Cost = "counted",

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, InstanceOf, ValidationError
+from torch import nn
 
 from structrep.errors import BadInput
 from structrep.modules.arguments import Example
@@ -14,10 +15,17 @@ from structrep.registry import Registry, Rule
 
 Rules: TypeAlias = Registry | Iterable[str | Rule] | None
 Names: TypeAlias = str | Iterable[str]  # of modules, or globs; one alone may stand for itself
+Layers: TypeAlias = str | type[nn.Module] | Iterable[str | type[nn.Module]]
 Norms: TypeAlias = Literal["fold", "keep"]
 Cost: TypeAlias = Literal["counted", "measured"] | Measured
 
-Globs = Annotated[tuple[str, ...], BeforeValidator(lambda names: (names,) if isinstance(names, str) else names)]
+
+def _several(given: Any) -> Any:
+    """One name or type alone stands for itself."""
+    return (given,) if isinstance(given, (str, type)) else given
+
+
+Globs = Annotated[tuple[str, ...], BeforeValidator(_several)]
 NAMES = "names of modules, or globs such as 'layer1.*'"
 
 
@@ -31,7 +39,9 @@ class Options(BaseModel):
 
     rules: Any = Field(None, description="a registry, or names of rules and rules")
     inexact_borders: Globs = Field((), description=NAMES)
-    probe: Globs = Field((), description=NAMES)
+    probe: Annotated[tuple[str | type[nn.Module], ...], BeforeValidator(_several)] = Field(
+        (), description=f"{NAMES}, or types of modules"
+    )
     reserve: Globs = Field((), description=NAMES)
     norms: Norms = Field("fold", description="'fold' or 'keep'")
     cost: Literal["counted", "measured"] | InstanceOf[Measured] = Field(
@@ -60,6 +70,6 @@ class Options(BaseModel):
             raise BadInput("to probe a layer example_inputs are needed: they tell what it is given")
 
     @property
-    def globs(self) -> Iterator[str]:
+    def chosen(self) -> Iterator[str | type[nn.Module]]:
         """What names modules of the model."""
         yield from (*self.inexact_borders, *self.probe, *self.reserve)

@@ -18,6 +18,8 @@ from structrep.match.stretch import Stretch
 from structrep.records.plan import Explanation, RefusalRecord
 from structrep.terms.term import Term
 
+NEAREST = 3  # families that are told
+
 
 def why(findings: Findings, merges: Iterable[tuple[str, Merge]], first: str, second: str) -> Explanation:
     """What became of two layers, or parts of the model, given by their paths.
@@ -47,11 +49,16 @@ def why(findings: Findings, merges: Iterable[tuple[str, Merge]], first: str, sec
     answer, term = "", None
     for search, ones, others in together:
         answer, term = _between(search, ones, others)
-    misses = {} if term is None else {
-        rule.name: rule.pattern.miss(term) for rule in findings.registry
-        if not rule.law and rule.pattern.match(term) is None
-    }  # fmt: skip
+    misses = {} if term is None else _nearest(findings, term)
     return Explanation(first=first, second=second, answer=answer, refusals=told, misses=misses)
+
+
+def _nearest(findings: Findings, term: Term) -> dict[str, str]:
+    """The families that a term is almost of, nearest first, and what keeps it from being so."""
+    families = (rule for rule in findings.registry if not rule.law and rule.pattern.match(term) is None)
+    misses = {rule.name: rule.pattern.miss(term) for rule in families}
+    nearest = sorted(misses.items(), key=lambda one: one[1].parts)
+    return {name: str(miss) for name, miss in nearest[:NEAREST]}
 
 
 def _demand_module(findings: Findings, path: str) -> None:

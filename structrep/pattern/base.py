@@ -10,6 +10,22 @@ from structrep.terms.term import Term, seq
 Captures = dict[str, "Term | list[Term]"]
 
 
+@dataclass(frozen=True)
+class Miss:
+    """What keeps a term from being of a form.
+
+    Args:
+        reason: as far as the form goes.
+        parts: how many layers of the term, and parts of the form, find no counterpart: the fewer, the nearer it is.
+    """
+
+    reason: str
+    parts: int
+
+    def __str__(self) -> str:
+        return self.reason
+
+
 class Pattern:
     """What a term may look like. Subclasses say how much of a sequence of terms they take."""
 
@@ -30,9 +46,13 @@ class Pattern:
         items = term.parts if term.op == "seq" else () if term.op == "one" else (term,)
         return next((found for taken, found in self.take(items) if taken == len(items)), None)
 
-    def miss(self, term: Term) -> str:
-        """What keeps a term from being of this form, as far as it goes."""
-        return f"{term} is not {self}"
+    def miss(self, term: Term) -> Miss:
+        """What keeps a term from being of this form."""
+        return Miss(f"{term} is not {self}", self.count() + layers_in(term))
+
+    def count(self) -> int:
+        """How many layers it wants at least, as far as it says."""
+        return max(1, sum(part.count() for part in self.inside()))
 
     def take(self, items: tuple[Term, ...]) -> Iterator[tuple[int, Captures]]:
         """All ways to match a first stretch of a sequence: how many items, and the names."""
@@ -82,6 +102,9 @@ class Either(Pattern):
     def inside(self) -> tuple[Pattern, ...]:
         return self.options
 
+    def count(self) -> int:
+        return min(option.count() for option in self.options)
+
     def fits_plain_conv(self) -> bool:
         return any(option.fits_plain_conv() for option in self.options)
 
@@ -114,6 +137,11 @@ class Combined(Pattern):
             part.fits_plain_conv() and all(other.fits_nothing() for other in self.parts if other is not part)
             for part in self.parts
         )
+
+
+def layers_in(*terms: Term) -> int:
+    """How many layers terms have; the input itself counts as one."""
+    return sum(max(1, sum(1 for _ in term.leaves())) for term in terms)
 
 
 def label(text: str, pattern: Pattern) -> str:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from structrep.pattern.base import Captures, Combined, Pattern, joined, label
+from structrep.algebra import Ints
+from structrep.pattern.base import Captures, Combined, Miss, Pattern, joined, label, layers_in
 from structrep.pattern.leaves import Affine, Conv, Kernel, Leaf, Pad
+from structrep.terms.layer import Layer
 from structrep.terms.term import Term, seq
 
 
@@ -31,6 +33,9 @@ class Optional(Pattern):
     def fits_plain_conv(self) -> bool:
         return self.part.fits_plain_conv()
 
+    def count(self) -> int:
+        return 0
+
     def fits_nothing(self) -> bool:
         return True
 
@@ -44,7 +49,7 @@ class Many(Pattern):
 
     Args:
         least: how many there must be.
-        alike: whether the kernels of branches must be of one size.
+        alike: whether the kernels of branches must be of one size and dilation.
     """
 
     part: Pattern = field(default_factory=Leaf)
@@ -52,10 +57,12 @@ class Many(Pattern):
     alike: bool = False
     repeats = True
 
+    def count(self) -> int:
+        return self.least * self.part.count()
+
     def fits(self, branches: Sequence[Term]) -> bool:
         """Whether these are branches that it takes, all of them."""
-        sizes = {tuple(x.weight.shape[2:]) for branch in branches for x in branch.leaves() if x.weight is not None}
-        enough = len(branches) >= self.least and not (self.alike and len(sizes) > 1)
+        enough = len(branches) >= self.least and not (self.alike and len(set(map(_taps, _kernels(branches)))) > 1)
         return enough and all(self.part.match(branch) is not None for branch in branches)
 
     def take(self, items: tuple[Term, ...]) -> Iterator[tuple[int, Captures]]:
@@ -80,6 +87,16 @@ class Many(Pattern):
         return label(f"{self.part} x{self.least}+", self)
 
 
+def _kernels(branches: Sequence[Term]) -> Iterator[Layer]:
+    return (layer for branch in branches for layer in branch.leaves() if layer.weight is not None)
+
+
+def _taps(layer: Layer) -> tuple[Ints, Ints]:
+    """The size and the dilation of a kernel."""
+    geometry = layer.shape(layer.in_channels or 1, layer.dims or 0)
+    return geometry.kernel, geometry.dilation
+
+
 class Seq(Combined):
     """One after another."""
 
@@ -94,18 +111,25 @@ class Seq(Combined):
             for more, rest in self._rest(parts[1:], items[taken:]):
                 yield taken + more, {**found, **rest}
 
-    def miss(self, term: Term) -> str:
+    def miss(self, term: Term) -> Miss:
         items = term.parts if term.op == "seq" else (term,)
-        furthest = ""
-        for count in range(len(self.parts)):
-            reached = max((taken for taken, _ in self._rest(self.parts[:count], items)), default=None)
-            if reached is None:
-                break
-            where = f"behind {seq(items[:reached])}" if reached else "first"
-            found = items[reached] if reached < len(items) else "nothing"
-            furthest = f"{where} it wants {self.parts[count]}, and there is {found}"
-        whole = max((taken for taken, _ in self._rest(self.parts, items)), default=0)
-        return f"it ends before {items[whole]}" if whole else furthest
+        reached = [max((taken for taken, _ in self._rest(self.parts[:count], items)), default=None)
+                   for count in range(len(self.parts) + 1)]  # fmt: skip
+        if (whole := reached[-1]) is not None:
+            return Miss(f"it ends before {seq(items[whole:])}", layers_in(*items[whole:]))
+        part = reached.index(None) - 1  # the last that could be reached
+        before = reached[part] or 0
+        wanted = sum(later.count() for later in self.parts[part + 1 :])
+        return self._stops(self.parts[part], items[:before], items[before:], wanted)
+
+    def _stops(self, part: Pattern, before: tuple[Term, ...], rest: tuple[Term, ...], wanted: int) -> Miss:
+        """That a part is not what comes next; `wanted` is what those behind it want."""
+        said = f"{f'behind {seq(before)}' if before else 'first'} it wants {part}, and there is"
+        if not rest:
+            return Miss(f"{said} nothing", part.count() + wanted)
+        inner = part.miss(rest[0])
+        why = f": {inner}" if isinstance(part, Combined) and rest[0].op in ("sum", "concat") else ""
+        return Miss(f"{said} {rest[0]}{why}", inner.parts + abs(layers_in(*rest[1:]) - wanted))
 
     def fits_nothing(self) -> bool:
         return all(part.fits_nothing() for part in self.parts)
@@ -131,9 +155,9 @@ class Sum(Combined):
             for found in _assign(self.parts, items[0].parts):
                 yield 1, found
 
-    def miss(self, term: Term) -> str:
+    def miss(self, term: Term) -> Miss:
         if term.op != "sum":
-            return f"{term} is no sum of branches"
+            return Miss(f"{term} is no sum of branches", self.count() + layers_in(term))
         return _missing_branches(self.parts, term.parts)
 
     def fits_plain_conv(self) -> bool:
@@ -198,9 +222,9 @@ class Concat(Combined):
                 found |= captured
             yield 1, found
 
-    def miss(self, term: Term) -> str:
+    def miss(self, term: Term) -> Miss:
         if term.op != "concat":
-            return f"{term} stacks no branches"
+            return Miss(f"{term} stacks no branches", self.count() + layers_in(term))
         return _missing_branches(self.parts, term.parts)
 
     def fits_plain_conv(self) -> bool:
@@ -210,7 +234,7 @@ class Concat(Combined):
         return label(joined(" | ", self.parts), self)
 
 
-def _missing_branches(patterns: tuple[Pattern, ...], branches: tuple[Term, ...]) -> str:
+def _missing_branches(patterns: tuple[Pattern, ...], branches: tuple[Term, ...]) -> Miss:
     """Which branches are of no pattern, and which patterns are of no branch."""
     inner = [p.part if isinstance(p, (Many, Optional)) else p for p in patterns]
     strange = [b for b in branches if all(p.match(b) is None for p in inner)]
@@ -219,7 +243,11 @@ def _missing_branches(patterns: tuple[Pattern, ...], branches: tuple[Term, ...])
         if not isinstance(whole, Optional) and all(p.match(b) is None for b in branches)
     ]  # fmt: skip
     texts = [f"no branch is {p}" for p in wanted] + [f"branch {b} is none of its" for b in strange]
-    return "; ".join(texts) or f"it has {len(branches)} branches where {len(patterns)} are wanted"
+    if texts:
+        return Miss("; ".join(texts), sum(p.count() for p in wanted) + layers_in(*strange))
+    many = next((p for p in patterns if isinstance(p, Many)), None)
+    said = f"branches are not {many}, beside what else it wants" if many else f"branches where it wants {len(patterns)}"
+    return Miss(f"it has {len(branches)} {said}", max(1, abs(len(branches) - len(patterns))))
 
 
 def conv_norm(kernel: Kernel | None = None, depthwise: bool | None = None) -> Pattern:

@@ -70,6 +70,7 @@ class Conv(One):
     Args:
         kernel: a predicate on the kernel size; None takes any.
         depthwise: whether it must be, or must not be, one filter a channel; None takes either.
+        keeps_channels: whether it must give, or must not give, as many channels as it takes; None takes either.
         formula: a predicate on how the kernel is computed from parameters, for families that live in weight space; None
             takes any kernel, computed or not.
     """
@@ -77,6 +78,7 @@ class Conv(One):
     kernel: Kernel | None = None
     formula: Callable[[Formula], bool] | None = None
     depthwise: bool | None = None
+    keeps_channels: bool | None = None
 
     def __post_init__(self) -> None:
         for what, predicate in (("kernel", self.kernel), ("formula", self.formula)):
@@ -89,6 +91,8 @@ class Conv(One):
         if term.op != "leaf" or term.layer is None or term.layer.weight is None or term.layer.kind == "unrolled":
             return None
         if self.depthwise is not None and self.depthwise != _is_depthwise(term.layer):
+            return None
+        if self.keeps_channels is not None and self.keeps_channels != _keeps_channels(term.layer):
             return None
         if self.kernel and not self.kernel(tuple(term.layer.weight.shape[2:])):
             return None
@@ -103,7 +107,12 @@ class Conv(One):
         kind = self.formula.__name__.replace("_", " ") if self.formula else ""
         shape = self.kernel.__name__ if self.kernel else ""
         sort = {None: "", True: "depthwise", False: "dense"}[self.depthwise]
-        return label(" ".join(word for word in (kind, shape, sort, "conv") if word), self)
+        width = {None: "", True: "channel-keeping", False: "channel-changing"}[self.keeps_channels]
+        return label(" ".join(word for word in (kind, shape, sort, width, "conv") if word), self)
+
+
+def _keeps_channels(layer: Layer) -> bool:
+    return layer.in_channels is not None and layer.in_channels == layer.out_channels
 
 
 def _is_depthwise(layer: Layer) -> bool:
@@ -129,17 +138,54 @@ class Pool(Leaf):
 
 @dataclass(eq=False)
 class Scalar(One):
-    """One number that scales or shifts all channels."""
+    """One number that scales or shifts all channels.
+
+    Args:
+        learned: whether it must be, or must not be, a number that the model stores; None takes either.
+    """
+
+    learned: bool | None = None
 
     def accept(self, term: Term) -> Captures | None:
         layer = term.layer
-        return {} if layer is not None and layer.kind == "affine" and layer.in_channels is None else None
+        if layer is None or layer.kind != "affine" or layer.in_channels is not None:
+            return None
+        return {} if self.learned in (None, layer.parameters > 0) else None
 
     def fits_plain_conv(self) -> bool:
         return False
 
     def __str__(self) -> str:
-        return label("scalar", self)
+        return label({None: "scalar", True: "learned scalar", False: "fixed scalar"}[self.learned], self)
+
+
+@dataclass(eq=False)
+class Scale(One):
+    """One scale, per channel or of all, that shifts nothing."""
+
+    def accept(self, term: Term) -> Captures | None:
+        layer = term.layer
+        return {} if layer is not None and layer.kind == "affine" and not layer.shifts else None
+
+    def fits_plain_conv(self) -> bool:
+        return False
+
+    def __str__(self) -> str:
+        return label("scale", self)
+
+
+@dataclass(eq=False)
+class Shift(One):
+    """One constant, per channel or of all, that is added, and no scale."""
+
+    def accept(self, term: Term) -> Captures | None:
+        return {} if term.layer is not None and term.layer.adds else None
+
+    def fits_plain_conv(self) -> bool:
+        return False
+
+    def __str__(self) -> str:
+        return label("shift", self)
 
 
 @dataclass(eq=False)

@@ -70,7 +70,7 @@ class Explanation(Record):
     merged: str = ""  # where, if they are
     answer: str
     refusals: tuple[RefusalRecord, ...] = ()  # of merges that would have held both
-    misses: dict[str, str] = Field(default_factory=dict)  # rule -> what keeps it from matching
+    misses: dict[str, str] = Field(default_factory=dict)  # the nearest rules -> what keeps each from matching
 
     def __str__(self) -> str:
         lines = [f"{self.first} and {self.second}: {self.answer}"]

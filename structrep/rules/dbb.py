@@ -32,6 +32,7 @@ from structrep.rules.branches import AVERAGE, CHAIN
             ),
         ),
     ],
+    narrower_than=["dyrep"],
     published="The authors' (DingXiaoH/DiverseBranchBlock at 8d2b16b) computes 1/9 in float32: off by 1.1e-8 in a "
     "float64 model. It stops with an error on models in half precision.",
 )

@@ -1,16 +1,16 @@
 """DyRep: Bootstrapping Training with Dynamic Re-parameterization. Huang et al., CVPR 2022, arXiv:2204.00868.
 
-Training time: a k×k and what grew beside it: the branches of DBB and ACNet, perhaps one inside another, and the
-identity (section 3.2). It comes after the families whose branches it has.
+Training time: a k×k and what grew beside it: the branches of DBB and ACNet, perhaps a whole block in the place of a
+convolution, and the identity, each with a norm (section 3.2).
 """
 
 from torch import nn
 
 from structrep.algebra import ConvMap
-from structrep.blocks import Branches
-from structrep.pattern import Affine, Identity, Many, Sum, conv_norm, spatial
+from structrep.blocks import Branches, EdgeBlock2d
+from structrep.pattern import Affine, Conv, Many, Optional, Pad, Seq, Sum, pointwise, spatial
 from structrep.registry import rule
-from structrep.rules.branches import AVERAGE, CHAIN
+from structrep.rules.branches import AVERAGE, BORDER
 
 
 def _example() -> nn.Module:
@@ -19,10 +19,15 @@ def _example() -> nn.Module:
     return Branches(*convs, nn.BatchNorm2d(8))
 
 
+NORMED = Seq(Optional(Pad()), Conv(), Affine())
+BRANCH = AVERAGE | Seq(Conv(pointwise), BORDER, Conv(spatial), Affine()) | NORMED | Affine()
+NESTED = Seq(Optional(Seq(Conv(pointwise), BORDER)), Sum(Many(BRANCH)), Affine())  # a block in the place of a conv
+
+
 @rule(
     Sum(
-        conv_norm(spatial).named("dense"),
-        Many(AVERAGE | CHAIN | conv_norm() | Affine() | Identity(), least=3).named("branches"),
+        (Seq(Optional(Pad()), Conv(spatial), Affine()) | NESTED).named("dense"),
+        Many(BRANCH | NESTED, least=3).named("branches"),
     ),
     source="DyRep, arXiv:2204.00868, section 3.2",
     example=_example,
@@ -33,6 +38,7 @@ def _example() -> nn.Module:
                 nn.Conv2d(8, 8, 3, padding=1), *(nn.Sequential(nn.Conv2d(8, 8, 1), nn.ReLU()) for _ in "abc")
             ),
         ),
+        ("", lambda: EdgeBlock2d(8, 8, 3, padding=1)),  # whose branches have no norms
     ],
     published="The authors' (hunto/image_classification_sota at 6f7a70a) computes 1/9 in float32: off by 2e-9 to "
     "8e-9 in a float64 model.",

@@ -33,6 +33,7 @@ def _interrupted(groups: int) -> nn.Module:
     source="RepViT, arXiv:2307.09283, section 3.2",
     example=lambda: QARepVGGBlock2d(8, 8, 3, padding=1, groups=8),
     counter_examples=[("", lambda: _interrupted(8))],
+    narrower_than=["qarepvgg"],
     published="The authors' (THU-MIG/RepViT at 298f420, replace_batchnorm) makes identities of norms that it knows "
     "no layer for: off by 46 % on a convolution and norm that are not of its own class.",
 )

@@ -43,6 +43,7 @@ def replknet(large: ConvMap, small: ConvMap, skip: ConvMap) -> ConvMap:
     source="UniRepLKNet, arXiv:2311.15599, section 3.2",
     example=lambda: LargeKernelBlock2d(8, 8, 13, padding=6, groups=8, branches="dilated"),
     counter_examples=[("Costlier", lambda: _strips((51, 5), (5, 51), (5, 5)))],
+    narrower_than=["dyrep"],
     published="The authors' (AILab-CVC/UniRepLKNet at b5677d8) stops with an error on models in float64.",
 )
 def unireplknet(large: ConvMap, small: list[ConvMap], skip: ConvMap) -> ConvMap:

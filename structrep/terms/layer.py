@@ -61,6 +61,7 @@ class Layer:
             stride, or for the example's alone.
         probed: whether it was found out by what it does, not read.
         moves: whether it moves, drops and pads numbers, and computes none.
+        adds: whether adding a constant is all that it does.
         keeps_channels: whether it gives as many channels as it is given, where that is open.
         dead: counts channels of a norm whose variance is lost in its eps, whose scale says nothing of the data.
     """
@@ -81,6 +82,7 @@ class Layer:
     sized: Literal["any", "period", "size"] = "any"
     probed: bool = False
     moves: bool = False
+    adds: bool = False
     keeps_channels: bool = True
     dead: Callable[[], int] = lambda: 0
 

@@ -306,8 +306,9 @@ def scale_layer(scale: Tensor | float = 1.0, shift: Tensor | float = 0.0) -> Lay
         s, t = (doubled(constant).flatten().expand(c) for constant in constants)
         return ConvMap.scale(s, t, dims=d)
 
-    stored = sum(c.numel() for c in constants if c.numel() > 1)
-    return replace(diagonal_layer("affine", load, channels, dims, stored), shifts=not is_number(shift, 0))
+    stored = numbers_in(*(v for v in (scale, shift) if isinstance(v, Tensor)))
+    made = diagonal_layer("affine", load, channels, dims, stored)
+    return replace(made, shifts=not is_number(shift, 0), adds=is_number(scale, 1))
 
 
 def _each(value: int | Sequence[int], dims: int) -> Ints:

@@ -1,6 +1,7 @@
 """What the commands print: rules, plans, explanations, help, completions."""
 
 import json
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from typer.testing import CliRunner
 import structrep
 from structrep import __main__, registry
 from structrep.cli.app import app
-from structrep.cli.commands import RulesRecord
+from structrep.cli.commands import OverlapsRecord, RulesRecord
 from structrep.records.plan import PlanRecord
 from tests.cli.running import failed, run
 
@@ -26,6 +27,13 @@ def test_rules_shows_every_rule() -> None:
         assert rule.name in result.stdout
         assert rule.source in result.stdout
     assert "[identity: [pad] -> (affine or x)]" in result.stdout  # not taken for markup
+
+
+def test_rules_that_overlap() -> None:
+    result = run("rules", "--overlaps")
+    assert re.search(r"dbb +│ dyrep +│ dbb +│ dbb is narrower, it says", result.stdout)
+    record = OverlapsRecord.model_validate_json(run("rules", "--overlaps", "--json").stdout)
+    assert ("mobileone", "dyrep", "mobileone") in [(one.rule, one.other, one.credited) for one in record.overlaps]
 
 
 def test_rules_as_json() -> None:

@@ -100,6 +100,8 @@ def test_a_plan_probes_what_the_user_names_and_marks_it():
     (merge,) = plan.merges
     assert merge.notes == ("odd was probed, not read",)
     assert "curve" in [refusal.where for refusal in plan.refusals if refusal.what == "probed"]
+    by_type = structrep.plan(model, x, probe=Opaque)
+    assert (by_type.merges, by_type.refusals) == (plan.merges, plan.refusals)
     deploy = structrep.reparameterize(model, x, probe="od*")
     assert type(deploy.odd) is nn.Conv2d
     assert relative_error(deploy(x), model(x)) < CLOSE
@@ -130,6 +132,10 @@ def test_probing_needs_inputs_and_a_layer():
         structrep.plan(settled(Net()), probe="odd")
     with pytest.raises(BadInput, match="no module named 'even'"):
         structrep.plan(settled(Net()), torch.randn(1, 3, 6, 6), probe="even")
+    with pytest.raises(BadInput, match="no module of type Conv3d"):
+        structrep.plan(settled(Net()), torch.randn(1, 3, 6, 6), probe=[nn.Conv3d, "odd"])
+    with pytest.raises(BadInput, match="or types of modules"):
+        structrep.plan(settled(Net()), torch.randn(1, 3, 6, 6), probe=int)
 
 
 # --- readers ---------------------------------------------------------------------------------------------------------
