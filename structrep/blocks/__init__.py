@@ -16,25 +16,32 @@ from structrep.blocks._geometry import ConvBlock
 from structrep.blocks.acb import ACBlock2d
 from structrep.blocks.branches import Branches, LearnableAffine
 from structrep.blocks.dbb import DiverseBranchBlock1d, DiverseBranchBlock2d, DiverseBranchBlock3d
+from structrep.blocks.deanet import DEConv2d
 from structrep.blocks.diracnet import DiracConv1d, DiracConv2d, DiracConv3d
 from structrep.blocks.doconv import DOConv1d, DOConv2d, DOConv3d
 from structrep.blocks.ecbsr import EdgeBlock2d
 from structrep.blocks.expandnet import ExpandConv1d, ExpandConv2d, ExpandConv3d, ExpandLinear
-from structrep.blocks.lora import LoRALinear
+from structrep.blocks.fmen import ResidualRepBlock2d
+from structrep.blocks.lora import LoRAConv2d, LoRALinear
 from structrep.blocks.mobileone import MobileOneBlock1d, MobileOneBlock2d, MobileOneBlock3d
 from structrep.blocks.orepa import OREPA2d
 from structrep.blocks.qarepvgg import QARepVGGBlock1d, QARepVGGBlock2d, QARepVGGBlock3d
+from structrep.blocks.repadapter import RepAdapterLinear
 from structrep.blocks.replknet import LargeKernelBlock2d
 from structrep.blocks.repmixer import RepMixer2d
 from structrep.blocks.repmlp import RepMLP2d
+from structrep.blocks.repoptimizer import CSLABlock1d, CSLABlock2d, CSLABlock3d
 from structrep.blocks.repvgg import RepVGGBlock1d, RepVGGBlock2d, RepVGGBlock3d
+from structrep.blocks.resrep import CompactorBlock1d, CompactorBlock2d, CompactorBlock3d
 from structrep.blocks.span import Conv3XC2d
+from structrep.blocks.yolor import ImplicitConv2d
 
 # What stands in the place of one plain layer, and gives it back when merged.
 REPLACE_A_LAYER: tuple[type[nn.Module], ...] = (
     ConvBlock,
     ExpandLinear,
     LoRALinear,
+    RepAdapterLinear,
     nn.Conv1d,
     nn.Conv2d,
     nn.Conv3d,
@@ -44,7 +51,14 @@ REPLACE_A_LAYER: tuple[type[nn.Module], ...] = (
 __all__ = [
     "ACBlock2d",
     "Branches",
+    "CSLABlock1d",
+    "CSLABlock2d",
+    "CSLABlock3d",
+    "CompactorBlock1d",
+    "CompactorBlock2d",
+    "CompactorBlock3d",
     "Conv3XC2d",
+    "DEConv2d",
     "DOConv1d",
     "DOConv2d",
     "DOConv3d",
@@ -59,8 +73,10 @@ __all__ = [
     "ExpandConv2d",
     "ExpandConv3d",
     "ExpandLinear",
+    "ImplicitConv2d",
     "LargeKernelBlock2d",
     "LearnableAffine",
+    "LoRAConv2d",
     "LoRALinear",
     "MobileOneBlock1d",
     "MobileOneBlock2d",
@@ -69,9 +85,11 @@ __all__ = [
     "QARepVGGBlock1d",
     "QARepVGGBlock2d",
     "QARepVGGBlock3d",
+    "RepAdapterLinear",
     "RepMLP2d",
     "RepMixer2d",
     "RepVGGBlock1d",
     "RepVGGBlock2d",
     "RepVGGBlock3d",
+    "ResidualRepBlock2d",
 ]

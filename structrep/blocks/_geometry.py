@@ -207,7 +207,7 @@ class NormedBlock(ConvBlock):
         main: Any = self.main
         with torch.no_grad():
             main.conv.weight.copy_(weight)
-            _take_over(main.norm, norm, bias)
+            take_over(main.norm, norm, bias)
             for branch in self._branches():
                 last = [part for part in branch.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)][-1]
                 last.momentum = main.norm.momentum
@@ -220,7 +220,7 @@ class NormedBlock(ConvBlock):
             yield from child.children() if isinstance(child, nn.ModuleList) else (child,)
 
 
-def _take_over(own: Any, norm: Any, bias: Tensor | None) -> None:
+def take_over(own: Any, norm: Any, bias: Tensor | None) -> None:
     """Make a norm what another is behind a conv with a bias."""
     own.eps, own.momentum = norm.eps, norm.momentum
     nn.init.ones_(own.weight) if norm.weight is None else own.weight.copy_(norm.weight)

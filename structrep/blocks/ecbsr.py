@@ -1,5 +1,6 @@
 """ECBSR: Edge-oriented Convolution Block for Real-time Super Resolution on Mobile Devices. Zhang et al., ACM Multimedia
-2021, doi:10.1145/3474085.3475291, section 3.2."""
+2021, doi:10.1145/3474085.3475291, section 3.2; and EFDN: Edge-enhanced Feature Distillation Network for Efficient
+Super-Resolution, arXiv:2204.08759, the block named EDBB."""
 
 from __future__ import annotations
 
@@ -63,12 +64,13 @@ class EdgeBranch2d(nn.Module):
 class EdgeBlock2d(ConvBlock):
     """conv_3(x) + four branches of a 1x1 and a 3x3, Sobel in x and y, Laplacian, + x where the block keeps its shape.
 
-    ECBSR, doi:10.1145/3474085.3475291, section 3.2.
+    ECBSR, doi:10.1145/3474085.3475291, section 3.2; with a 1x1 beside them EFDN's EDBB, arXiv:2204.08759.
 
     (N, I, H, W) -> (N, O, H, W); also without N. Its convs have biases, whatever `bias` says.
 
     Args:
         depth: channels between the two steps of the learned branch, relative to `out_channels`.
+        point: add a 1x1.
 
     Raises:
         ValueError: anything but a 3x3 with padding 1, stride 1, dilation 1, one group and zeros: edges have no others.
@@ -85,13 +87,14 @@ class EdgeBlock2d(ConvBlock):
         self, in_channels: int, out_channels: int, kernel_size: Size, stride: Size = 1,
         padding: Size | str = 0, dilation: Size = 1, groups: int = 1, bias: bool = True,
         padding_mode: str = "zeros", device: Device = None, dtype: torch.dtype | None = None,
-        *, depth: float = 2.0,
+        *, depth: float = 2.0, point: bool = False,
     ) -> None:  # fmt: skip
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode)
         found = (self.kernel_size, self.stride, self.pads, self.dilation, groups, padding_mode)
         if found != ((3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1), 1, "zeros"):
             raise ValueError(f"an edge block is a 3x3 with padding 1 and nothing else, and this one is {found}")
         self.dense = nn.Conv2d(in_channels, out_channels, 3, padding=1, device=device, dtype=dtype)
+        self.point = nn.Conv2d(in_channels, out_channels, 1, device=device, dtype=dtype) if point else None
         kinds = [(int(depth * out_channels), None), *((out_channels, f) for f in (SOBEL_X, SOBEL_Y, LAPLACIAN))]
         self.edges = nn.ModuleList(
             EdgeBranch2d(in_channels, middle, out_channels, fixed, device, dtype) for middle, fixed in kinds
@@ -105,12 +108,17 @@ class EdgeBlock2d(ConvBlock):
             self.dense.weight.copy_(weight - skip)
             assert self.dense.bias is not None
             nn.init.zeros_(self.dense.bias) if bias is None else self.dense.bias.copy_(bias)
+            if self.point is not None:
+                nn.init.zeros_(self.point.weight)
+                nn.init.zeros_(self.point.bias)  # type: ignore[arg-type]
             for edge in edges:
                 nn.init.zeros_(edge.bias)
                 nn.init.zeros_(edge.weight if edge.groups == 1 else edge.scale)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.dense(x)
+        if self.point is not None:
+            y = y + self.point(x)
         for edge in self.edges:
             y = y + edge(x)
         return y + x if self.keeps_shape else y

@@ -3,6 +3,7 @@
 
 Training time: a 3x3, and branches of a 1x1 padded with its own bias and a 3x3, which is learned or a Sobel or Laplacian
 filter with a scale per channel, + x (section 3.2). In eval mode its authors compute the merged kernel in every forward.
+EFDN (Wang, arXiv:2204.08759) adds a 1x1 (EDBB).
 """
 
 import torch
@@ -14,7 +15,7 @@ from structrep.blocks import Branches, Conv3XC2d, EdgeBlock2d
 from structrep.pattern import Conv, Identity, Many, Optional, Seq, Sum, conv_norm, pointwise, spatial
 from structrep.registry import rule
 from structrep.rules.branches import BORDER
-from structrep.rules.formulas import CONVOLUTIONS, SUMS
+from structrep.rules.formulas import CONTRACTIONS, CONVOLUTIONS, SUMS
 from structrep.terms.layer import Formula
 
 
@@ -34,16 +35,30 @@ from structrep.terms.layer import Formula
             ),
         ),
     ],
-    published="FMEN's, of the same form (NJU-Jet/FMEN at a1def16), computes in float32: off by 4.8e-9 in a float64 "
-    "model.",
 )
 def ecbsr(dense: ConvMap, skip: ConvMap, edges: list[ConvMap]) -> ConvMap:
     return dense + skip + sum(edges)
 
 
+@rule(
+    Sum(
+        conv_norm(spatial).named("dense"),
+        Conv(pointwise).named("point"),
+        Optional(Identity().named("skip")),
+        Many(Seq(Conv(pointwise), BORDER, Conv(spatial))).named("edges"),
+    ),
+    source="EFDN, arXiv:2204.08759, EDBB",
+    example=lambda: EdgeBlock2d(8, 8, 3, padding=1, point=True),
+    counter_examples=[("", lambda: EdgeBlock2d(8, 8, 3, padding=1))],
+)
+def edbb(dense: ConvMap, point: ConvMap, skip: ConvMap, edges: list[ConvMap]) -> ConvMap:
+    return dense + point + skip + sum(edges)
+
+
 def kernel_of_kernels(formula: Formula) -> bool:
-    """Kernels convolved with one another, and a kernel added."""
-    return bool(formula.calls & CONVOLUTIONS and formula.calls & SUMS and "flip" not in formula.calls)
+    """Kernels of one size convolved with pointwise ones, and a kernel added: nothing flipped, padded or contracted."""
+    others = formula.calls & (CONTRACTIONS | {"flip", "pad"})
+    return bool(formula.calls & CONVOLUTIONS and formula.calls & SUMS and not others)
 
 
 class _Computed(nn.Module):

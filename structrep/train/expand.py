@@ -55,6 +55,14 @@ def _large_depthwise(conv: Any) -> str:
     return "" if depthwise and min(conv.kernel_size) >= 7 else "it is not depthwise and 7x7 or larger"
 
 
+def _pointwise(conv: Any) -> str:
+    return "" if set(conv.kernel_size) == {1} else "it is not pointwise"
+
+
+def _dense(conv: Any) -> str:
+    return "it is depthwise" if conv.groups == conv.in_channels > 1 else ""
+
+
 def _any(layer: Any) -> str:
     return ""
 
@@ -99,7 +107,15 @@ FAMILIES = {
     "orepa": _Family(_dims(None, blocks.OREPA2d, None)),
     "conv3xc": _Family(_dims(None, blocks.Conv3XC2d, None)),
     "ecbsr": _Family(_dims(None, blocks.EdgeBlock2d, None)),
+    "edbb": _Family(_dims(None, blocks.EdgeBlock2d, None), options=(("point", True),)),
+    "rrrb": _Family(_dims(None, blocks.ResidualRepBlock2d, None)),
+    "deconv": _Family(_dims(None, blocks.DEConv2d, None)),
+    "csla": _Family(_dims(blocks.CSLABlock1d, blocks.CSLABlock2d, blocks.CSLABlock3d)),
+    "resrep": _Family(_dims(blocks.CompactorBlock1d, blocks.CompactorBlock2d, blocks.CompactorBlock3d), _dense),
+    "yolor": _Family(_dims(None, blocks.ImplicitConv2d, None), _pointwise),
     "lora": _Family({nn.Linear: blocks.LoRALinear}, _any),
+    "conv_lora": _Family(_dims(None, blocks.LoRAConv2d, None), _spatial),
+    "repadapter": _Family({nn.Linear: blocks.RepAdapterLinear}, _any),
 }
 
 
@@ -122,20 +138,23 @@ def expand(
         >>> to_train = structrep.expand(model, "mobileone", where="layer1.*")
 
     Args:
-        block: "repvgg", "acb", "dbb", "mobileone", "replknet", "diracnet",
-            "doconv", "expandnet", "expandnet_linear", "orepa", "conv3xc", "ecbsr" or "lora".
+        block: "repvgg", "acb", "dbb", "mobileone", "replknet", "diracnet", "doconv", "expandnet",
+            "expandnet_linear", "orepa", "conv3xc", "ecbsr", "edbb", "rrrb", "deconv", "csla", "resrep", "yolor",
+            "lora", "conv_lora" or "repadapter".
         where: names, globs, types, or predicates of a name and a layer: all layers that any of them chooses and that
             the block can stand for; one that is named must be such a layer. By default what the paper would choose:
             3x3 convolutions but the first (pointwise ones too for "mobileone", depthwise ones of 7x7 and more for
-            "replknet", all larger than 1x1 for "doconv" and "expandnet"), Linears for "lora" and "expandnet_linear".
+            "replknet", all larger than 1x1 for "doconv", "expandnet" and "conv_lora", pointwise ones for "yolor", all
+            but depthwise ones for "resrep"), Linears for "lora", "repadapter" and "expandnet_linear".
             What a norm does besides, as the activation of timm's norms, stays where the norm was.
         init: "preserve" starts the blocks so that the model computes what it did, up to rounding, trained weights and
             all; "paper" as the paper does.
         inplace: change the model itself instead of a copy.
         again: whether layers inside the blocks of an earlier `expand` may be chosen too.
         options: of the block: `branches` for "mobileone" and "replknet", `D_mul` for "doconv", `rate`, `mode` and
-            `online` for "expandnet", `rate` for "expandnet_linear", `gain` for "conv3xc", `depth` for "ecbsr", `rank`
-            and `alpha` for "lora". Its class says what they are.
+            `online` for "expandnet", `rate` for "expandnet_linear", `gain` for "conv3xc", `depth` and `point` for
+            "ecbsr" and "edbb", `ratio` for "rrrb", `rank` and `alpha` for "lora" and "conv_lora", `rank`, `groups` and
+            `scale` for "repadapter". Its class says what they are.
 
     Logs, at level INFO to the logger "structrep", what was chosen, and of norms that do more than normalize, as timm's
     do, how they are made those of several processes.
@@ -354,8 +373,8 @@ def _block(layer: Any, norm: nn.Module | None, family: _Family, init: str, optio
             layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding, layer.dilation,
             layer.groups, bias, layer.padding_mode, **factory,
         )  # fmt: skip
-    if isinstance(made, blocks.EdgeBlock2d) and not bias:
-        raise ValueError("an edge block has biases, and this convolution has none to become of them")
+    if isinstance(made, (blocks.EdgeBlock2d, blocks.ResidualRepBlock2d)) and not bias:
+        raise ValueError("its block has biases, and this convolution has none to become of them")
     if init == "preserve":
         made.start_as(layer.weight, layer.bias, norm)
     if isinstance(norm, nn.SyncBatchNorm):

@@ -7,7 +7,7 @@ from torch import nn
 import structrep
 from structrep import Rule
 from structrep.registry import default
-from structrep.testing import check_rule
+from structrep.testing import check_rule, overlaps
 from tests.support.models import example_input, settled
 from tests.support.truth import CLOSE, relative_error
 
@@ -43,6 +43,12 @@ def test_its_example_becomes_one_plain_layer_under_its_name(rule: Rule) -> None:
         for name, value in rounded.items():
             assert value.dtype == dtype
             assert relative_error(value.double(), exact[name]) < 2 * torch.finfo(dtype).eps
+
+
+def test_of_rules_that_overlap_the_narrower_says_so_and_is_credited() -> None:
+    found = overlaps(default)
+    assert {("dbb", "dyrep"), ("conv_lora", "doconv")} <= {(one.rule, one.other) for one in found}
+    assert not [one for one in found if not one.rule == one.credited == one.narrower]
 
 
 def test_families_come_before_laws() -> None:

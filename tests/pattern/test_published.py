@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import structrep
+from tests.foreign import blocks
 from tests.support.models import noise
 from tests.support.truth import CLOSE, check
 
@@ -63,3 +64,42 @@ def test_a_part_that_leaves_its_channels_open_has_those_of_its_place():
     model = Learnable()
     check(model, noise(1, 4, 3, 3), merges=1, within=CLOSE)
     assert structrep.plan(model).merges[0].rules == ("pplcnetv3",)
+
+
+ONE, TWO = noise(2, 4, 6, 5), noise(2, 8, 6, 5)
+PUBLISHED = {
+    "edbb": (blocks.EDBB, ONE, 1, {"conv": 1, "add": 0}),
+    "edbb, no skip": (lambda: blocks.EDBB(skip=False), ONE, 1, {"conv": 1, "add": 0}),
+    "rrrb": (blocks.RRRB, ONE, 1, {"conv": 1, "add": 0}),
+    "deconv": (blocks.DEConv, ONE, 1, {"conv": 1, "add": 0}),
+    "csla": (blocks.LinearAdd, ONE, 1, {"conv": 1, "norm": 0, "add": 0}),
+    "csla, wider": (lambda: blocks.LinearAdd(4, 6, 2), ONE, 1, {"conv": 1, "norm": 0, "add": 0}),
+    "resrep": (blocks.Compacted, TWO, 2, {"conv": 2, "norm": 0}),
+    "repadapter": (blocks.Adapted, TWO, 1, {"conv": 1, "add": 0}),
+    "yolor": (blocks.Head, (ONE, TWO), 2, {"conv": 2, "add": 0}),
+    "vanillanet": (blocks.Vanilla, ONE, 1, {"conv": 1, "norm": 0}),
+    "conv_lora": (blocks.ConvLoRA, ONE, 1, {"conv": 1}),
+    "dyrep": (blocks.Grown, ONE, 1, {"conv": 1, "norm": 0, "add": 0}),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_block_has_the_name_of_its_family(name):
+    make, given, merges, ran = PUBLISHED[name]
+    model = make()
+    check(model, given, merges=merges, **ran)
+    assert [merge.rules for merge in structrep.plan(model).merges] == [(name.split(",")[0],)] * merges
+
+
+def test_what_is_nearly_of_a_family_has_not_its_name():
+    """Two 3x3 of which one is dilated are no MobileOne block, and dearer as one; while an activation is there, two
+    layers are two; and a fixed number is none that PP-LCNetV3 learned."""
+    check(blocks.RSBB(), ONE, merges=2, refused="Costlier", conv=2, norm=0)
+    plan = structrep.plan(blocks.RSBB().eval())
+    assert {refusal.rule for refusal in plan.refusals} == {"branches"}
+    check(blocks.Vanilla(act_learn=0.5), ONE, merges=2, conv=2, norm=0)
+    model = Learnable()
+    del model.scale, model.bias
+    model.scale, model.bias = 0.5, 0.25
+    check(model, noise(1, 4, 3, 3), merges=1, within=CLOSE)
+    assert "pplcnetv3" not in structrep.plan(model).merges[0].rules
