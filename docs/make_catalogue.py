@@ -70,6 +70,8 @@ def section(rule: Rule) -> str:
     line = textwrap.dedent(body[body.index("def ") :]).strip()
     rows = ", ".join(f"{before[name]:,} → {after[name]:,} {name}" for name in before if before[name])
     rows += f", {merge.multiply_adds[0]:,.0f} → {merge.multiply_adds[1]:,.0f} multiply-adds a pixel"
+    wider = ", ".join(f"`{name}`" for name in rule.narrower_than)
+    narrower = f"\nNarrower than {wider}, and tried before.\n" if wider else ""
     published = f"\nPublished conversions: {rule.published}\n" if rule.published else ""
     return f"""## {rule.name}
 
@@ -91,7 +93,7 @@ Its example, `{ast.unparse(argument(rule, "example"))}`: {rows}.
 model = nn.Sequential(default["{rule.name}"].example()).eval()
 deploy = structrep.reparameterize(model)
 ```
-{near(rule)}{published}"""
+{near(rule)}{narrower}{published}"""
 
 
 def declared(rule: Rule) -> ast.Call:

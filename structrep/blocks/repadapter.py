@@ -46,15 +46,20 @@ class RepAdapterLinear(nn.Module):
         self.in_features, self.out_features, self.scale = in_features, out_features, scale
         self.base = nn.Linear(in_features, out_features, bias, **factory)
         self.down = nn.Linear(in_features, rank, **factory)
-        self.up = nn.Parameter(torch.zeros(groups, in_features // groups, rank // groups, **factory))
-        self.up_bias = nn.Parameter(torch.zeros(in_features, **factory))
+        self.up = nn.Parameter(torch.empty(groups, in_features // groups, rank // groups, **factory))
+        self.up_bias = nn.Parameter(torch.empty(in_features, **factory))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Let the adapter add nothing."""
+        nn.init.zeros_(self.up)
+        nn.init.zeros_(self.up_bias)
 
     def start_as(self, weight: Tensor, bias: Tensor | None, norm: nn.Module | None = None) -> None:
         """Take a Linear's weight (O, I) and bias; the adapter adds nothing at first."""
         with torch.no_grad():
             self.base.weight.copy_(weight)
-            nn.init.zeros_(self.up)
-            nn.init.zeros_(self.up_bias)
+            self.reset_parameters()
             if bias is not None:
                 self.base.bias.copy_(bias)
 

@@ -47,9 +47,14 @@ class _CSLABlock(ConvBlock):
         self.point = None if self.kernel_size == ones else self._unnormed(ones, **factory)
         branches = 1 + (self.point is not None) + self.keeps_shape
         self.scales = nn.ParameterList(
-            nn.Parameter(torch.ones(out_channels, *ones, **factory)) for _ in range(branches)
+            nn.Parameter(torch.empty(out_channels, *ones, **factory)) for _ in range(branches)
         )
         self.after: Any = self.norm(**factory)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for scale in self.scales:
+            nn.init.ones_(scale)
 
     def _unnormed(self, kernel: tuple[int, ...], **factory: Any) -> nn.Sequential:
         """A conv of all taps, or of the centre one."""

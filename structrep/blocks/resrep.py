@@ -24,7 +24,8 @@ class _CompactorBlock(ConvBlock):
     Parameter: `compact.weight (O, O, 1, ...)`.
 
     Raises:
-        ValueError: arguments that `nn.Conv{n}d` could not work with; a complex dtype.
+        ValueError: arguments that `nn.Conv{n}d` could not work with; groups, for a compactor mixes all channels; a
+            complex dtype.
 
     Example:
         >>> net = nn.Sequential(CompactorBlock2d(8, 16, 3, padding=1), nn.ReLU()).eval()
@@ -40,6 +41,8 @@ class _CompactorBlock(ConvBlock):
         padding_mode: str = "zeros", device: Device = None, dtype: torch.dtype | None = None,
     ) -> None:  # fmt: skip
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode)
+        if groups > 1:
+            raise ValueError(f"groups={groups}: a compactor mixes all channels, give groups=1")
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.dense = self.branch(self.kernel_size, **factory)
         compact: Any = CONV[self.dims](out_channels, out_channels, 1, bias=False, **factory)

@@ -45,6 +45,9 @@ class ImplicitConv2d(ConvBlock):
         )
         self.add = nn.Parameter(torch.empty(in_channels, 1, 1, **factory))
         self.multiply = nn.Parameter(torch.empty(out_channels, 1, 1, **factory))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
         nn.init.normal_(self.add, std=0.02)
         nn.init.normal_(self.multiply, mean=1.0, std=0.02)
 

@@ -378,7 +378,7 @@ def _(a: Arguments) -> Layer | None:
     return scale_layer(0.0) if len(a.node.args) == 1 and not a.node.kwargs else None  # what sums often start from
 
 
-@reads(F.leaky_relu)
+@reads(F.leaky_relu, torch._C._nn.leaky_relu)  # which exported programs call
 def _(a: Arguments) -> Identity | None:
     return Identity(a(0, "input")) if a(1, "negative_slope", 0.01) == 1 else None
 

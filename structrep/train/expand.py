@@ -59,8 +59,8 @@ def _pointwise(conv: Any) -> str:
     return "" if set(conv.kernel_size) == {1} else "it is not pointwise"
 
 
-def _dense(conv: Any) -> str:
-    return "it is depthwise" if conv.groups == conv.in_channels > 1 else ""
+def _ungrouped(conv: Any) -> str:
+    return "" if conv.groups == 1 else "it has groups"
 
 
 def _any(layer: Any) -> str:
@@ -111,7 +111,7 @@ FAMILIES = {
     "rrrb": _Family(_dims(None, blocks.ResidualRepBlock2d, None)),
     "deconv": _Family(_dims(None, blocks.DEConv2d, None)),
     "csla": _Family(_dims(blocks.CSLABlock1d, blocks.CSLABlock2d, blocks.CSLABlock3d)),
-    "resrep": _Family(_dims(blocks.CompactorBlock1d, blocks.CompactorBlock2d, blocks.CompactorBlock3d), _dense),
+    "resrep": _Family(_dims(blocks.CompactorBlock1d, blocks.CompactorBlock2d, blocks.CompactorBlock3d), _ungrouped),
     "yolor": _Family(_dims(None, blocks.ImplicitConv2d, None), _pointwise),
     "lora": _Family({nn.Linear: blocks.LoRALinear}, _any),
     "conv_lora": _Family(_dims(None, blocks.LoRAConv2d, None), _spatial),
@@ -145,7 +145,7 @@ def expand(
             the block can stand for; one that is named must be such a layer. By default what the paper would choose:
             3x3 convolutions but the first (pointwise ones too for "mobileone", depthwise ones of 7x7 and more for
             "replknet", all larger than 1x1 for "doconv", "expandnet" and "conv_lora", pointwise ones for "yolor", all
-            but depthwise ones for "resrep"), Linears for "lora", "repadapter" and "expandnet_linear".
+            without groups for "resrep"), Linears for "lora", "repadapter" and "expandnet_linear".
             What a norm does besides, as the activation of timm's norms, stays where the norm was.
         init: "preserve" starts the blocks so that the model computes what it did, up to rounding, trained weights and
             all; "paper" as the paper does.

@@ -35,13 +35,14 @@ DIRAC = {1: blocks.DiracConv1d, 2: DiracConv2d, 3: blocks.DiracConv3d}
 DO = {1: blocks.DOConv1d, 2: DOConv2d, 3: DOConv3d}
 EXPAND = {1: ExpandConv1d, 2: ExpandConv2d, 3: ExpandConv3d}
 ALL_2D = [RepVGGBlock2d, ACBlock2d, DiracConv2d, DOConv2d, ExpandConv2d]
-OTHERS = ("ExpandLinear", "LoRALinear", "Branches", "LearnableAffine", "RepMLP2d")
+OTHERS = ("ExpandLinear", "LoRALinear", "RepAdapterLinear", "Branches", "LearnableAffine", "RepMLP2d")
 CONV_BLOCKS = [getattr(blocks, name) for name in blocks.__all__ if name not in OTHERS]
 # arguments for the blocks that do not take any
 WANTS = {
     blocks.EdgeBlock2d: (2, 4, 3, 1, 1),
     blocks.LargeKernelBlock2d: (2, 4, 5, 1, 2),
     blocks.RepMixer2d: (2, 2, 3, 1, 1),
+    blocks.ResidualRepBlock2d: (2, 2, 3, 1, 1),
 }
 
 
@@ -335,7 +336,7 @@ def test_compiles_whole(block):
     torch.testing.assert_close(torch.compile(module, backend="eager", fullgraph=True)(x), module(x))
 
 
-@pytest.mark.parametrize("block", [*CONV_BLOCKS, ExpandLinear, blocks.LoRALinear])
+@pytest.mark.parametrize("block", [*CONV_BLOCKS, ExpandLinear, blocks.LoRALinear, blocks.RepAdapterLinear])
 def test_device_and_dtype_are_those_asked_for(block):
     args = WANTS.get(block, (2, 4, 3) if hasattr(block, "dims") else (2, 4))
     for module in (block(*args, device="meta", dtype=torch.bfloat16), block(*args, dtype=torch.bfloat16)):
@@ -351,6 +352,26 @@ def test_device_and_dtype_are_those_asked_for(block):
     assert made(x).isfinite().all()
 
 
+def test_differences_are_those_of_the_paper():
+    """Each tap of a 3x3 takes, besides its own pixel, the centre's, its neighbour's, or the opposite side's."""
+    block = randomised(blocks.DEConv2d(4, 6, 3, padding=1, groups=2))
+    kernel = block.dense.detach().clone()
+    ring = [(0, 0), (0, 1), (0, 2), (1, 2), (2, 2), (2, 1), (2, 0), (1, 0)]  # clockwise
+    for row, column in itertools.product(range(3), range(3)):
+        kernel[..., row, column] += block.central[..., row, column]
+        kernel[..., 1, 1] -= block.central[..., row, column]
+    for at, (row, column) in enumerate(ring):
+        kernel[..., row, column] += block.angular[..., row, column] - block.angular[(..., *ring[at - 1])]
+    for at in range(3):
+        kernel[..., at, 0] += block.horizontal[..., at]
+        kernel[..., at, 2] -= block.horizontal[..., at]
+        kernel[..., 0, at] += block.vertical[..., at]
+        kernel[..., 2, at] -= block.vertical[..., at]
+    settings = {"in_channels": 4, "out_channels": 6, "kernel_size": 3, "padding": 1, "groups": 2}
+    assert_is_conv(block, kernel.detach(), block.bias, 2, settings, (5, 4))
+
+
+OPTIONS = ("branches", "layer_scale", "pool", "depth", "point", "ratio", "rank")
 BEYOND = [
     (blocks.DiverseBranchBlock1d, "dbb", {"kernel_size": 5, "padding": 2, "stride": 2}),
     (blocks.DiverseBranchBlock2d, "dbb", {"kernel_size": (3, 5), "padding": (1, 2), "groups": 2}),
@@ -374,6 +395,16 @@ BEYOND = [
     (blocks.EdgeBlock2d, "ecbsr", {"kernel_size": 3, "padding": "same", "depth": 0.5}),
     (blocks.OREPA2d, "orepa", {"kernel_size": 3, "padding": 1, "groups": 2}),
     (blocks.OREPA2d, "orepa", {"kernel_size": (5, 2), "stride": 2, "padding_mode": "circular", "padding": 1}),
+    (blocks.EdgeBlock2d, "edbb", {"kernel_size": 3, "padding": 1, "point": True}),
+    (blocks.ResidualRepBlock2d, "rrrb", {"kernel_size": 3, "padding": "same", "ratio": 3}),
+    (blocks.DEConv2d, "deconv", {"kernel_size": 3, "padding": 1, "stride": 2, "groups": 2, "padding_mode": "reflect"}),
+    (blocks.LoRAConv2d, "conv_lora", {"kernel_size": 5, "dilation": 2, "groups": 2, "rank": 1}),
+    (blocks.CSLABlock1d, "csla", {"kernel_size": 5, "padding": 2, "padding_mode": "circular"}),
+    (blocks.CSLABlock2d, "csla", {"kernel_size": (3, 5), "padding": 2, "stride": 2, "groups": 2}),
+    (blocks.CSLABlock3d, "csla", {"kernel_size": 3, "padding": "same"}),
+    (blocks.CompactorBlock1d, "resrep", {"kernel_size": 1, "stride": 2}),
+    (blocks.CompactorBlock2d, "resrep", {"kernel_size": 3, "padding": 1, "padding_mode": "replicate"}),
+    (blocks.ImplicitConv2d, "yolor", {"kernel_size": 1, "stride": 2, "groups": 2}),
 ]
 
 
@@ -381,7 +412,7 @@ BEYOND = [
 def test_a_block_stands_for_one_conv_of_its_arguments(block, rule, settings):
     module = randomised(block(4, 4, **settings))
     x = torch.randn(2, 4, *(11, 10, 9)[: block.dims], dtype=torch.float64)
-    plain = {k: v for k, v in settings.items() if k not in ("branches", "layer_scale", "pool", "depth")}
+    plain = {k: v for k, v in settings.items() if k not in OPTIONS}
     conv = CONV[block.dims](4, 4, **plain).double()
     plan = structrep.plan(nn.Sequential(module))
     assert [merge.rules[0] for merge in plan.merges] == [rule]
@@ -402,13 +433,21 @@ def test_a_diverse_branch_block_starts_its_chain_as_the_identity():
     torch.testing.assert_close(block.chain.conv(x), x)
 
 
-def test_an_adapter_starts_as_nothing_and_merges_to_one_linear():
-    block = blocks.LoRALinear(5, 7, rank=2, alpha=3.0)
-    x = torch.randn(3, 5)
+@pytest.mark.parametrize(
+    ("rule", "block"),
+    [
+        ("lora", lambda: blocks.LoRALinear(6, 7, rank=2, alpha=3.0)),
+        ("repadapter", lambda: blocks.RepAdapterLinear(6, 7, rank=4, scale=0.5)),
+        ("repadapter", lambda: blocks.RepAdapterLinear(6, 7, rank=3, groups=3)),
+    ],
+)
+def test_an_adapter_starts_as_nothing_and_merges_to_one_linear(rule, block):
+    block = block()
+    x = torch.randn(3, 6)
     torch.testing.assert_close(block(x), block.base(x))
     block = randomised(block)
     plan = structrep.plan(block)
-    assert [merge.rules for merge in plan.merges] == [("lora",)]
+    assert [merge.rules for merge in plan.merges] == [(rule,)]
     torch.testing.assert_close(plan.apply()(x.double()), block(x.double()))
 
 
