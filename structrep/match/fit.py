@@ -55,6 +55,12 @@ def price(stretch: Stretch, trace: Trace, traced: Traced) -> tuple[Cost, Cost]:
             f"{term} takes {before.multiply_adds:,.0f} multiply-adds per output pixel, as one layer it would take "
             f"{after.multiply_adds:,.0f}"
         )
+    kernels = cost.of_term(term, kernels_alone=True).multiply_adds
+    if after.multiply_adds > kernels:  # norms can go into the layers beside them without that
+        raise Costlier(
+            f"the convolutions of {term} take {kernels:,.0f} multiply-adds per output pixel, norms folded; as one "
+            f"layer it would take {after.multiply_adds:,.0f}"
+        )
     if after.parameters > before.parameters + geometry(term).out_channels:  # a bias more is no reason
         raise Costlier(f"{term} stores {before.parameters:,} numbers, as one layer it would store {after.parameters:,}")
     return before, after

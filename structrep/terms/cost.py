@@ -52,8 +52,12 @@ def of_border(map_: ConvMap) -> Cost:
     return Cost(shifts * math.prod(g.stride), shifts, 1)
 
 
-def of_term(term: Term) -> Cost:
-    """A term's cost as it is written; a layer used on two paths counts once."""
+def of_term(term: Term, *, kernels_alone: bool = False) -> Cost:
+    """A term's cost as it is written; a layer used on two paths counts once.
+
+    Args:
+        kernels_alone: count no multiply-adds of scales and additions, which is what convolutions and pools take.
+    """
     dims = dims_of(term, None)
     counted: dict[int, Cost] = {}
     whole = geometry(term)
@@ -64,9 +68,8 @@ def of_term(term: Term) -> Cost:
             shape = part.layer.shape(channels, dims)
             computed = part.layer.formula is not None  # a kernel that is made again on every pass
             launched = int(part.layer.kind != "view") + computed
-            counted.setdefault(
-                id(part.layer), Cost(density * _work(part.layer, shape), part.layer.parameters, launched)
-            )
+            work = 0 if kernels_alone and part.layer.scales else _work(part.layer, shape)
+            counted.setdefault(id(part.layer), Cost(density * work, part.layer.parameters, launched))
         elif part.op == "seq":
             shapes, inner = [], channels
             for item in part.parts:
@@ -79,7 +82,8 @@ def of_term(term: Term) -> Cost:
         elif part.op in ("sum", "concat"):
             for branch in part.parts:
                 price(branch, channels, density)
-            adds = (len(part.parts) - 1) * geometry(part, channels, dims).out_channels if part.op == "sum" else 0
+            added = part.op == "sum" and not kernels_alone
+            adds = (len(part.parts) - 1) * geometry(part, channels, dims).out_channels if added else 0
             counted.setdefault(id(part), Cost(density * adds, 0, len(part.parts) - 1 if part.op == "sum" else 1))
 
     price(term, whole.in_channels, 1.0)

@@ -40,6 +40,14 @@ GEOMETRY = {
     "conv, then F.avg_pool2d": (0, "Costlier",
         lambda: Written(lambda m, x: F.avg_pool2d(m.c(x), 2), c=conv(k=2, padding=0))),
     "max pool": (0, "", lambda: added(a=conv(), p=nn.MaxPool2d(3, 1, 1))),
+    # a 3x3 kernel takes 9 where these two take 6, once their norms are in them
+    "3x1 and 1x3, depthwise, a norm each": (2, "Costlier", lambda: added(
+        a=nn.Sequential(conv(k=(3, 1), padding=(1, 0), groups=4, bias=False), bn(4)),
+        b=nn.Sequential(conv(k=(1, 3), padding=(0, 1), groups=4, bias=False), bn(4)))),
+    "3x1, 1x3 and 3x3, depthwise, a norm each": (1, "", lambda: added(
+        a=nn.Sequential(conv(k=(3, 1), padding=(1, 0), groups=4, bias=False), bn(4)),
+        b=nn.Sequential(conv(k=(1, 3), padding=(0, 1), groups=4, bias=False), bn(4)),
+        c=nn.Sequential(conv(groups=4, bias=False), bn(4)))),
     "stride 2, 3x3 and 1x1": (1, "", lambda: added(a=conv(stride=2), b=conv(k=1, stride=2))),
     "stride 2, 5x5 and 3x3": (1, "", lambda: added(a=conv(k=5, stride=2), b=conv(k=3, stride=2))),
     "1x1 conv with a bias, then zero padding": (1, "", lambda: nn.Sequential(conv(k=1), conv(k=3, bias=False))),
