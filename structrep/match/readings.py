@@ -15,7 +15,7 @@ from structrep.match.refusals import Refusals
 from structrep.modules.parametrized import about_hooks, hooks
 from structrep.read.endings import read_ending
 from structrep.read.nodes import read_node
-from structrep.terms.layer import Concat, Identity, Layer, Reading, Readings, Sum
+from structrep.terms.layer import Blend, Concat, Identity, Layer, Reading, Readings, Sum
 
 
 def readable(trace: Trace, replicas: Replicas) -> list[fx.Node]:
@@ -64,6 +64,6 @@ def inputs_of(reading: Reading | None) -> tuple[fx.Node, ...]:
         return (reading.source,) if reading.source is not None else ()
     if isinstance(reading, Identity):
         return (reading.source,)
-    if isinstance(reading, Sum):
+    if isinstance(reading, (Sum, Blend)):
         return tuple(node for node, _ in reading.parts)
     return reading.parts if isinstance(reading, Concat) else ()

@@ -18,7 +18,7 @@ from structrep.graph.shapes import spatial_size
 from structrep.match.absorption import Absorption
 from structrep.match.readings import inputs_of
 from structrep.match.stretch import Segment, Stretch
-from structrep.terms.layer import Concat, Identity, Layer, Reading, Readings, Sum
+from structrep.terms.layer import Blend, Concat, Identity, Layer, Reading, Readings, Sum
 from structrep.terms.term import ONE, Term, concat_terms, leaf, seq, signed, sum_terms
 
 FARTHEST = 32  # how many dominators back a merge may reach
@@ -97,7 +97,7 @@ class Segments:
         """
         above = [{one: None, **dict.fromkeys(step.base for step in self.walk(one, None))} for one in addends]
         base = next((node for node in above[0] if all(node in other for other in above)), None)
-        found = self._branches([(one, 1.0) for one in addends], base) if base is not None else None
+        found = self._branches([(one, ONE) for one in addends], base) if base is not None else None
         if base is None or found is None:
             return None
         nodes, branches = found
@@ -145,8 +145,7 @@ class Segments:
             return Segment(base, root, term, (*reading.through, root), taken)
         if isinstance(reading, Identity):
             return Segment(base, root, ONE, (root,))
-        parts = [(n, 1.0) for n in reading.parts] if isinstance(reading, Concat) else reading.parts
-        found = self._branches(parts, base)
+        found = self._branches(_scaled_parts(reading), base)
         if found is None:
             return None
         nodes, branches = found
@@ -165,18 +164,18 @@ class Segments:
         return Segment(base, root, term, (*ordered, root), tuple(absorbed))
 
     def _branches(
-        self, parts: Iterable[tuple[fx.Node, float]], base: fx.Node
+        self, parts: Iterable[tuple[fx.Node, Term]], base: fx.Node
     ) -> tuple[dict[fx.Node, None], list[Term]] | None:
-        """Between a value and others made of it: the nodes, and a term for each, times a number; None if there is
-        too much, or a view."""
+        """Between a value and others made of it: the nodes, and a term for each, with what is done to it then; None if
+        there is too much, or a view."""
         nodes: dict[fx.Node, None] = {}
         branches = []
-        for source, sign in parts:
+        for source, then in parts:
             steps = list(itertools.islice(self.walk(source, base), LONGEST + 1))
             if len(steps) > LONGEST or any(step.term.depth >= DEEPEST for step in steps):
                 return None
             nodes.update(dict.fromkeys(n for step in steps for n in step.nodes))
-            branches.append(signed(seq([step.term for step in reversed(steps)]), sign))
+            branches.append(seq([*(step.term for step in reversed(steps)), then]))
         if any(layer.kind == "view" for branch in branches for layer in branch.leaves()):
             return None  # views stay where they are, and so must what they are views of
         return nodes, branches
@@ -193,3 +192,12 @@ class Segments:
             stretch = Stretch(tuple(taken))
             if segment.term.op != "one" and not cut and stretch.leak() is None:
                 yield stretch
+
+
+def _scaled_parts(reading: Sum | Blend | Concat) -> list[tuple[fx.Node, Term]]:
+    """What is added or stacked, and what is done to each for that."""
+    if isinstance(reading, Concat):
+        return [(part, ONE) for part in reading.parts]
+    if isinstance(reading, Sum):
+        return [(part, signed(ONE, coefficient)) for part, coefficient in reading.parts]
+    return [(part, leaf(scale)) for part, scale in reading.parts]

@@ -10,7 +10,7 @@ from torch import fx
 from structrep.algebra import ConvMap
 from structrep.match.absorption import Absorption, axis_of, is_alone, layer_behind, maker_of, users_of
 from structrep.match.pieces import spread
-from structrep.terms.layer import Concat, Layer, Readings, Sum
+from structrep.terms.layer import Blend, Concat, Layer, Readings, Sum
 
 
 def by_summands(
@@ -75,7 +75,7 @@ def _linear(node: fx.Node, readings: Readings) -> frozenset[fx.Node]:
     for one in pending:
         reading = readings.get(one)
         sources = (
-            [part for part, _ in reading.parts] if isinstance(reading, Sum)
+            [part for part, _ in reading.parts] if isinstance(reading, (Sum, Blend))
             else reading.parts if isinstance(reading, Concat)
             else [reading.source] if reading is not None and reading.source is not None
             else []

@@ -3,6 +3,6 @@
 Readers of functions are known by the operation that they read, so their pages are imported here.
 """
 
-from structrep.read import casts, flattened, functions, products, transposed
+from structrep.read import blends, casts, flattened, functions, products, transposed
 
-__all__ = ["casts", "flattened", "functions", "products", "transposed"]
+__all__ = ["blends", "casts", "flattened", "functions", "products", "transposed"]

@@ -308,16 +308,6 @@ def _(a: Arguments) -> None:
     return None  # of itself nothing; its sum over the new dim is a sum of its parts
 
 
-@reads(torch.lerp, "lerp")
-def _(a: Arguments) -> Sum | None:
-    (start, end), weight = a.pair("end"), a(2, "weight")
-    known = exact(weight)
-    if known is None or torch.as_tensor(known).ndim > 0 or constant(start) is not None or constant(end) is not None:
-        return None
-    share = float(torch.as_tensor(known, dtype=torch.float64).detach())
-    return Sum(((start, 1.0 - share), (end, share)))
-
-
 @reads(torch.sum, "sum", torch.mean, "mean")
 def _(a: Arguments) -> Sum | None:
     """`stack([...]).sum(0)`, and `(stack([...]) * w).sum(0)` with a number for each."""

@@ -15,7 +15,7 @@ from structrep.graph.shapes import rank, spatial_size
 from structrep.modules.parametrized import hooks, plain
 from structrep.read.arguments import CALLS, Arguments, NotConstant
 from structrep.read.modules import IDENTITIES, POOLS, knows, read_module, settings
-from structrep.terms.layer import Computed, Formula, Identity, Layer, Reading
+from structrep.terms.layer import Blend, Computed, Formula, Identity, Layer, Reading
 from structrep.terms.layers import adaptive_pool_layer, numbers_in, pool_layer
 
 
@@ -38,19 +38,32 @@ def read_node(node: fx.Node) -> Reading | None:
         reading = reader(Arguments(node, read_node))
     except (NotConstant, TypeError):  # a size that depends on the input
         return None
+    if isinstance(reading, Blend):
+        return _blended(reading, node)
     if not isinstance(reading, Layer):
         return reading
     source = reading.source or node.all_input_nodes[0]
     if DTYPE.known(source) and not (DTYPE.of(source).is_floating_point or DTYPE.of(source).is_complex):
         return None  # what turns integers into floats; a layer that it was merged into would take none
     if reading.kind == "affine" and not reading.through:
-        held = [VALUE.of(n).ndim for n in node.all_input_nodes if isinstance(VALUE.get(n), Tensor)]
-        known, most = rank(source), max(held, default=0)
-        if known is not None and most > known:
-            return None  # it adds dims
-        if known is None:
-            reading = _within(reading, most)
+        scale = _of_as_many_dims(reading, source, node)
+        return None if scale is None else _placed(scale, node)
     return _placed(reading, node)
+
+
+def _blended(blend: Blend, node: fx.Node) -> Blend | None:
+    parts = [(source, _of_as_many_dims(scale, source, node)) for source, scale in blend.parts]
+    kept = tuple((source, scale) for source, scale in parts if scale is not None)
+    return Blend(kept) if len(kept) == len(parts) else None
+
+
+def _of_as_many_dims(scale: Layer, source: fx.Node, node: fx.Node) -> Layer | None:
+    """A scale by the constants of a node; None if these add dims to what is scaled."""
+    held = [VALUE.of(n).ndim for n in node.all_input_nodes if isinstance(VALUE.get(n), Tensor)]
+    known, most = rank(source), max(held, default=0)
+    if known is None:
+        return _within(scale, most)
+    return None if most > known else scale
 
 
 def hands_on(node: fx.Node) -> fx.Node | None:

@@ -19,7 +19,7 @@ from structrep.match.isolation import named
 from structrep.match.merge import Merge
 from structrep.read.nodes import read_node
 from structrep.records.plan import MergeRecord, RefusalRecord
-from structrep.terms.layer import Concat, Identity, Layer, Reading, Sum
+from structrep.terms.layer import Blend, Concat, Identity, Layer, Reading, Sum
 
 MOST = 40  # boxes in one picture
 
@@ -139,6 +139,8 @@ def _step(
     elif isinstance(reading, Sum):
         minus = any(sign < 0 for _, sign in reading.parts)
         text, kind, count = "−" if minus else "+", "+", len(reading.parts) - 1
+    elif isinstance(reading, Blend):
+        text, kind = "blend", "+"
     elif isinstance(reading, Concat):
         text, kind = "concat", "concat"
     elif name.lower().startswith("conv"):  # one that a hook or its settings keep from being read

@@ -116,6 +116,13 @@ class Sum:
 
 
 @dataclass(frozen=True)
+class Blend:
+    """A sum of inputs, each scaled per channel, and perhaps shifted: ((input, scale), ...)."""
+
+    parts: tuple[tuple[fx.Node, Layer], ...]
+
+
+@dataclass(frozen=True)
 class Concat:
     """Inputs concatenated along dimension `dim`."""
 
@@ -130,5 +137,5 @@ class Identity:
     source: fx.Node
 
 
-Reading = Layer | Sum | Concat | Identity
+Reading = Layer | Sum | Blend | Concat | Identity
 Readings = Mapping[fx.Node, Reading]  # what the nodes of a graph are
