@@ -303,9 +303,9 @@ def _is_read_as(one: fx.Node, other: fx.Node, inside: Set[fx.Node]) -> bool:
 
 def _comes_as(call: Call, usual: Call, inside: Set[fx.Node], within: Set[fx.Node]) -> bool:
     """Whether what a call is given is made as that which another call of the part is given, as far as that is inside,
-    and so on for what is within."""
+    and so on for what is within; of a call elsewhere, as far as that is told by what makes it."""
     ones, others = ([p.node for p in of.args if isinstance(p, fx.Proxy)] for of in (call, usual))
-    pending, seen = [(ones, [one for one in others if one in inside])], set[fx.Node]()
+    pending, seen = [(ones, [one for one in others if one in inside] or others)], set[fx.Node]()
     for mine, theirs in pending:
         for node in (one for one in theirs if one not in seen):
             seen.add(node)

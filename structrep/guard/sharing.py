@@ -60,8 +60,12 @@ class Replicas:
     def alike(self, bodies: list[Call]) -> bool:
         return len({self.fingerprint(body) for body in bodies}) == 1
 
-    def check(self, inside: set[fx.Node], owner: Call) -> None:
-        """Raise unless every module of the merge is called just as often as its owner, each time in the same way."""
+    def check(self, inside: set[fx.Node], owner: Call, everywhere: Set[nn.Module] = frozenset()) -> None:
+        """Raise unless every module of the merge is called just as often as its owner, each time in the same way.
+
+        Args:
+            everywhere: layers that are to vanish at each of their calls, in a merge each.
+        """
         bodies = self.bodies(owner)
         if len(bodies) > 1 and not self.alike(bodies):
             raise Shared(f"{owner.path or 'the model'} is called {len(bodies)} times, and not always in the same way")
@@ -73,8 +77,8 @@ class Replicas:
             self._check_asked(call, touched.keys(), anew, stays=is_lone_layer(inside))
         for call in (one for one in touched if one is not owner):
             self._check_reach(call, touched.keys(), anew, inside)
-            if call.inlined:
-                continue  # written out in its caller
+            if call.inlined or call.module in everywhere:
+                continue  # written out in its caller, or in other merges where it is called again
             calls = self.traced.calls[call.module, call.method]
             if is_lone_layer(inside):  # a layer that is the same at every call, and is so still
                 if call is calls[0]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Set
 
-from torch import fx
+from torch import fx, nn
 
 from structrep.errors import Incompatible, Unreadable
 from structrep.graph.calls import Call
@@ -25,11 +25,13 @@ class Legality:
     Args:
         findings: what is known of the model, and what of it may be merged at all.
         segments: of the graph.
+        everywhere: layers that are to vanish at each of their calls.
     """
 
-    def __init__(self, findings: Findings, segments: Segments) -> None:
+    def __init__(self, findings: Findings, segments: Segments, everywhere: Set[nn.Module]) -> None:
         self.findings = findings
         self.segments = segments
+        self.everywhere = everywhere
         self.writes = Writes()
 
     def in_one_block(self, stretch: Stretch) -> bool:
@@ -61,7 +63,7 @@ class Legality:
                 raise Unreadable(doubt)
         owner = owner_of(inside | scales)
         findings.adapters.check(changed, inside, self.segments.same)
-        findings.replicas.check(changed, owner)
+        findings.replicas.check(changed, owner, self.everywhere)
         findings.borders.check(inside, root, owner)
         for one in stretch.absorbed:
             findings.borders.check_absorbed(one.changed, one.between, one.before, owner)

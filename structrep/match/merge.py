@@ -42,6 +42,8 @@ class Merge:
     trace: Trace
     fit: Fit
     carried: Carried | None = None
+    # layers of it that have other calls too, each of them in a merge
+    everywhere: frozenset[nn.Module] = frozenset()
     cached: ConvMap | None = None  # its value, until that is placed
 
     @property
@@ -73,8 +75,9 @@ class Merge:
     @property
     def shared(self) -> set[object]:
         """What it has in common with others, with all of which it stands and falls: scales that it does a part of, sums
-        in another order, a residual that is carried."""
-        return {*self.absorbed, *self.reordered, *([] if self.carried is None else [self.carried])}
+        in another order, a residual that is carried, a norm behind several layers."""
+        carried = [] if self.carried is None else [self.carried]
+        return {*self.absorbed, *self.reordered, *carried, *self.everywhere}
 
     def value(self) -> ConvMap:
         """The merged map; read from the weights as they are now, if it is not cached."""

@@ -12,10 +12,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
-from torch import fx
+from torch import fx, nn
 
 from structrep.errors import Costlier, Isolated, Refusal
-from structrep.graph.calls import Trace
+from structrep.graph.calls import Trace, Traced
 from structrep.graph.facts import CALL
 from structrep.graph.names import is_lone_layer, layer_of, path_of
 from structrep.match.absorption import Absorption
@@ -32,7 +32,7 @@ from structrep.match.shared_scales import absorptions
 from structrep.match.stretch import Stretch
 from structrep.registry import Rule
 from structrep.terms.cost import Cost
-from structrep.terms.layer import Readings
+from structrep.terms.layer import Layer, Readings
 from structrep.terms.term import Term
 from structrep.terms.value import value
 
@@ -49,19 +49,31 @@ def search(findings: Findings, trace: Trace) -> Search:
         else:
             node, reason = found
             refusals.note([node], "fold_prenorm", "norm -> several", reason)
+    everywhere = _called_again(readings, findings.traced)
     while True:
-        made = Search(findings, trace, readings, given, Refusals(refusals.missed))
+        made = Search(findings, trace, readings, given, Refusals(refusals.missed), frozenset(everywhere))
         made.run()
         merged = made.merged
         left = [one for one in given if not one.takers <= merged]
-        if not left:
+        kept_calls = [module for module, nodes in everywhere.items() if not nodes <= merged]
+        if not left and not kept_calls:
             return made
         given = [one for one in given if one not in left]
+        everywhere = {module: nodes for module, nodes in everywhere.items() if module not in kept_calls}
         for one in left:
             kept = next((miss for node, miss in made.refusals.missed if node in one.takers - merged), None)
             if kept is not None:
                 told = replace(kept, where=path_of(one.node) or "(root)", layers=(*kept.layers, layer_of(one.node)))
                 refusals.add(one.node, told)
+
+
+def _called_again(readings: Readings, traced: Traced) -> dict[nn.Module, set[fx.Node]]:
+    """The norms that are called several times, with all their calls: each of these may be merged into another layer."""
+    found: dict[nn.Module, set[fx.Node]] = {}
+    for node, reading in readings.items():
+        if node.op == "call_module" and isinstance(reading, Layer) and reading.kind == "norm":
+            found.setdefault(CALL.of(node).module, set()).add(node)
+    return {module: nodes for module, nodes in found.items() if 1 < len(nodes) == len(traced.calls[module, "forward"])}
 
 
 Choice: TypeAlias = tuple[
@@ -85,6 +97,7 @@ class Search:
         readings: what the nodes of the graph are.
         absorptions: those scales.
         refusals: those that there are already; gets those of this search.
+        everywhere: layers that are to vanish at each of their calls.
     """
 
     def __init__(
@@ -94,13 +107,15 @@ class Search:
         readings: Readings,
         absorptions: Sequence[Absorption],
         refusals: Refusals,
+        everywhere: frozenset[nn.Module],
     ) -> None:
         self.findings = findings
         self.trace = trace
         self.readings = readings
         self.refusals = refusals
         self.segments = Segments(trace.nodes, readings, absorptions)
-        self.legality = Legality(findings, self.segments)
+        self.everywhere = everywhere
+        self.legality = Legality(findings, self.segments, everywhere)
         self.given = set[fx.Node]().union(*(one.nodes for one in absorptions))  # with all that the scales are made of
         self.families: dict[fx.Node, Family] = {}  # by the root of what is merged
         self.merges: list[Merge] = []
@@ -283,6 +298,7 @@ class Search:
             owner_of({*stretch.nodes, *stretch.scales}),
             self.trace,
             fitted,
+            everywhere=self.everywhere & {CALL.of(node).module for node in stretch.nodes},
             cached=self.maps.get(stretch),
         )
 
