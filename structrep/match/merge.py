@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import networkx as nx
-from torch import fx
+from torch import fx, nn
 
 from structrep.algebra import ConvMap, Ints
 from structrep.errors import Refusal
