@@ -23,6 +23,7 @@ from structrep.records.plan import Way
 from structrep.rewrite.edit import Edit
 from structrep.rewrite.forward import Forward
 from structrep.rewrite.guards import Guard
+from structrep.rewrite.leftovers import Leftovers
 from structrep.rewrite.placement import Placement
 from structrep.rewrite.rewriter import Rewriter, Rewritten
 from structrep.rewrite.units import fallen
@@ -64,11 +65,13 @@ class Draft:
                 placement = Placement(traced, untaken, left)
                 placement.decide()
                 forwards, failed = rewriter.write(placement)
-                if not failed:
-                    break
                 lost = fallen(left, failed)
                 refused += lost.items()
-                left = [merge for merge in left if merge not in lost]
+                gone = () if lost else Leftovers(traced, replicas, placement.changes, forwards, left).computed_from
+                kept = [one for one in left if one not in lost and not any(call in gone for call in one.owner.chain())]
+                if len(kept) == len(left):
+                    break
+                left = kept  # what is merged in a part that goes is gone with it
             at_rest = {owner: forward.holding(owner.module) for owner, forward in forwards.items()}
         return cls(
             traced, replicas, borders, placement, refused, rewriter.unwritable, rewriter.unedited, forwards, at_rest

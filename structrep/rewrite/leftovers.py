@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
+from functools import cached_property
 from typing import Any
 
 import torch.utils._pytree as pytree
@@ -38,7 +39,6 @@ class Leftovers:
     ) -> None:
         self.traced, self.replicas, self.changes = traced, replicas, changes
         self.forwards, self.merges = forwards, merges
-        self.uncalled: set[str] = set()
 
     def _at(self, path: str) -> nn.Module:
         return self.model.get_submodule(path)
@@ -107,29 +107,43 @@ class Leftovers:
         assigned = [ASSIGNED.of(n) for merge in self.merges for n in merge.nodes if ASSIGNED.get(n)]
         dead.update(id(tensor) for formula in assigned for tensor in formula.tensors)
         names = {self.traced.names[tensor] for tensor in dead - alive if tensor in self.traced.names}
-        self.uncalled = set(self._uncalled(names))
-        called = {call.path for calls in self.traced.calls.values() for call in calls if call.leaf} - self.uncalled
+        called = {call.path for calls in self.traced.calls.values() for call in calls if call.leaf} - self._uncalled
         return {name for name in names if called.isdisjoint(_holders(name))}
 
-    def _uncalled(self, dead: set[str]) -> Iterator[str]:
-        """Paths of modules that nothing was seen to call, whose numbers were all in what a forward computed of them.
+    @cached_property
+    def computed_from(self) -> set[Call]:
+        """The calls of parts that nothing was seen to make, whose numbers were all in what a forward computed of
+        them: these parts go with that."""
+        found = {
+            root
+            for root in self.traced.guessed
+            if {*_holders(f"{root.path}."), ""}.isdisjoint(self.traced.whole)
+            and any(True for _ in root.module.parameters())
+        }
+        while True:
+            dead, alive = self._used(found)
+            left = {root for root in found if {*map(id, root.module.parameters())} <= dead - alive}
+            if left == found:
+                return found
+            found = left
 
-        Args:
-            dead: paths of tensors that nothing needs.
-        """
-        for root in self.traced.guessed:
-            around = {*_holders(f"{root.path}."), ""}
-            held = {f"{root.path}.{name}" for name, _ in root.module.named_parameters()}
-            merges = any(root in merge.owner.chain() for merge in self.merges)
-            if held <= dead and not merges and around.isdisjoint(self.traced.whole):
-                yield from (f"{root.path}.{name}".rstrip(".") for name, _ in root.module.named_modules())
+    @property
+    def _uncalled(self) -> set[str]:
+        """Paths of the modules of these parts."""
+        inside = ((root.path, name) for root in self.computed_from for name, _ in root.module.named_modules())
+        return {f"{path}.{name}".rstrip(".") for path, name in inside}
 
     def used(self) -> tuple[set[int], set[int]]:
         """The tensors that dead nodes use otherwise than by calling a layer, and those that others do, by id."""
+        return self._used(self.computed_from)
+
+    def _used(self, uncalled: Set[Call]) -> tuple[set[int], set[int]]:
         dead: set[int] = set()
         alive: set[int] = set()
         merged = {node for merge in self.merges for node in merge.nodes}
         for trace in self.traced.traces:
+            if trace.root in uncalled:
+                continue
             alive.update(*map(self._made_of, pytree.tree_leaves(trace.root.result)))
             for node in trace.nodes:
                 if node.op == "get_attr" and node.users and VALUE.known(node):
@@ -175,7 +189,7 @@ class Leftovers:
         parts = [name.split(".") for name in dead]
         homes = {".".join(path[:depth]) for path in parts for depth in range(1, len(path))}
         called = {module for module, _ in self.traced.calls}
-        called -= {self.traced.model.get_submodule(path) for path in self.uncalled}
+        called -= {self.traced.model.get_submodule(path) for path in self._uncalled}
         homes -= {holder for forward in self.forwards.values() for holder, _ in forward.merged}
         found = set()
         for path in homes:

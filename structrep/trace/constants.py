@@ -105,6 +105,9 @@ class Constants(TorchFunctionMode):
         written = [one for one in operations.written(func, args, kwargs) if isinstance(one, Tensor)]
         for one in written:
             self.note_written(one, name)
+            self.origins.put[storage(one)] += (
+                given for given in pytree.tree_leaves((args, kwargs)) if isinstance(given, Tensor) and given is not one
+            )
         drawn = None if operations.has_schema(func) else torch.get_rng_state()
         result = func(*args, **kwargs)
         if drawn is not None and not torch.equal(drawn, torch.get_rng_state()):

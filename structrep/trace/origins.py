@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
@@ -25,6 +26,7 @@ class Origins:
     def __init__(self) -> None:
         self.known: dict[int, Origin] = {}  # by the id of a constant
         self.written: set[int] = set()  # storages written in place: how they came about is no longer one expression
+        self.put: dict[int, list[Tensor]] = defaultdict(list)  # what was written to them, by storage
 
     def is_fresh(self, tensor: Tensor) -> bool:
         """Whether a tensor was made during this trace, and is no view of what the model holds."""
@@ -50,7 +52,7 @@ class Origins:
                 tensors[id(one)] = one
             else:
                 calls.add(getattr(origin.function, "__name__", "").strip("_"))
-                pending += origin.given
+                pending += (*origin.given, *self.put.get(storage(one), ()))
         return Formula(frozenset(calls), tuple(tensors.values())) if calls else None
 
     def computed(self, tensor: Tensor) -> Computed:

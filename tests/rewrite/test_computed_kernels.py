@@ -303,3 +303,64 @@ def test_layers_that_code_which_cannot_be_followed_may_call_stay():
     deploy = structrep.reparameterize(model)
     for x in (X, X + 1e6):
         assert relative_error(deploy(x), model(x)) < EXACT
+
+
+class Edges(nn.Module):
+    """ECBSR's branch: a convolution and a filter, whose own forward merges, and which is never run in eval mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.k, self.b = nn.Parameter(torch.randn(4, 4, 1, 1)), nn.Parameter(torch.randn(4))
+        self.scale = nn.Parameter(torch.rand(4, 1, 1, 1))
+        self.mask = nn.Parameter(torch.randn(4, 1, 3, 3), requires_grad=False)
+
+    def forward(self, x):
+        return F.conv2d(F.conv2d(x, self.k, self.b), self.scale * self.mask, groups=4)
+
+    def kernel(self):
+        wide, filters = torch.zeros(4, 4, 3, 3, dtype=self.k.dtype), self.scale * self.mask
+        for i in range(4):
+            wide[i, i] = filters[i, 0]
+        return F.conv2d(wide, self.k.permute(1, 0, 2, 3)), wide.sum((2, 3)) @ self.b
+
+
+class Filtered(nn.Module):
+    def __init__(self, part=Edges):
+        super().__init__()
+        self.conv, self.part = nn.Conv2d(4, 4, 3), part()
+
+    def forward(self, x):
+        kernel, bias = self.part.kernel()
+        return F.conv2d(x, self.conv.weight + kernel, self.conv.bias + bias)
+
+
+class WithMore(Edges):
+    """It has a number that no kernel is computed of."""
+
+    def __init__(self):
+        super().__init__()
+        self.gain = nn.Parameter(torch.rand(1))
+
+    def forward(self, x):
+        return super().forward(x) * self.gain
+
+
+class Looked(Filtered):
+    """What a part holds is of use elsewhere."""
+
+    def forward(self, x):
+        return super().forward(x).relu() * self.part.scale.sum()
+
+
+def test_a_part_goes_with_what_was_computed_of_it_and_what_merges_in_it():
+    deploy = check(settled(Filtered()), X, merges=1, conv=1)
+    assert numbers(deploy) == 4 * 4 * 9 + 4
+    assert deploy.part is None
+
+
+def test_a_part_of_which_something_else_is_of_use_stays():
+    for model in (settled(Filtered(WithMore)), settled(Looked())):
+        deploy = structrep.reparameterize(model)
+        assert isinstance(deploy.part, Edges)
+        assert relative_error(deploy(X), model(X)) < EXACT
+        assert relative_error(deploy.part(X), model.part(X)) < EXACT
