@@ -224,7 +224,7 @@ class Plan:
         if left := [path for path in self._selection.findings.blocks if path not in chosen.merged]:
             name = type(self._model).__name__
             raise Unmerged(f"of the blocks in {name} these cannot be merged: {', '.join(left)}{chosen.record.reasons}")
-        if not chosen.merged and _made.get(id(self._model)) is not self._model:
+        if not chosen._selection.merges and _made.get(id(self._model)) is not self._model:
             warn(chosen.record.nothing, NothingMerged)
         whole = verify and example_inputs is not None and not chosen.inexact
         deploy = chosen.apply(inplace and not whole)

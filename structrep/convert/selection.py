@@ -12,6 +12,7 @@ from structrep.errors import ExampleOnly, Refusal
 from structrep.graph.names import layers_of
 from structrep.match.find import again
 from structrep.match.findings import Findings
+from structrep.match.isolation import named
 from structrep.match.merge import Merge, Missed, together
 from structrep.match.residuals import carried
 from structrep.prove.differential import border, prove
@@ -45,8 +46,8 @@ class Selection:
 
     @property
     def merged(self) -> dict[str, Merge]:
-        """The merges by the paths that their layers will have."""
-        return {self.draft.where(merge): merge for merge in self.merges}
+        """The merges by the paths that their layers will have; without what becomes no layer."""
+        return {self.draft.where(merge): merge for merge in self.merges if not merge.idle}
 
     @property
     def inexact(self) -> bool:
@@ -60,8 +61,13 @@ class Selection:
             seconds: how long one takes, as measured, if it was.
         """
         group_of = {merge: group for group in together(self.merges) for merge in group}
-        way = self.draft.way
-        return tuple(_record(one, where, group_of[one], seconds(one), way(one)) for where, one in self.merged.items())
+        draft = self.draft
+        return tuple(
+            _idle_record(one, draft.where(one), draft.way(one))
+            if one.idle
+            else _record(one, draft.where(one), group_of[one], seconds(one), draft.way(one))
+            for one in self.merges
+        )
 
     def faster(self, slower: Mapping[Merge, Refusal]) -> Selection:
         """What is selected if some merges are left, and what they are made of may be in others."""
@@ -72,8 +78,10 @@ class Selection:
         wrong: dict[Merge, Refusal] = {}
         with process.same_chance(), precision.whole():
             for group in together(self.merges):
+                if not (layers := [merge for merge in group if not merge.idle]):
+                    continue
                 try:
-                    prove(group)
+                    prove(layers)
                 except Refusal as reason:
                     wrong |= dict.fromkeys(group, reason)
         return self.without(wrong)
@@ -150,5 +158,20 @@ def _record(merge: Merge, where: str, group: Sequence[Merge], seconds: Seconds |
         sizes=sizes,
         notes=merge.fit.notes,
         seconds=seconds,
+        edit=way,
+    )
+
+
+def _idle_record(merge: Merge, where: str, way: Way) -> MergeRecord:
+    before, after = merge.fit.costs
+    return MergeRecord(
+        where=where,
+        rules=merge.rules,
+        sources=merge.sources,
+        before=named(merge.root) if merge.term.op == "one" else str(merge.term),
+        after="nothing",
+        multiply_adds=(before.multiply_adds, after.multiply_adds),
+        parameters=(before.parameters, after.parameters),
+        largest=merge.fit.largest,
         edit=way,
     )

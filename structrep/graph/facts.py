@@ -87,5 +87,6 @@ SHARES: Fact[Made] = Fact("shares")  # the inputs whose memory it may give (`ope
 
 # --- of what is written ---------------------------------------------------------------------------------------------
 
+IDLE: Fact[bool] = Fact("idle")  # of a norm: whether nobody reads it, and it is not to be run (`match.idle`)
 REORDERED: Fact[Any] = Fact("reordered")  # of an addition in another order: what it was (`match.sum_order`)
 CONSTANT: Fact[bool] = Fact("constant")  # of a node of a written forward: whether it may be left out if nobody reads it

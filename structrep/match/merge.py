@@ -11,7 +11,7 @@ from torch import fx, nn
 from structrep.algebra import ConvMap, Ints
 from structrep.errors import Refusal
 from structrep.graph.calls import Call, Trace
-from structrep.graph.facts import SHAPE
+from structrep.graph.facts import IDLE, SHAPE
 from structrep.match import sum_order
 from structrep.match.absorption import Absorption
 from structrep.match.fit import Fit
@@ -44,6 +44,7 @@ class Merge:
     carried: Carried | None = None
     # layers of it that have other calls too, each of them in a merge
     everywhere: frozenset[nn.Module] = frozenset()
+    idle: bool = False  # whether it becomes nothing, and no layer
     cached: ConvMap | None = None  # its value, until that is placed
 
     @property
@@ -75,9 +76,11 @@ class Merge:
     @property
     def shared(self) -> set[object]:
         """What it has in common with others, with all of which it stands and falls: scales that it does a part of, sums
-        in another order, a residual that is carried, a norm behind several layers."""
+        in another order, a residual that is carried, a norm behind several layers, one that nobody reads and that reads
+        what vanishes."""
         carried = [] if self.carried is None else [self.carried]
-        return {*self.absorbed, *self.reordered, *carried, *self.everywhere}
+        unread = {user for node in self.nodes for user in (node, *node.users) if IDLE.get(user)}
+        return {*self.absorbed, *self.reordered, *carried, *self.everywhere, *unread}
 
     def value(self) -> ConvMap:
         """The merged map; read from the weights as they are now, if it is not cached."""
@@ -86,7 +89,7 @@ class Merge:
     @property
     def sizes(self) -> tuple[Ints, Ints] | None:
         """A spatial size of the input that it holds for, and by what another may differ; None if it holds for all."""
-        holds = sized(self.term)
+        holds = "any" if self.idle else sized(self.term)
         if holds == "any":
             return None
         size: Ints = SHAPE.of(self.base)[2:]

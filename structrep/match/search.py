@@ -16,11 +16,12 @@ from torch import fx, nn
 
 from structrep.errors import Costlier, Isolated, Refusal
 from structrep.graph.calls import Trace, Traced
-from structrep.graph.facts import CALL
+from structrep.graph.facts import CALL, INDEX
 from structrep.graph.names import is_lone_layer, layer_of, path_of
 from structrep.match.absorption import Absorption
 from structrep.match.findings import Findings
 from structrep.match.fit import Fit, fit, fit_value, price
+from structrep.match.idle import identities, unread
 from structrep.match.isolation import isolated
 from structrep.match.legality import Legality, owner_of
 from structrep.match.maps import MergedMaps
@@ -130,17 +131,21 @@ class Search:
         """Find the merges: families, then laws, outermost first."""
         families = [rule for rule in self.findings.registry if not rule.law]
         laws = [rule for rule in self.findings.registry if rule.law]
-        taken = set(self.given)
+        nodes = [*self.readings]
+        self.merges += unread(nodes, self.readings, self.trace, self.legality)
+        taken = self.given | self.merged
         for node in reversed(self.trace.nodes):
             if node not in taken and (found := self._family(node, families)) is not None:
                 self.families[node] = found
                 taken.update(found.stretch.nodes)
-        taken = set(self.given)
+        taken = self.given | self.merged
         for node in reversed(self.trace.nodes):
             if node not in taken and (merge := self._law(node, laws) or self._settle(node)) is not None:
                 self.merges.append(merge)
                 taken.update(merge.nodes)
         self.merges.reverse()
+        self.merges += identities(nodes, self.readings, self.trace, self.legality, taken)
+        self.merges.sort(key=lambda merge: INDEX.of(merge.root))
         self.maps = MergedMaps()  # those of merges are cached there
 
     def refused(self) -> list[Missed]:

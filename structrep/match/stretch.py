@@ -9,7 +9,7 @@ from functools import cached_property
 
 from torch import fx
 
-from structrep.graph.facts import STORED
+from structrep.graph.facts import IDLE, STORED
 from structrep.graph.queries import asks_dtype, asks_shape, asserts_rank, counts_sizes, only_asserted
 from structrep.match.absorption import Absorption
 from structrep.terms.term import Term, seq
@@ -93,8 +93,8 @@ class Stretch:
 
 
 def _vanishes(user: fx.Node, inside: set[fx.Node]) -> bool:
-    """Whether a question about a value is of no use to anything that stays, or has its answer elsewhere too."""
-    return asserts_rank(user) or asks_dtype(user) or _sizes_inside(user, inside)
+    """Whether what uses a value vanishes too, or is a question that has its answer elsewhere, or is of no use."""
+    return bool(IDLE.get(user)) or asserts_rank(user) or asks_dtype(user) or _sizes_inside(user, inside)
 
 
 def _sizes_inside(node: fx.Node, inside: set[fx.Node]) -> bool:

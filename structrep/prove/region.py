@@ -22,7 +22,7 @@ from structrep.algebra.shadows import Doubled, Shadows
 from structrep.errors import WrongMerge
 from structrep.graph.constants import held
 from structrep.graph.dtypes import keeps
-from structrep.graph.facts import CALL, DTYPE, HELD, INDEX, SHAPE, STORED, VALUE
+from structrep.graph.facts import CALL, DTYPE, HELD, IDLE, INDEX, SHAPE, STORED, VALUE
 from structrep.graph.operations import does, torch_name
 from structrep.graph.queries import asks_shape, counts_sizes, only_asserted
 from structrep.graph.run import computed
@@ -79,7 +79,7 @@ class Region:
         self.shadows = Shadows() if self.cast else Doubled()
 
     def _is_output(self, node: fx.Node) -> bool:
-        users = (user for user in node.users if user not in self.inside)
+        users = (user for user in node.users if user not in self.inside and not IDLE.get(user))
         return bool(STORED.get(node)) or any(not asks_shape(user) and not only_asserted(user) for user in users)
 
     def reads(self, node: fx.Node) -> list[fx.Node]:

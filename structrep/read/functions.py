@@ -373,6 +373,12 @@ def _(a: Arguments) -> Identity | None:
     return Identity(a(0, "input")) if a(1, "negative_slope", 0.01) == 1 else None
 
 
+@reads(F.prelu, torch.prelu, "prelu")
+def _(a: Arguments) -> Identity | None:
+    slopes = a.tensor(1, "weight")
+    return Identity(a(0, "input")) if slopes is not None and bool((slopes == 1).all()) else None
+
+
 @reads(torch.clone, torch.detach, "contiguous", "clone", "detach")
 def _(a: Arguments) -> Identity:
     return Identity(a(0, "input"))

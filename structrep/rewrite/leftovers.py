@@ -10,6 +10,7 @@ from typing import Any
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
+from structrep.errors import Unreadable
 from structrep.graph.calls import Call, Traced
 from structrep.graph.facts import ASSIGNED, CALL, COMPUTED, FORMULA, VALUE
 from structrep.graph.queries import only_asserted
@@ -120,12 +121,13 @@ class Leftovers:
             if {*_holders(f"{root.path}."), ""}.isdisjoint(self.traced.whole)
             and any(True for _ in root.module.parameters())
         }
-        while True:
+        while found:
             dead, alive = self._used(found)
             left = {root for root in found if {*map(id, root.module.parameters())} <= dead - alive}
             if left == found:
-                return found
+                break
             found = left
+        return found
 
     @property
     def _uncalled(self) -> set[str]:
@@ -150,8 +152,11 @@ class Leftovers:
                     formula = FORMULA.get(node)
                     held = {id(t) for t in formula.tensors} if formula else {id(VALUE.of(node))}
                     (dead if self._only_dead(node) else alive).update(held)
-                for one in (COMPUTED.get(node) or {}).values() if node not in merged else ():
-                    alive.update(map(id, one.formula.tensors))
+                made = COMPUTED.get(node) if node not in merged else None
+                if isinstance(made, Unreadable):  # anew at every call
+                    alive.update(map(id, CALL.of(node).module.parameters()))
+                elif made:
+                    alive.update(id(tensor) for one in made.values() for tensor in one.formula.tensors)
         return dead, alive
 
     def _made_of(self, given: Any) -> set[int]:

@@ -68,6 +68,10 @@ class Placement:
 
     def where(self, merge: Merge) -> str:
         """The path that the merged layer will have."""
+        if merge.idle:
+            (unit,) = units(merge)
+            around = "" if unit.module is not None else next(CALL.of(merge.root).homes()).path
+            return ".".join(filter(None, (around, unit.module.path if unit.module is not None else merge.root.name)))
         module = self.hosts[merge].module
         path = module.path if module is not None else ".".join(part for part in self.homes[merge] if part)
         return path or "(root)"
@@ -97,7 +101,9 @@ class Placement:
 
     def _decide(self, merge: Merge) -> None:
         parts = units(merge)
-        host = self.hosts[merge] = host_of(parts)
+        host = None if merge.idle else host_of(parts)
+        if host is not None:
+            self.hosts[merge] = host
         self.changes.reordered |= merge.reordered
         self.changes.vanishing.update(node for node in merge.nodes if node is not merge.root)
         self.changes.vanishing.update(node for one in merge.absorbed for node in one.changed)
@@ -127,7 +133,7 @@ class Placement:
 
     def _change_text(self, unit: Unit, merge: Merge) -> None:
         """Have the forward changed that a unit is written in, which gives its place to the merged layer or vanishes."""
-        host = unit is self.hosts[merge]
+        host = unit is self.hosts.get(merge)
         refilled = self._refillable(unit, merge) if host else None
         owner = self._change(unit, merge)
         self.changes.units[unit.root] = owner, unit.nodes
@@ -181,7 +187,7 @@ class Placement:
         """The tensors that a merge takes, by path, and the path of the layer that has them, with a + where that is more
         than one layer."""
         where = self.where(merge)
-        home = "" if where == "(root)" else where
+        home = "" if where == "(root)" or merge.idle else where
         single = merge.sizes is None and not merge.fit.remedy
         for node in _all_nodes(merge):
             held = [VALUE.of(n) for n in node.all_input_nodes if VALUE.known(n)]

@@ -83,7 +83,7 @@ class Surgery:
         merges = self.draft.merges
         read = Counter(id(t) for merge in merges for layer in merge.term.leaves() for t in kernels_of(layer))
         stay = self.left.needed() if release else set()
-        for merge in merges:
+        for merge in (one for one in merges if not one.idle):
             self._place(merge)
             if release:
                 self._release(merge, held, read, stay)

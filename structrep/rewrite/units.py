@@ -56,6 +56,8 @@ class Unit(Stretch):
 
 def units(merge: Merge) -> list[Unit]:
     """The units of a merge, from its base to its root."""
+    if merge.idle:
+        return [Unit(merge.segments)]
     result: list[Unit] = []
     rest = list(merge.segments)
     while rest:
