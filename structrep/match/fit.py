@@ -61,7 +61,7 @@ def price(stretch: Stretch, trace: Trace, traced: Traced) -> tuple[Cost, Cost]:
             f"the convolutions of {term} take {kernels:,.0f} multiply-adds per output pixel, norms folded; as one "
             f"layer it would take {after.multiply_adds:,.0f}"
         )
-    if after.parameters > before.parameters + geometry(term).out_channels:  # a bias more is no reason
+    if after.parameters > before.held + geometry(term).out_channels:  # a bias more is no reason
         raise Costlier(f"{term} stores {before.parameters:,} numbers, as one layer it would store {after.parameters:,}")
     return before, after
 
@@ -113,7 +113,7 @@ def fit(
     before, after = costs
     if apart or (map_.border != "constant" and term.op != "leaf"):  # which has it already
         after += cost.of_border(map_)
-    saved = before.multiply_adds - after.multiply_adds + before.parameters - after.parameters
+    saved = before.multiply_adds - after.multiply_adds + before.held - after.parameters
     if not at_any_price and (saved < 0 or (not saved and before.operations <= after.operations)):
         border = apart or ("a copy of pixels" if map_.border != "constant" else "")
         raise Costlier(f"{term} saves nothing" + (f": what its border takes, {border}, would stay" if border else ""))

@@ -16,18 +16,26 @@ from structrep.terms.term import Term, dims_of, geometry
 
 @dataclass(frozen=True)
 class Cost:
-    """Multiply-adds per output pixel (of all channels), stored numbers, and operations launched."""
+    """Multiply-adds per output pixel (of all channels), stored numbers, operations launched, and numbers in kernels that
+    are multiplied out at every call."""
 
     multiply_adds: float
     parameters: int
     operations: int
+    composed: int = 0
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(
             self.multiply_adds + other.multiply_adds,
             self.parameters + other.parameters,
             self.operations + other.operations,
+            self.composed + other.composed,
         )
+
+    @property
+    def held(self) -> int:
+        """How many numbers are there as it runs."""
+        return self.parameters + self.composed
 
 
 def of_layer(g: Geometry) -> float:
@@ -69,7 +77,8 @@ def of_term(term: Term, *, kernels_alone: bool = False) -> Cost:
             computed = part.layer.formula is not None  # a kernel that is made again on every pass
             launched = int(part.layer.kind != "view") + computed
             work = 0 if kernels_alone and part.layer.scales else _work(part.layer, shape)
-            counted.setdefault(id(part.layer), Cost(density * work, part.layer.parameters, launched))
+            made = numbers(shape) if part.layer.composes else 0
+            counted.setdefault(id(part.layer), Cost(density * work, part.layer.parameters, launched, made))
         elif part.op == "seq":
             shapes, inner = [], channels
             for item in part.parts:

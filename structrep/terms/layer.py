@@ -11,6 +11,8 @@ from torch import Tensor, fx, nn
 from structrep.algebra import ConvMap, Geometry
 
 SCALES = ("norm", "affine")
+PRODUCTS = {"matmul", "rmatmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "tensordot", "linear", "kron", "outer",
+            *(f"conv{transposed}{dims}d" for transposed in ("", "_transpose") for dims in (1, 2, 3))}  # fmt: skip
 KINDS = ("conv", "linear", *SCALES, "pool", "pad", "slice", "view", "unrolled")
 
 
@@ -99,6 +101,11 @@ class Layer:
         (tensor,) = self.formula.tensors
         shared = tensor.untyped_storage().data_ptr() == self.weight.untyped_storage().data_ptr()
         return not shared or tensor.numel() != self.weight.numel()
+
+    @property
+    def composes(self) -> bool:
+        """Whether its kernel is a product of parameters, multiplied out at every call."""
+        return self.computes and self.formula is not None and not self.formula.calls.isdisjoint(PRODUCTS)
 
     def __str__(self) -> str:
         if self.weight is None:

@@ -14,7 +14,7 @@ from torch.nn.utils import spectral_norm as old_spectral_norm
 from torch.nn.utils import weight_norm as old_weight_norm
 
 import structrep
-from tests.support.truth import relative_error
+from tests.support.truth import check, relative_error
 
 SLACK = 8  # of the model's own rounding
 
@@ -532,7 +532,26 @@ def test_a_weight_norm_in_training_mode_is_a_constant():
     assert [merge.rules for merge in structrep.plan(model).merges] == [("fold_norm",)]
 
 
-def test_a_kernel_that_is_stored_in_less_stays():
+def test_a_kernel_that_is_only_repeated_stays():
+    """It is stored in less, and what is done at every call is no work."""
+
+    class Repeated(nn.Module):
+        def forward(self, w):
+            return w.repeat(16, 1)
+
+        def right_inverse(self, w):
+            return w[:2]
+
+    linear = nn.Linear(32, 32)
+    parametrize.register_parametrization(linear, "weight", Repeated())
+    plan = structrep.plan(nn.Sequential(linear).eval())
+    assert not plan.merges
+    assert {(refusal.where, refusal.kind) for refusal in plan.refusals} == {("0", "Costlier")}
+
+
+def test_a_kernel_that_is_multiplied_out_at_every_call_is_a_constant():
+    """That is stored in less, but made anew, and then held as well."""
+
     class LowRank(nn.Module):
         def forward(self, down, up):
             return up @ down
@@ -543,9 +562,9 @@ def test_a_kernel_that_is_stored_in_less_stays():
 
     linear = nn.Linear(32, 32)
     parametrize.register_parametrization(linear, "weight", LowRank())
-    plan = structrep.plan(nn.Sequential(linear).eval())
-    assert not plan.merges
-    assert {(refusal.where, refusal.kind) for refusal in plan.refusals} == {("0", "Costlier")}
+    deploy = check(nn.Sequential(linear), torch.randn(3, 32, dtype=torch.float64), merges=1, linear=1)
+    assert type(deploy[0]) is nn.Linear
+    assert deploy[0].weight.shape == (32, 32)
 
 
 class Numbering(nn.Module):
