@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from structrep.algebra import ConvMap, Strictness
-from structrep.errors import Costlier, Inexact, Overflow, Shared
+from structrep.errors import Costlier, Inexact, Overflow, Shared, Unreadable
 from structrep.graph.calls import Trace, Traced
 from structrep.graph.facts import CALL
 from structrep.graph.names import path_of
@@ -19,7 +19,7 @@ from structrep.read.lower import remedy
 from structrep.terms import cost
 from structrep.terms.cost import Cost
 from structrep.terms.layer import Layer
-from structrep.terms.term import geometry
+from structrep.terms.term import Term, geometry
 from structrep.terms.value import sized, value
 
 
@@ -47,6 +47,8 @@ def price(stretch: Stretch, trace: Trace, traced: Traced) -> tuple[Cost, Cost]:
     term = stretch.term
     if not any(layer.weight is not None for layer in term.leaves()):
         raise Costlier(f"{term} holds no convolution or Linear: as one it would take more work than it does")
+    if any(layer.resized for layer in term.leaves()):
+        _check_resized(term)
     if sized(term) != "any":
         _check_sizes(stretch, trace, traced)
     before, after = cost.of_term(term), cost.of_map(geometry(term), any(layer.shifts for layer in term.leaves()))
@@ -64,6 +66,14 @@ def price(stretch: Stretch, trace: Trace, traced: Traced) -> tuple[Cost, Cost]:
     if after.parameters > before.held + geometry(term).out_channels:  # a bias more is no reason
         raise Costlier(f"{term} stores {before.parameters:,} numbers, as one layer it would store {after.parameters:,}")
     return before, after
+
+
+def _check_resized(term: Term) -> None:
+    """Raise unless all that is done beside a layer that is told its output size is to scale."""
+    (layer, *more) = (layer for layer in term.leaves() if not layer.scales)
+    shape = geometry(term)
+    if more or layer.shape(shape.in_channels, shape.dims) != shape:
+        raise Unreadable(f"{term} holds a {layer} that is told its output's size, which none but scales can go into")
 
 
 def _check_sizes(stretch: Stretch, trace: Trace, traced: Traced) -> None:

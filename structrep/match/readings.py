@@ -10,6 +10,7 @@ from torch import fx
 from structrep.errors import Hooked, Unreadable
 from structrep.graph.calls import Trace
 from structrep.graph.facts import AUTOCAST, CALL, VALUE
+from structrep.graph.queries import counts_sizes
 from structrep.guard.sharing import Replicas
 from structrep.match.refusals import Refusals
 from structrep.modules.parametrized import about_hooks, hooks
@@ -19,8 +20,9 @@ from structrep.terms.layer import Blend, Concat, Identity, Layer, Reading, Readi
 
 
 def readable(trace: Trace, replicas: Replicas) -> list[fx.Node]:
-    """The nodes that may be merged: those that depend on the input, and are no later call of what was read before."""
-    return [n for n in trace.nodes if not (VALUE.known(n) or AUTOCAST.of(n) or replicas.repeats(n))]
+    """The nodes that may be merged: those that depend on the input and are no sizes, nor a later call of what was read
+    before."""
+    return [n for n in trace.nodes if not (VALUE.known(n) or AUTOCAST.of(n) or replicas.repeats(n) or counts_sizes(n))]
 
 
 def read(nodes: Iterable[fx.Node], refusals: Refusals) -> dict[fx.Node, Reading]:

@@ -32,7 +32,7 @@ from structrep.match.merge import Merge
 from structrep.match.pieces import frame
 from structrep.match.sum_order import as_traced, reordered
 from structrep.modules.copies import moved_copy
-from structrep.read.nodes import called, hands_on
+from structrep.read.nodes import called, hands_on, is_resized
 from structrep.rewrite.norms import end
 from structrep.terms.term import geometry
 
@@ -105,7 +105,7 @@ class Region:
             values = self._copies(given, dtype)
             load = partial(self._load, values)
             for node in self.nodes:
-                values[node] = given_as_traced(node, load, self._module(node, ended=False))
+                values[node] = _at_own_size(node, load, self._module(node, ended=False))
                 if node in self.outputs:
                     found[node] = self.shadows.of(values[node]).clone()  # what comes next may write to it
         return found
@@ -385,6 +385,14 @@ def room(merge: Merge) -> tuple[int, ...]:
     shapes = [layer.shape(layer.in_channels or 1, dims) for layer in merge.term.leaves()]
     step = math.prod(max(shape.stride, default=1) for shape in shapes)
     return tuple(step * sum(max(map(abs, shape.pad[dim])) for shape in shapes) for dim in range(dims))
+
+
+def _at_own_size(node: fx.Node, load: Callable[[fx.Node], Any], module: nn.Module | None) -> Any:
+    """What a node gave as it was traced; a transposed convolution that was told the size of its output, at the one that
+    it has else."""
+    if module is not None and is_resized(node):
+        return module(load(node.args[0]))  # type: ignore[arg-type]
+    return given_as_traced(node, load, module)
 
 
 def given_as_traced(node: fx.Node, load: Callable[[fx.Node], Any], module: nn.Module | None = None) -> Any:

@@ -108,13 +108,9 @@ def _read_call(node: fx.Node) -> Reading | None:
     module = CALL.of(node).module
     if CALL.of(node).settings != settings(module):
         return None  # changed while the forward ran
-    if (
-        hooks(module)
-        or not knows(module)
-        or len(node.args) != 1
-        or node.kwargs
-        or not isinstance(node.args[0], fx.Node)
-    ):
+    resized = is_resized(node)
+    alone = resized or (len(node.args) == 1 and not node.kwargs)
+    if hooks(module) or not knows(module) or not alone or not isinstance(node.args[0], fx.Node):
         return None
     if isinstance(module, IDENTITIES):
         inert = isinstance(module, nn.Identity) or not module.training or getattr(module, "p", 1) == 0
@@ -129,7 +125,18 @@ def _read_call(node: fx.Node) -> Reading | None:
         )
     if layer and (formula := ASSIGNED.of(node)):
         layer = replace(layer, formula=formula, parameters=numbers_in(*formula.parameters))
+    if layer and resized:
+        shape = layer.shape(layer.in_channels or 1, layer.dims or 0)
+        layer = replace(layer, source=node.args[0], resized=True) if shape.transposed else None
     return _placed(layer, node) if layer else None
+
+
+def is_resized(node: fx.Node) -> bool:
+    """Whether a node calls a transposed convolution with the size that its output is to have."""
+    module = CALL.of(node).module if node.op == "call_module" else None
+    told = len(node.args) - 1 + len(node.kwargs)
+    named = all(name == "output_size" for name in node.kwargs)
+    return isinstance(module, nn.modules.conv._ConvTransposeNd) and bool(node.args) and told == 1 and named
 
 
 def called(node: fx.Node, *, exactly: bool = True) -> nn.Module:

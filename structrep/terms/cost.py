@@ -16,8 +16,8 @@ from structrep.terms.term import Term, dims_of, geometry
 
 @dataclass(frozen=True)
 class Cost:
-    """Multiply-adds per output pixel (of all channels), stored numbers, operations launched, and numbers in kernels that
-    are multiplied out at every call."""
+    """Multiply-adds per output pixel (of all channels), stored numbers, operations launched, and numbers of kernels
+    that are multiplied out at every call."""
 
     multiply_adds: float
     parameters: int
