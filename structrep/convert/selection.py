@@ -150,7 +150,7 @@ def _record(merge: Merge, where: str, group: Sequence[Merge], seconds: Seconds |
         rules=merge.rules,
         sources=merge.sources,
         before=str(merge.term),
-        after=f"conv {taps}" if taps else "linear",
+        after=f"conv {taps}" if taps else "table" if merge.is_table else "linear",
         multiply_adds=(before.multiply_adds, after.multiply_adds),
         parameters=(before.parameters, after.parameters),
         largest=merge.fit.largest,

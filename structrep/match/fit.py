@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import fnmatch
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 
 from structrep.algebra import ConvMap, Strictness
-from structrep.errors import Costlier, Inexact, Overflow, Shared, Unreadable
+from structrep.errors import Costlier, Incompatible, Inexact, Overflow, Shared, Unreadable
 from structrep.graph.calls import Trace, Traced
 from structrep.graph.facts import CALL
 from structrep.graph.names import path_of
@@ -19,6 +20,7 @@ from structrep.read.lower import remedy
 from structrep.terms import cost
 from structrep.terms.cost import Cost
 from structrep.terms.layer import Layer
+from structrep.terms.layers import numbers_in
 from structrep.terms.term import Term, geometry
 from structrep.terms.value import sized, value
 
@@ -51,7 +53,11 @@ def price(stretch: Stretch, trace: Trace, traced: Traced) -> tuple[Cost, Cost]:
         _check_resized(term)
     if sized(term) != "any":
         _check_sizes(stretch, trace, traced)
-    before, after = cost.of_term(term), cost.of_map(geometry(term), any(layer.shifts for layer in term.leaves()))
+    tables = [layer for layer in term.leaves() if layer.kind == "table"]
+    if tables:
+        _check_tables(term, tables, traced)
+    shifts = any(layer.shifts for layer in term.leaves())
+    before, after = cost.of_term(term), cost.of_table(geometry(term)) if tables else cost.of_map(geometry(term), shifts)
     if after.multiply_adds > before.multiply_adds:
         raise Costlier(
             f"{term} takes {before.multiply_adds:,.0f} multiply-adds per output pixel, as one layer it would take "
@@ -66,6 +72,32 @@ def price(stretch: Stretch, trace: Trace, traced: Traced) -> tuple[Cost, Cost]:
     if after.parameters > before.held + geometry(term).out_channels:  # a bias more is no reason
         raise Costlier(f"{term} stores {before.parameters:,} numbers, as one layer it would store {after.parameters:,}")
     return before, after
+
+
+LARGEST = 1 << 27  # numbers of a table: 1 GiB in float64
+
+
+def _check_tables(term: Term, tables: list[Layer], traced: Traced) -> None:
+    """Raise unless all that a term does with what it is given is to look up rows, in tables that nobody else has."""
+    if not _looks_up(term):
+        raise Incompatible(f"{term} looks up rows by numbers that it also computes with")
+    if numbers := next((n for n in map(numbers_in, (one.weight for one in tables)) if n > LARGEST), 0):
+        raise Costlier(f"a table of {numbers:,} numbers takes more room in float64 than is taken for a merge")
+    held = Counter(id(parameter) for _, parameter in traced.model.named_parameters(remove_duplicate=False))
+    for one in tables:
+        if any(held[id(tensor)] > 1 for tensor in (one.weight, *(one.formula.tensors if one.formula else ()))):
+            raise Shared(f"the table of {term} is tied to another layer, which would keep it beside the merged one")
+
+
+def _looks_up(term: Term) -> bool:
+    """Whether a term begins with a table on all of its paths, and has no others."""
+    if term.op == "leaf":
+        return term.layer is not None and term.layer.kind == "table"
+    if term.op == "seq":
+        return _looks_up(term.parts[0]) and not any(
+            layer.kind == "table" for part in term.parts[1:] for layer in part.leaves()
+        )
+    return bool(term.parts) and all(map(_looks_up, term.parts))
 
 
 def _check_resized(term: Term) -> None:

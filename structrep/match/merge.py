@@ -87,6 +87,11 @@ class Merge:
         return self.cached or value(self.term, strictness=self.fit.strictness)
 
     @property
+    def is_table(self) -> bool:
+        """Whether it is given numbers of rows, and becomes a table."""
+        return any(layer.kind == "table" for layer in self.term.leaves())
+
+    @property
     def sizes(self) -> tuple[Ints, Ints] | None:
         """A spatial size of the input that it holds for, and by what another may differ; None if it holds for all."""
         holds = "any" if self.idle else sized(self.term)

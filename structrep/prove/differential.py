@@ -15,7 +15,7 @@ from structrep.graph.shapes import spatial_size
 from structrep.match.merge import Merge
 from structrep.prove.region import Region, Shapes, Trials, room
 from structrep.prove.run import relative_error
-from structrep.read.lower import lower
+from structrep.read.lower import lower, lower_table
 from structrep.records.plan import BorderRecord
 from structrep.registry import COEFFICIENT_ROUNDING
 
@@ -121,7 +121,8 @@ class _Both:
         self.generator = torch.Generator().manual_seed(0)
 
     def _layer(self, merge: Merge, map_: ConvMap, everywhere: bool) -> Callable[[Tensor], Tensor]:
-        layer = lower(map_, map_.kernel.to(self.region.device))
+        like = map_.kernel.to(self.region.device)
+        layer = lower_table(map_, like) if merge.is_table else lower(map_, like)
         if everywhere or merge.fit.strictness != "inside":
             return layer
 

@@ -88,7 +88,7 @@ class Measured:
         how large that is, or they cannot be run apart. Where the difference may be noise they take the same."""
         shape = SHAPE.get(merge.base)
         weight = next(layer.weight for layer in merge.term.leaves() if layer.weight is not None)
-        if shape is None or merge.carried is not None:
+        if shape is None or merge.carried is not None or merge.is_table:
             return None
         key = " ".join(
             (

@@ -160,7 +160,8 @@ class Region:
         """What a node gives once the merges are done."""
         if (merge := self.merges.get(node)) is not None:
             base = load(merge.base)
-            value = layers[merge](self.shadows.of(base)).to(base.dtype)
+            value = layers[merge](self.shadows.of(base))
+            value = value if merge.is_table else value.to(base.dtype)
             for view in _folding(merge):  # which stay where they are
                 value = computed(view, dict.fromkeys(view.all_input_nodes, value).__getitem__)
             return value
@@ -173,7 +174,8 @@ class Region:
 
     def _copies(self, given: Values, dtype: torch.dtype) -> dict[fx.Node, Any]:
         """Values that may be written to, in the dtypes that they have in the model if that may matter."""
-        stored = {node: DTYPE.get(node, dtype) if self.cast else value.dtype for node, value in given.items()}
+        cast = {node: self.cast and value.is_floating_point() for node, value in given.items()}
+        stored = {node: DTYPE.get(node, dtype) if cast[node] else value.dtype for node, value in given.items()}
         return {node: value.to(stored[node], copy=True) for node, value in given.items()}
 
     def _load(self, values: dict[fx.Node, Any], node: fx.Node) -> Any:
@@ -279,11 +281,22 @@ class Trials:
             x = torch.randn(tuple(shape), dtype=torch.float64, generator=generator, device="cpu")
             return x.to(self.region.device)
 
-        found = {node: draw(shape) for node, shape in shapes.items()}
+        found: dict[fx.Node, Tensor] = {}
+        for node, shape in shapes.items():
+            rows = self._rows(node, shape, generator)
+            found[node] = draw(shape) if rows is None else rows
         for node, merge in self.added.items():
             if node not in found:
                 found[node] = draw(self.region.after(found, layers, dtype, [merge.root])[merge.root].shape)
         return found
+
+    def _rows(self, node: fx.Node, shape: tuple[int, ...], generator: torch.Generator) -> Tensor | None:
+        """Numbers of rows, where a value is such."""
+        merge = self.reached.get(node)
+        if merge is None or not merge.is_table:
+            return None
+        count = self.maps[merge].geometry.in_channels
+        return torch.randint(count, shape, generator=generator, device="cpu").to(self.region.device)
 
     def _beside(self, node: fx.Node) -> Merge | None:
         """What a merge gives that a value is added to, in a sum in another order, if that is all that it is for."""
@@ -342,6 +355,8 @@ class Trials:
         g = self.maps[merge].geometry
         if merge.base is node and g.dims:
             return [(2, g.in_channels, *size[: g.dims])]
+        if merge.is_table:
+            return [(64,), (2, 5), (2, 3, 4)]
         known = rank(node)
         ranks = (known,) if known is not None else (g.dims + 2, *range(2, 6)) if g.dims else range(2, 6)
         if merge.base is node:

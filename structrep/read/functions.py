@@ -31,6 +31,7 @@ from structrep.terms.layers import (
     pool_layer,
     scale_layer,
     slice_layer,
+    table_layer,
     view_layer,
 )
 
@@ -51,6 +52,13 @@ def _(a: Arguments) -> Layer | None:
         return None
     bias, padding, more = a.tensor(2, "bias"), a(4, "padding", 0), a(5, "output_padding", 0)
     return conv_transpose_layer(weight, bias, a(3, "stride", 1), padding, more, a(6, "groups", 1), a(7, "dilation", 1))
+
+
+@reads(F.embedding)
+def _(a: Arguments) -> Layer | None:
+    weight = a.tensor(1, "weight")
+    plain = weight is not None and weight.ndim == 2 and a(3, "max_norm") is None
+    return table_layer(weight) if plain else None
 
 
 @reads(F.batch_norm)

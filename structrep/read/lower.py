@@ -74,6 +74,15 @@ def lower(map_: ConvMap, like: Tensor, *, bias: bool = True, requires_grad: bool
     return layer if padding is not None else nn.Sequential(pad_module(map_), layer)
 
 
+def lower_table(map_: ConvMap, like: Tensor, *, requires_grad: bool = True) -> nn.Embedding:
+    """A map of vectors with a 1 in one place as the table of what it gives, in the device and dtype of `like`."""
+    g = map_.geometry
+    table = nn.Embedding(g.in_channels, g.out_channels, device="meta", dtype=like.dtype)
+    rows = (map_.kernel.t() + map_.bias).to(like.device, like.dtype)
+    table.weight = nn.Parameter(rows.contiguous(), requires_grad=requires_grad)
+    return table.eval()
+
+
 def _uniform(values: Tensor) -> bool:
     return bool((values == values[0]).all())
 

@@ -25,6 +25,7 @@ from structrep.terms.layers import (
     norm_layer,
     pad_layer,
     scale_layer,
+    table_layer,
 )
 
 _MODULES: dict[type[nn.Module], Callable[[Any], Layer | None]] = {}
@@ -173,6 +174,11 @@ def _(linear: nn.Linear) -> Layer:
 def _(norm: nn.BatchNorm2d) -> Layer:
     dims = next((d for d, type_ in ((2, nn.BatchNorm2d), (3, nn.BatchNorm3d)) if isinstance(norm, type_)), None)
     return norm_layer(norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps, norm.training, dims)
+
+
+@_reads(nn.Embedding)
+def _(table: nn.Embedding) -> Layer | None:
+    return table_layer(table.weight) if table.max_norm is None else None  # rows are scaled as they are looked up
 
 
 POOLS: dict[type[nn.Module], int] = {

@@ -43,6 +43,8 @@ def read_node(node: fx.Node) -> Reading | None:
     if not isinstance(reading, Layer):
         return reading
     source = reading.source or node.all_input_nodes[0]
+    if reading.kind == "table":
+        return _placed(reading, node)
     if DTYPE.known(source) and not (DTYPE.of(source).is_floating_point or DTYPE.of(source).is_complex):
         return None  # what turns integers into floats; a layer that it was merged into would take none
     if reading.kind == "affine" and not reading.through:

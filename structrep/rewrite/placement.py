@@ -202,7 +202,8 @@ class Placement:
     def _new_name(self, owner: Call, merge: Merge) -> str:
         """A name for a layer that is new: one that the method asks for itself, else one that the class's code does not
         know, which might ask whether it is there."""
-        stem = "reparam_conv" if any(layer.dims for layer in merge.term.leaves()) else "reparam_linear"
+        flat = "reparam_embedding" if merge.is_table else "reparam_linear"
+        stem = "reparam_conv" if any(layer.dims for layer in merge.term.leaves()) else flat
         used = {name for path, name in self.homes.values() if path == owner.path}
         return next(
             name

@@ -14,7 +14,7 @@ from structrep.errors import StructrepError
 from structrep.match.merge import Merge
 from structrep.modules.source import functions, words_of
 from structrep.modules.wrappers import as_before
-from structrep.read.lower import lower
+from structrep.read.lower import lower, lower_table
 from structrep.rewrite.draft import Draft
 from structrep.rewrite.edit import Edit
 from structrep.rewrite.guards import NUMBERS
@@ -105,7 +105,10 @@ class Surgery:
             and refill(self._at(host.module.path), map_, like, bias=bias, requires_grad=learned)
         ):
             return
-        layer = lower(map_, like, bias=bias, requires_grad=learned)
+        if merge.is_table:
+            layer: nn.Module = lower_table(map_, like, requires_grad=learned)
+        else:
+            layer = lower(map_, like, bias=bias, requires_grad=learned)
         if merge.sizes is not None:
             layer = nn.Sequential(Sizes(*merge.sizes), *(layer if isinstance(layer, nn.Sequential) else [layer]))
         if host.module is not None:

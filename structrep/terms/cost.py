@@ -53,6 +53,11 @@ def of_map(g: Geometry, bias: bool = True) -> Cost:
     return Cost(of_layer(g), numbers(g) + bias * g.out_channels, 1)
 
 
+def of_table(g: Geometry) -> Cost:
+    """A term's cost after it became a table, each of whose rows holds a bias too."""
+    return Cost(0, numbers(g), 1)
+
+
 def of_border(map_: ConvMap) -> Cost:
     """What a pad before a map takes that stays a layer of its own; a shift, where channels read different constants."""
     g = map_.geometry
@@ -102,4 +107,4 @@ def of_term(term: Term, *, kernels_alone: bool = False) -> Cost:
 def _work(layer: Layer, shape: Geometry) -> float:
     if layer.kind == "unrolled" and layer.weight is not None:
         return layer.weight.numel() * (shape.out_channels // len(layer.weight))  # what the convolution takes
-    return 0 if layer.moves else of_layer(shape)
+    return 0 if layer.moves or layer.kind == "table" else of_layer(shape)

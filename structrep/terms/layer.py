@@ -13,7 +13,7 @@ from structrep.algebra import ConvMap, Geometry
 SCALES = ("norm", "affine")
 PRODUCTS = {"matmul", "rmatmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "tensordot", "linear", "kron", "outer",
             *(f"conv{transposed}{dims}d" for transposed in ("", "_transpose") for dims in (1, 2, 3))}  # fmt: skip
-KINDS = ("conv", "linear", *SCALES, "pool", "pad", "slice", "view", "unrolled")
+KINDS = ("conv", "linear", "table", *SCALES, "pool", "pad", "slice", "view", "unrolled")
 
 
 @dataclass(frozen=True)

@@ -80,6 +80,12 @@ def linear_layer(weight: Tensor, bias: Tensor | None) -> Layer:
     return kernel_layer("linear", geometry, lambda c, d: ConvMap(weight.detach(), bias), weight, bias)
 
 
+def table_layer(weight: Tensor) -> Layer:
+    """Rows of a table, by their numbers: a Linear of vectors with a 1 in one place, of which there are as many."""
+    geometry = Geometry(*weight.shape)
+    return kernel_layer("table", geometry, lambda c, d: ConvMap(weight.detach().t(), None), weight, None)
+
+
 def channel_mix_layer(weight: Tensor, matrix: Tensor, dims: int, bias: Tensor | None = None) -> Layer:
     """A matrix (O, I), made of a weight, on the channels of a value with that many spatial dims."""
     geometry = Geometry(matrix.shape[1], matrix.shape[0], (1,) * dims)
