@@ -57,8 +57,9 @@ def _(a: Arguments) -> Layer | None:
 @reads(F.embedding)
 def _(a: Arguments) -> Layer | None:
     weight = a.tensor(1, "weight")
-    plain = weight is not None and weight.ndim == 2 and a(3, "max_norm") is None
-    return table_layer(weight) if plain else None
+    if weight is None or weight.ndim != 2 or a(3, "max_norm") is not None:
+        return None
+    return table_layer(weight)
 
 
 @reads(F.batch_norm)

@@ -35,7 +35,7 @@ MERGED = {
 @pytest.mark.parametrize("run", MERGED.values(), ids=MERGED)
 def test_one_table(run):
     deploy = check(model(run, other=nn.Embedding(10, 8, padding_idx=3)), IDS, IDS[0], merges=1, linear=0)
-    (made,) = {where for where in structrep.plan(randomised(model(run, other=nn.Embedding(10, 8)))).merged}
+    (made,) = set(structrep.plan(randomised(model(run, other=nn.Embedding(10, 8)))).merged)
     assert isinstance(deploy.get_submodule(made), nn.Embedding)
     program = torch.export.export(deploy, (IDS,)).graph
     assert sum("embedding" in str(node.target) for node in program.nodes if node.op == "call_function") == 1

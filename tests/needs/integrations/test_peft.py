@@ -100,6 +100,36 @@ def test_the_model_inside_comes_back_with_plain_layers(name):
         assert relative_error(deploy.eval()(X), truth) < EXACT
 
 
+class Words(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Embedding(30, 16), nn.Linear(16, 8)
+
+    def forward(self, x):
+        return self.b(torch.relu(self.a(x)))
+
+
+TABLES = {
+    "LoRA": lambda: lora(target_modules=["a"]),
+    "rank-stabilised": lambda: lora(target_modules=["a"], use_rslora=True),
+    "DoRA": lambda: lora(target_modules=["a"], use_dora=True),
+    "HiRA": lambda: peft.HiraConfig(r=2, target_modules=["a"]),
+    "TinyLoRA": lambda: peft.TinyLoraConfig(r=2, target_modules=["a"]),
+}
+
+
+@pytest.mark.parametrize("make", TABLES.values(), ids=TABLES)
+def test_adapters_of_embeddings_are_rows(make):
+    model, ids = adapted(make(), settled(Words())), torch.arange(30).view(2, 15)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parameter.data.normal_(0, 0.3, generator=torch.Generator().manual_seed(len(name)))
+    for inputs in ((), (ids,)):
+        deploy = structrep.reparameterize(model, *inputs)
+        assert deploy.state_dict().keys() == Words().state_dict().keys()
+        assert relative_error(deploy(ids), model(ids)) < EXACT
+
+
 class Normed(nn.Module):
     def __init__(self):
         super().__init__()
