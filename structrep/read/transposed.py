@@ -1,42 +1,79 @@
-"""Norms and scales between two transpositions: a scale of the last dim."""
+"""Norms, scales and convolutions of one tap between two transpositions: layers of the last dim."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from structrep.algebra import ConvMap
+from structrep.algebra import ConvMap, Geometry
+from structrep.algebra.kernels import regroup
 from structrep.errors import Unreadable
 from structrep.graph.facts import CALL
 from structrep.graph.operations import does, torch_name
 from structrep.graph.table import Is
 from structrep.read.arguments import Arguments, reads
+from structrep.terms.cost import of_term
 from structrep.terms.layer import Identity, Layer, Sum
-from structrep.terms.layers import diagonal_layer
+from structrep.terms.layers import diagonal_layer, kernel_layer
+from structrep.terms.term import ONE, Term, geometry, leaf, seq, signed, sum_terms
+from structrep.terms.value import value
 
 MOST_SWAPPED = 32  # nodes between two transpositions
-_Scale = tuple[Callable[[int], ConvMap], fx.Node | None, dict[fx.Node, None], bool]
+
+
+@dataclass(frozen=True)
+class _Inner:
+    """What is done to a transposed value.
+
+    Args:
+        term: of values with one spatial dim.
+        first: the transposition.
+        through: the nodes from there on.
+        shows_rank: whether something on the way takes values of three dims only.
+    """
+
+    term: Term
+    first: fx.Node
+    through: dict[fx.Node, None]
+    shows_rank: bool
+
+    def then(self, node: fx.Node, term: Term = ONE, shows_rank: bool = False) -> _Inner:
+        term = seq([self.term, term])
+        return _Inner(term, self.first, {**self.through, node: None}, self.shows_rank or shows_rank)
 
 
 @reads(torch.transpose, torch.permute, torch.swapaxes, "transpose", "permute", "swapaxes")
 def _(a: Arguments) -> Layer | None:
-    """Norms and scales on dim 1 between two transpositions are a scale of the last dim, as RepBN's is of a token."""
+    """What is done on dim 1 between two transpositions is done on the last dim: norms and scales (RepBN's) and
+    convolutions of one tap (RepAdapter's)."""
     if not _swaps_last_two(a.node):
         return None
     inner = _swapped(a, a.node.args[0], {})
-    if inner is None:
+    if inner is None or len(inner.through) == 1 or not (inner.shows_rank or _is_permute(inner.first)):
         return None
-    load, first, through, shows_rank = inner
-    if first is None or not (shows_rank or _is_permute(first)) or len(through) == 1:
-        return None
-    (source,) = first.all_input_nodes
-    known = (a.read(node) for node in through if not does(node, Is.PERMUTES))
-    count = next((r.in_channels for r in known if isinstance(r, Layer) and r.in_channels is not None), None)
-    return replace(scale_of_last_dim(load, count), source=source, through=tuple(through))
+    (source,) = inner.first.all_input_nodes
+    return replace(_of_last_dim(inner.term), source=source, through=tuple(inner.through))
+
+
+def _of_last_dim(term: Term) -> Layer:
+    """The layer of the last dim that a term is of dim 1."""
+    kernels = [layer for layer in term.leaves() if layer.weight is not None]
+    if not kernels:
+        count = next((layer.in_channels for layer in term.leaves() if layer.in_channels is not None), None)
+        return scale_of_last_dim(lambda c: value(term, c, 1), count)
+    shape, taken = geometry(term, None, 1), of_term(term)
+
+    def load(c: int, d: int) -> ConvMap:
+        map_ = value(term, c, 1)
+        return ConvMap(regroup(map_.kernel, map_.geometry.groups, 1).flatten(1), map_.bias)
+
+    linear = Geometry(shape.in_channels, shape.out_channels)
+    layer = kernel_layer("linear", linear, load, kernels[0].weight, None)  # type: ignore[arg-type]
+    return replace(layer, parameters=taken.parameters, shifts=True, work=taken.multiply_adds)
 
 
 def scale_of_last_dim(load: Callable[[int], ConvMap], channels: int | None) -> Layer:
@@ -51,9 +88,8 @@ def scale_of_last_dim(load: Callable[[int], ConvMap], channels: int | None) -> L
     return diagonal_layer("affine", scale, channels, 0, 0)
 
 
-def _swapped(a: Arguments, node: Any, known: dict[fx.Node, _Scale | None]) -> _Scale | None:
-    """A value as a scale per channel of a transposed one: that scale, the transposition, the nodes on the way from it,
-    and whether something on the way takes values of three dims only."""
+def _swapped(a: Arguments, node: Any, known: dict[fx.Node, _Inner | None]) -> _Inner | None:
+    """A value as what is done to a transposed one."""
     if not isinstance(node, fx.Node) or len(known) == MOST_SWAPPED:
         return None
     if node not in known:
@@ -62,41 +98,38 @@ def _swapped(a: Arguments, node: Any, known: dict[fx.Node, _Scale | None]) -> _S
     return known[node]
 
 
-def _swapped_step(a: Arguments, node: fx.Node, known: dict[fx.Node, _Scale | None]) -> _Scale | None:
+def _swapped_step(a: Arguments, node: fx.Node, known: dict[fx.Node, _Inner | None]) -> _Inner | None:
     if _swaps_last_two(node):
-        return (lambda c: ConvMap.identity(c, 1)), node, {node: None}, False
+        return _Inner(ONE, node, {node: None}, False)
     if does(node, Is.PERMUTES):
         return None
     reading = a.read(node)
     if isinstance(reading, Identity):
-        return _behind(_swapped(a, reading.source, known), node, lambda map_, c: map_, False)
-    if isinstance(reading, Layer) and reading.scales and not reading.through:
-        layer = reading
-        if layer.dims == 0:
-            return None  # a scale of the last dim, not of dim 1
-        three = node.op == "call_module" and isinstance(CALL.of(node).module, nn.BatchNorm1d)
         inner = _swapped(a, reading.source, known)
-        return _behind(inner, node, lambda map_, c: map_ >> layer.load(c, 1), three)
+        return inner.then(node) if inner else None
+    if isinstance(reading, Layer) and not reading.through and (reading.scales or _is_pointwise(reading)):
+        if reading.dims == 0:
+            return None  # a scale of the last dim, not of dim 1
+        three = not reading.scales or isinstance(CALL.of(node).module, nn.BatchNorm1d)
+        inner = _swapped(a, reading.source, known)
+        return inner.then(node, leaf(reading), three) if inner else None
     if isinstance(reading, Sum) and not reading.through:
         parts = [(_swapped(a, part, known), sign) for part, sign in reading.parts]
         found = [part for part, _ in parts if part is not None]
-        if len(found) < len(parts) or len({part[1] for part in found}) != 1:
+        if len(found) < len(parts) or len({part.first for part in found}) != 1:
             return None
-
-        def load(c: int) -> ConvMap:
-            maps = [part[0](c) * sign for part, sign in parts if part is not None]
-            return sum(maps[1:], maps[0])
-
-        through = dict.fromkeys((*(one for part in found for one in part[2]), node))
-        return load, found[0][1], through, any(part[3] for part in found)
+        term = sum_terms([signed(part.term, sign) for part, sign in parts if part is not None], node)
+        through = dict.fromkeys((*(one for part in found for one in part.through), node))
+        return _Inner(term, found[0].first, through, any(part.shows_rank for part in found))
     return None
 
 
-def _behind(inner: _Scale | None, node: fx.Node, then: Callable[[ConvMap, int], ConvMap], three: bool) -> _Scale | None:
-    if inner is None:
-        return None
-    load, first, through, known = inner
-    return (lambda c: then(load(c), c)), first, {**through, node: None}, known or three
+def _is_pointwise(layer: Layer) -> bool:
+    """Whether a layer is a convolution of one tap of values with one spatial dim, whose kernel is stored."""
+    if layer.kind != "conv" or layer.dims != 1 or layer.formula is not None:
+        return False
+    shape = layer.shape(layer.in_channels or 1, 1)
+    return shape == Geometry(shape.in_channels, shape.out_channels, (1,), groups=shape.groups)
 
 
 def _is_permute(node: fx.Node) -> bool:

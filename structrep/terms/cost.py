@@ -107,4 +107,6 @@ def of_term(term: Term, *, kernels_alone: bool = False) -> Cost:
 def _work(layer: Layer, shape: Geometry) -> float:
     if layer.kind == "unrolled" and layer.weight is not None:
         return layer.weight.numel() * (shape.out_channels // len(layer.weight))  # what the convolution takes
+    if layer.work is not None:
+        return layer.work
     return 0 if layer.moves or layer.kind == "table" else of_layer(shape)

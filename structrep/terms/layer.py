@@ -61,6 +61,7 @@ class Layer:
         through: nodes between the two.
         sized: whether it is that map for inputs of any size, for those that differ from the example by multiples of its
             stride, or for the example's alone.
+        work: multiply-adds per output pixel, where these are not its kernel's.
         resized: whether it is told at each call how large its output is to be; coefficients are the same for all sizes.
         probed: whether it was found out by what it does, not read.
         moves: whether it moves, drops and pads numbers, and computes none.
@@ -83,6 +84,7 @@ class Layer:
     node: fx.Node | None = None
     through: tuple[fx.Node, ...] = ()
     sized: Literal["any", "period", "size"] = "any"
+    work: float | None = None
     resized: bool = False
     probed: bool = False
     moves: bool = False
