@@ -16,7 +16,7 @@ from structrep.match.isolation import named
 from structrep.match.merge import Merge, Missed, together
 from structrep.match.residuals import carried
 from structrep.prove.differential import border, prove
-from structrep.records.plan import MergeRecord, Way
+from structrep.records.plan import NOTHING, MergeRecord, Way
 from structrep.rewrite.draft import Draft
 from structrep.rewrite.units import fallen
 from structrep.terms.term import geometry
@@ -169,7 +169,7 @@ def _idle_record(merge: Merge, where: str, way: Way) -> MergeRecord:
         rules=merge.rules,
         sources=merge.sources,
         before=named(merge.root) if merge.term.op == "one" else str(merge.term),
-        after="nothing",
+        after=NOTHING,
         multiply_adds=(before.multiply_adds, after.multiply_adds),
         parameters=(before.parameters, after.parameters),
         largest=merge.fit.largest,

@@ -13,6 +13,7 @@ from structrep.errors import some
 from structrep.records.base import Record, counted
 from structrep.records.latency import milliseconds
 
+NOTHING = "nothing"  # what becomes of what is run for nothing
 Way: TypeAlias = Literal["swap", "edit", "rewrite"]
 
 
@@ -33,6 +34,11 @@ class MergeRecord(Record):
     seconds: tuple[float, float] | None = None  # before and after, if merges were chosen by measurement
     edit: Way = "swap"  # by modules alone, by an edit of a forward's own text, or by a
     # forward that is cut out of the trace
+
+    @property
+    def leaves_layer(self) -> bool:
+        """Whether a layer does what was merged; of what is run for nothing none does."""
+        return self.after != NOTHING
 
 
 class BorderRecord(Record):

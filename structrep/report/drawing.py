@@ -105,7 +105,9 @@ class Drawing:
         before = training(replicas, merges, plan.refusals)
         after: Graph = nx.DiGraph()
         if deploy is not None:
-            layers = [merge.where for merge in plan.merges if merge.where != "(root)"]
+            layers = [
+                where for where in (merge.where for merge in plan.merges if merge.leaves_layer) if where != "(root)"
+            ]
             found = trace(deploy, layers=layers)
             if found.untraced or found.unfollowed:  # with sizes more can be followed, and it takes longer
                 found = trace(deploy, example_inputs, layers=layers)

@@ -108,6 +108,14 @@ def test_a_norm_that_something_hears_of_stays(make):
     assert relative_error(deploy(X), model(X)) < EXACT
 
 
+def test_a_report_shows_it(tmp_path):
+    for model in (Functional(), watched(UNREAD["between a layer and its norm"][2])):
+        plan = structrep.plan(settled(model), X)
+        plan.report(tmp_path / f"{type(model).__name__}.html", X)
+        assert "nothing" in (tmp_path / f"{type(model).__name__}.html").read_text()
+        assert plan.draw() != plan.draw(deploy=True)
+
+
 def test_the_plan_says_so():
     (record,) = structrep.plan(settled(watched(UNREAD["behind a layer"][2]))).merges
     assert (record.where, record.rules, record.before, record.after) == ("watch", ("unread",), "norm", "nothing")
