@@ -18,6 +18,7 @@ from structrep.modules.source import functions, written_in
 _SETTERS = {"setattr", "delattr", "__setattr__", "__delattr__"}
 _ASKS = {"getattr", "hasattr", "isinstance", "super", "type", "id", "len", "bool", "print", *_SETTERS}
 _VIEWS = {"view", "reshape", "flatten", "t", "transpose", "permute", "squeeze", "unsqueeze", "expand", "detach"}
+_MAKES = {"clone", *(f"new_{kind}" for kind in ("empty", "zeros", "ones", "full", "tensor"))}
 _OPERATORS = {f"i{name}" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or",
                                       "xor", "lshift", "rshift", "concat")}  # fmt: skip
 OTHERS = "**"
@@ -104,8 +105,8 @@ def _set_in(
                 continue
             inner, arguments = _set_in(helper, {*around, helper}), inspect.signature(helper).parameters
             found |= {one for one in inner if not one.startswith(_LOCAL)}
-            if not inner.isdisjoint(f"{_LOCAL}{one}" for one in arguments):
-                found = found.union(*map(_names, call.args))
+            writes = {one for one in arguments if f"{_LOCAL}{one}" in inner}
+            found = found.union(*map(_names, _given_to(writes, call, list(arguments.values()))))
         elif name not in _ASKS and any(isinstance(one, ast.Name) and one.id in itself for one in call.args):
             found.add(OTHERS)
     bound: dict[str, set[str]] = {}  # what names stand for
@@ -120,6 +121,16 @@ def _set_in(
         found |= new
         pending += new
     return found
+
+
+def _given_to(names: Set[str], call: ast.Call, parameters: list[inspect.Parameter]) -> list[ast.expr]:
+    """What a call gives to parameters of some names; all that it gives, where that is not plain to see."""
+    packed = any(isinstance(one, ast.Starred) for one in call.args) or any(one.arg is None for one in call.keywords)
+    if names and (packed or any(one.kind in (one.VAR_POSITIONAL, one.VAR_KEYWORD) for one in parameters)):
+        return [*call.args, *(one.value for one in call.keywords)]
+    given = [(one.name, value) for one, value in zip(parameters, call.args, strict=False)]
+    given += [(one.arg or "", one.value) for one in call.keywords]
+    return [value for name, value in given if name in names]
 
 
 @functools.lru_cache(4096)
@@ -151,8 +162,13 @@ def _names_set(node: ast.AST) -> Iterator[str]:
         elif name == "getattr" and len(node.args) > 1 and _in_place(str(getattr(node.args[1], "value", ""))):
             written += node.args[:1]
         yield from set().union(*map(_viewed, written))
-    elif isinstance(node, ast.Attribute) and _in_place(node.attr):  # a method that somebody calls later
-        yield from _names(node.value)
+    elif isinstance(node, ast.Attribute) and _in_place(node.attr) and not _is_new(node.value):
+        yield from _names(node.value)  # a method that somebody calls later
+
+
+def _is_new(node: ast.AST) -> bool:
+    """Whether a value is made where it stands, and nobody else has it: `x.new_empty(shape)`."""
+    return isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in _MAKES
 
 
 def _in_place(name: str) -> bool:

@@ -13,7 +13,7 @@ from torch import nn
 
 import structrep
 from tests.support.models import settled
-from tests.support.truth import EXACT, followed_or_told, relative_error
+from tests.support.truth import EXACT, check, followed_or_told, relative_error
 
 INPUTS = {size: torch.randn(2, 4, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(size))
           for size in (8, 6, 12)}  # fmt: skip
@@ -358,6 +358,7 @@ class Writes(nn.Module):
     lambda self, x: x.mul_(2),
     lambda self, x: self.deeper(x),
     lambda self, x: doubled_by_another(x),
+    lambda self, x: doubled(tensor=x),
     lambda self, x: x.__imul__(2),
     lambda self, x: operator.imul(x, 2),
     lambda self, x: getattr(x, "mul_")(2),  # noqa: B009
@@ -384,6 +385,50 @@ def test_a_method_that_writes_to_nothing_is_in_no_ones_way():
     assert sum(isinstance(one, nn.Conv2d) for one in deploy.modules()) == 1
     for flip in (False, True):
         assert relative_error(deploy(INPUTS[8], flip), model(INPUTS[8], flip)) < EXACT
+
+
+def dropped(x, probability, training):
+    if probability == 0.0 or not training:
+        return x
+    kept = x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(1 - probability)
+    return x * kept
+
+
+def dropped_more_often(x, probability, training):
+    probability.mul_(2)
+    return dropped(x, float(probability), training)
+
+
+class DropsAPath(nn.Module):
+    """What a part goes by is handed to a function: one that writes to what it has made itself, or to that."""
+
+    def __init__(self, drop, probability):
+        super().__init__()
+        self.a, self.b, self.n = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+        self.skip, self.path = nn.Identity(), drop(probability)
+
+    def forward(self, x):
+        skip = self.skip(x)
+        return self.n(self.path(self.a(x) + self.b(x)) + skip).relu()
+
+
+class DropPath(nn.Module):
+    def __init__(self, probability):
+        super().__init__()
+        self.probability = probability
+
+    def forward(self, x):
+        return dropped(x, self.probability, self.training)
+
+
+class DropsMoreOften(DropPath):
+    def forward(self, x):
+        return dropped_more_often(x, probability=self.probability, training=self.training)
+
+
+def test_a_part_that_hands_what_it_goes_by_to_a_function():
+    check(DropsAPath(DropPath, 0.1), INPUTS[8], merges=1)
+    check(DropsAPath(DropsMoreOften, torch.ones(1)), INPUTS[8], merges=0, refused="Unreadable")
 
 
 def by_a_name_of_two_parts(self, x):
