@@ -79,10 +79,7 @@ class Borders:
         Raises:
             Shared: it is, or may be.
         """
-        read = [n for node in inside for n in node.all_input_nodes if n.op == "get_attr"]
-        held = {str(n.target) for n in read if not FORMULA.get(n)}
-        made = (tensor for n in read if FORMULA.get(n) for tensor in FORMULA.of(n).tensors)
-        held |= {name for tensor in made if (name := self.traced.names.get(id(tensor))) is not None}
+        held = self._held(inside)
         for around in owner.chain() if held else ():
             self._check_parameters(around, held)
         for node, call in self._given_back(inside, root, owner):
@@ -121,6 +118,30 @@ class Borders:
                             f"given here"
                         )
 
+    def check_text(self, owner: Call, merged: Set[fx.Node]) -> None:
+        """Raise if another forward of a module runs what is merged, by text of its own: that is not changed with the
+        text of the call.
+
+        Args:
+            merged: all nodes of a merge.
+
+        Raises:
+            Shared: it does, or may.
+        """
+        paths = {str(node.target) for node in merged if node.op == "call_module"} | self._held(merged)
+        prefix = f"{owner.path}." if owner.path else ""
+        own = {path.removeprefix(prefix).partition(".")[0] for path in paths if path.startswith(prefix)}
+        for variant in self._other_forwards(owner) if own else ():
+            seen = self.mentioned[type(owner.module), variant.method]
+            if variant.method == "forward" or variant.flags or (seen is not None and own.isdisjoint(seen)):
+                continue
+            method = self._follow(owner, variant)
+            if method is None or _runs_by_itself(method, owner, paths):
+                raise Shared(
+                    f"{type(owner.module).__name__}.{variant} may run {' or '.join(sorted(own))} by its own text, "
+                    f"which would not change with that of {owner.method}: let one of them call the other"
+                )
+
     def flagged(self, inside: set[fx.Node], root: fx.Node, owner: Call) -> set[Call]:
         """The calls of parts whose forwards, with a flag that none of their callers turns, look into what may be merged
         otherwise."""
@@ -140,6 +161,13 @@ class Borders:
             for call in self.given[node]:
                 if call is not owner and owner in call.chain() and (node is not root or call.leaf):
                     yield node, call
+
+    def _held(self, nodes: Iterable[fx.Node]) -> set[str]:
+        """The paths of the tensors that nodes are given, or that those are computed from."""
+        read = [n for node in nodes for n in node.all_input_nodes if n.op == "get_attr"]
+        made = (tensor for n in read if FORMULA.get(n) for tensor in FORMULA.of(n).tensors)
+        computed_from = {name for tensor in made if (name := self.traced.names.get(id(tensor))) is not None}
+        return computed_from | {str(n.target) for n in read if not FORMULA.get(n)}
 
     def _check_parameters(self, around: Call, held: set[str]) -> None:
         """Raise if another forward of a module around uses parameters that a merge takes from it."""
@@ -263,6 +291,24 @@ def _is_flag(around: Call, variant: Variant) -> bool:
     """Whether a part is run in a way by a flag of its forward alone, which can be guarded."""
     turned = any(isinstance(value, bool) for _, value in variant.flags)
     return variant.method == "forward" and turned and around.parent is not None
+
+
+def _runs_by_itself(method: Method, owner: Call, parts: Set[str]) -> bool:
+    """Whether a method calls parts, or takes tensors, otherwise than by a call of an owner's method."""
+    calls = {path: [one for one in found if not _is_inside(one, owner)] for path, found in method.forwards.items()}
+    users = {user for path, found in method.reached.items() if _is_in(path, parts) for user in found}
+    return any(calls[path] for path in calls if _is_in(path, parts)) or any(
+        calls.get(path) if path != owner.path else name != owner.method for path, name in users
+    )
+
+
+def _is_inside(call: Call, owner: Call) -> bool:
+    return any((one.path, one.method) == (owner.path, owner.method) for one in call.chain())
+
+
+def _is_in(path: str, parts: Set[str]) -> bool:
+    """Whether a path is of one of some parts, or of something in it."""
+    return any(path == one or path.startswith(f"{one}.") for one in parts)
 
 
 def _is_required(parameter: Parameter) -> bool:

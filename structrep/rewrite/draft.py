@@ -57,7 +57,7 @@ class Draft:
     def of(cls, traced: Traced, replicas: Replicas, borders: Borders, merges: Iterable[Merge]) -> Draft:
         """The draft of some merges."""
         untaken = Untaken(traced, replicas.asking, borders)
-        rewriter = Rewriter(traced, replicas, untaken)
+        rewriter = Rewriter(traced, replicas, untaken, borders)
         left = list(merges)
         refused: list[tuple[Merge, Refusal]] = []
         with process.alone():  # forwards are asked what the names of their modules stand for

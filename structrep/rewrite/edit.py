@@ -76,6 +76,11 @@ class Edit:
         return self.edited.before == self.edited.after and not self.reads
 
     @property
+    def does_otherwise(self) -> bool:
+        """Whether it takes other steps than it took: not if all that it does more is to guard."""
+        return self.edited.before != self.edited.after
+
+    @property
     def lines(self) -> tuple[str, ...]:
         """The method's text, with all guards."""
         return tuple(self._text(self.reads))

@@ -55,6 +55,8 @@ class Forward:
     names: dict[str, Any]
     merged: dict[tuple[str, str], Entry]
 
+    does_otherwise = True
+
     @property
     def constants(self) -> dict[str, Tensor]:
         """The tensors that it alone has, by name."""

@@ -62,7 +62,7 @@ class Placement:
         for owner in [one for one in self.changes.owners if any(call.module in swapped for call in one.chain())]:
             del self.changes.owners[owner]  # whose whole module is replaced
             self.owned.pop(owner, None)
-        nodes = (node for merge in self.merges for node in _all_nodes(merge))
+        nodes = (node for merge in self.merges for node in all_nodes(merge))
         self.changes.layers = {str(node.target) for node in nodes if node.op == "call_module"}
         self.changes.homes = {name: home for merge in self.merges for name, home in self._tensors(merge)}
 
@@ -189,7 +189,7 @@ class Placement:
         where = self.where(merge)
         home = "" if where == "(root)" or merge.idle else where
         single = merge.sizes is None and not merge.fit.remedy
-        for node in _all_nodes(merge):
+        for node in all_nodes(merge):
             held = [VALUE.of(n) for n in node.all_input_nodes if VALUE.known(n)]
             held += [tensor for n in node.all_input_nodes if FORMULA.get(n) for tensor in FORMULA.of(n).tensors]
             if node.op == "call_module":
@@ -305,7 +305,7 @@ def _lone(node: fx.Node) -> Unit:
     return Unit((Segment(node, node, ONE, (node,)),))
 
 
-def _all_nodes(merge: Merge) -> Iterator[fx.Node]:
+def all_nodes(merge: Merge) -> Iterator[fx.Node]:
     """The nodes of a merge, and of the scales that it does a part of."""
     yield from merge.nodes
     for one in merge.absorbed:

@@ -10,6 +10,7 @@ from structrep.errors import ExampleOnly, Refusal, Unreadable
 from structrep.graph.calls import Call, Introspection, Traced, site
 from structrep.graph.facts import CALL
 from structrep.guard.callers import Callers
+from structrep.guard.other_forwards import Borders
 from structrep.guard.sharing import Replicas
 from structrep.match.merge import Merge
 from structrep.modules.introspection import WHAT
@@ -17,7 +18,7 @@ from structrep.modules.uses import Use
 from structrep.rewrite.edit import Edit
 from structrep.rewrite.forward import Forward, written_anew
 from structrep.rewrite.leftovers import Leftovers
-from structrep.rewrite.placement import Placement
+from structrep.rewrite.placement import Placement, all_nodes
 from structrep.rewrite.slot import Slot, is_asked_for, slot
 from structrep.rewrite.units import units
 from structrep.rewrite.untaken import Untaken
@@ -35,8 +36,8 @@ class Rewriter:
         unedited: those whose text cannot be edited, and why.
     """
 
-    def __init__(self, traced: Traced, replicas: Replicas, untaken: Untaken) -> None:
-        self.traced, self.replicas, self.untaken = traced, replicas, untaken
+    def __init__(self, traced: Traced, replicas: Replicas, untaken: Untaken, borders: Borders) -> None:
+        self.traced, self.replicas, self.untaken, self.borders = traced, replicas, untaken, borders
         self.callers = Callers(traced)
         self.unwritable: dict[tuple[str, str], Refusal] = {}
         self.unedited: dict[tuple[str, str], Refusal] = {}
@@ -52,6 +53,7 @@ class Rewriter:
                     or self._edited(placement, owner, written_out)
                     or self._anew(placement, owner, written_out)
                 )
+                failed |= self._otherwise(placement, owner, written[owner])
             except Refusal as reason:
                 if (text := self.unedited.get(site(owner))) is not None:
                     reason.args = (f"{reason}; nor can its text be edited: {text}", *reason.args[1:])
@@ -61,6 +63,21 @@ class Rewriter:
             with contextlib.suppress(Refusal):
                 written[owner] = written_anew(Followed.of(self.traced, owner, ()), placement.changes)
         return written, failed
+
+    def _otherwise(self, placement: Placement, owner: Call, made: Rewritten) -> dict[Merge, Refusal]:
+        """The merges that another forward of the module runs by its own text, with the reasons, if this one does
+        otherwise now."""
+        failed: dict[Merge, Refusal] = {}
+        written = {root for root, (call, _) in placement.changes.units.items() if call is owner}
+        written -= placement.changes.refilled.keys()
+        for merge in placement.owned[owner] if made.does_otherwise else ():
+            if written.isdisjoint(all_nodes(merge)):
+                continue
+            try:
+                self.borders.check_text(owner, set(all_nodes(merge)))
+            except Refusal as reason:
+                failed[merge] = reason
+        return failed
 
     def _slot(self, placement: Placement, owner: Call, written_out: Set[Call]) -> Slot | None:
         """The slot that a method has for the one layer that is new in its module."""

@@ -30,6 +30,8 @@ from structrep.trace.instructions import namespace_reads
 class Slot:
     """A forward that stays as it is, for it runs the layer that is put where it asks for one."""
 
+    does_otherwise = True
+
     def __init__(self, forward: Forward) -> None:
         self.forward = forward
         self.constants: dict[str, Any] = {}

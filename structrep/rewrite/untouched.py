@@ -28,6 +28,8 @@ class Untouched:
         Unreadable: its text does more with these than to hand them on.
     """
 
+    does_otherwise = False
+
     def __init__(self, traced: Traced, changes: NodeChanges, call: Call) -> None:
         self.constants: dict[str, Any] = {}
         self.merged: dict[Any, Any] = {}

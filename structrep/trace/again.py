@@ -12,7 +12,7 @@ import torch.utils._pytree as pytree
 from torch import fx, nn
 
 from structrep.graph.calls import Call, Method, Trace, Traced
-from structrep.graph.facts import CALL
+from structrep.graph.facts import CALL, FORMULA
 from structrep.graph.structures import is_traced
 from structrep.modules.copies import shallow_copy
 from structrep.trace.folding import fold_constants
@@ -38,7 +38,9 @@ def follow_method(module: nn.Module, path: str, method: str, flags: Mapping[str,
         reached[where] |= {(user.path, user.method) for user in users}
     for node in tracer.graph.nodes:
         if node.op == "get_attr" and any(CALL.of(user) is calls[0] for user in node.users):
-            reached[str(node.target)].add((calls[0].path, calls[0].method))
+            made_of = FORMULA.of(node).tensors if FORMULA.get(node) else ()
+            for name in (str(node.target), *(scratch.names.get(id(tensor), "") for tensor in made_of)):
+                reached[name].add((calls[0].path, calls[0].method))
     introspected: dict[str, set[tuple[str, str, str, int]]] = defaultdict(set)
     for where, one in tracer.parts.all():
         if not one.apart:

@@ -586,3 +586,76 @@ class NamedByWhoCalls(NamedByDefault):
 @pytest.mark.parametrize(("kind", "merges"), [(SameBetween, 2), (NamedByWhoCalls, 1)])
 def test_another_forward_that_does_the_same(kind, merges):
     check(kind(), X, merges=merges, method="forward_sum")
+
+
+class Both(nn.Module):
+    """Two forwards with the same text."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.n = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+        self.k, self.scale = nn.Parameter(torch.randn(4, 4, 1, 1)), nn.Parameter(torch.rand(4, 1, 1))
+
+
+class Doubled(Both):
+    def forward(self, x):
+        return (self.a(x) * 2.0).relu()
+
+    def forward_again(self, x):
+        return (self.a(x) * 2.0).relu()
+
+
+class Added(Both):
+    def forward(self, x):
+        return (self.a(x) + self.b(x)).relu()
+
+    def forward_again(self, x):
+        return (self.a(x) + self.b(x)).relu()
+
+
+class Computed(Both):
+    def forward(self, x):
+        return self.n(F.conv2d(x, self.k * 2)).relu()
+
+    def forward_again(self, x):
+        return F.conv2d(x, self.k * 2)
+
+
+class Sized(Both):
+    """Cannot be followed."""
+
+    def forward(self, x):
+        return (self.a(x) + self.b(x)).relu()
+
+    def forward_again(self, x):
+        return self.a(x) + self.b(x) if float(x.sum()) > 1e9 else self.b(x) + self.a(x)
+
+
+@pytest.mark.parametrize("kind", [Doubled, Added, Computed, Sized])
+def test_text_of_another_forward_does_not_change_with_that_of_forward(kind):
+    check(kind(), X, merges=0, refused="Shared", within=CLOSE, method="forward_again")
+
+
+class Calls(Added):
+    def forward_again(self, x):
+        return self(x) * 2
+
+
+class OtherParts(Added):
+    def forward_again(self, x):
+        return self.n(x) * self.scale
+
+
+class Swaps(Both):
+    """No text changes."""
+
+    def forward(self, x):
+        return self.n(self.a(x)).relu()
+
+    def forward_again(self, x):
+        return self.n(self.a(x)).tanh()
+
+
+@pytest.mark.parametrize("kind", [Calls, OtherParts, Swaps])
+def test_what_changes_for_another_forward_too(kind):
+    check(kind(), X, merges=1, method="forward_again")
