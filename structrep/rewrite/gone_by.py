@@ -16,6 +16,7 @@ from structrep.errors import Unreadable
 from structrep.graph.calls import Call
 from structrep.graph.facts import INDEX, VALUE
 from structrep.graph.reads import Read
+from structrep.graph.structures import proxies
 from structrep.modules.objects import is_object
 from structrep.modules.positions import parts_of, place
 from structrep.modules.presence import path_to
@@ -93,7 +94,7 @@ class GoneBy:
         told = [one for call in self._vanished_calls() for one in call.observed()]
         guarded = {node for test in self.found.assumed if self.of_rank(test) is not None for node in ast.walk(test)}
         gone = self.found.vanished - guarded
-        for one in self.followed.calls():
+        for one in filter(self._matters, self.followed.calls()):
             here = one is self.call
             told += [
                 (one, answer) for answer in one.specializations
@@ -101,6 +102,16 @@ class GoneBy:
             ]  # fmt: skip
         for asker, answer in told:
             raise Unreadable(f"{asker.shown} asks {answer}, which holds for the example alone")
+
+    def _matters(self, one: Call) -> bool:
+        """Whether what a method was told has to do with what is merged: not of one whose call stays, and that neither
+        takes nor gives what will be another."""
+        around = list(itertools.takewhile(lambda call: call is not self.call, one.chain()))
+        if not around:
+            return True
+        text = place(self.code, around[-1].at) if around[-1].at is not None else None
+        seen = {proxy.node for call in around for proxy in proxies((call.args, call.kwargs, call.result))}
+        return text is None or text in self.found.vanished or not seen.isdisjoint(self.changes.vanishing)
 
     def _check_outside(self) -> None:
         """Raise if vanishing text asks how things stand outside of the model."""

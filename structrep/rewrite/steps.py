@@ -13,7 +13,7 @@ from structrep.errors import Unreadable
 from structrep.graph.calls import Call
 from structrep.graph.facts import AT, VALUE
 from structrep.graph.operations import does
-from structrep.graph.queries import asks_shape, only_asserted
+from structrep.graph.queries import asks_shape, counts_sizes, only_asserted
 from structrep.graph.structures import is_torch, proxies
 from structrep.graph.table import Is
 from structrep.modules.attributes import is_computed, looks_itself
@@ -186,7 +186,23 @@ class Steps:
 
     def _is_idle(self, node: fx.Node) -> bool:
         """Whether a node does nothing, or what is no part of the computation."""
-        return VALUE.known(node) or only_asserted(node) or self._source(node) is not None
+        return (
+            VALUE.known(node)
+            or only_asserted(node)
+            or self._source(node) is not None
+            or self._is_counted_for_what_goes(node)
+        )
+
+    def _is_counted_for_what_goes(self, node: fx.Node) -> bool:
+        """Whether a node is a size, or made of sizes, that only what is gone asks for: `y.reshape(y.shape[0], -1)`."""
+        pending, seen = [node], {node}
+        for one in pending:
+            if not counts_sizes(one):
+                return False
+            users = {user for user in one.users if user not in self.gone} - seen
+            pending += users
+            seen |= users
+        return True
 
     def _source(self, node: fx.Node) -> fx.Node | None:
         """What a node hands on as it is, in its dtype too; None if it does something."""
