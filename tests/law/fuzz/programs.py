@@ -8,6 +8,7 @@ Hypothesis draws everything, so a failure shrinks.
 from __future__ import annotations
 
 import linecache
+import re
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,22 +19,8 @@ import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from tests.law.fuzz.forms import ASKED, BRANCHES, CALLED, CURVES, HELPERS, METHODS, MODES, PADS, PICKS, SHAPED
 from tests.support.models import settled
-
-MODES = ("zeros", "zeros", "zeros", "reflect", "replicate", "circular")
-PADS = ("constant", "constant", "reflect", "replicate", "circular")
-# what code is given two values and one of its settings by, and gives one of them back
-PICKS = ("{y} if {t} else {x}", "pick({x}, {y}, {t})", "({x}, {y})[int({t})]", "next(taps({x}, {y}, {t}))",
-         "dict(a={x}, b={y})['b' if {t} else 'a']", "(lambda one, other: other if {t} else one)({x}, {y})")  # fmt: skip
-HELPERS = """def pick(one, other, flag):
-    return other if flag else one
-
-
-def taps(one, other, flag):
-    if flag:
-        yield other
-    yield one"""
-CURVES = ("torch.relu({})", "torch.tanh({})", "F.gelu({})", "{}.sigmoid()", "{}.abs()")
 
 
 @dataclass
@@ -48,17 +35,21 @@ class Text:
     values: dict[str, Tensor] = field(default_factory=dict)
     settings: dict[str, tuple[Any, Any]] = field(default_factory=dict)  # attributes: what they are, and may be later
     flags: list[str] = field(default_factory=list)  # arguments that are False by default
+    methods: list[str] = field(default_factory=list)  # their text
     result: str = ""
 
     def __str__(self) -> str:
         body = textwrap.indent("\n".join((*self.lines, f"return {self.result}")), " " * 8)
         set_ = (f"{name} = {now!r}" for name, (now, _) in self.settings.items())
         layers = "\n".join(f"        self.{line}" for line in (*set_, *self.layers))
-        given = ", ".join((*self.arguments, *(f"{flag}=False" for flag in self.flags)))
+        methods = "".join(textwrap.indent(method, " " * 4) + "\n\n" for method in self.methods)
         return (
             f"class {self.name}(nn.Module):\n    def __init__(self):\n        super().__init__()\n{layers}\n\n"
-            f"    def forward(self, {given}):\n{body}\n"
+            f"{methods}    def forward(self, {self.given()}):\n{body}\n"
         )
+
+    def given(self) -> str:
+        return ", ".join((*self.arguments, *(f"{flag}=False" for flag in self.flags)))
 
 
 @dataclass
@@ -71,10 +62,11 @@ class Program:
     peak: float  # largest magnitude of any value on the way
     settings: list[tuple[str, str, Any]]  # of which class, by which name, and what else they may be
     flags: list[str]
+    others: list[str]  # other forwards, by name
 
     def make(self) -> nn.Module:
         """The model, with weights as training leaves them."""
-        namespace: dict[str, Any] = {"torch": torch, "nn": nn, "F": F, "__name__": "fuzzed"}
+        namespace: dict[str, Any] = {"torch": torch, "nn": nn, "F": F, "Tensor": Tensor, "__name__": "fuzzed"}
         filename = f"<fuzzed {hash(self.text)}>"
         exec(compile(self.text, filename, "exec"), namespace)
         linecache.cache[filename] = (len(self.text), None, self.text.splitlines(keepends=True), filename)
@@ -99,7 +91,7 @@ class Writer:
     def __init__(self, draw: Callable[..., Any], dims: int, text: Text, blocks: list[Text]) -> None:
         self.draw, self.dims, self.text, self.blocks = draw, dims, text, blocks
         self.peak = 0.0
-        self.namespace: dict[str, Any] = {"torch": torch, "nn": nn, "F": F}
+        self.namespace: dict[str, Any] = {"torch": torch, "nn": nn, "F": F, "Tensor": Tensor}
         exec(HELPERS, self.namespace)
 
     # --- drawing ---
@@ -122,6 +114,13 @@ class Writer:
     def channels(self, name: str) -> int:
         return self.text.values[name].shape[1]
 
+    def methods(self) -> dict[str, Any]:
+        """What the class has beside its forward."""
+        scope: dict[str, Any] = {}
+        for text in self.text.methods:
+            exec(text, self.namespace, scope)
+        return scope
+
     # --- writing ---
 
     def hold(self, code: str) -> str:
@@ -138,8 +137,9 @@ class Writer:
         name = writes or f"v{len(self.text.lines)}"
         line = expression if writes else f"{name} = {expression}"
         scope = {key: value.clone() for key, value in self.text.values.items()}
-        itself = type("Self", (), {})()
+        itself = type("Self", (), self.methods())()
         vars(itself).update(self.text.held, **{key: now for key, (now, _) in self.text.settings.items()})
+        vars(itself).update(training=False, _modules=self.text.held)
         names = self.namespace | {"self": itself} | dict.fromkeys(self.text.flags, False)
         try:
             with torch.no_grad():
@@ -163,7 +163,7 @@ class Writer:
 
     def test(self) -> str:
         """A condition that does not hold now, and may later: for a setting, a flag, a shape."""
-        kind = self.one("setting", "setting", "number", "entry", "flag", "shape", "dims")
+        kind = self.one("setting", "setting", "number", "entry", "flag", "shape", "dims", "asked", "asked")
         if kind == "flag":
             if not self.text.flags:
                 self.text.flags.append("flag")
@@ -175,6 +175,10 @@ class Writer:
         if kind == "entry":
             return f"{self.setting({'k': False}, {'k': True})}['k']"
         x = self.value()
+        if kind == "asked":
+            held = self.text.values[x]
+            mean, most = float(held.mean()) + 0.05, float(held.abs().max()) * 1.01
+            return str(self.one(*ASKED)).format(x=x, mean=f"{mean:.3f}", most=f"{most + 0.001:.3f}")
         if kind == "dims":
             return f"{x}.ndim == {self.dims + 3}"
         return f"{x}.shape[{self.number(1, self.dims + 1)}] > {max(self.text.values[x].shape) + self.number(0, 1)}"
@@ -353,6 +357,35 @@ class Writer:
         loop = f"for layer in self.{held}{some}:\n    {name} = layer({name})"
         return self.step(f"{name} = {x}\n{loop}", writes=name)
 
+    def sized(self) -> bool:
+        return self.step(self.one(*SHAPED).format(x=self.value()))
+
+    def branches(self) -> bool:
+        """Layers in a list, all on one value."""
+        x, d = self.value(), self.dims
+        n, half = self.channels(x), self.number(0, 1)
+        kinds = (f"nn.Conv{d}d({n}, {n}, 1)", f"nn.Conv{d}d({n}, {n}, {2 * half + 1}, 1, {half}, bias=False)",
+                 f"nn.BatchNorm{d}d({n})",
+                 f"nn.Sequential(nn.Conv{d}d({n}, {n}, 1), nn.BatchNorm{d}d({n}))")  # fmt: skip
+        held = self.hold(f"nn.ModuleList([{', '.join(self.one(*kinds) for _ in range(self.number(2, 3)))}])")
+        name = f"v{len(self.text.lines)}"
+        return self.step(self.one(*BRANCHES).format(v=name, x=x, l=held), writes=name)
+
+    def called(self) -> bool:
+        """A layer that is run in another way than by its name, in brackets."""
+        x, d, name = self.value(), self.dims, f"v{len(self.text.lines)}"
+        n = self.channels(x)
+        held = self.hold(self.one(f"nn.Conv{d}d({n}, {n + 1}, 1)", f"nn.BatchNorm{d}d({n})"))
+        return self.step(self.one(*CALLED).format(v=name, x=x, l=held, d=d + 2), writes=name)
+
+    def by_a_method(self) -> bool:
+        """A layer that another method or property runs or gives."""
+        x, d = self.value(), self.dims
+        n, name = self.channels(x), f"m{len(self.text.methods)}"
+        held = self.hold(self.one(f"nn.Conv{d}d({n}, {n + 1}, 1)", f"nn.BatchNorm{d}d({n})"))
+        self.text.methods.append(self.one(*METHODS).format(m=name, l=held))
+        return self.step(f"self.{name}({x})")
+
     def by_a_setting(self) -> bool:
         return self.step(f"{self.value()} * {self.setting(2.0, 3.0)}")
 
@@ -372,7 +405,8 @@ class Writer:
             self.norm, self.scale, self.pool, self.pad, self.nothing, self.curve, self.total, self.total, self.total,
             self.stacked, self.part, self.in_place, self.again, self.block, self.norm_of_each, self.linear, self.linear,
             self.moved, self.moved, self.scale_of_last, self.picked, self.perhaps, self.early, self.in_turn,
-            self.by_a_setting,
+            self.by_a_setting, self.sized, self.sized, self.branches, self.branches, self.called, self.called,
+            self.by_a_method,
         ]  # fmt: skip
         for _ in range(steps):
             self.one(*kinds)()
@@ -401,7 +435,22 @@ def _written(
         text.result = draw(st.sampled_from(["({},)", "{{'out': [{}]}}"])).format(", ".join(given))
     else:
         text.result = last
+    if name == "Net" and draw(st.booleans()):
+        text.methods.append(_cut_short(draw, text))
     return text, writer.peak
+
+
+def _cut_short(draw: Any, text: Text) -> str:
+    """Another forward: the first lines of the one that there is, and a value that there is by then."""
+    count = draw(st.integers(1, max(1, len(text.lines))))
+    lines = text.lines[:count]
+    made = [name for name in text.values if name in text.arguments or any(_gives(line, name) for line in lines)]
+    body = textwrap.indent("\n".join((*lines, f"return {draw(st.sampled_from(made))}")), " " * 4)
+    return f"def forward_some(self, {text.given()}):\n{body}"
+
+
+def _gives(line: str, name: str) -> bool:
+    return bool(re.search(rf"^{name} =", line, re.MULTILINE))
 
 
 @st.composite
@@ -422,4 +471,5 @@ def programs(draw: Any, steps: int = 12) -> Program:
     text, peak = _written(draw, "Net", dims, inputs, draw(st.integers(1, steps)), blocks)
     whole = "\n\n\n".join((HELPERS, *map(str, (*blocks, text))))
     settings = [(one.name, name, later) for one in (*blocks, text) for name, (_, later) in one.settings.items()]
-    return Program(whole, seed, shapes, peak, settings, text.flags)
+    others = ["forward_some"] if "forward_some" in whole else []
+    return Program(whole, seed, shapes, peak, settings, text.flags, others)

@@ -20,13 +20,13 @@ TOLD = object()
 EXACT = 1e-11  # of the largest value on the way
 
 
-def ran(model, inputs, **flags):
+def ran(model, inputs, method="forward", **flags):
     """All outputs, and the inputs as they are afterwards; None if the model takes no such inputs, or says that it was
     not made for what it is set to, or given."""
     given_ = [x.clone() for x in inputs]
     try:
         with torch.no_grad():
-            found = model(*given_, **flags)
+            found = (model if method == "forward" else getattr(model, method))(*given_, **flags)
     except ValueError as error:
         return TOLD if "reparameterized for" in str(error) else None
     except RuntimeError:
@@ -84,6 +84,11 @@ def check(program: Program) -> int:
             before, after = (ran(copy.deepcopy(one), inputs, **{flag: True}) for one in (model, deploy))
             if before is not None and after is not TOLD:
                 assert after is not None, f"{flag}=True: the deploy model takes less than the original"
+                compare(program, plan, before, after)
+        for method in program.others:
+            before, after = (ran(copy.deepcopy(one), inputs, method) for one in (model, deploy))
+            if before is not None and after is not TOLD:
+                assert after is not None, f"{method}: the deploy model takes less than the original"
                 compare(program, plan, before, after)
     after = model.state_dict()
     assert after.keys() == state.keys()
