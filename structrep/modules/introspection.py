@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from structrep.modules.call_sites import function_of
+from structrep.modules.mentions import STORES
 from structrep.modules.positions import definition, definition_around, place_around
 from structrep.modules.source import asked_of_names, attribute_of, functions, syntax
 
@@ -31,6 +32,7 @@ MODULES = {
 TENSORS = frozenset({"parameters", "named_parameters", "buffers", "named_buffers"})
 BY_NAME = "get_submodule"
 GEOMETRY = frozenset({"stride", "padding", "kernel_size", "dilation", "groups", "padding_mode"})
+_TELL = {"str", "repr", "format", "vars", "dir"}  # all that there is in what they are given
 _OF_TYPES = {"type": TYPE, "isinstance": CLASS}
 _EACH = {"map", "filter"}
 _INSIDE = {"values", "items"}
@@ -188,6 +190,8 @@ def _own(function: FunctionType, place: int) -> _Own:
     run = {node.func for node in nodes if isinstance(node, ast.Call)}
     for node in nodes:
         line = getattr(node, "lineno", 0)
+        if (told := _tells(node)) is not None and (names := _names(told, others)) is not None:
+            asked.append(Ask((*names, "*"), WHAT, file, line))
         if isinstance(node, ast.Attribute) and not isinstance(parents.get(node), ast.Attribute):
             names = _names(node, others) or ()
             last = names[-1] if names else None
@@ -196,6 +200,9 @@ def _own(function: FunctionType, place: int) -> _Own:
                     asked.append(Ask((*names[:-1], "*"), FIRST, file, line))
                 elif not _only_runs(parents[node], parents, nodes):
                     asked.append(Ask((*names[:-1], MODULES.get(str(last), "*")), WHAT, file, line))
+            elif (all_of := _stored(names)) is not None:
+                if not (node in run and (last == "get" or _only_runs(parents[node], parents, nodes))):
+                    asked.append(Ask((*all_of, "*"), WHAT, file, line))
             elif len(names) == 1:
                 named.add(str(last))
             elif names and not (node in run and last == "forward"):
@@ -217,6 +224,7 @@ def _own(function: FunctionType, place: int) -> _Own:
                     picks.append(line)
             else:
                 hands += _receivers(node, others, itself, plain)
+                asked += [Ask(way, name, file, line) for way, name in _got(node, others)]
         elif isinstance(node, ast.Match):
             given, what = [node.subject], CLASS
         for one in given:
@@ -256,6 +264,8 @@ def _in_eval(tree: ast.AST, itself: str) -> Iterator[ast.AST]:
         node = pending.pop(0)
         yield node
         skipped: list[ast.AST] = []
+        if isinstance(node, ast.Raise):
+            skipped = list(ast.iter_child_nodes(node))  # what an error says is no answer
         if isinstance(node, (ast.If, ast.IfExp)):
             test = node.test
             if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not) and _is_mode(test.operand, itself):
@@ -278,6 +288,31 @@ def _gets(call: ast.Call, itself: str) -> bool:
     """Whether a call is `getattr(self, ...)`."""
     plain = isinstance(call.func, ast.Name) and call.func.id == "getattr" and len(call.args) > 1
     return plain and isinstance(call.args[0], ast.Name) and call.args[0].id == itself
+
+
+def _got(call: ast.Call, others: dict[str, Names]) -> Iterator[tuple[Names, str]]:
+    """What `getattr(self.part, ...)` asks a part for, by a name that is written there."""
+    plain = isinstance(call.func, ast.Name) and call.func.id == "getattr" and len(call.args) > 1
+    names = _names(call.args[0], others) if plain else None
+    name = str(getattr(call.args[1], "value", "")) if names else ""
+    if names and name:
+        walks = name in MODULES or name in TENSORS or name in STORES
+        yield ((*names, "*"), WHAT) if walks else (names, name)
+
+
+def _tells(node: ast.AST) -> ast.expr | None:
+    """What a text is made of that shows all that there is in it: `str(self.part)`, `f"{self}"`."""
+    if isinstance(node, ast.FormattedValue):
+        return node.value
+    named = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _TELL
+    return node.args[0] if isinstance(node, ast.Call) and named and node.args else None
+
+
+def _stored(names: Names) -> Names | None:
+    """The way to what code asks for all that it has: `self.part._modules.values()`; None if it does not."""
+    first = next((place for place, name in enumerate(names) if name in STORES), len(names))
+    entries = first + 1 == len(names) and names[first:] != ("__dict__",)  # of which one is picked, or looked for
+    return None if first == len(names) or entries else names[:first]
 
 
 def beginning(name: ast.expr) -> str:

@@ -6,6 +6,8 @@ import contextlib
 from collections.abc import Set
 from typing import TypeAlias
 
+from torch import fx
+
 from structrep.errors import ExampleOnly, Refusal, Unreadable
 from structrep.graph.calls import Call, Introspection, Traced, site
 from structrep.graph.facts import CALL
@@ -18,6 +20,7 @@ from structrep.modules.uses import Use
 from structrep.rewrite.edit import Edit
 from structrep.rewrite.forward import Forward, written_anew
 from structrep.rewrite.leftovers import Leftovers
+from structrep.rewrite.node_changes import NodeChanges
 from structrep.rewrite.placement import Placement, all_nodes
 from structrep.rewrite.slot import Slot, is_asked_for, slot
 from structrep.rewrite.units import units
@@ -68,8 +71,7 @@ class Rewriter:
         """The merges that another forward of the module runs by its own text, with the reasons, if this one does
         otherwise now."""
         failed: dict[Merge, Refusal] = {}
-        written = {root for root, (call, _) in placement.changes.units.items() if call is owner}
-        written -= placement.changes.refilled.keys()
+        written = _texts_in(placement.changes, owner) - placement.changes.refilled.keys()
         for merge in placement.owned[owner] if made.does_otherwise else ():
             if written.isdisjoint(all_nodes(merge)):
                 continue
@@ -97,7 +99,8 @@ class Rewriter:
             return None
         changes, misuses = placement.changes, list[Use]()
         for merge in placement.owned[owner]:
-            if any(unit.module is not None for unit in units(merge)):  # which is another one on all paths
+            elsewhere = _texts_in(changes, owner).isdisjoint(merge.nodes)
+            if elsewhere or any(unit.module is not None for unit in units(merge)):  # which is another one on all paths
                 risks = self.untaken.risks(merge)
                 if any(next(call.homes()) is owner for call in risks.guarded):
                     return None
@@ -149,3 +152,8 @@ class Rewriter:
                 if next(call.homes()) in inside:
                     where = f"line {use.line} of {use.code.co_filename}"
                     raise Unreadable(f"{where} may use what is merged otherwise, and what that hangs on is not known")
+
+
+def _texts_in(changes: NodeChanges, owner: Call) -> set[fx.Node]:
+    """The nodes that text of a call's own gives, and that change."""
+    return {root for root, (call, _) in changes.units.items() if call is owner}

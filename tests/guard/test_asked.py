@@ -555,3 +555,96 @@ class Asking(nn.Module):
 @pytest.mark.parametrize("how", ["alias", "property", "children", "parameters", "helper", "getattr", "match"])
 def test_questions_asked_in_passing(how):
     check(Asking(how), X, merges=0, refused="Shared", within=SAME)
+
+
+class Summed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.n, self.b = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x):
+        return (self.n(self.a(x)) + self.b(x)).relu()
+
+    @property
+    def size(self):
+        return sum(one.numel() for one in self.parameters())
+
+
+class Chained(Summed):
+    def forward(self, x):
+        return self.n(self.a(x)).relu()
+
+
+class AsksLater(nn.Module):
+    """On a path that is not taken it asks a part, which merges by itself, for all that it holds."""
+
+    def __init__(self, part):
+        super().__init__()
+        self.part, self.low = part, False
+
+    def forward(self, x):
+        y = self.part(x)
+        return y * self.ask() if self.low else y
+
+
+class AsksForText(AsksLater):
+    def ask(self):
+        return len(str(self.part))
+
+
+class AsksForShownText(AsksLater):
+    def ask(self):
+        return len(f"{self.part}")
+
+
+class AsksForStored(AsksLater):
+    def ask(self):
+        return sum(p.numel() for one in self.part._modules.values() if one is not None for p in one.parameters())
+
+
+class AsksForItsDict(AsksLater):
+    def ask(self):
+        return len([one for one in self.part.__dict__["_modules"].values() if one is not None])
+
+
+class AsksByName(AsksLater):
+    def ask(self):
+        return getattr(self.part, "size")  # noqa: B009
+
+
+class AsksForParameters(AsksLater):
+    def ask(self):
+        return len(list(self.part.parameters()))
+
+
+class ShowsItself(AsksLater):
+    def ask(self):
+        return len(str(self))
+
+
+@pytest.mark.parametrize("part", [Summed, Chained])
+@pytest.mark.parametrize("kind", [AsksForText, AsksForShownText, AsksForStored, AsksForItsDict, AsksByName,
+                                  AsksForParameters, ShowsItself])  # fmt: skip
+def test_a_path_that_is_not_taken_and_asks_a_part_for_all_that_it_holds_is_guarded(kind, part):
+    model, x = settled(kind(part())), X
+    deploy = structrep.reparameterize(model, x)
+    assert relative_error(deploy(x), model(x)) < EXACT
+    assert len(list(deploy.part.parameters())) < len(list(model.part.parameters()))
+    deploy.low = True
+    with pytest.raises(ValueError, match="low"):
+        deploy(x)
+
+
+class Complains(AsksLater):
+    """What an error says is no answer."""
+
+    def forward(self, x):
+        if self.low:
+            raise RuntimeError(f"{self.part} is too low")
+        return self.part(x)
+
+
+def test_an_error_that_shows_a_part_asks_nothing():
+    plan = structrep.plan(settled(Complains(Summed())), X)
+    assert [merge.edit for merge in plan.merges] == ["edit"]
+    assert "Complains" not in plan.diff()
