@@ -164,12 +164,12 @@ class Replicas:
                     raise Shared(f"{path}, or what it is computed of, is of use elsewhere too")
 
     def _needed(self, tensor: Tensor | None, inside: set[fx.Node]) -> bool:
-        """Whether a constant made of a tensor is of use to a node that stays."""
+        """Whether a constant made of a tensor is of use to a node that stays; later calls do as the first does."""
         for trace_ in self.traced.traces:
             for node in trace_.graph.find_nodes(op="get_attr"):
                 formula = FORMULA.get(node)
                 made = formula.tensors if formula else (VALUE.get(node),)
-                if any(one is tensor for one in made) and _stays(node, inside):
+                if any(one is tensor for one in made) and not self.repeats(node) and _stays(node, inside):
                     return True
         return False
 
@@ -203,12 +203,23 @@ def written_in_forwards(nodes: Iterable[fx.Node]) -> set[tuple[str, str]]:
     return {site(next(CALL.of(n).homes())) for n in nodes if n.op != "call_module" or ASSIGNED.of(n)}
 
 
+def _constant(node: fx.Node) -> str:
+    """What tells a constant from others: its name, or how it was computed, and its numbers, if that is done at every
+    call: `self.conv.bias.view(1, -1, 1, 1)`."""
+    formula, value = FORMULA.get(node), VALUE.get(node)
+    if not formula or not isinstance(value, Tensor) or value.is_meta:
+        return f"={node.target}"
+    numbers = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    made = (sorted(formula.calls), [id(tensor) for tensor in formula.tensors], value.dtype, value.shape)
+    return f"={made} {hash(numbers)}"
+
+
 def _marks(call: Call) -> Iterator[object]:
     """What a call was given, did and gave, values numbered in order of appearance: equal programs give equal marks."""
     numbers: dict[fx.Node, str] = {}
 
     def mark(value: fx.Node) -> str:
-        return f"={value.target}" if value.op == "get_attr" else numbers.setdefault(value, f"%{len(numbers)}")
+        return _constant(value) if value.op == "get_attr" else numbers.setdefault(value, f"%{len(numbers)}")
 
     def structure(value: Any) -> Any:
         if isinstance(value, fx.Proxy):

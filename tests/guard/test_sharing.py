@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import structrep
-from tests.support.models import Written, bn, conv, noise, randomised
-from tests.support.truth import EXACT, call, check, equal, relative_error, says
+from tests.support.models import Written, bn, conv, noise, randomised, settled
+from tests.support.truth import CLOSE, EXACT, call, check, equal, relative_error, says
 
 X, TINY = noise(2, 4, 5, 6), noise(1, 4, 1, 1)
 
@@ -408,3 +408,50 @@ class Reordered(nn.Module):
 
 def test_calls_that_differ_in_their_result():
     check(Reordered(), X, merges=0, refused="Shared")
+
+
+class Bordered(nn.Module):
+    """A border of its first layer's bias, which is computed at every call (FMEN's blocks)."""
+
+    def __init__(self):
+        super().__init__()
+        self.wide, self.conv, self.back = nn.Conv2d(4, 6, 1), nn.Conv2d(6, 6, 3), nn.Conv2d(6, 4, 1)
+
+    def forward(self, x, border=1.0):
+        y = self.wide(x)
+        bias = self.wide.bias.view(1, -1, 1, 1) * border
+        padded = F.pad(y, (1, 1, 1, 1))
+        padded[:, :, :1] = bias
+        padded[:, :, -1:] = bias
+        padded[:, :, :, :1] = bias
+        padded[:, :, :, -1:] = bias
+        return self.back(self.conv(padded) + y) + x
+
+
+class CalledTwice(nn.Module):
+    def __init__(self, borders):
+        super().__init__()
+        self.part, self.borders = Bordered(), borders
+
+    def forward(self, x):
+        for border in self.borders:
+            x = self.part(x, border).relu()
+        return x
+
+
+class UsedBeside(CalledTwice):
+    def forward(self, x):
+        return super().forward(x) * self.part.wide.bias.mean()
+
+
+@pytest.mark.parametrize(
+    ("model", "merges"),
+    [(CalledTwice((1.0,)), 1), (CalledTwice((1.0, 1.0)), 1), (CalledTwice((1.0, 2.0)), 0), (UsedBeside((1.0, 1.0)), 0)],
+)
+@pytest.mark.filterwarnings("ignore::structrep.NothingMerged")
+def test_constants_that_each_call_computes_anew(model, merges):
+    model = settled(model)
+    x = noise(2, 4, 6, 7)
+    deploy = structrep.reparameterize(model, x)
+    assert relative_error(deploy(x), model(x)) < CLOSE
+    assert (sum(isinstance(one, nn.Conv2d) for one in deploy.modules()) == 1) == bool(merges)
