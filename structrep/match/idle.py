@@ -54,7 +54,7 @@ def identities(
     """The activations that give what they are given, in no merge, and of which neither side is written to."""
     for node in nodes:
         reading = readings.get(node)
-        if node in taken or not isinstance(reading, (Layer, Identity)) or reading.source is None or not _is_curve(node):
+        if node in taken or not isinstance(reading, (Layer, Identity)) or reading.source is None or not is_curve(node):
             continue
         same = aliases(reading.source) | aliases(node)
         given = any(one.op == "placeholder" for one in same)  # nobody is to get back what they gave
@@ -65,7 +65,8 @@ def identities(
             yield found
 
 
-def _is_curve(node: fx.Node) -> bool:
+def is_curve(node: fx.Node) -> bool:
+    """Whether a node is an activation that may be of slope 1."""
     return isinstance(CALL.of(node).module, _CURVES) if node.op == "call_module" else node.target in _CURVE_FUNCTIONS
 
 

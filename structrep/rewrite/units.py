@@ -15,6 +15,7 @@ from structrep.graph.calls import Call
 from structrep.graph.facts import CALL, VALUE
 from structrep.graph.queries import asks_dtype, counts_sizes, only_asserted
 from structrep.graph.structures import proxies
+from structrep.match.idle import is_curve
 from structrep.match.merge import Merge, together
 from structrep.match.stretch import Segment, Stretch
 from structrep.modules.parametrized import computed, hooks
@@ -79,8 +80,9 @@ def fallen(merges: Sequence[Merge], failed: Mapping[Merge, Refusal]) -> dict[Mer
 
 
 def _stays(segment: Segment) -> bool:
-    """Whether a segment does nothing to its value, and may go on doing so."""
-    return segment.term.op == "one" or (segment.term.layer is not None and segment.term.layer.kind == "view")
+    """Whether a segment does nothing to its value, and may go on doing so; an activation need not be run for that."""
+    same = segment.term.op == "one" and not any(map(is_curve, segment.nodes))
+    return same or (segment.term.layer is not None and segment.term.layer.kind == "view")
 
 
 def _block_at(segments: list[Segment]) -> tuple[Call | None, int]:

@@ -170,3 +170,24 @@ def test_a_slope_that_is_set_later_is_guarded():
     deploy.slope = 0.5
     with pytest.raises(ValueError, match="slope"):
         deploy(X)
+
+
+@pytest.mark.parametrize(
+    "act", [lambda: nn.LeakyReLU(1.0), lambda: nn.LeakyReLU(1.0, inplace=True), lambda: lambda x: F.leaky_relu(x, 1.0)]
+)
+def test_an_activation_of_slope_1_within_a_merge_is_not_run(act):
+    class Between(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.act = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 3), act()
+
+        def forward(self, x):
+            return self.second(self.act(self.first(x))).relu()
+
+    model = settled(Between())
+    for inputs in ((), (X,)):
+        plan = structrep.plan(model, *inputs)
+        assert len(plan.merges) == 1, plan
+        deploy = plan.apply()
+        assert relative_error(deploy(X), model(X)) < 1e-12
+        assert not structrep.plan(deploy, *inputs).merges
