@@ -99,14 +99,12 @@ class Rewriter:
             return None
         changes, misuses = placement.changes, list[Use]()
         for merge in placement.owned[owner]:
+            risks, swaps = self.untaken.risks(merge), any(unit.module is not None for unit in units(merge))
             elsewhere = _texts_in(changes, owner).isdisjoint(merge.nodes)
-            if elsewhere or any(unit.module is not None for unit in units(merge)):  # which is another one on all paths
-                risks = self.untaken.risks(merge)
-                if any(next(call.homes()) is owner for call in risks.guarded):
-                    return None
-                misuses += [
-                    use for call, found in risks.misuses.items() if next(call.homes()) is owner for use in found
-                ]
+            if (swaps or elsewhere) and any(next(call.homes()) is owner for call in risks.guarded):
+                return None
+            for call, found in risks.misuses.items() if swaps else ():  # which is another one on all paths
+                misuses += found if next(call.homes()) is owner else ()
         asked = self._asked(placement, owner)
         nodes = [node for node in owner.nodes() if next(CALL.of(node).homes()) is owner]
         try:
