@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from numbers import Integral
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -76,6 +76,11 @@ class Pad(nn.Module):
         self.crop = [min(side, 0) for side in flat]
         self.mode = PAD_MODES[padding_mode]
 
+    @property
+    def pads(self) -> Pads:
+        flat = [g + c for g, c in zip(self.grow, self.crop, strict=True)]
+        return tuple(zip(flat[-2::-2], flat[::-2], strict=True))
+
     def forward(self, x: Tensor) -> Tensor:
         if any(self.grow):
             x = F.pad(x, self.grow, self.mode)
@@ -85,6 +90,39 @@ class Pad(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{[g + c for g, c in zip(self.grow, self.crop, strict=True)]}, mode={self.mode!r}"
+
+
+class Reading(NamedTuple):
+    """How the kernels of a block read their input, as the arguments of a conv say it."""
+
+    in_channels: int
+    out_channels: int
+    kernel_size: Ints
+    stride: Ints
+    pads: Pads
+    dilation: Ints
+    groups: int
+    padding_mode: str
+
+    @property
+    def pointwise(self) -> bool:
+        return max(self.kernel_size) == 1
+
+    @property
+    def depthwise(self) -> bool:
+        return self.groups == self.in_channels
+
+    @property
+    def taps(self) -> Iterator[Ints]:
+        """Per spatial dim, the kernel's size, the stride and the dilation."""
+        return zip(self.kernel_size, self.stride, self.dilation, strict=True)
+
+    def outputs(self, x: Tensor) -> int:
+        """How many pixels an image's output has."""
+        count = 1
+        for size, k, stride, (lo, hi) in zip(x.shape[2:], self.kernel_size, self.stride, self.pads, strict=True):
+            count *= (size + lo + hi - k) // stride + 1
+        return count
 
 
 class ConvBlock(nn.Module):
@@ -152,6 +190,13 @@ class ConvBlock(nn.Module):
         return tuple((lo - d * (k // 2), hi - d * (k - 1 - k // 2)) for (lo, hi), d, k in taps)
 
     @property
+    def reading(self) -> Reading:
+        return Reading(
+            self.in_channels, self.out_channels, self.kernel_size, self.stride, self.pads, self.dilation, self.groups,
+            self.padding_mode,
+        )  # fmt: skip
+
+    @property
     def keeps_shape(self) -> bool:
         """Whether the output has the shape of the input, each pixel where it was."""
         same = self.in_channels == self.out_channels and self.stride == (1,) * self.dims
@@ -183,51 +228,6 @@ class ConvBlock(nn.Module):
             bias=False, padding_mode=self.padding_mode, **factory,
         )  # fmt: skip
         return nn.Sequential(OrderedDict(**pad, conv=conv, norm=self.norm(**factory)))
-
-
-class NormedBlock(ConvBlock):
-    """A block that adds branches, each with a norm at its end, one of which is a conv of all taps and a norm."""
-
-    own_norms = True
-
-    @property
-    def main(self) -> nn.Sequential:
-        """The branch that has all taps."""
-        raise NotImplementedError
-
-    def start_as(self, weight: Tensor, bias: Tensor | None, norm: nn.Module | None = None) -> None:
-        """See `ConvBlock.start_as`: the branch with all taps becomes the conv and its norm. The norms at the ends of
-        the others start at zero, as the last norm of a residual branch may (arXiv:1706.02677, section 5.1).
-
-        Raises:
-            ValueError: no norm is given.
-        """
-        if norm is None:
-            raise ValueError(f"{type(self).__name__} has norms on its branches, and no norm stands behind the conv")
-        main: Any = self.main
-        with torch.no_grad():
-            main.conv.weight.copy_(weight)
-            take_over(main.norm, norm, bias)
-            for branch in self._branches():
-                last = [part for part in branch.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)][-1]
-                last.momentum = main.norm.momentum
-                if branch is not main:
-                    nn.init.zeros_(last.weight)
-                    nn.init.zeros_(last.bias)
-
-    def _branches(self) -> Iterable[nn.Module]:
-        for child in self.children():
-            yield from child.children() if isinstance(child, nn.ModuleList) else (child,)
-
-
-def take_over(own: Any, norm: Any, bias: Tensor | None) -> None:
-    """Make a norm what another is behind a conv with a bias."""
-    own.eps, own.momentum = norm.eps, norm.momentum
-    nn.init.ones_(own.weight) if norm.weight is None else own.weight.copy_(norm.weight)
-    nn.init.zeros_(own.bias) if norm.bias is None else own.bias.copy_(norm.bias)
-    own.running_mean.copy_(norm.running_mean if bias is None else norm.running_mean - bias)
-    own.running_var.copy_(norm.running_var)
-    own.num_batches_tracked.copy_(norm.num_batches_tracked)
 
 
 class ComputedConv(ConvBlock):

@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from structrep.blocks._geometry import Device, NormedBlock, Size
+from structrep.blocks._geometry import Device, Size
+from structrep.blocks.normed import NormedBlock
 
 
 class ACBlock2d(NormedBlock):

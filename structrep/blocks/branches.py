@@ -6,10 +6,17 @@ import torch
 from torch import Tensor, nn
 
 from structrep.blocks._geometry import Device
+from structrep.blocks.online import common_reading, merged_first, sum_of
 
 
 class Branches(nn.Module):
     """The sum of what some modules make of one input, whatever its shape: all have to give one shape.
+
+    Where each is a norm, or a convolution and a norm, as in RepGhost or a block of a network of one's own, they can be
+    merged before they are run, while they train.
+
+    Args:
+        online: whether they are: None where that takes less time, True wherever it can be done, False never.
 
     Raises:
         ValueError: there are no branches.
@@ -19,17 +26,29 @@ class Branches(nn.Module):
         torch.Size([1, 16, 6, 6])
     """
 
-    def __init__(self, *branches: nn.Module) -> None:
+    def __init__(self, *branches: nn.Module, online: bool | None = None) -> None:
         super().__init__()
         if not branches:
             raise ValueError("there are no branches to add: give at least one module")
         self.branches = nn.ModuleList(branches)
+        self.online = online
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            composed = self.composed(x)
+            if composed is not None:
+                return composed
         y: Tensor = self.branches[0](x)
         for branch in self.branches[1:]:
             y = y + branch(x)
         return y
+
+    def composed(self, x: Tensor) -> Tensor | None:
+        """See `NormedBlock.composed`."""
+        modules = list(self.branches)
+        reading = None if self.online is False else common_reading(modules)
+        branches = None if reading is None else merged_first(modules, reading, x, self.online)
+        return None if reading is None or branches is None else sum_of(branches, reading, x)
 
 
 class LearnableAffine(nn.Module):

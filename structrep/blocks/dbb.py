@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from structrep.blocks._geometry import CONV, POOL, Device, NormedBlock, Pads, Size
+from structrep.blocks._geometry import CONV, POOL, Device, Pads, Size
+from structrep.blocks.normed import NormedBlock
 
 
 class NormPad(nn.Module):

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from structrep.blocks._geometry import Device, NormedBlock, Size, require_at_least
+from structrep.blocks._geometry import Device, Size, require_at_least
+from structrep.blocks.normed import NormedBlock
 
 
 class _MobileOneBlock(NormedBlock):
@@ -23,6 +24,9 @@ class _MobileOneBlock(NormedBlock):
 
     Args:
         branches: how many there are of all taps.
+        online: whether the branches are merged before they are run, while they train: the same outputs, gradients and
+            running statistics, from the moments of the input. None where that takes less time, by count; True wherever
+            it can be done; False never.
 
     Raises:
         ValueError: arguments that `nn.Conv{n}d` could not work with; fewer than one branch; a complex dtype.
@@ -37,10 +41,11 @@ class _MobileOneBlock(NormedBlock):
         self, in_channels: int, out_channels: int, kernel_size: Size, stride: Size = 1,
         padding: Size | str = 0, dilation: Size = 1, groups: int = 1, bias: bool = True,
         padding_mode: str = "zeros", device: Device = None, dtype: torch.dtype | None = None,
-        *, branches: int = 4,
+        *, branches: int = 4, online: bool | None = None,
     ) -> None:  # fmt: skip
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode)
         require_at_least(1, branches=branches)
+        self.online = online
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.dense = nn.ModuleList(self.branch(self.kernel_size, **factory) for _ in range(branches))
         self.point: nn.Module | None = None
@@ -56,6 +61,10 @@ class _MobileOneBlock(NormedBlock):
         return main  # type: ignore[no-any-return]
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            composed = self.composed(x)
+            if composed is not None:
+                return composed
         y: Tensor = sum(branch(x) for branch in self.dense)
         if self.point is not None:
             y = y + self.point(x)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from structrep.blocks._geometry import CONV, POOL, ConvBlock, Device, Size
+from structrep.blocks.online import Composition, full_precision, merged_first, watched
 
 
 class _QARepVGGBlock(ConvBlock):
@@ -23,6 +24,9 @@ class _QARepVGGBlock(ConvBlock):
 
     Args:
         pool: add an average pool of the kernel's size, undilated, as YOLOv6 does (arXiv:2209.02976).
+        online: whether the branches are merged before they are run, while they train: the same outputs, gradients and
+            running statistics, from the moments of the input. None where that takes less time, by count; True wherever
+            it can be done; False never.
 
     Raises:
         ValueError: arguments that `nn.Conv{n}d` could not work with; with `pool`, channels that differ, a stride, or a
@@ -38,9 +42,10 @@ class _QARepVGGBlock(ConvBlock):
         self, in_channels: int, out_channels: int, kernel_size: Size, stride: Size = 1,
         padding: Size | str = 0, dilation: Size = 1, groups: int = 1, bias: bool = True,
         padding_mode: str = "zeros", device: Device = None, dtype: torch.dtype | None = None,
-        *, pool: bool = False,
+        *, pool: bool = False, online: bool | None = None,
     ) -> None:  # fmt: skip
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode)
+        self.online = online
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.dense = self.branch(self.kernel_size, **factory)
         pad, padding_ = self.padded(self.centre_pads)
@@ -65,12 +70,33 @@ class _QARepVGGBlock(ConvBlock):
         self.after = self.norm(**factory)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            composed = self.composed(x)
+            if composed is not None:
+                return composed
         y: Tensor = self.dense(x) + self.point(x)
         if self.keeps_shape:
             y = y + x
         if self.pool is not None:
             y = y + self.pool(x)
         return self.after(y)  # type: ignore[no-any-return]
+
+    def composed(self, x: Tensor) -> Tensor | None:
+        """See `NormedBlock.composed`."""
+        branches = merged_first((self.dense, self.point), self.reading, x, self.online, [self.after])
+        if branches is None or (self.pool is not None and watched(self.pool)):
+            return None
+        made = Composition(x, self.reading)
+        dense, point = branches
+        with full_precision(x):
+            kernel, bias = made.normed_branches([dense])
+            kernel = kernel + made.kernel(point)
+            if self.keeps_shape:
+                kernel = kernel + made.identity()
+            if self.pool is not None:
+                kernel = kernel + made.average()
+            kernel, bias = made.normed([*kernel], [self.after], bias)
+        return made.convolved(kernel[0], bias[0])
 
 
 class QARepVGGBlock1d(_QARepVGGBlock):

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from structrep.blocks._geometry import CONV, Device, NormedBlock, Size, require_at_least
+from structrep.blocks._geometry import CONV, Device, Size, require_at_least
+from structrep.blocks.normed import NormedBlock
 
 # UniRepLKNet, table 1 of its code: (kernel, dilation) of the branches beside a depthwise K×K
 DILATED = {

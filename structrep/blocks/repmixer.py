@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from structrep.blocks._geometry import ConvBlock, Device, Size
+from structrep.blocks.online import Composition, full_precision, merged_first
 
 
 class RepMixer2d(ConvBlock):
@@ -22,6 +23,9 @@ class RepMixer2d(ConvBlock):
 
     Args:
         layer_scale: what `scale`, (I, 1, 1), starts from; None leaves it out.
+        online: whether the branches are merged before they are run, while they train: the same outputs, gradients and
+            running statistics, from the moments of the input. None where that takes less time, by count; True wherever
+            it can be done; False never.
 
     Raises:
         ValueError: arguments that `nn.Conv2d` could not work with; the block would not keep its shape; a complex dtype.
@@ -38,11 +42,12 @@ class RepMixer2d(ConvBlock):
         self, in_channels: int, out_channels: int, kernel_size: Size, stride: Size = 1,
         padding: Size | str = 0, dilation: Size = 1, groups: int = 1, bias: bool = True,
         padding_mode: str = "zeros", device: Device = None, dtype: torch.dtype | None = None,
-        *, layer_scale: float | None = 1e-5,
+        *, layer_scale: float | None = 1e-5, online: bool | None = None,
     ) -> None:  # fmt: skip
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode)
         if not self.keeps_shape:
             raise ValueError("a token mixer adds to its input: give equal channels, stride 1, and padding='same'")
+        self.online = online
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.dense = self.branch(self.kernel_size, **factory)
         self.point = self.branch((1, 1), **factory)
@@ -52,5 +57,23 @@ class RepMixer2d(ConvBlock):
             self.scale = nn.Parameter(torch.full((in_channels, 1, 1), layer_scale, **factory))
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            composed = self.composed(x)
+            if composed is not None:
+                return composed
         y: Tensor = self.dense(x) + self.point(x) + self.skip(x) - self.minus(x)
         return x + (y if self.scale is None else self.scale * y)
+
+    def composed(self, x: Tensor) -> Tensor | None:
+        """See `NormedBlock.composed`."""
+        branches = merged_first((self.dense, self.point, self.skip, self.minus), self.reading, x, self.online)
+        if branches is None:
+            return None
+        made = Composition(x, self.reading)
+        with full_precision(x):
+            kernels, biases = made.normed_branches(branches)
+            kernel, bias = kernels[:3].sum(0) - kernels[3], biases[:3].sum(0) - biases[3]
+            if self.scale is not None:
+                kernel, bias = self.scale.flatten(1) * kernel, self.scale.flatten() * bias
+            kernel = kernel + made.identity()
+        return made.convolved(kernel, bias)

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from structrep.blocks._geometry import CONV, ConvBlock, Device, Size, take_over
+from structrep.blocks._geometry import CONV, ConvBlock, Device, Size
+from structrep.blocks.normed import take_over
 
 
 class _CSLABlock(ConvBlock):

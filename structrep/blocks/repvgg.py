@@ -7,7 +7,8 @@ from collections import OrderedDict
 import torch
 from torch import Tensor, nn
 
-from structrep.blocks._geometry import Device, NormedBlock, Pad, Size
+from structrep.blocks._geometry import Device, Pad, Size
+from structrep.blocks.normed import NormedBlock
 
 
 class _RepVGGBlock(NormedBlock):
@@ -24,6 +25,11 @@ class _RepVGGBlock(NormedBlock):
     The convs have no bias: `bias` is accepted so that the block drops in, and the norms supply one either
     way.
 
+    Args:
+        online: whether the branches are merged before they are run, while they train: the same outputs, gradients and
+            running statistics, from the moments of the input. None where that takes less time, by count; True wherever
+            it can be done; False never.
+
     Raises:
         ValueError: arguments that `nn.Conv{n}d` could not work with; a complex dtype.
 
@@ -37,8 +43,10 @@ class _RepVGGBlock(NormedBlock):
         self, in_channels: int, out_channels: int, kernel_size: Size, stride: Size = 1,
         padding: Size | str = 0, dilation: Size = 1, groups: int = 1, bias: bool = True,
         padding_mode: str = "zeros", device: Device = None, dtype: torch.dtype | None = None,
+        *, online: bool | None = None,
     ) -> None:  # fmt: skip
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode)
+        self.online = online
         ones = (1,) * self.dims
         self.dense = self.branch(self.kernel_size, device=device, dtype=dtype)
         self.point: nn.Module | None = None
@@ -56,6 +64,10 @@ class _RepVGGBlock(NormedBlock):
         return self.dense
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            composed = self.composed(x)
+            if composed is not None:
+                return composed
         y: Tensor = self.dense(x)
         if self.point is not None:
             y = y + self.point(x)
