@@ -10,7 +10,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 import structrep
-from tests.needs.distributed.training import ACCUMULATED, OPTIONS, Plain, batch, even, expanded, loss_of, train
+from tests.needs.distributed.training import ACCUMULATED, OPTIONS, Plain, batch, even, expanded, loss_of, merged_first, train
 from tests.support import ROOT
 from tests.support.truth import EXACT, relative_error
 
@@ -154,3 +154,17 @@ def test_sharded_in_bfloat16(folder):
         ratios[block] = float(torch.linalg.norm(got - truth) / torch.linalg.norm(off - truth))
     assert not too_large(ratios, 1.5)
     assert min(ratios.values()) > 0.5, "it was in bfloat16"
+
+
+@needs_shards
+def test_branches_merged_first_have_the_norms_of_all_processes(tmp_path):
+    run("merged", tmp_path, 2)
+    found, one = torch.load(tmp_path / "merged.pt"), merged_first()
+    before = copy.deepcopy(one.state_dict())
+    for module in one.modules():
+        if hasattr(module, "online"):
+            module.online = False
+    train(one)
+    assert farthest(before, one.state_dict()) > 0.1, "training has moved it"
+    for state in found.values():
+        assert farthest(state, one.state_dict()) < EXACT

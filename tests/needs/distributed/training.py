@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import structrep
+from structrep.blocks import MobileOneBlock2d
 from tests.support.models import settled
 
 # every block that `expand` knows, with options that keep it small
@@ -68,6 +69,15 @@ def even() -> nn.Module:
     layers = [nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU()]
     layers += [nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU()]
     return structrep.expand(nn.Sequential(*layers).double(), "repvgg", where=["0", "3"])
+
+
+def merged_first() -> nn.Module:
+    """Blocks in float64, in training mode, whose branches are merged before they are run."""
+    torch.manual_seed(0)
+    depthwise = MobileOneBlock2d(3, 3, 3, padding=1, groups=3, branches=2, online=True)
+    pointwise = MobileOneBlock2d(3, 6, 1, branches=2, online=True)
+    layers = [depthwise, nn.ReLU(), pointwise, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, CLASSES)]
+    return nn.Sequential(*layers).double()
 
 
 def batch(step: int, part: int) -> tuple[Tensor, Tensor]:

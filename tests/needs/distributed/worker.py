@@ -25,6 +25,7 @@ from tests.needs.distributed.training import (
     even,
     expanded,
     loss_of,
+    merged_first,
     sync_norms,
     train,
 )
@@ -120,7 +121,19 @@ def mixed(folder: Path) -> dict[str, object]:
     return found
 
 
-TASKS = {task.__name__: task for task in (data_parallel, sharded, apart, resharded, mixed)}
+def merged(folder: Path) -> dict[str, object]:
+    """Blocks whose branches are merged first, with torch's own norms of all processes."""
+    parallel = DistributedDataParallel(merged_first())
+    nn.SyncBatchNorm.convert_sync_batchnorm(parallel)  # not before, for then it asks for a GPU
+    train(parallel)
+    parts = nn.SyncBatchNorm.convert_sync_batchnorm(merged_first())
+    for stage in (parts[0], parts[2], parts):
+        fully_shard(stage, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    train(parts)
+    return {"parallel": parallel.module.state_dict(), "sharded": whole(parts)}
+
+
+TASKS = {task.__name__: task for task in (data_parallel, sharded, apart, resharded, mixed, merged)}
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
