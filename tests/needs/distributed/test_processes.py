@@ -10,7 +10,17 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 import structrep
-from tests.needs.distributed.training import ACCUMULATED, OPTIONS, Plain, batch, even, expanded, loss_of, merged_first, train
+from tests.needs.distributed.training import (
+    ACCUMULATED,
+    OPTIONS,
+    Plain,
+    batch,
+    even,
+    expanded,
+    loss_of,
+    merged_first,
+    train,
+)
 from tests.support import ROOT
 from tests.support.truth import EXACT, relative_error
 
