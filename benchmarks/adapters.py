@@ -19,17 +19,21 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import peft
 import torch
-import transformers as hf
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 import structrep
 from benchmarks import measure
 from structrep.errors import StructrepError
 from structrep.prove.run import relative_error
+from tests.support.vision import import_torchvision
+
+_torchvision_ops = import_torchvision()  # which transformers imports
+
+import peft  # noqa: E402
+import transformers as hf  # noqa: E402
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING  # noqa: E402
+from peft.tuners.tuners_utils import BaseTunerLayer  # noqa: E402
 
 PAGE = measure.ROOT / "docs" / "adapters.md"
 EXACT, AFFINE = 1e-9, 1e-5  # relative errors; some tuners compute in float32 whatever they are given
