@@ -52,35 +52,36 @@ class Moments(NamedTuple):
         return variance
 
 
-def patch_moments(x: Tensor, kernel_size: Pair, pads: Pads, groups: int) -> Moments:
-    """The moments of what a conv of stride 1, undilated, padded with zeros, reads; in float32 at least.
+def patch_moments(z: Tensor, shift: Tensor, kernel_size: Pair, pads: Pads, groups: int) -> Moments:
+    """The moments of what a conv of stride 1, undilated, padded with zeros, reads of x, less a constant a channel.
+
+    Computed in float32 at least.
 
     Args:
-        x: (N, I, H, W).
+        z: x less that constant, (N, I, H, W).
+        shift: the constant, (I,); `large_means` chooses it so that no digits are lost.
         kernel_size: rows and columns.
         pads: pixels before and behind rows and columns, none negative.
         groups: of the conv.
     """
-    outputs = _outputs(x.shape[2], kernel_size[0], pads[0]) * _outputs(x.shape[3], kernel_size[1], pads[1])
-    count = len(x) * outputs
-    with torch.autocast(x.device.type, enabled=False):
-        shift = _large_means(x)
-        edges = _beyond(kernel_size[0], pads[0]), _beyond(kernel_size[1], pads[1])
-        found = _Read.apply(x, shift, kernel_size, edges, groups)  # type: ignore[no-untyped-call]
-        lags, total, rows, columns = found
-        products = _products(_with_edges(lags, rows, columns, groups), kernel_size, pads, groups)
-        between = _sums_inside(total, kernel_size, pads)
-        z, inside = between[:-1] / count, between[-1] / outputs  # E[Z_t U_u] and E[U_t U_u]
-        mean_z, mean_inside = z.diagonal(dim1=1, dim2=2), inside.diagonal()
-        flat = mean_z.reshape(groups, -1)
-        covariance = products / count - flat[:, :, None] * flat[:, None, :]
-        if any(map(any, pads)):
-            half = z - mean_z[:, :, None] * mean_inside
-            half = half + shift[:, None, None] * (inside - mean_inside[:, None] * mean_inside) / 2
-            half = (half.view(groups, -1, 1, len(inside)) * shift.view(groups, 1, -1, 1)).flatten(2)
-            covariance = covariance + half + half.transpose(1, 2)
-        mean = (mean_z + shift[:, None] * mean_inside).reshape(groups, -1)
-    return Moments(mean, covariance, count)
+    outputs = _outputs(z.shape[2], kernel_size[0], pads[0]) * _outputs(z.shape[3], kernel_size[1], pads[1])
+    count = len(z) * outputs
+    edges = _beyond(kernel_size[0], pads[0]), _beyond(kernel_size[1], pads[1])
+    lags, total, rows, columns = _Read.apply(z, kernel_size, edges, groups)  # type: ignore[no-untyped-call]
+    products = _products(_with_edges(lags, rows, columns, groups), kernel_size, pads, groups)
+    between = _sums_inside(total, kernel_size, pads)
+    mixed, inside = between[:-1] / count, between[-1] / outputs  # E[Z_t U_u] and E[U_t U_u]
+    mean, mean_inside = mixed.diagonal(dim1=1, dim2=2), inside.diagonal()
+    flat = mean.reshape(groups, -1)
+    covariance = products / count - flat[:, :, None] * flat[:, None, :]
+    if any(map(any, pads)):
+        shift = shift.to(lags.dtype)
+        half = mixed - mean[:, :, None] * mean_inside
+        half = half + shift[:, None, None] * (inside - mean_inside[:, None] * mean_inside) / 2
+        half = (half.view(groups, -1, 1, len(inside)) * shift.view(groups, 1, -1, 1)).flatten(2)
+        covariance = covariance + half + half.transpose(1, 2)
+        mean = mean - shift[:, None] * (1 - mean_inside)  # of the border, which is 0 - shift
+    return Moments(mean.reshape(groups, -1), covariance, count)
 
 
 def _outputs(size: int, k: int, pad: Pair) -> int:
@@ -92,51 +93,49 @@ def _beyond(k: int, pad: Pair) -> int:
     return max(k - 1 - min(pad), 0)
 
 
-def _large_means(x: Tensor) -> Tensor:
+def large_means(x: Tensor) -> Tensor:
     """Of channels whose mean is large beside their spread, (I,), about that mean; of others 0, so that zeros stay 0."""
     rows, columns = (slice(None, None, max(1, size // SAMPLES)) for size in x.shape[2:])
     with torch.no_grad():
-        sample = x.detach()[:, :, rows, columns].to(torch.promote_types(x.dtype, torch.float32))
+        sample = x.detach()[:, :, rows, columns].to(_at_least_float32(x))
         mean = sample.mean((0, 2, 3))
         variance = sample.square().mean((0, 2, 3)) - mean.square()
-        return torch.where(mean.square() > 4 * variance, mean, 0)
+        return torch.where(mean.square() > 4 * variance, mean, 0).to(x.dtype)
+
+
+def _at_least_float32(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 class _Read(Function):
-    """What is read of z = x - shift: its lags, its sum over the batch, its first and last rows and columns.
+    """What is read of images: their lags, their sum over the batch, their first and last rows and columns.
 
-    (N, I, H, W), (I,) -> (I, I/groups, 2 rows - 1, 2 columns - 1), (I, H, W), (N, I, lines, W), (N, I, H, lines).
+    (N, I, H, W) -> (I, I/groups, 2 rows - 1, 2 columns - 1), (I, H, W), (N, I, lines, W), (N, I, H, lines).
     """
 
     @staticmethod
-    def forward(
-        x: Tensor, shift: Tensor, kernel_size: Pair, edges: Pair, groups: int
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        z = _centred(x, shift)
+    def forward(z: Tensor, kernel_size: Pair, edges: Pair, groups: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        z = z.to(_at_least_float32(z))
         return _lags(z, kernel_size, groups, len(z)), z.sum(0), _edges(z, 2, edges[0]), _edges(z, 3, edges[1])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        x, shift, _, _, ctx.groups = inputs
-        ctx.save_for_backward(x, shift)
+        z, _, _, ctx.groups = inputs
+        ctx.save_for_backward(z)
 
     @staticmethod
     def backward(
         ctx: Any, of_lags: Tensor, of_total: Tensor, of_rows: Tensor, of_columns: Tensor
-    ) -> tuple[Tensor, None, None, None, None]:
-        x, shift = ctx.saved_tensors
-        with torch.autocast(x.device.type, enabled=False):
-            grad = _back(_centred(x, shift), of_lags, ctx.groups).add_(of_total)
+    ) -> tuple[Tensor, None, None, None]:
+        (z,) = ctx.saved_tensors
+        with torch.autocast(z.device.type, enabled=False):
+            grad = _back(z.to(of_lags.dtype), of_lags, ctx.groups).add_(of_total)
             for dim, lines in ((2, of_rows), (3, of_columns)):
-                size, most = x.shape[dim], lines.shape[dim] // 2
+                size, most = z.shape[dim], lines.shape[dim] // 2
                 there = min(most, size)
                 grad.narrow(dim, 0, there).add_(lines.narrow(dim, 0, there))
                 grad.narrow(dim, size - there, there).add_(lines.narrow(dim, 2 * most - there, there))
-        return grad.to(x.dtype), None, None, None, None
-
-
-def _centred(x: Tensor, shift: Tensor) -> Tensor:
-    return x.to(shift.dtype) - shift[:, None, None]
+        return grad.to(z.dtype), None, None, None
 
 
 def _edges(z: Tensor, dim: int, lines: int) -> Tensor:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from structrep.blocks._geometry import CONV, CONVOLVE, NORM, Pad, Pads, Reading
-from structrep.blocks.moments import Moments, patch_moments
+from structrep.blocks.moments import Moments, large_means, patch_moments
 
 NORMS = (*NORM.values(), nn.BatchNorm1d, nn.SyncBatchNorm)
 NARROW = 64  # input channels of a group up to which their products cost less than the passes of norms
@@ -172,32 +172,39 @@ def _pays(branches: Sequence[Branch], norms: int, reading: Reading, x: Tensor | 
 class Composition:
     """Kernels that read one input alike, as numbers: scaled and shifted as the norms behind them would, and added.
 
+    They read the input less a constant a channel, near its mean where that is large: biases belong to outputs of that.
+
     Args:
         x: (N, I, *spatial).
         reading: how all kernels read it.
+        norms: all that are computed; if none goes by the batch, the input is taken as it is.
     """
 
-    def __init__(self, x: Tensor, reading: Reading) -> None:
+    def __init__(self, x: Tensor, reading: Reading, norms: Sequence[Any]) -> None:
         self.reading, self.pads = reading, reading.pads
-        self._moments: Moments | None = None
         self.dtype = torch.promote_types(x.dtype, torch.float32)
+        self.shift, self.moments = x.new_zeros(x.shape[1]), Moments(x, x, 0)
         if reading.padding_mode != "zeros" or set(reading.stride) != {1} or len(reading.pads) > 2:
             x = Pad(reading.pads, reading.padding_mode)(x)
             self.pads = ((0, 0),) * len(reading.pads)
         every = [slice(None, None, stride) for stride in reading.stride]
         self.x = x[(slice(None), slice(None), *every)]
+        if any(map(_by_batch, norms)):
+            self._read(norms[0])
 
-    def moments(self) -> Moments:
-        """Of what the kernels read, computed when they are first asked for."""
-        if self._moments is None:
-            self._moments = self._read()
-        return self._moments
-
-    def _read(self) -> Moments:
+    def _read(self, norm: Any) -> None:
+        """Centre the input, border and all, and take its moments."""
         x, kernel_size, pads = self.x, self.reading.kernel_size, self.pads
+        size = x.shape
         if x.dim() != 4:  # one row of pixels
             x, kernel_size, pads = x.flatten(2).unsqueeze(2), (1, kernel_size[-1]), ((0, 0), pads[-1])
-        return patch_moments(x, kernel_size, pads, self.reading.groups)  # type: ignore[arg-type]
+        self.shift = _of_all(large_means(x), norm)
+        padded = Pad(pads, "zeros")(x) - self.shift[:, None, None]
+        (top, _), (left, _) = pads
+        z = padded[:, :, top : top + x.shape[2], left : left + x.shape[3]]
+        self.moments = patch_moments(z, self.shift, kernel_size, pads, self.reading.groups)  # type: ignore[arg-type]
+        self.x = padded if len(size) == 4 else padded.view(*size[:2], *(size[2:] if len(size) > 3 else (-1,)))
+        self.pads = ((0, 0),) * len(self.pads)
 
     def kernel(self, branch: Branch) -> Tensor:
         """What a branch is before its norm, as a kernel of the block: (O, J), J = I/groups * taps."""
@@ -206,11 +213,6 @@ class Composition:
         around = [(before - lo, k - size - before + lo) for k, (before, _), (lo, _), size in sides]
         flat = [side for pair in reversed(around) for side in pair]
         return (F.pad(weight, flat) if any(flat) else weight).flatten(1)
-
-    def bias(self, branch: Branch) -> Tensor:
-        """What the conv of a branch adds, (O,)."""
-        own = None if branch.conv is None else branch.conv.bias
-        return self.x.new_zeros(self.reading.out_channels, dtype=self.dtype) if own is None else own.to(self.dtype)
 
     def identity(self) -> Tensor:
         """The kernel that gives its input, (O, J)."""
@@ -227,51 +229,56 @@ class Composition:
         eye = torch.eye(ins, dtype=self.dtype, device=self.x.device).repeat(self.reading.groups, 1)
         return eye.view(-1, ins, *[1] * len(self.reading.kernel_size))
 
-    def normed(self, kernels: Sequence[Tensor], norms: Sequence[Any], biases: Tensor) -> tuple[Tensor, Tensor]:
-        """Kernels, (O, J) each, and biases (B, O) with the norm of each behind it: (B, O, J) and (B, O).
-
-        Running statistics are updated.
-        """
-        stacked = torch.stack([*kernels])
-        rows = [(norm.running_mean, norm.running_var) for norm in norms]
-        by_batch = [norm.training or norm.running_mean is None for norm in norms]
-        if any(by_batch):
-            means, variances, count = self._statistics(stacked, biases, norms)
-            for b, norm in enumerate(norms):
-                if by_batch[b]:
-                    rows[b] = means[b], variances[b]
-                    _track(norm, means[b].detach(), variances[b].detach(), count)
-        mean = self._stack(mean for mean, _ in rows)
-        scale = self._stack(var + norm.eps for (_, var), norm in zip(rows, norms, strict=True)).rsqrt()
-        if norms[0].weight is not None:
-            scale = scale * self._stack(norm.weight for norm in norms)
-        bias = scale * (biases - mean)
-        if norms[0].bias is not None:
-            # times 1, or the gradient of a sum would be one memory for all norms, which would each add to it
-            bias = bias + self._stack(norm.bias for norm in norms) * torch.ones_like(bias)
-        return scale.unsqueeze(-1) * stacked, bias
+    def of_shift(self, kernels: Tensor) -> Tensor:
+        """What kernels (B, O, J) give of the constant that was taken off: (B, O)."""
+        ins = self.reading.in_channels // self.reading.groups
+        each = kernels.unflatten(2, (ins, -1)).sum(3).unflatten(1, (self.reading.groups, -1))
+        given: Tensor = (each * self.shift.to(self.dtype).view(-1, 1, ins)).sum(3).flatten(1)
+        return given
 
     def normed_branches(self, branches: Sequence[Branch]) -> tuple[Tensor, Tensor]:
         """The kernels (B, O, J) and biases (B, O) of branches, with their norms."""
-        biases = torch.stack([self.bias(branch) for branch in branches])
-        return self.normed([self.kernel(branch) for branch in branches], [branch.norm for branch in branches], biases)
+        none = self.x.new_zeros(self.reading.out_channels, dtype=self.dtype)
+        convs = [branch.conv for branch in branches]
+        biases = self._stack(none if conv is None or conv.bias is None else conv.bias for conv in convs)
+        kernels = torch.stack([self.kernel(branch) for branch in branches])
+        return self.normed(kernels, biases + self.of_shift(kernels), [branch.norm for branch in branches])
+
+    def normed(self, kernels: Tensor, biases: Tensor, norms: Sequence[Any]) -> tuple[Tensor, Tensor]:
+        """Kernels (B, O, J) and biases (B, O) with the norm of each behind it; running statistics are updated."""
+        if any(map(_by_batch, norms)):
+            means, variances, count = self._statistics(kernels, norms[0])
+            for b, norm in enumerate(norms):
+                if _by_batch(norm):
+                    _track(norm, (means[b] + biases[b]).detach(), variances[b].detach(), count)
+        below, spread = [], []
+        for b, norm in enumerate(norms):
+            # the mean takes a bias away, whose gradient is 0 then, and not none
+            below.append(means[b] + 0 * biases[b] if _by_batch(norm) else norm.running_mean - biases[b])
+            spread.append((variances[b] if _by_batch(norm) else norm.running_var) + norm.eps)
+        scale = self._stack(spread).rsqrt()
+        if norms[0].weight is not None:
+            scale = scale * self._stack(norm.weight for norm in norms)
+        bias = -scale * self._stack(below)
+        if norms[0].bias is not None:
+            # times 1, or the gradient of a sum would be one memory for all norms, which would each add to it
+            bias = bias + self._stack(norm.bias for norm in norms) * torch.ones_like(bias)
+        return scale.unsqueeze(-1) * kernels, bias
 
     def _stack(self, rows: Iterable[Tensor]) -> Tensor:
         return torch.stack([row.to(self.dtype) for row in rows])
 
-    def _statistics(self, kernels: Tensor, biases: Tensor, norms: Sequence[Any]) -> tuple[Tensor, Tensor, int | Tensor]:
+    def _statistics(self, kernels: Tensor, norm: Any) -> tuple[Tensor, Tensor, int | Tensor]:
         """The mean and the variance, (B, O) each, of what kernels give, and of how many numbers."""
-        moments = self.moments()
         grouped = kernels.unflatten(1, (self.reading.groups, -1)).transpose(0, 1)  # (groups, B, O/groups, J)
         mean, variance = (
             found.unflatten(1, grouped.shape[1:3]).transpose(0, 1).flatten(1)
-            for found in (moments.mean_of(grouped.flatten(1, 2)), moments.variance_of(grouped.flatten(1, 2)))
+            for found in (self.moments.mean_of(grouped.flatten(1, 2)), self.moments.variance_of(grouped.flatten(1, 2)))
         )
-        mean = mean + biases
         variance = variance + (variance.clamp_min(0) - variance).detach()  # what rounding took below 0
-        if _over_processes(norms[0]):
-            return _of_all_processes(mean, variance, moments.outputs, norms[0].process_group)
-        return mean, variance, moments.outputs
+        if _over_processes(norm):
+            return _of_all_processes(mean, variance, self.moments.outputs, norm.process_group)
+        return mean, variance, self.moments.outputs
 
     def convolved(self, kernel: Tensor, bias: Tensor) -> Tensor:
         """What a kernel (O, J) and a bias (O,) give, (N, O, *out)."""
@@ -281,6 +288,18 @@ class Composition:
         weight = kernel.view(len(kernel), -1, *self.reading.kernel_size).to(x.dtype)
         y: Tensor = CONVOLVE[len(padding)](x, weight, bias.to(x.dtype), 1, padding, 1, self.reading.groups)
         return y
+
+
+def _by_batch(norm: Any) -> bool:
+    return bool(norm.training) or norm.running_mean is None
+
+
+def _of_all(shift: Tensor, norm: Any) -> Tensor:
+    """One constant for all processes that a norm takes the statistics of."""
+    if _over_processes(norm):
+        dist.all_reduce(shift, group=norm.process_group)
+        shift = shift / dist.get_world_size(norm.process_group)
+    return shift
 
 
 def _of_all_processes(mean: Tensor, variance: Tensor, count: int, group: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -315,8 +334,8 @@ def full_precision(x: Tensor) -> torch.autocast:
 
 def sum_of(branches: Sequence[Branch], reading: Reading, x: Tensor) -> Tensor:
     """The sum of branches that end with norms, as one conv."""
-    made = Composition(x, reading)
     with full_precision(x):
+        made = Composition(x, reading, [branch.norm for branch in branches])
         kernels, biases = made.normed_branches(branches)
         kernel, bias = kernels.sum(0), biases.sum(0)
     return made.convolved(kernel, bias)

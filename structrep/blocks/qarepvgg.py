@@ -86,17 +86,18 @@ class _QARepVGGBlock(ConvBlock):
         branches = merged_first((self.dense, self.point), self.reading, x, self.online, [self.after])
         if branches is None or (self.pool is not None and watched(self.pool)):
             return None
-        made = Composition(x, self.reading)
         dense, point = branches
         with full_precision(x):
-            kernel, bias = made.normed_branches([dense])
-            kernel = kernel + made.kernel(point)
+            made = Composition(x, self.reading, [dense.norm, self.after])
+            beside = made.kernel(point)
             if self.keeps_shape:
-                kernel = kernel + made.identity()
+                beside = beside + made.identity()
             if self.pool is not None:
-                kernel = kernel + made.average()
-            kernel, bias = made.normed([*kernel], [self.after], bias)
-        return made.convolved(kernel[0], bias[0])
+                beside = beside + made.average()
+            kernels, biases = made.normed_branches([dense])
+            kernels, biases = made.normed(kernels + beside, biases + made.of_shift(beside.unsqueeze(0)), [self.after])
+            kernel, bias = kernels[0], biases[0]
+        return made.convolved(kernel, bias)
 
 
 class QARepVGGBlock1d(_QARepVGGBlock):

@@ -69,11 +69,11 @@ class RepMixer2d(ConvBlock):
         branches = merged_first((self.dense, self.point, self.skip, self.minus), self.reading, x, self.online)
         if branches is None:
             return None
-        made = Composition(x, self.reading)
         with full_precision(x):
+            made = Composition(x, self.reading, [branch.norm for branch in branches])
             kernels, biases = made.normed_branches(branches)
             kernel, bias = kernels[:3].sum(0) - kernels[3], biases[:3].sum(0) - biases[3]
             if self.scale is not None:
                 kernel, bias = self.scale.flatten(1) * kernel, self.scale.flatten() * bias
-            kernel = kernel + made.identity()
+            kernel, bias = kernel + made.identity(), bias + made.of_shift(made.identity()[None])[0]
         return made.convolved(kernel, bias)

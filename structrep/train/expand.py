@@ -151,10 +151,11 @@ def expand(
             all; "paper" as the paper does.
         inplace: change the model itself instead of a copy.
         again: whether layers inside the blocks of an earlier `expand` may be chosen too.
-        options: of the block: `branches` for "mobileone" and "replknet", `D_mul` for "doconv", `rate`, `mode` and
-            `online` for "expandnet", `rate` for "expandnet_linear", `gain` for "conv3xc", `depth` and `point` for
-            "ecbsr" and "edbb", `ratio` for "rrrb", `rank` and `alpha` for "lora" and "conv_lora", `rank`, `groups` and
-            `scale` for "repadapter". Its class says what they are.
+        options: of the block: `online` for "repvgg", `branches` and `online` for "mobileone", `branches` for
+            "replknet", `D_mul` for "doconv", `rate`, `mode` and `online` for "expandnet", `rate` for
+            "expandnet_linear", `gain` for "conv3xc", `depth` and `point` for "ecbsr" and "edbb", `ratio` for "rrrb",
+            `rank` and `alpha` for "lora" and "conv_lora", `rank`, `groups` and `scale` for "repadapter". Its class says
+            what they are.
 
     Logs, at level INFO to the logger "structrep", what was chosen, and of norms that do more than normalize, as timm's
     do, how they are made those of several processes.

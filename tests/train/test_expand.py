@@ -304,7 +304,7 @@ def test_where(where, expected, caplog):
         ({"block": "nothing"}, "no block is named 'nothing'"),
         ({"where": "layer9"}, "no module named 'layer9'"),
         ({"where": "fc"}, "it is a Linear"),
-        ({"where": "a", "rate": 3}, "repvgg blocks have no option 'rate': it has none"),
+        ({"where": "a", "rate": 3}, "repvgg blocks have no option 'rate': there is online"),
         ({"block": "mobileone", "branch": 6}, "mobileone blocks have no option 'branch': there is branches"),
         ({"block": "mobileone", "branch": 6, "where": "a"}, "no option 'branch': there is branches"),
         ({"block": "expandnet", "rates": 2}, "no option 'rates': there is rate, mode, online"),
