@@ -138,8 +138,8 @@ def introduction(results: dict[str, Any]) -> str:
     return (
         f"Forward and all gradients, {results['precision']}, on {on['gpu'] or on['cpu']}, {on['threads']} threads, "
         f"torch {on['torch']}: times, and what is kept for the gradients, over those of a plain convolution, norm and "
-        f"ReLU; of MobileOne-S1 over its own branches. In brackets the middle half of the ratios of {results['rounds']} "
-        f"rounds."
+        f"ReLU; of MobileOne-S1 over its own branches. In brackets the middle half of the ratios of "
+        f"{results['rounds']} rounds."
     )
 
 
