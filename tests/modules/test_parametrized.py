@@ -362,7 +362,7 @@ def test_layers_that_the_user_reads(kind, dtype):
     demand_near(deploy, model, copy.deepcopy(model).double(), x)
 
 
-def test_layers_that_are_read_by_nothing_stay():
+def test_an_embedding_takes_the_linear_behind_it_and_what_nothing_reads_stays():
     class Tokens(nn.Module):
         def __init__(self):
             super().__init__()
@@ -375,7 +375,7 @@ def test_layers_that_are_read_by_nothing_stay():
 
     model, tokens = Tokens().eval(), torch.randint(10, (3, 5))
     plan = structrep.plan(model, tokens)
-    assert ([merge.where for merge in plan.merges], plan.refusals) == (["linear"], ())
+    assert ([merge.where for merge in plan.merges], plan.refusals) == (["embed"], ())
     with torch.no_grad():
         assert relative_error(structrep.reparameterize(model, tokens)(tokens), model(tokens)) < 1e-6
 
