@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from structrep.modules.call_sites import function_of
-from structrep.modules.mentions import STORES
+from structrep.modules.mentions import HOLDS_ALL
 from structrep.modules.positions import definition, definition_around, place_around
 from structrep.modules.source import asked_of_names, attribute_of, functions, syntax
 
@@ -296,7 +296,7 @@ def _got(call: ast.Call, others: dict[str, Names]) -> Iterator[tuple[Names, str]
     names = _names(call.args[0], others) if plain else None
     name = str(getattr(call.args[1], "value", "")) if names else ""
     if names and name:
-        walks = name in MODULES or name in TENSORS or name in STORES
+        walks = name in MODULES or name in TENSORS or name in HOLDS_ALL
         yield ((*names, "*"), WHAT) if walks else (names, name)
 
 
@@ -310,7 +310,7 @@ def _tells(node: ast.AST) -> ast.expr | None:
 
 def _stored(names: Names) -> Names | None:
     """The way to what code asks for all that it has: `self.part._modules.values()`; None if it does not."""
-    first = next((place for place, name in enumerate(names) if name in STORES), len(names))
+    first = next((place for place, name in enumerate(names) if name in HOLDS_ALL), len(names))
     entries = first + 1 == len(names) and names[first:] != ("__dict__",)  # of which one is picked, or looked for
     return None if first == len(names) or entries else names[:first]
 
