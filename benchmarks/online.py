@@ -5,7 +5,7 @@ beside the same blocks with their branches run.
 
 A step is forward and all gradients. The three forms take theirs in turn, in one process, every other round
 backwards; times are those of the processor on a CPU, so that what else runs counts little. Each ratio is one step
-over the plain step beside it. `MobileOne-S1` is the network as timm has it, whole, with its own branches and with
+over the plain step beside it. MobileOne is the network as timm has it, whole, with its own branches and with
 `structrep`'s in their place.
 """
 
@@ -32,6 +32,8 @@ COLUMNS = ("block", "input", "branches run", "merged first", "kept: run", "first
 POINTWISE = [(64, 56, 8), (128, 28, 8), (256, 14, 16), (512, 14, 8)]  # channels, rows and columns, images
 DEPTHWISE = [(3, 64, 56, 8), (3, 256, 14, 16), (3, 96, 112, 4), (3, 512, 7, 32), (5, 64, 56, 8)]  # kernel, the same
 
+NETWORKS = {"mobileone_s0": "MobileOne-S0, 4 branches", "mobileone_s1": "MobileOne-S1, 1 branch"}
+
 
 def forms(kernel: int, channels: int) -> dict[str, nn.Module]:
     """A convolution, a norm and an activation; and blocks of four branches, a 1x1 and the identity in their place."""
@@ -45,11 +47,11 @@ def forms(kernel: int, channels: int) -> dict[str, nn.Module]:
     }
 
 
-def network(online: bool | None) -> nn.Module:
-    """MobileOne-S1; with its own blocks, or with `Branches` in the place of what they add up."""
+def network(name: str, first: bool) -> nn.Module:
+    """A network of timm; with its own blocks, or with `Branches` in the place of what they add up."""
     torch.manual_seed(0)
-    model: nn.Module = timm.create_model("mobileone_s1")
-    if online is not None:
+    model: nn.Module = timm.create_model(name)
+    if not first:
         return model
     for path, block in list(model.named_modules()):
         if isinstance(block, MobileOneBlock):
@@ -138,15 +140,15 @@ def introduction(results: dict[str, Any]) -> str:
     return (
         f"Forward and all gradients, {results['precision']}, on {on['gpu'] or on['cpu']}, {on['threads']} threads, "
         f"torch {on['torch']}: times, and what is kept for the gradients, over those of a plain convolution, norm and "
-        f"ReLU; of MobileOne-S1 over its own branches. In brackets the middle half of the ratios of "
-        f"{results['rounds']} rounds."
+        f"ReLU; of networks, over their own branches, merged first where the count says so. In brackets the middle "
+        f"half of the ratios of {results['rounds']} rounds, of {max(3, results['rounds'] // 3)} of networks."
     )
 
 
 def main(
     rounds: Annotated[int, typer.Option(help="Steps that count, of each form.")] = 9,
     half: Annotated[bool, typer.Option("--half", help="Autocast to bfloat16.")] = False,
-    whole: Annotated[bool, typer.Option(help="MobileOne-S1 too.")] = True,
+    whole: Annotated[bool, typer.Option(help="Whole networks too.")] = True,
 ) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
@@ -159,8 +161,9 @@ def main(
         rows.append({"name": f"{kind}, {channels} channels", "input": f"{images} x {size}x{size}", **found})
     if whole:
         x = torch.randn(4, 3, 224, 224, device=device)
-        found = measure({"run": network(False), "first": network(None)}, x, max(3, rounds // 3), half)
-        rows.append({"name": "MobileOne-S1", "input": "4 x 224x224", **found})
+        for name, title in NETWORKS.items():
+            found = measure({"run": network(name, False), "first": network(name, True)}, x, max(3, rounds // 3), half)
+            rows.append({"name": title, "input": "4 x 224x224", **found})
     results = {
         "machine": machine("timm"),
         "rounds": rounds,
