@@ -136,6 +136,9 @@ class Pool(Leaf):
     kind: str | None = "pool"
 
 
+_SORTS = {None: "", True: "learned ", False: "fixed "}
+
+
 @dataclass(eq=False)
 class Scalar(One):
     """One number that scales or shifts all channels.
@@ -156,7 +159,7 @@ class Scalar(One):
         return False
 
     def __str__(self) -> str:
-        return label({None: "scalar", True: "learned scalar", False: "fixed scalar"}[self.learned], self)
+        return label(f"{_SORTS[self.learned]}scalar", self)
 
 
 @dataclass(eq=False)
@@ -176,16 +179,24 @@ class Scale(One):
 
 @dataclass(eq=False)
 class Shift(One):
-    """One constant, per channel or of all, that is added, and no scale."""
+    """One constant, per channel or of all, that is added, and no scale.
+
+    Args:
+        learned: as of `Scalar`.
+    """
+
+    learned: bool | None = None
 
     def accept(self, term: Term) -> Captures | None:
-        return {} if term.layer is not None and term.layer.adds else None
+        if term.layer is None or not term.layer.adds:
+            return None
+        return {} if self.learned in (None, term.layer.parameters > 0) else None
 
     def fits_plain_conv(self) -> bool:
         return False
 
     def __str__(self) -> str:
-        return label("shift", self)
+        return label(f"{_SORTS[self.learned]}shift", self)
 
 
 @dataclass(eq=False)
