@@ -87,6 +87,11 @@ class Merge:
         return self.cached or value(self.term, strictness=self.fit.strictness)
 
     @property
+    def changed(self) -> set[fx.Node]:
+        """The values that will be others: all but what it gives; what a norm gives that nobody reads, too."""
+        return {node for node in self.nodes if node is not self.root or IDLE.get(node)}
+
+    @property
     def is_table(self) -> bool:
         """Whether it is given numbers of rows, and becomes a table."""
         return any(layer.kind == "table" for layer in self.term.leaves())

@@ -105,7 +105,7 @@ class Placement:
         if host is not None:
             self.hosts[merge] = host
         self.changes.reordered |= merge.reordered
-        self.changes.vanishing.update(node for node in merge.nodes if node is not merge.root)
+        self.changes.vanishing |= merge.changed
         self.changes.vanishing.update(node for one in merge.absorbed for node in one.changed)
         self.changes.turned.update(node for one in merge.absorbed if one.turns for node in one.changed)
         for unit in [*parts, *scales(merge)]:

@@ -99,6 +99,8 @@ class Rewriter:
             return None
         changes, misuses = placement.changes, list[Use]()
         for merge in placement.owned[owner]:
+            if self.untaken.hidden(merge, owner):
+                return None
             risks, swaps = self.untaken.risks(merge), any(unit.module is not None for unit in units(merge))
             elsewhere = _texts_in(changes, owner).isdisjoint(merge.nodes)
             if (swaps or elsewhere) and any(next(call.homes()) is owner for call in risks.guarded):

@@ -81,10 +81,17 @@ class Untaken:
             self.found[merge] = Risks(self._strays(merge), misuses, guarded)
         return self.found[merge]
 
+    def hidden(self, merge: Merge, owner: Call) -> bool:
+        """Whether a path that was not taken may read a value that will be another where the text of a call does not
+        show it: in a method that is written out in it, or as one of several that something gives or is given."""
+        strays = self.risks(merge).strays
+        if any(call is not owner and next(call.homes()) is owner for call in strays):
+            return True
+        return owner in strays and any(_is_among_others(node, owner) for node in merge.changed)
+
     def _strays(self, merge: Merge) -> set[Call]:
         """The calls whose code may read a value that will be another, or give another to what is merged."""
-        gone = {node for node in merge.nodes if node is not merge.root}
-        gone = gone.union(*(one.changed for one in merge.absorbed))
+        gone = merge.changed.union(*(one.changed for one in merge.absorbed))
         return {call for node in gone for call in self._seen_by(node) if _strays(node, call)}
 
     def _misuses(self, merge: Merge) -> dict[Call, list[Use]]:
@@ -96,7 +103,8 @@ class Untaken:
         paths = [call.path.split(".") for call in made]
         above = len(owner.path.split(".")) if owner is not None and owner.path else 0
         below = {tuple(path[:depth]) for path in paths for depth in range(above + 1, len(path) + 1)}
-        some = {way for way in below if not all(tuple(path[: len(way)]) == way for path in paths)}
+        alone = merge.root in merge.changed  # a part that does nothing any more, beside nothing
+        some = {way for way in below if alone or not all(tuple(path[: len(way)]) == way for path in paths)}
         parts = {self.traced.model.get_submodule(".".join(way)) for way in some}
         if not parts:
             return {}
@@ -156,6 +164,13 @@ class Untaken:
                 break
             made = made.parent
         return found
+
+
+def _is_among_others(node: fx.Node, call: Call) -> bool:
+    """Whether a call is given a value, or gets it from a step, in a structure."""
+    results = (step.result for step in call.steps if isinstance(step, Call))
+    structures = (one for one in (*call.arguments().values(), *results) if not isinstance(one, fx.Proxy))
+    return any(proxy.node is node for one in structures for proxy in proxies(one))
 
 
 def _sizes_of(values: Iterable[fx.Node]) -> Iterator[fx.Node]:

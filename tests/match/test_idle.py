@@ -7,7 +7,7 @@ from torch import nn
 
 import structrep
 from tests.support.models import Written, bn, conv, noise, randomised, settled
-from tests.support.truth import EXACT, check, relative_error, says
+from tests.support.truth import EXACT, check, followed_or_told, relative_error, says
 
 X = noise(2, 4, 6, 7)
 
@@ -191,3 +191,70 @@ def test_an_activation_of_slope_1_within_a_merge_is_not_run(act):
         deploy = plan.apply()
         assert relative_error(deploy(X), model(X)) < 1e-12
         assert not structrep.plan(deploy, *inputs).merges
+
+
+class PerhapsRead(nn.Module):
+    """A norm whose value is read where a setting says so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.how = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), "not"
+
+    def forward(self, x):
+        y = self.conv(x)
+        z = self.norm(y)
+        return z if self.how == "read" else y
+
+
+class PerhapsRunAgain(PerhapsRead):
+    def forward(self, x):
+        y = self.conv(x)
+        self.norm(y)
+        return self.norm(y) + 1 if self.how == "read" else y
+
+
+class Both(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        y = self.conv(x)
+        return y, self.norm(y)
+
+
+class PicksOne(nn.Module):
+    """One of several values that a part gives is what a setting says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.both, self.how = Both(), 1
+
+    def forward(self, x):
+        return self.both(x)[self.how]
+
+
+class NormsByAMethod(nn.Module):
+    """A method that is called for two layers, and that may leave out the norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.norm, self.how = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), "norm"
+
+    def normed(self, y):
+        return self.norm(y) if self.how == "norm" else y
+
+    def forward(self, x):
+        return self.normed(self.a(x)).relu() + self.normed(self.b(x)).sigmoid()
+
+
+@pytest.mark.parametrize(
+    ("model", "how", "merges"),
+    [(PerhapsRead, "read", 1), (PerhapsRunAgain, "read", 1), (PicksOne, 0, 1), (NormsByAMethod, "none", 2)],
+)
+def test_a_value_that_a_setting_may_have_read_is_guarded(model, how, merges):
+    x = torch.randn(2, 3, 6, 6).double()
+    deploy = check(source := model().double().eval(), x, merges=merges)
+    deploy.how = how
+    source.how = how
+    assert followed_or_told(source, deploy, x)
