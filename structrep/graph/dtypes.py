@@ -7,7 +7,8 @@ import operator
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
 
 from structrep.algebra.shadows import STEPS
 from structrep.graph import operations
@@ -22,7 +23,17 @@ from structrep.modules.parametrized import torch_class
 def note(node: fx.Node, own: torch.dtype) -> None:
     """Note the dtype of a node's value, or None, as `STATIC_DTYPE`; inputs are taken to be of the parameters' dtype."""
     if not STATIC_DTYPE.known(node) or (STATIC_DTYPE.of(node) is None and DTYPE.known(node)):  # told since
-        STATIC_DTYPE.note(node, DTYPE.get(node) or (own if node.op == "placeholder" else _static_dtype(node)))
+        given = torch.int64 if _is_index(node) else own
+        STATIC_DTYPE.note(node, DTYPE.get(node) or (given if node.op == "placeholder" else _static_dtype(node)))
+
+
+def _is_index(node: fx.Node) -> bool:
+    """Whether rows of a table are looked up by a value, which is of integers then."""
+    return any(
+        user.target is F.embedding
+        or (user.op == "call_module" and isinstance(CALL.of(user).module, (nn.Embedding, nn.EmbeddingBag)))
+        for user in node.users
+    )
 
 
 def _static_dtype(node: fx.Node) -> torch.dtype | None:

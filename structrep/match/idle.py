@@ -56,6 +56,8 @@ def identities(
         reading = readings.get(node)
         if node in taken or not isinstance(reading, (Layer, Identity)) or reading.source is None or not is_curve(node):
             continue
+        if len(reading.source.users) > 1:
+            continue  # whoever else has it would have the same tensor
         same = aliases(reading.source) | aliases(node)
         given = any(one.op == "placeholder" for one in same)  # nobody is to get back what they gave
         if given or writers(same) or any(map(STORED.get, same)):

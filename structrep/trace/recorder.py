@@ -187,6 +187,11 @@ class Recorder:
         formula = self.origins.formula(value)
         return formula is not None and all(t is not before for t in formula.tensors)
 
+    def replaces(self, module: nn.Module, name: str, before: Tensor) -> bool:
+        """Whether a parameter or buffer is another than it was, and so is yet another at the next call."""
+        now = module._parameters.get(name) if name in module._parameters else module._buffers.get(name)
+        return now is not before and not self._settles(module, name, before, now)
+
     def _note_changes(self, call: Call | None) -> None:
         """Note whether a call has changed what an object holds, since the last call began or ended."""
         if self.look is not None:

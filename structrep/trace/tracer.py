@@ -23,7 +23,7 @@ from torch._ops import OpOverload
 from structrep import process
 from structrep.errors import Unreadable, said
 from structrep.graph import operations
-from structrep.graph.calls import Traced
+from structrep.graph.calls import Traced, storage
 from structrep.graph.contexts import Context, Contexts
 from structrep.graph.facts import (
     AT,
@@ -146,7 +146,11 @@ class CallTracer(process.Tracer):
             if self.method in self.module.__dict__ and self.method != "forward":
                 function = function.args[-1]  # the method itself, not what watches it
             run = functools.partial(self._run_root, function)
+            before = list(_held_by(self.module))
             result = self.recorder.record(self.module, run, args, kwargs, False, self.method, function)
+            self.constants.unsteady.update(
+                storage(old) for module, name, old in before if self.recorder.replaces(module, name, old)
+            )
             return list(proxies(result))
 
         return enter, []
@@ -303,3 +307,11 @@ class CallTracer(process.Tracer):
                 RECOMPUTE.note(node, functools.partial(self.origins.exact, a))
             self.tensor_nodes[id(a)] = node
         return node
+
+
+def _held_by(module: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
+    """The parameters and buffers of a module and all below it, by who holds them and under which name."""
+    for part in (one for one in module.modules() if not isinstance(one, torch.jit.ScriptModule)):
+        for name, tensor in (*part._parameters.items(), *part._buffers.items()):
+            if tensor is not None:
+                yield part, name, tensor

@@ -291,6 +291,28 @@ def test_a_buffer_that_a_forward_writes_to_is_no_constant(name):
     converts(WritesBuffer(*BUFFERS[name]), 0)
 
 
+class SetsBuffer(WritesBuffer):
+    def forward(self, x):
+        self.scale = self.write(self, x)
+        return self.scaled(self, self.c(x))
+
+
+class WithinABlock(nn.Module):
+    def __init__(self, block):
+        super().__init__()
+        self.block = block
+
+    def forward(self, x):
+        return self.block(x).relu()
+
+
+@pytest.mark.parametrize("set_to", [lambda m, x: -m.scale, lambda m, x: m.scale * 2, lambda m, x: m.scale + m.var[0]])
+def test_a_buffer_that_a_forward_sets_to_what_it_makes_of_it_is_no_constant(set_to):
+    for around in (lambda block: block, WithinABlock):
+        for example in (False, True):
+            converts(around(SetsBuffer(set_to, lambda m, y: y * m.scale)), 0, example=example)
+
+
 def test_a_buffer_that_a_forward_only_reads_is_one():
     converts(
         WritesBuffer(lambda m, x: m.mean.add_(1), lambda m, y: y * m.scale), 0

@@ -258,3 +258,20 @@ def test_a_value_that_a_setting_may_have_read_is_guarded(model, how, merges):
     deploy.how = how
     source.how = how
     assert followed_or_told(source, deploy, x)
+
+
+def test_an_activation_of_slope_1_beside_its_input_stays():
+    """Whoever got both could write to one, and would see it in the other."""
+
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(4, 4, 1)
+
+        def forward(self, x):
+            y = self.conv(x)
+            return y, F.leaky_relu(y, 1.0)
+
+    for inputs in ((), (X,)):
+        one, other = structrep.plan(settled(Both()), *inputs).apply()(X)
+        assert one.data_ptr() != other.data_ptr()

@@ -89,3 +89,10 @@ def test_the_table_keeps_dtype_and_what_is_learned():
     assert deploy.reparam_embedding.weight.dtype is torch.bfloat16
     assert deploy.reparam_embedding.weight.requires_grad
     assert structrep.plan(randomised(model(MERGED["an adapter"]))).merges[0].after == "table"
+
+
+def test_a_cast_to_the_dtype_of_the_indices_is_no_cast_to_that_of_the_parameters():
+    made = randomised(model(lambda m, x: m.a(x).to(x.dtype).to(m.b.weight.dtype) @ m.b.weight.T))
+    for inputs in ((), (IDS,)):
+        deploy = structrep.plan(made, *inputs).apply()
+        assert torch.equal(deploy(IDS), made(IDS))
