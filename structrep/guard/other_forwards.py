@@ -21,7 +21,7 @@ from typing import Any, TypeAlias
 from torch import fx, nn
 
 from structrep.errors import Shared
-from structrep.graph.calls import Call, Method, Traced
+from structrep.graph.calls import Call, Method, Traced, site
 from structrep.graph.facts import CALL, FORMULA, INDEX
 from structrep.graph.names import path_of
 from structrep.modules.call_sites import methods_called
@@ -45,7 +45,7 @@ class Variant:
 
 
 # how modules are run in other ways; None for what cannot be followed
-Followed: TypeAlias = dict[tuple[nn.Module, Variant], Method | None]
+MethodsByVariant: TypeAlias = dict[tuple[nn.Module, Variant], Method | None]
 
 
 class Borders:
@@ -55,7 +55,7 @@ class Borders:
         followed: what is known of that already, from another search of the same traces; it grows.
     """
 
-    def __init__(self, traced: Traced, followed: Followed) -> None:
+    def __init__(self, traced: Traced, followed: MethodsByVariant) -> None:
         self.traced, self.followed = traced, followed
         self.given: dict[fx.Node, list[Call]] = defaultdict(list)  # value -> the calls that give it back
         for trace in traced.traces:
@@ -303,7 +303,7 @@ def _runs_by_itself(method: Method, owner: Call, parts: Set[str]) -> bool:
 
 
 def _is_inside(call: Call, owner: Call) -> bool:
-    return any((one.path, one.method) == (owner.path, owner.method) for one in call.chain())
+    return any(site(one) == site(owner) for one in call.chain())
 
 
 def _is_in(path: str, parts: Set[str]) -> bool:

@@ -12,7 +12,7 @@ from structrep.errors import Refusal
 from structrep.graph.calls import Traced
 from structrep.guard.adapters import Adapters
 from structrep.guard.callers import Callers
-from structrep.guard.other_forwards import Borders, Followed
+from structrep.guard.other_forwards import Borders, MethodsByVariant
 from structrep.guard.sharing import Replicas
 from structrep.match.merge import Merge, Missed
 from structrep.registry import Registry
@@ -33,7 +33,7 @@ class Findings:
     unwritable: Mapping[tuple[str, str], Refusal] = field(default_factory=dict)  # methods that cannot be written anew
     slower: Mapping[tuple[fx.Node, fx.Node], Refusal] = field(default_factory=dict)  # stretches, by base and root
     excluded: Mapping[str, str] = field(default_factory=dict)  # layers by path that stay as they are, and why
-    followed: Followed = field(default_factory=dict)
+    followed: MethodsByVariant = field(default_factory=dict)
     merges: list[Merge] = field(default_factory=list)
     missed: list[Missed] = field(default_factory=list)
     searches: list[Search] = field(default_factory=list)

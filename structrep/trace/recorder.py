@@ -189,7 +189,7 @@ class Recorder:
 
     def replaces(self, module: nn.Module, name: str, before: Tensor) -> bool:
         """Whether a parameter or buffer is another than it was, and so is yet another at the next call."""
-        now = module._parameters.get(name) if name in module._parameters else module._buffers.get(name)
+        now = module._parameters.get(name, module._buffers.get(name))
         return now is not before and not self._settles(module, name, before, now)
 
     def _note_changes(self, call: Call | None) -> None:
